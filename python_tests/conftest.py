@@ -1,0 +1,36 @@
+"""Shared set-up: backends as fixtures; Triton kernels are interpreted where there is no GPU."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Must be set before anything imports triton.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(params=["reference", "cpu", "triton"])  # "cuda" joins when it has kernels
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend that runs here; the others are skipped with the reason they give."""
+    import tir_kernels
+
+    if reason := tir_kernels.available_backends()[request.param]:
+        pytest.skip(f"backend {request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture
+def device(backend: str) -> str:
+    """The device a backend is tested on."""
+    on_gpu = torch.cuda.is_available() and backend in ("triton", "cuda")
+    return "cuda" if on_gpu else "cpu"

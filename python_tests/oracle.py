@@ -1,0 +1,149 @@
+"""What results are compared with: float64, and the error plain PyTorch itself makes.
+
+The rule: against float64, our largest and our mean error may be at most twice that of the same
+formula in plain PyTorch at the same dtype, plus one rounding step of the largest value.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tir_kernels import JointSpace
+from tir_kernels.backends import reference
+
+
+def assert_as_accurate(
+    name: str, ours: Tensor, plain: Tensor, exact: Tensor, magnitude: Tensor | None = None
+) -> None:
+    """Compare with ``exact`` (float64); ``plain`` is plain PyTorch's result at our dtype.
+
+    ``magnitude`` is the sum of the absolute values of the terms that ``exact`` sums, in float32
+    arithmetic: where they cancel, a rounding step of the terms is more than one of the result.
+    """
+    assert ours.shape == exact.shape, name
+    assert ours.isfinite().all(), f"{name} is not finite"
+    if ours.numel() == 0:
+        return
+    step = torch.finfo(plain.dtype).eps * exact.abs()
+    if magnitude is not None:
+        step += torch.finfo(torch.float32).eps * magnitude
+    error, plain_error = (ours.double() - exact).abs(), (plain.double() - exact).abs()
+    assert error.max() <= 2 * plain_error.max() + step.max(), (
+        f"{name}: largest error {error.max():.3g}, plain PyTorch's {plain_error.max():.3g}"
+    )
+    assert error.mean() <= 2 * plain_error.mean() + step.mean(), (
+        f"{name}: mean error {error.mean():.3g}, plain PyTorch's {plain_error.mean():.3g}"
+    )
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: float) -> Tensor:
+    """Weighted attention as anyone would write it in PyTorch, at the dtype of q."""
+    bias = weights.clamp(min=0).log()[:, None, None, :]
+    attended = (weights > 0).any(1)[:, None, None, None]
+    scores = (q @ k.mT * scale).float() if q.dtype != torch.float64 else q @ k.mT * scale
+    scores = scores + bias.to(scores.dtype)
+    probabilities = torch.where(attended, scores, 0.0).softmax(-1) * attended
+    return probabilities.to(q.dtype) @ v
+
+
+def plain_gradients(
+    q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: float, grad_output: Tensor
+) -> tuple[Tensor, ...]:
+    """Output and gradients of q, k, v by autograd through :func:`plain_attention`."""
+    inputs = [t.detach().requires_grad_() for t in (q, k, v)]
+    output = plain_attention(*inputs, weights, scale)
+    return (output.detach(), *torch.autograd.grad(output, inputs, grad_output))
+
+
+def exact_attention(
+    q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: float, grad_output: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Output and gradients of q, k, v and weights in float64, and the magnitudes of their terms."""
+    q, k, v, weights, grad_output = (t.double() for t in (q, k, v, weights, grad_output))
+    output, log_sum_exp = reference.attention_forward(q, k, v, weights, scale)
+    grads = reference.attention_backward(
+        grad_output, q, k, v, weights, output, log_sum_exp, scale, True
+    )
+    empty = log_sum_exp.isneginf()[..., None]
+    per_weight = (q @ k.mT * scale - log_sum_exp[..., None]).clamp(max=reference.MAX_EXPONENT)
+    # An exponential passes on the rounding of the score's terms.
+    score_terms = q.abs() @ k.abs().mT * abs(scale)
+    per_weight = per_weight.exp().masked_fill(empty, 0.0) * (1 + score_terms)
+    probabilities = per_weight * weights.clamp(min=0)[:, None, None, :]
+    upstream = grad_output.abs()
+    terms = upstream @ v.abs().mT + (upstream * output.abs()).sum(-1, keepdim=True)
+    magnitudes = (
+        probabilities @ v.abs(),
+        probabilities * terms @ k.abs() * abs(scale),
+        (probabilities * terms).mT @ q.abs() * abs(scale),
+        probabilities.mT @ upstream,
+        (per_weight * terms).sum((1, 2)),
+    )
+    return (output, *grads), magnitudes
+
+
+def plain_weight_gradient(
+    q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: float, grad_output: Tensor
+) -> Tensor:
+    """Gradient of the weights as plain PyTorch computes it: all operands at the dtype of q."""
+    scores = (q @ k.mT * scale).float()
+    bias = weights.clamp(min=0).log()[:, None, None, :]
+    log_sums = (scores + bias).logsumexp(-1, keepdim=True)
+    empty = log_sums.isneginf()
+    per_weight = (scores - log_sums).clamp(max=reference.MAX_EXPONENT).exp().masked_fill(empty, 0.0)
+    output = plain_attention(q, k, v, weights, scale)
+    delta = (grad_output * output).float().sum(-1, keepdim=True)
+    grads = per_weight * ((grad_output @ v.mT).float() - delta)
+    return grads.sum((1, 2)).masked_fill(weights < 0, 0.0)
+
+
+def plain_relevance(tokens: Tensor, classes: Tensor, space: JointSpace, prefix: int) -> Tensor:
+    """The relevance as anyone would write it, every step at the dtype of the tokens."""
+    dtype = tokens.dtype
+    features = tokens[:, prefix:]
+    if space.norm_eps is not None:
+        parts = (None if p is None else p.to(dtype) for p in (space.norm_weight, space.norm_bias))
+        features = F.layer_norm(features, features.shape[-1:], *parts, space.norm_eps)
+    if space.proj is not None:
+        features = features @ space.proj.to(dtype)
+    classes = classes.to(dtype).reshape(-1, *classes.shape[-2:])
+    classes = classes.repeat_interleave(len(tokens) // len(classes), 0)
+    features = features / (features.norm(dim=-1, keepdim=True) + 1e-8)
+    classes = classes / (classes.norm(dim=-1, keepdim=True) + 1e-8)
+    return classes @ features.mT
+
+
+def exact_relevance(
+    tokens: Tensor, classes: Tensor, space: JointSpace, prefix: int
+) -> tuple[Tensor, Tensor]:
+    """Relevance (B, C, N) in float64, and the magnitude of its terms."""
+    parts = (space.norm_weight, space.norm_bias, space.proj)
+    weight, bias, proj = (None if p is None else p.double() for p in parts)
+    groups = classes.double().reshape(-1, *classes.shape[-2:])
+    exact = reference.exact_relevance(
+        tokens.double(), groups, weight, bias, space.norm_eps, proj, prefix
+    )
+    normed = tokens[:, prefix:].double()
+    if space.norm_eps is not None:
+        normed = F.layer_norm(normed, normed.shape[-1:], weight, bias, space.norm_eps)
+    features, terms = (normed, normed.abs())
+    if proj is not None:
+        features, terms = normed @ proj, normed.abs() @ proj.abs()
+    per_image = groups.repeat_interleave(len(tokens) // len(groups), 0)
+    norms = per_image.norm(dim=-1)[..., None] * features.norm(dim=-1)[:, None]
+    return exact, per_image.abs() @ terms.mT / norms
+
+
+def pick_counts(relevance: Tensor, top_k: int) -> Tensor:
+    """(B, C, N) -> (B, N) counts by sorting tuples in Python: slow, and plainly right."""
+    batch, num_classes, num_patches = relevance.shape
+    counts = torch.zeros(batch, num_patches, dtype=torch.int32)
+    for b in range(batch):
+        for c in range(num_classes):
+            row = relevance[b, c].tolist()
+            order = sorted(
+                range(num_patches),
+                key=lambda n: (row[n] != row[n], -row[n] if row[n] == row[n] else 0.0, n),
+            )
+            counts[b, order[:top_k]] += 1
+    return counts

@@ -1,0 +1,169 @@
+"""Gradients of the operators (SPEC: selection is piecewise constant, everything else is exact)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_OPS = torch.ops.tir_kernels
+
+
+def table_gradient(grad_weights: Tensor, counts: Tensor, table: Tensor) -> Tensor:
+    """Sum the gradients of the weights, (B, L), by the count, (B, N), that gave the weight.
+
+    A masked sum per table entry rather than a scatter, whose order of additions is not fixed on a
+    GPU.
+    """
+    num_prefix_tokens = grad_weights.shape[1] - counts.shape[1]
+    grads = grad_weights[:, num_prefix_tokens:].reshape(1, -1)
+    entries = torch.arange(table.shape[0], device=counts.device, dtype=counts.dtype)
+    return torch.where(counts.reshape(1, -1) == entries[:, None], grads, 0.0).sum(1).to(table.dtype)
+
+
+class _NoVmap(torch.autograd.Function):
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        raise NotImplementedError(
+            "tir_kernels operators have no torch.func.vmap rule: fold the mapped dimension into "
+            "the batch dimension B (class embeddings then take shape (G, C, E)) and unfold the "
+            "result"
+        )
+
+
+class TokenWeightsFunction(_NoVmap):
+    """Weights and counts from tokens; only the table receives a gradient."""
+
+    @staticmethod
+    def forward(
+        tokens: Tensor,
+        class_embeddings: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        norm_eps: float | None,
+        proj: Tensor | None,
+        table: Tensor,
+        top_ratio: float,
+        num_prefix_tokens: int,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        return _OPS.token_weights(
+            tokens,
+            class_embeddings,
+            norm_weight,
+            norm_bias,
+            norm_eps,
+            proj,
+            table,
+            top_ratio,
+            num_prefix_tokens,
+            backend,
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        _, counts = output
+        ctx.mark_non_differentiable(counts)
+        ctx.save_for_backward(inputs[6], counts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_weights: Tensor, grad_counts: None) -> tuple:
+        table, counts = ctx.saved_tensors
+        grad_table = None
+        if ctx.needs_input_grad[6]:
+            grad_table = table_gradient(grad_weights, counts, table)
+        return (None,) * 6 + (grad_table, None, None, None)
+
+
+class WeightedAttention(_NoVmap):
+    """Softmax attention whose keys carry weights; gradients for query, key, value and weights."""
+
+    @staticmethod
+    def forward(
+        query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scale: float, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        return _OPS.weighted_attention(query, key, value, weights, scale, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        query, key, value, weights, ctx.scale, ctx.backend = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(query, key, value, weights, *output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor, grad_log_sum_exp: None) -> tuple:
+        needs_weights_grad = ctx.needs_input_grad[3]
+        *grads, grad_weights = _OPS.weighted_attention_backward(
+            grad_output, *ctx.saved_tensors, ctx.scale, needs_weights_grad, ctx.backend
+        )
+        return (*grads, grad_weights if needs_weights_grad else None, None, None)
+
+
+class ReweightedAttention(_NoVmap):
+    """Attention whose key weights are derived from tokens and class embeddings.
+
+    ``ReweightedAttention.apply(query, key, value, tokens, class_embeddings, norm_weight, norm_bias,
+    norm_eps, proj, table, top_ratio, num_prefix_tokens, scale, backend)`` takes what
+    ``tir_kernels.reweighted_attention`` has validated: class embeddings as (G, C, E) and the table
+    as (C + 1,) on the device of the tokens. It returns ``(output, log_sum_exp, weights, counts)``;
+    query, key, value and the table receive gradients.
+    """
+
+    @staticmethod
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tokens: Tensor,
+        class_embeddings: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        norm_eps: float | None,
+        proj: Tensor | None,
+        table: Tensor,
+        top_ratio: float,
+        num_prefix_tokens: int,
+        scale: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        weights, counts = _OPS.token_weights(
+            tokens,
+            class_embeddings,
+            norm_weight,
+            norm_bias,
+            norm_eps,
+            proj,
+            table,
+            top_ratio,
+            num_prefix_tokens,
+            backend,
+        )
+        output, log_sum_exp = _OPS.weighted_attention(query, key, value, weights, scale, backend)
+        return output, log_sum_exp, weights, counts
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        query, key, value = inputs[:3]
+        table, ctx.scale, ctx.backend = inputs[9], inputs[12], inputs[13]
+        attended, log_sum_exp, weights, counts = output
+        ctx.mark_non_differentiable(log_sum_exp, counts)
+        ctx.save_for_backward(query, key, value, weights, attended, log_sum_exp, counts, table)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_output: Tensor, grad_lse: None, grad_weights: Tensor, grad_counts: None
+    ) -> tuple:
+        *attention_inputs, counts, table = ctx.saved_tensors
+        needs_table_grad = ctx.needs_input_grad[9]
+        *grads, grad_attention_weights = _OPS.weighted_attention_backward(
+            grad_output, *attention_inputs, ctx.scale, needs_table_grad, ctx.backend
+        )
+        grad_table = None
+        if needs_table_grad:
+            grad_table = table_gradient(grad_attention_weights + grad_weights, counts, table)
+        return (*grads, *(None,) * 6, grad_table, *(None,) * 4)

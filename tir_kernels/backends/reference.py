@@ -1,0 +1,176 @@
+"""The operators as plain PyTorch: what every other backend is measured against.
+
+Everything is computed in float32, or in float64 where an input is float64.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NORM_EPS = 1e-8  # added to both norms of the cosine
+MAX_EXPONENT = 88.0  # exp() of more overflows float32
+
+
+def unavailable_reason() -> str:
+    return ""
+
+
+def device_reason(device_type: str) -> str:
+    return ""
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    is_double = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if is_double else torch.float32
+
+
+def exact_relevance(
+    tokens: Tensor,
+    class_embeddings: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float | None,
+    proj: Tensor | None,
+    num_prefix_tokens: int,
+) -> Tensor:
+    """Relevance in the type it is computed in, so that float64 inputs give a float64 oracle."""
+    dtype = compute_dtype(tokens, class_embeddings, norm_weight, norm_bias, proj)
+    features = tokens[:, num_prefix_tokens:].to(dtype)
+    if norm_eps is not None:
+        features = F.layer_norm(
+            features,
+            features.shape[-1:],
+            None if norm_weight is None else norm_weight.to(dtype),
+            None if norm_bias is None else norm_bias.to(dtype),
+            norm_eps,
+        )
+    if proj is not None:
+        features = features @ proj.to(dtype)
+    classes = class_embeddings.to(dtype)
+    features = features / (features.norm(dim=-1, keepdim=True) + NORM_EPS)
+    classes = classes / (classes.norm(dim=-1, keepdim=True) + NORM_EPS)
+    batch, num_groups = tokens.shape[0], classes.shape[0]
+    grouped = features.reshape(num_groups, batch // num_groups, *features.shape[1:])
+    return torch.einsum("gce,gine->gicn", classes, grouped).reshape(
+        batch, classes.shape[1], features.shape[1]
+    )
+
+
+def relevance(
+    tokens: Tensor,
+    class_embeddings: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float | None,
+    proj: Tensor | None,
+    num_prefix_tokens: int,
+) -> Tensor:
+    return exact_relevance(
+        tokens, class_embeddings, norm_weight, norm_bias, norm_eps, proj, num_prefix_tokens
+    ).float()
+
+
+def count_selections(relevance: Tensor, top_k: int) -> Tensor:
+    """(B, C, N) relevance -> (B, N) int32: how many classes have a token among their top_k.
+
+    Ties go to the lower token index and NaN ranks below every number. Two stable sorts give exactly
+    that order: by value first, then numbers before NaN.
+    """
+    batch, _, num_patches = relevance.shape
+    is_nan = relevance.isnan()
+    by_value = relevance.masked_fill(is_nan, -torch.inf).sort(dim=-1, descending=True, stable=True)[
+        1
+    ]
+    numbers_first = is_nan.gather(-1, by_value).to(torch.uint8).sort(dim=-1, stable=True)[1]
+    selected = by_value.gather(-1, numbers_first)[..., :top_k]
+    is_selected = torch.zeros_like(relevance, dtype=torch.int32).scatter_(-1, selected, 1)
+    return is_selected.sum(1, dtype=torch.int32).reshape(batch, num_patches)
+
+
+def look_up_weights(counts: Tensor, table: Tensor, num_prefix_tokens: int) -> Tensor:
+    """(B, N) counts and (C + 1,) table -> (B, L) weights, with 1 for the prefix tokens."""
+    return F.pad(table[counts.long()], (num_prefix_tokens, 0), value=1.0)
+
+
+def token_weights(
+    tokens: Tensor,
+    class_embeddings: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float | None,
+    proj: Tensor | None,
+    table: Tensor,
+    top_k: int,
+    num_prefix_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    scores = relevance(
+        tokens, class_embeddings, norm_weight, norm_bias, norm_eps, proj, num_prefix_tokens
+    )
+    counts = count_selections(scores, top_k)
+    return look_up_weights(counts, table, num_prefix_tokens), counts
+
+
+def _drop_unattended(tensor: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zero the rows of keys or values that no query attends to, so that not even NaN gets out."""
+    return tensor.to(dtype).masked_fill((weights <= 0)[:, None, :, None], 0.0)
+
+
+def attention_forward(
+    query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(query, weights)
+    # Adding log(weight) to the scores is the definition; the maximum is then taken over attended
+    # keys only, and a row that attends to nothing has a log-sum-exp of -inf.
+    bias = weights.to(dtype).clamp(min=0).log()[:, None, None, :]
+    scores = query.to(dtype) @ _drop_unattended(key, weights, dtype).mT * scale + bias
+    log_sum_exp = scores.logsumexp(-1)
+    empty_row = log_sum_exp.isneginf()[..., None]
+    probabilities = (scores - log_sum_exp[..., None]).exp().masked_fill(empty_row, 0.0)
+    output = probabilities @ _drop_unattended(value, weights, dtype)
+    return output.to(query.dtype), log_sum_exp
+
+
+def attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    scale: float,
+    needs_weights_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(query, weights)
+    # At weight 0 the derivative of the weight has a finite limit that needs the true key and value,
+    # so these are zeroed only where the weight is negative, which acts as a constant 0.
+    is_negative = (weights < 0)[:, None, :, None]
+    keys = key.to(dtype).masked_fill(is_negative, 0.0)
+    values = value.to(dtype).masked_fill(is_negative, 0.0)
+    queries, grads = query.to(dtype), grad_output.to(dtype)
+    empty_row = log_sum_exp.isneginf()[..., None]
+    log_sums = log_sum_exp.to(dtype)[..., None]
+
+    exponents = (queries @ keys.mT * scale - log_sums).clamp(max=MAX_EXPONENT)
+    per_weight = exponents.exp().masked_fill(empty_row, 0.0)  # probability / weight
+    grad_probabilities = grads @ values.mT
+    delta = (grads * output.to(dtype)).sum(-1, keepdim=True)
+    grad_per_weight = per_weight * (grad_probabilities - delta)
+
+    ignored = (weights <= 0)[:, None, None, :]
+    probabilities = (per_weight * weights.to(dtype)[:, None, None, :]).masked_fill(ignored, 0.0)
+    grad_scores = (grad_per_weight * weights.to(dtype)[:, None, None, :]).masked_fill(ignored, 0.0)
+    grad_query = grad_scores @ _drop_unattended(key, weights, dtype) * scale
+    grad_key = grad_scores.mT @ queries * scale
+    grad_value = probabilities.mT @ grads
+    grad_weights = weights.new_empty(0)
+    if needs_weights_grad:
+        grad_weights = grad_per_weight.sum((1, 2)).masked_fill(weights < 0, 0.0).to(weights.dtype)
+    return (
+        grad_query.to(query.dtype),
+        grad_key.to(query.dtype),
+        grad_value.to(query.dtype),
+        grad_weights,
+    )

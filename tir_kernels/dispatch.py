@@ -1,0 +1,74 @@
+"""Which backend serves a call: what runs in this process, and what "auto" means."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+MAX_HEAD_WIDTH = 256
+
+# Fastest first. One that does not run here is passed over: `available_backends()` says why.
+AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+
+@functools.cache
+def load_backend(name: str) -> ModuleType:
+    return importlib.import_module(f"tir_kernels.backends.{name}")
+
+
+def available_backends() -> dict[str, str]:
+    """What each backend can do in this process.
+
+    Returns:
+        Backend name -> empty string if it runs here, else why not and what to do about it.
+    """
+    return {name: load_backend(name).unavailable_reason() for name in BACKENDS}
+
+
+@functools.lru_cache(maxsize=64)
+def choose_backend(name: str, device_type: str, is_double: bool, head_width: int = 1) -> ModuleType:
+    """The module that serves a call.
+
+    Raises:
+        RuntimeError: The backend asked for cannot run in this process.
+        ValueError: It cannot take tensors on this device or heads of this width.
+        TypeError: It cannot compute in float64.
+    """
+    if name == "auto":
+        for candidate in AUTO_ORDER.get(device_type, ()):
+            if not refusal(candidate, device_type, is_double, head_width):
+                return load_backend(candidate)
+        return load_backend("reference")
+    backend = load_backend(name)
+    error = refusal(name, device_type, is_double, head_width)
+    if error:
+        raise error
+    return backend
+
+
+def refusal(
+    name: str, device_type: str, is_double: bool, head_width: int = 1
+) -> RuntimeError | ValueError | TypeError | None:
+    """Why a backend cannot serve such a call, as the error to raise; ``None`` if it can."""
+    backend = load_backend(name)
+    if reason := backend.unavailable_reason():
+        return RuntimeError(f"backend={name!r} cannot run here: {reason}")
+    if reason := backend.device_reason(device_type):
+        return ValueError(f"backend={name!r} cannot take tensors on {device_type!r}: {reason}")
+    if name == "reference":
+        return None
+    if is_double:
+        return TypeError(
+            f"backend={name!r} takes float32, float16 and bfloat16; got {torch.float64}. "
+            "Use backend='reference' for float64"
+        )
+    if head_width > MAX_HEAD_WIDTH:
+        return ValueError(
+            f"backend={name!r} takes heads of width up to {MAX_HEAD_WIDTH}; query has width "
+            f"{head_width}. Use backend='reference' for wider heads"
+        )
+    return None

@@ -1,0 +1,196 @@
+"""The operators as PyTorch sees them: schema, shapes for tracing, and the call into a backend.
+
+Inputs were validated by ``tir_kernels.api``. Here "auto" is resolved, so that a compiled graph
+picks by the tensors it is run on, and empty inputs are answered, so that no backend needs to think
+of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .dispatch import choose_backend
+
+_LIBRARY = torch.library.Library("tir_kernels", "DEF")
+
+
+def _define(schema: str):
+    """Register the decorated function as the implementation of an operator on every device."""
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema)
+
+    def register(function):
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        return function
+
+    return register
+
+
+def _relevance_backend(backend: str, tokens: Tensor, *others: Tensor | None):
+    is_double = any(t is not None and t.dtype == torch.float64 for t in (tokens, *others))
+    return choose_backend(backend, tokens.device.type, is_double)
+
+
+def _attention_backend(backend: str, query: Tensor):
+    is_double = query.dtype == torch.float64
+    return choose_backend(backend, query.device.type, is_double, query.shape[3])
+
+
+_RELEVANCE_ARGUMENTS = (
+    "Tensor tokens, Tensor class_embeddings, Tensor? norm_weight, Tensor? norm_bias, "
+    "float? norm_eps, Tensor? proj"
+)
+
+
+@_define(f"token_relevance({_RELEVANCE_ARGUMENTS}, int num_prefix_tokens, str backend) -> Tensor")
+def token_relevance(
+    tokens: Tensor,
+    class_embeddings: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float | None,
+    proj: Tensor | None,
+    num_prefix_tokens: int,
+    backend: str,
+) -> Tensor:
+    module = _relevance_backend(backend, tokens, class_embeddings, norm_weight, norm_bias, proj)
+    batch, length, _ = tokens.shape
+    num_patches = length - num_prefix_tokens
+    if batch == 0 or num_patches == 0:
+        return tokens.new_empty(
+            (batch, class_embeddings.shape[-2], num_patches), dtype=torch.float32
+        )
+    return module.relevance(
+        tokens, class_embeddings, norm_weight, norm_bias, norm_eps, proj, num_prefix_tokens
+    )
+
+
+@torch.library.register_fake("tir_kernels::token_relevance", lib=_LIBRARY)
+def _(tokens, class_embeddings, norm_weight, norm_bias, norm_eps, proj, num_prefix_tokens, backend):
+    shape = (tokens.shape[0], class_embeddings.shape[-2], tokens.shape[1] - num_prefix_tokens)
+    return tokens.new_empty(shape, dtype=torch.float32)
+
+
+@_define(
+    f"token_weights({_RELEVANCE_ARGUMENTS}, Tensor table, float top_ratio, int num_prefix_tokens, "
+    "str backend) -> (Tensor weights, Tensor counts)"
+)
+def token_weights(
+    tokens: Tensor,
+    class_embeddings: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float | None,
+    proj: Tensor | None,
+    table: Tensor,
+    top_ratio: float,
+    num_prefix_tokens: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    module = _relevance_backend(
+        backend, tokens, class_embeddings, norm_weight, norm_bias, proj, table
+    )
+    batch, length, _ = tokens.shape
+    num_patches = length - num_prefix_tokens
+    if batch == 0 or num_patches == 0:
+        return (
+            tokens.new_ones((batch, length), dtype=table.dtype),
+            tokens.new_empty((batch, num_patches), dtype=torch.int32),
+        )
+    return module.token_weights(
+        tokens,
+        class_embeddings,
+        norm_weight,
+        norm_bias,
+        norm_eps,
+        proj,
+        table,
+        int(num_patches * top_ratio),
+        num_prefix_tokens,
+    )
+
+
+@torch.library.register_fake("tir_kernels::token_weights", lib=_LIBRARY)
+def _(
+    tokens,
+    class_embeddings,
+    norm_weight,
+    norm_bias,
+    norm_eps,
+    proj,
+    table,
+    top_ratio,
+    num_prefix_tokens,
+    backend,
+):
+    batch, length, _ = tokens.shape
+    weights = tokens.new_empty((batch, length), dtype=table.dtype)
+    return weights, tokens.new_empty((batch, length - num_prefix_tokens), dtype=torch.int32)
+
+
+@_define(
+    "weighted_attention(Tensor query, Tensor key, Tensor value, Tensor weights, float scale, "
+    "str backend) -> (Tensor output, Tensor log_sum_exp)"
+)
+def weighted_attention(
+    query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    module = _attention_backend(backend, query)
+    if query.numel() == 0:
+        return (
+            query.new_empty(query.shape),
+            weights.new_empty(query.shape[:3]).fill_(-torch.inf),
+        )
+    return module.attention_forward(query, key, value, weights, scale)
+
+
+@torch.library.register_fake("tir_kernels::weighted_attention", lib=_LIBRARY)
+def _(query, key, value, weights, scale, backend):
+    return query.new_empty(query.shape), weights.new_empty(query.shape[:3])
+
+
+@_define(
+    "weighted_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, "
+    "Tensor weights, Tensor output, Tensor log_sum_exp, float scale, bool needs_weights_grad, "
+    "str backend) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weights)"
+)
+def weighted_attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    scale: float,
+    needs_weights_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    module = _attention_backend(backend, query)
+    if query.numel() == 0:
+        grads = tuple(t.new_zeros(t.shape) for t in (query, key, value))
+        shape = weights.shape if needs_weights_grad else (0,)
+        return (*grads, weights.new_zeros(shape))
+    if grad_output.stride(3) != 1:
+        grad_output = grad_output.contiguous()
+    return module.attention_backward(
+        grad_output, query, key, value, weights, output, log_sum_exp, scale, needs_weights_grad
+    )
+
+
+@torch.library.register_fake("tir_kernels::weighted_attention_backward", lib=_LIBRARY)
+def _(
+    grad_output,
+    query,
+    key,
+    value,
+    weights,
+    output,
+    log_sum_exp,
+    scale,
+    needs_weights_grad,
+    backend,
+):
+    grads = tuple(t.new_empty(t.shape) for t in (query, key, value))
+    return (*grads, weights.new_empty(weights.shape if needs_weights_grad else (0,)))

@@ -1,0 +1,148 @@
+"""What the caller chooses: how counts become weights, and where tokens meet class embeddings."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RULE_KINDS = ("linear", "extremes", "suppress", "amplify", "none")
+
+
+@dataclass(frozen=True)
+class WeightRule:
+    """How the number of classes that select a patch token becomes the token's weight.
+
+    With β = ``strength``, μ = ``center`` and C classes, a token selected by s classes gets
+
+    ========== ==========================================
+    kind       weight of count s
+    ========== ==========================================
+    linear     1 at s = 0, else 1 - β(s - μ)
+    extremes   1 - β(s - μ) at s = 1 and s = C, else 1
+    suppress   0 at s = C, else 1
+    amplify    1 - β(1 - μ) at s = 1, else 1
+    none       1
+    ========== ==========================================
+
+    Args:
+        kind: One of the names above. "linear" is the published method (arXiv 2605.25799).
+        strength: β, any finite number.
+        center: μ; ``None`` means (C + 1) / 2, which is 3 for the usual five classes.
+        top_ratio: Each class selects its ``int(N * top_ratio)`` most relevant of N patch tokens;
+            a number in [0, 1].
+
+    Raises:
+        ValueError: A kind, strength, center or ratio outside what is allowed.
+        TypeError: A strength, center or ratio that is not a real number.
+    """
+
+    kind: str = "linear"
+    strength: float = 0.5
+    center: float | None = None
+    top_ratio: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.kind not in RULE_KINDS:
+            raise ValueError(f"kind must be one of {', '.join(RULE_KINDS)}; got {self.kind!r}")
+        _require_finite("strength", self.strength)
+        if self.center is not None:
+            _require_finite("center", self.center)
+        require_ratio(self.top_ratio)
+
+    def table(self, num_classes: int) -> Tensor:
+        """The weight of each count.
+
+        Args:
+            num_classes: C, at least 1.
+
+        Returns:
+            (C + 1,) float32 on the CPU; entry s is the weight of a token that s classes select.
+        """
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int):
+            raise TypeError(f"num_classes must be an int; got {type(num_classes).__name__}")
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1; got {num_classes}")
+        return torch.tensor([self._weight(s, num_classes) for s in range(num_classes + 1)])
+
+    def _weight(self, count: int, num_classes: int) -> float:
+        center = (num_classes + 1) / 2 if self.center is None else self.center
+        ramp = 1.0 - self.strength * (count - center)
+        if self.kind == "linear":
+            return 1.0 if count == 0 else ramp
+        if self.kind == "extremes":
+            return ramp if count in (1, num_classes) else 1.0
+        if self.kind == "suppress":
+            return 0.0 if count == num_classes else 1.0
+        if self.kind == "amplify":
+            return ramp if count == 1 else 1.0
+        return 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class JointSpace:
+    """The map from a block's tokens (width D) to the joint image-text space (width E).
+
+    It is the image tower's final LayerNorm followed by its projection. Every part may be ``None``:
+
+    Args:
+        norm_weight: (D,) LayerNorm gain; ``None`` means 1.
+        norm_bias: (D,) LayerNorm offset; ``None`` means 0.
+        norm_eps: LayerNorm's epsilon; ``None`` means that no LayerNorm is applied at all.
+        proj: (D, E) projection, applied as ``tokens @ proj``; ``None`` means none, so E = D.
+
+    The parts may be float32, float16 or bfloat16 whatever the type of the tokens, and they receive
+    no gradient: selection is piecewise constant.
+
+    Raises:
+        ValueError, TypeError: A part of the wrong rank, size or type.
+    """
+
+    norm_weight: Tensor | None = None
+    norm_bias: Tensor | None = None
+    norm_eps: float | None = 1e-5
+    proj: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        ranks = (("norm_weight", 1, "(D,)"), ("norm_bias", 1, "(D,)"), ("proj", 2, "(D, E)"))
+        widths: dict[str, int] = {}
+        for name, rank, shape in ranks:
+            part = getattr(self, name)
+            if part is None:
+                continue
+            if not isinstance(part, Tensor):
+                raise TypeError(f"{name} must be a tensor or None; got {type(part).__name__}")
+            if not part.is_floating_point():
+                raise TypeError(f"{name} must have a floating point dtype; got {part.dtype}")
+            if part.dim() != rank:
+                raise ValueError(f"{name} must have shape {shape}; got {tuple(part.shape)}")
+            widths[name] = part.shape[0]
+        if len(set(widths.values())) > 1:
+            raise ValueError(f"the parts of JointSpace must share one width D; got {widths}")
+        if self.norm_eps is None:
+            if self.norm_weight is not None or self.norm_bias is not None:
+                raise ValueError(
+                    "norm_eps=None switches LayerNorm off, so norm_weight and norm_bias must be "
+                    "None too; pass a positive norm_eps to use them"
+                )
+        else:
+            _require_finite("norm_eps", self.norm_eps)
+            if self.norm_eps < 0:
+                raise ValueError(f"norm_eps must not be negative; got {self.norm_eps}")
+
+
+def require_ratio(top_ratio: object) -> None:
+    """Refuse a selection ratio that is not a number in [0, 1]."""
+    if isinstance(top_ratio, bool) or not isinstance(top_ratio, (int, float)):
+        raise TypeError(f"top_ratio must be a number in [0, 1]; got {type(top_ratio).__name__}")
+    if not 0.0 <= top_ratio <= 1.0:
+        raise ValueError(f"top_ratio must lie in [0, 1]; got {top_ratio}")
+
+
+def _require_finite(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite; got {value}")
