@@ -1,0 +1,7 @@
+"""Re-weighting, LoRA and prompt learning for open_clip models."""
+
+from .lora import LoRA, add_lora
+from .prompt import PromptContext
+from .reweighting import Reweighting, install
+
+__all__ = ["LoRA", "PromptContext", "Reweighting", "add_lora", "install"]

@@ -1,0 +1,99 @@
+"""Self-attention that LoRA and re-weighting can reach into, in place of nn.MultiheadAttention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tir_kernels import weighted_attention
+
+from .low_rank import LowRank
+
+
+class SelfAttention(nn.Module):
+    """``nn.MultiheadAttention`` on one input, with room for LoRA and for key weights.
+
+    It shares the parameters of the module it stands in for, under the same names, so that a
+    state_dict keeps its keys.
+
+    Args:
+        attention: The module to stand in for: packed query, key and value projections of one width,
+            no attention dropout.
+
+    Raises:
+        TypeError: Another kind of attention module.
+    """
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        if not (
+            isinstance(attention, nn.MultiheadAttention)
+            and attention._qkv_same_embed_dim
+            and attention.bias_k is None
+            and not attention.add_zero_attn
+            and attention.dropout == 0.0
+        ):
+            raise TypeError(
+                "model's blocks must use nn.MultiheadAttention with packed projections and no "
+                f"dropout to take LoRA or placement 'attention'; got {type(attention).__name__}. "
+                "Choose a standard CLIP architecture, or placement 'tokens' without LoRA"
+            )
+        self.in_proj_weight = attention.in_proj_weight
+        self.in_proj_bias = attention.in_proj_bias
+        self.out_proj = attention.out_proj
+        self.num_heads = attention.num_heads
+        self.batch_first = attention.batch_first
+        self.low_rank: LowRank | None = None
+        self.is_reweighted = False
+        self.key_weights: Tensor | None = None  # (B, L), of the forward pass under way
+        self.backend = "auto"
+        self._original: Any = [attention]  # in a list, so that it is no sub-module
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        if key is not query or value is not query:
+            raise ValueError(
+                "this attention takes one input: query, key and value must be the same"
+            )
+        tokens = query if self.batch_first else query.transpose(0, 1)
+        batch, length, width = tokens.shape
+        projected = F.linear(tokens, self.in_proj_weight, self.in_proj_bias)
+        if self.low_rank is not None:
+            projected = projected + self.low_rank(tokens).to(projected.dtype)
+        q, k, v = projected.view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        if self.key_weights is not None:
+            if attn_mask is not None:
+                raise ValueError("key weights cannot be combined with an attention mask")
+            attended = weighted_attention(q, k, v, self.key_weights, backend=self.backend)
+        else:
+            mask = None if attn_mask is None else attn_mask.to(q.dtype)
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        output = self.out_proj(attended.transpose(1, 2).reshape(batch, length, width))
+        return (output if self.batch_first else output.transpose(0, 1)), None
+
+
+def open_attention(block: Any) -> SelfAttention:
+    """The block's :class:`SelfAttention`, put in place of the original if it is not yet there."""
+    if not isinstance(block.attn, SelfAttention):
+        replacement = SelfAttention(block.attn)
+        replacement.train(block.attn.training)
+        block.attn = replacement
+    return block.attn
+
+
+def close_attention(block: Any) -> None:
+    """Put the original attention back, unless LoRA or re-weighting still needs the stand-in."""
+    attention = block.attn
+    if attention.low_rank is None and not attention.is_reweighted:
+        (original,) = attention._original
+        original.train(attention.training)
+        block.attn = original

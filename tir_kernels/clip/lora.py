@@ -1,0 +1,175 @@
+"""LoRA on the query, key and value projections of an open_clip model's towers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import SelfAttention, close_attention, open_attention
+from .low_rank import LowRank
+from .towers import text_tower, vision_tower
+
+TOWERS = ("visual", "text")
+PROJECTIONS = ("q", "k", "v")
+
+
+class LoRA:
+    """Handle of :func:`add_lora`; as a context manager it removes itself at the end.
+
+    Attributes:
+        rank, alpha, dropout: As given.
+    """
+
+    def __init__(
+        self,
+        blocks: dict[str, Any],  # "visual.3" -> block
+        rank: int,
+        alpha: float,
+        dropout: float,
+        passes_input_gradient: bool,
+    ) -> None:
+        self.rank = rank
+        self.alpha = alpha
+        self.dropout = dropout
+        self._blocks = blocks
+        opened: list[Any] = []
+        try:
+            for block in blocks.values():
+                if getattr(block.attn, "low_rank", None) is not None:
+                    raise RuntimeError(
+                        "model has LoRA already: call remove() on the handle of its add_lora()"
+                    )
+                attention = open_attention(block)
+                opened.append(block)
+                weight = attention.in_proj_weight
+                attention.low_rank = LowRank(
+                    weight.shape[1], rank, alpha, dropout, passes_input_gradient, weight.device
+                )
+                attention.low_rank.train(attention.training)
+        except (TypeError, RuntimeError):
+            for block in opened:
+                block.attn.low_rank = None
+                close_attention(block)
+            raise
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for low_rank in self._low_ranks().values():
+            yield from low_rank.parameters()
+
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """``"{visual|text}.{layer}.{q|k|v}"`` -> A (rank, width) and B (width, rank), as views."""
+        return {
+            f"{place}.{projection}": (low_rank.a[index], low_rank.b[index])
+            for place, low_rank in self._low_ranks().items()
+            for index, projection in enumerate(PROJECTIONS)
+        }
+
+    @torch.no_grad()
+    def set_factors(
+        self, a: Mapping[str, Tensor] | None = None, b: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Copy values into A and B by the names of :meth:`factors`; others keep theirs.
+
+        Raises:
+            ValueError: An unknown name or a wrong shape.
+        """
+        factors = self.factors()
+        for letter, index, given in (("A", 0, a), ("B", 1, b)):
+            for name, value in (given or {}).items():
+                if name not in factors:
+                    raise ValueError(
+                        f"{name!r} names no LoRA factor; names look like {next(iter(factors))!r}"
+                    )
+                target = factors[name][index]
+                if value.shape != target.shape:
+                    raise ValueError(
+                        f"LoRA {letter} of {name!r} must have shape {tuple(target.shape)}; "
+                        f"got {tuple(value.shape)}"
+                    )
+                target.copy_(value)
+
+    def train(self, mode: bool = True) -> None:
+        """Switch LoRA's dropout on or off, without touching the mode of the model."""
+        for low_rank in self._low_ranks().values():
+            low_rank.train(mode)
+
+    def remove(self) -> None:
+        """Leave the model as it was before; harmless if done already."""
+        for block in self._blocks.values():
+            block.attn.low_rank = None
+            close_attention(block)
+        self._blocks = {}
+
+    def __enter__(self) -> LoRA:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def _low_ranks(self) -> dict[str, LowRank]:
+        attentions: dict[str, SelfAttention] = {p: b.attn for p, b in self._blocks.items()}
+        return {p: a.low_rank for p, a in attentions.items() if a.low_rank is not None}
+
+
+def add_lora(
+    model: nn.Module,
+    rank: int = 16,
+    alpha: float = 8,
+    dropout: float = 0.25,
+    *,
+    towers: Sequence[str] = TOWERS,
+    passes_input_gradient: bool = True,
+) -> LoRA:
+    """Add LoRA to the query, key and value projections of every block.
+
+    The change of a projection is ``B A * alpha / sqrt(rank)`` with dropout in front of A while
+    training; A is drawn as ``nn.Linear`` draws weights, B is zero. The model's own parameters are
+    left as they are: freeze them yourself if they are not to be trained.
+
+    Args:
+        model: An open_clip model with open_clip's own towers.
+        rank: At least 1.
+        alpha: LoRA's alpha.
+        dropout: In [0, 1).
+        towers: "visual", "text" or both.
+        passes_input_gradient: Whether the low-rank branches pass a gradient on to earlier blocks.
+            ``True`` is the gradient of the function; ``False`` is how the published few-shot
+            program (arXiv 2605.25799) trains, where earlier blocks learn through the frozen
+            projections alone.
+
+    Returns:
+        A handle with ``parameters()``, ``factors()``, ``train()`` and ``remove()``.
+
+    Raises:
+        TypeError, ValueError: An unsuitable model or argument.
+        RuntimeError: The model has LoRA already.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"rank must be an int; got {type(rank).__name__}")
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1; got {rank}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must lie in [0, 1); got {dropout}")
+    unknown = set(towers) - set(TOWERS)
+    if unknown or not towers:
+        raise ValueError(f"towers must be some of {', '.join(TOWERS)}; got {tuple(towers)}")
+    transformers: dict[str, Any] = {}
+    if "visual" in towers:
+        transformers["visual"] = vision_tower(model).transformer
+    if "text" in towers:
+        transformers["text"] = text_tower(model).transformer
+    blocks = {
+        f"{tower}.{layer}": block
+        for tower, transformer in transformers.items()
+        for layer, block in enumerate(transformer.resblocks)
+    }
+    return LoRA(blocks, rank, alpha, dropout, passes_input_gradient)

@@ -1,0 +1,110 @@
+"""A learned prompt context: class prompts whose first words are trained vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .towers import text_tower
+
+CONTEXT_WORDS = "a photo of a"
+_PLACEHOLDER = "a"  # one token of CLIP's tokenizer; its embedding is replaced
+
+
+class PromptContext(nn.Module):
+    """Prompts "{context} {name}." with one trained context for all classes.
+
+    The context starts as the embeddings of "a photo of a". With fewer than four vectors it starts
+    as the last of these words; with more, the vectors in front are drawn from N(0, 0.02²).
+
+    Args:
+        model: An open_clip model; it is read, never changed.
+        tokenizer: Its tokenizer: list of strings -> (C, T) token ids.
+        class_names: C names, in words.
+        num_vectors: Trained vectors; 0 leaves "a photo of a" as it is.
+
+    Attributes:
+        vectors: (num_vectors, W) parameter.
+
+    Raises:
+        TypeError, ValueError: An unsuitable text tower, or names too long for its context.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Callable[[list[str]], Tensor],
+        class_names: Sequence[str],
+        num_vectors: int = 4,
+    ) -> None:
+        super().__init__()
+        self._tower = text_tower(model)
+        embedding = self._tower.token_embedding
+        device = embedding.weight.device
+        context = CONTEXT_WORDS if num_vectors == 0 else " ".join([_PLACEHOLDER] * num_vectors)
+        prompts = [f"{context} {name}." for name in class_names]
+        token_ids = tokenizer(prompts).to(device)
+        _require_room(tokenizer, token_ids, prompts, class_names)
+        self._last_position = self._tower.last_position(token_ids)
+        if self._tower.is_causal:
+            # No token sees the ones behind it, so what follows the last end-of-text token is waste.
+            token_ids = token_ids[:, : int(self._last_position.max()) + 1]
+        with torch.no_grad():
+            embeddings = _round(embedding(token_ids))
+            self.register_buffer("_embeddings", embeddings, persistent=False)
+            self.vectors = nn.Parameter(_round(_start(tokenizer, embedding, num_vectors)))
+
+    @property
+    def num_blocks(self) -> int:
+        """Depth of the text tower."""
+        return len(self._tower.transformer.resblocks)
+
+    def forward(self, text_layer: int | None = None) -> tuple[Tensor, Tensor]:
+        """Class embeddings (C, E) of the last text block, and (C, E) of block ``text_layer``."""
+        embeddings: Tensor = self._embeddings  # type: ignore[assignment]
+        num_vectors = len(self.vectors)
+        if num_vectors:
+            context = self.vectors.to(embeddings.dtype).expand(len(embeddings), -1, -1)
+            embeddings = torch.cat(
+                [embeddings[:, :1], context, embeddings[:, 1 + num_vectors :]], dim=1
+            )
+        return self._tower.encode(embeddings, self._last_position, text_layer)
+
+
+def _round(embeddings: Tensor) -> Tensor:
+    """To float16 and back: the published program keeps the words of its prompts in float16.
+
+    For OpenAI's weights, which are float16, this changes nothing.
+    """
+    return embeddings.half().to(embeddings.dtype)
+
+
+def _start(
+    tokenizer: Callable[[list[str]], Tensor], embedding: nn.Embedding, num_vectors: int
+) -> Tensor:
+    words = embedding(tokenizer([CONTEXT_WORDS]).to(embedding.weight.device))[0]
+    words = words[1 : 1 + len(CONTEXT_WORDS.split())]  # the token in front is start-of-text
+    if num_vectors <= len(words):
+        return words[len(words) - num_vectors :].clone()
+    drawn = torch.randn(num_vectors - len(words), words.shape[1]) * 0.02
+    return torch.cat([drawn.to(words), words])
+
+
+def _require_room(
+    tokenizer: Callable[[list[str]], Tensor],
+    token_ids: Tensor,
+    prompts: list[str],
+    class_names: Sequence[str],
+) -> None:
+    """Refuse names that the tokenizer had to cut off to fit them into the context."""
+    length = token_ids.shape[1]
+    full = (token_ids != 0).sum(1) == length
+    for index in full.nonzero().flatten().tolist():
+        longer = tokenizer.encode(prompts[index]) if hasattr(tokenizer, "encode") else []
+        if len(longer) + 2 > length:
+            raise ValueError(
+                f"class_names: {class_names[index]!r} is too long for the model's context of "
+                f"{length} tokens; shorten it"
+            )
