@@ -1,0 +1,382 @@
+"""The command line as its users meet it: what it prints, leaves behind and answers."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fake_engine
+import pytest
+from small_images import write_images
+
+from tir_kernels.fewshot import command
+from tir_kernels.fewshot.command import main
+from tir_kernels.fewshot.config import METHODS, FewShotConfig
+from tir_kernels.fewshot.journal import read_journal
+
+SMALL = "--ways=3 --shots=2 --queries=4 --episodes=3 --steps=2 --backend=reference"
+
+
+@pytest.fixture
+def arguments(make_images, tmp_path):
+    root = make_images()
+    return [
+        "run",
+        "--data",
+        str(root),
+        "--model",
+        "fake",
+        "--out",
+        str(tmp_path / "out"),
+        *SMALL.split(),
+    ]
+
+
+def with_value(arguments, option, value):
+    """The arguments with another value for an option: the last one counts."""
+    return [*arguments, option, value]
+
+
+def assert_refused(capsys, arguments, *parts, program=main):
+    assert program(arguments) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("tir-finetune: error: ")
+    for part in parts:
+        assert part in lines[0]
+
+
+def results(folder):
+    return [
+        dataclasses.replace(record, seconds=0, seconds_per_step=None)
+        for record in read_journal(Path(folder) / "episodes.jsonl")
+    ]
+
+
+def test_run_leaves_journal_summary_and_tables(arguments, tmp_path, capsys):
+    methods = ["--method", "zero-shot", "--method", "tir", "--method", "tir"]
+    assert fake_engine.run_main([*arguments, *methods]) == 0
+    captured = capsys.readouterr()
+    assert "Paired difference" in captured.out
+    assert captured.out.count("zero-shot") == 2
+    lines = captured.err.splitlines()
+    assert len(lines) == 6
+    assert lines[-1].startswith("6/6: episode 2, tir, ")
+    assert "(so far zero-shot " in lines[-1]
+    out = tmp_path / "out"
+    assert [record.key for record in results(out)] == [
+        (episode, method) for episode in range(3) for method in ("zero-shot", "tir")
+    ]
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    summary = json.loads((out / "summary.json").read_text(), parse_constant=refuse)
+    assert [entry["method"] for entry in summary["methods"]] == ["zero-shot", "tir"]
+    assert summary["differences"][0]["accuracy"]["episodes"] == 3
+    settings = json.loads((out / "settings.json").read_text())["settings"]
+    assert settings["lora_rank"] == 16
+    assert set(settings) == {field.name for field in dataclasses.fields(FewShotConfig)} | {
+        "data",
+        "model",
+        "ways",
+        "queries",
+    }
+
+
+def test_same_command_continues_and_may_add_episodes(arguments, tmp_path, capsys):
+    assert fake_engine.run_main(arguments) == 0
+    out = tmp_path / "out"
+    whole = results(out)
+    first_table = capsys.readouterr().out
+    lines = (out / "episodes.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "episodes.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:40])
+    assert fake_engine.run_main(arguments) == 0
+    assert "torn" in capsys.readouterr().err
+    assert results(out) == whole
+    assert fake_engine.run_main(arguments) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "Accuracy" in captured.out
+    assert "Accuracy" in first_table
+    assert fake_engine.run_main(with_value(arguments, "--episodes", "4")) == 0
+    assert results(out)[: len(whole)] == whole
+    assert len(results(out)) == 8
+    capsys.readouterr()
+    assert_refused(capsys, arguments, "may grow but not shrink", program=fake_engine.run_main)
+
+
+def test_changed_settings_are_refused(arguments, tmp_path, capsys):
+    assert fake_engine.run_main(arguments) == 0
+    capsys.readouterr()
+    before = (tmp_path / "out" / "episodes.jsonl").read_bytes()
+
+    def refused(changed, *parts):
+        assert_refused(capsys, changed, *parts, program=fake_engine.run_main)
+
+    refused(with_value(arguments, "--steps", "3"), "--steps was 2, is 3;")
+    refused([*arguments, "--layers", "1,3"], "--layers was unset, is 1,3;")
+    refused([*arguments, "--seed", "1", "--lora-lr", "1"], "--lora-lr was 0.0002, is 1.0; --seed")
+    refused([*arguments, "--method", "tir"], "--method was tir,lora, is tir;")
+    refused(with_value(arguments, "--model", "other"), "--model was content fake")
+    Path(arguments[2], "ClassA", "000.png").unlink()
+    refused(arguments, "--data was content ")
+    assert (tmp_path / "out" / "episodes.jsonl").read_bytes() == before
+
+
+def test_non_finite_loss_is_reported_at_the_end(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FAKE_NAN", "class a")
+    assert fake_engine.run_main([*arguments, "--seed", "2"]) == 2
+    captured = capsys.readouterr()
+    sick = [record for record in results(tmp_path / "out") if record.status != "ok"]
+    assert sick
+    assert {(record.method, record.status) for record in sick} == {("lora", "non-finite loss")}
+    assert all("ClassA" in record.classes for record in sick)
+    assert "Paired difference" in captured.out
+    assert "lora: non-finite loss in episode" in captured.err.splitlines()[-1]
+    assert "lower --lora-lr" in captured.err.splitlines()[-1]
+    assert len(results(tmp_path / "out")) == 6
+
+
+def test_unreadable_images(arguments, tmp_path, capsys):
+    bad = [Path(arguments[2], f"Class{c}", "003.png") for c in "ABCDEF"]
+    for path in bad:
+        path.write_bytes(b"damaged")
+    refused = with_value(arguments, "--queries", "5")
+    assert_refused(
+        capsys, refused, "can't read the image ", "--skip-unreadable", program=fake_engine.run_main
+    )
+    assert fake_engine.run_main([*refused, "--skip-unreadable"]) == 0
+    out = capsys.readouterr().out.replace("\n", "")
+    named = [path for path in bad if f"{path.parent.name}/{path.name}" in out]
+    assert named
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert len(summary["skipped_images"]) == len(named)
+
+
+def test_bad_data(arguments, tmp_path, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert_refused(capsys, with_value(arguments, "--data", str(empty)), "has no sub-folders")
+    assert_refused(capsys, with_value(arguments, "--data", "/none"), "--data: /none does not exist")
+    assert_refused(capsys, with_value(arguments, "--ways", "7"), "--ways 7 is more than the 6")
+    assert_refused(
+        capsys,
+        with_value(arguments, "--queries", "7"),
+        "class 'ClassA'",
+        "has 8 images but 9 are needed (2 shots + 7 queries)",
+    )
+    assert_refused(capsys, [*arguments, "--class-names", "/none.json"], "can't read /none.json")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_models(arguments, tmp_path, capsys, tiny_model_folder):
+    assert_refused(capsys, with_value(arguments, "--model", "VIT-B16"), "nearest are ViT-B-16")
+    assert_refused(capsys, with_value(arguments, "--model", "ViT-B-32"), "pass a tag (")
+    weights = str(tiny_model_folder / "tiny_fp16.safetensors")
+    assert_refused(
+        capsys,
+        [*with_value(arguments, "--model", "ViT-S-32-alt"), "--pretrained", weights],
+        "are not of ViT-S-32-alt: ",
+        " instead of ",
+    )
+
+
+@pytest.mark.parametrize(
+    ("extra", "parts"),
+    [
+        (["--ways", "1"], ["--ways", "x>=2"]),
+        (["--episodes", "0"], ["--episodes"]),
+        (["--steps", "many"], ["--steps", "'many'"]),
+        (["--steps", "0"], ["--steps must be at least 1; got 0"]),
+        (["--layers", "8;10"], ["--layers", "8,10"]),
+        (["--top-ratio", "1.5"], ["--top-ratio must lie in [0, 1]; got 1.5"]),
+        (["--lora-dropout", "1"], ["--lora-dropout must lie in [0, 1)"]),
+        (["--rule", "cubic"], ["--rule must be one of linear, "]),
+        (["--method", "maple"], ["--method", "'zero-shot'"]),
+        (["--backend", "abacus"], ["--backend must be "]),
+        (["--device", "cuda:77"], ["--device cuda:77 can't be used here"]),
+        (["--lora-rnak", "3"], ["No such option", "--lora-rank"]),
+        (["--out", "/proc/none"], ["--out: can't write in /proc/none"]),
+    ],
+)
+def test_bad_options(arguments, capsys, extra, parts):
+    assert_refused(capsys, [*arguments, *extra], *parts)
+
+
+def test_missing_options(capsys):
+    assert_refused(capsys, ["run", "--model", "m", "--out", "o"], "--data")
+    assert_refused(capsys, ["walk"], "walk")
+
+
+def test_layers_that_the_model_does_not_have(arguments, capsys, tiny_model_folder):
+    wrong = [*with_value(arguments, "--model", str(tiny_model_folder)), "--layers", "77"]
+    assert_refused(capsys, wrong, "episode 0, tir: ", "77")
+
+
+def test_every_setting_is_an_option():
+    names = {parameter.name for parameter in command.run.params}
+    fields = {field.name for field in dataclasses.fields(FewShotConfig)} - {"method"}
+    assert fields <= names
+    demo_names = {parameter.name for parameter in command.demo.params}
+    assert fields <= demo_names
+    for parameter in command.run.params:
+        if parameter.name in fields:
+            assert parameter.help, parameter.name
+
+
+def test_options_reach_the_training(arguments, monkeypatch):
+    seen = []
+
+    def spy(*positional, **options):
+        seen.append(positional[6])
+        return fake_finetune(*positional, **options)
+
+    fake_finetune = fake_engine.fake_finetune
+    monkeypatch.setattr(fake_engine, "fake_finetune", spy)
+    options = "--layers 2,4 --text-layer 1 --lora-lr 0.5 --logit-scale 3 --placement both"
+    assert fake_engine.run_main([*arguments, *options.split(), "--method", "tir"]) == 0
+    assert {
+        (c.layers, c.text_layer, c.lora_lr, c.logit_scale, c.placement, c.steps) for c in seen
+    } == {((2, 4), 1, 0.5, 3.0, "both", 2)}
+
+
+def test_demo_compares_three_methods_on_drawn_images(tmp_path, capsys, monkeypatch):
+    drawn = []
+
+    def draw(root):
+        drawn.append(root)
+        write_images(root, {f"kind_{letter}": 20 for letter in "abcde"})
+        (root / "class_names.json").write_text(
+            json.dumps({f"kind_{letter}": f"the {letter} kind" for letter in "abcde"})
+        )
+
+    monkeypatch.setattr("tir_kernels.demo.write_image_folder", draw, raising=False)
+    monkeypatch.setattr("tir_kernels.demo.model_directory", lambda: Path("model"), raising=False)
+    arguments = ["demo", "--out", str(tmp_path / "out"), "--episodes", "2", "--steps", "1"]
+    assert fake_engine.run_main(arguments) == 0
+    assert drawn == [tmp_path / "out" / "images"]
+    assert len(results(tmp_path / "out")) == 6
+    assert "tir − zero-shot" in capsys.readouterr().out
+    (tmp_path / "file").write_text("")
+
+    def fail(root):
+        raise NotADirectoryError(20, "Not a directory")
+
+    monkeypatch.setattr("tir_kernels.demo.write_image_folder", fail)
+    arguments[2] = str(tmp_path / "file")
+    assert_refused(capsys, arguments, "--out: can't write images to ")
+
+
+def test_help(capsys):
+    assert main([]) == 0
+    assert "demo" in capsys.readouterr().out
+    assert main(["run", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--skip-unreadable" in text
+    assert all(method in text for method in METHODS)
+    assert "None" not in text
+
+
+def start(arguments, tmp_path, count):
+    """Start a slow run in a process of its own and wait until it has some results."""
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here.parents[1]), str(here)])
+    process = subprocess.Popen(
+        [sys.executable, str(here / "fake_engine.py"), *arguments],
+        env=os.environ | {"FAKE_STEP_SECONDS": "0.1", "PYTHONPATH": path},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    journal = tmp_path / "out" / "episodes.jsonl"
+    deadline = time.monotonic() + 120
+    while not journal.exists() or journal.read_bytes().count(b"\n") < count:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
+
+
+def assert_continues(arguments, tmp_path):
+    """What was kept is a beginning of the whole run, and continuing it gives the rest."""
+    reference = with_value(arguments, "--out", str(tmp_path / "reference"))
+    assert fake_engine.run_main(reference) == 0
+    kept, whole = results(tmp_path / "out"), results(tmp_path / "reference")
+    assert 2 <= len(kept) < len(whole)
+    assert kept == whole[: len(kept)]
+    assert fake_engine.run_main(arguments) == 0
+    assert results(tmp_path / "out") == whole
+    summaries = [
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("out", "reference")
+    ]
+    for summary in summaries:
+        for entry in summary["methods"]:
+            del entry["seconds_per_step"]
+    assert summaries[0] == summaries[1]
+
+
+def test_a_killed_process_loses_nothing(arguments, tmp_path):
+    process = start(arguments, tmp_path, count=2)
+    process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert_continues(arguments, tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(arguments, tmp_path, number, capsys, monkeypatch):
+    finetune, calls = fake_engine.fake_finetune, []
+
+    def interrupted(*positional, **options):
+        calls.append(None)
+        if len(calls) == 4:
+            os.kill(os.getpid(), number)
+        return finetune(*positional, **options)
+
+    handlers = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        patch.setattr(fake_engine, "fake_finetune", interrupted)
+        assert fake_engine.run_main(arguments) == 130
+    assert [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)] == handlers
+    messages = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(messages) == 4
+    assert "what is finished is kept. To continue: tir-finetune run --data " in messages[-1]
+    assert len(results(tmp_path / "out")) == 3
+    assert_continues(arguments, tmp_path)
+
+
+def test_module_runs_as_a_program():
+    bad = ["run", "--data", "d", "--model", "m", "--out", "o", "--ways", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tir_kernels.fewshot", *bad],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        "tir-finetune: error: Invalid value for '--ways': 1 is not in the range x>=2.\n"
+    )
+
+
+def test_command_itself_imports_nothing_slow():
+    # With the packages' own imports left out, only those of the command and the config are seen.
+    program = """
+import sys, types
+for name in ("tir_kernels", "tir_kernels.fewshot"):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [name.replace(".", "/")]
+import tir_kernels.fewshot.command
+print(sorted({"open_clip", "torchvision", "scipy", "rich"} & set(sys.modules)))
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"

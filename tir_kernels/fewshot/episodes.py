@@ -1,0 +1,126 @@
+"""Episodes: which classes and images, decided by the seed and the episode's number alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tir_kernels.fewshot.data import ImageFolderData, ImageReader
+from tir_kernels.fewshot.errors import FewShotError
+
+
+@dataclass(frozen=True)
+class EpisodePlan:
+    """What an episode is drawn from, before any image is read.
+
+    Args:
+        index: The episode's number.
+        classes: Its classes, as positions in the data's list.
+        orders: Per class, all its images in drawing order: the first serve as support, the next as
+            queries, and the rest replace those that turn out to be unreadable.
+    """
+
+    index: int
+    classes: tuple[int, ...]
+    orders: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """An episode's images, grouped by class in the order of ``class_names``.
+
+    Args:
+        class_names: The words of its C classes.
+        support_images: (S, 3, H, W) float32, S = C * shots.
+        support_labels: (S,) int64 in [0, C).
+        query_images: (Q, 3, H, W) float32, Q = C * queries.
+        index: The episode's number.
+        query_labels: (Q,) int64 in [0, C); for scoring only.
+        folders: The folder names of the classes.
+        skipped: Unreadable images that others replaced.
+    """
+
+    class_names: list[str]
+    support_images: Tensor
+    support_labels: Tensor
+    query_images: Tensor
+    index: int
+    query_labels: Tensor
+    folders: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
+
+
+def plan_episode(seed: int, index: int, class_sizes: Sequence[int], ways: int) -> EpisodePlan:
+    """Draw the classes and the order of their images.
+
+    The result depends on the arguments only, so that any process can draw any episode.
+
+    Args:
+        seed: Of the run, at least 0.
+        index: The episode's number, at least 0.
+        class_sizes: Images per class.
+        ways: Classes per episode.
+    """
+    random = _random(seed, index, stream=0)
+    classes = random.permutation(len(class_sizes))[:ways]
+    orders = tuple(tuple(random.permutation(class_sizes[c]).tolist()) for c in classes)
+    return EpisodePlan(index, tuple(classes.tolist()), orders)
+
+
+def episode_seed(seed: int, index: int) -> int:
+    """The seed of an episode's training, the same for every method."""
+    return int(_random(seed, index, stream=1).randint(2**31))
+
+
+def load_episode(
+    plan: EpisodePlan, data: ImageFolderData, images: ImageReader, *, shots: int, queries: int
+) -> Episode:
+    """Read an episode's images.
+
+    Raises:
+        FewShotError: An image can't be read, or too few of a class can.
+    """
+    support: list[Tensor] = []
+    query: list[Tensor] = []
+    skipped: list[str] = []
+    classes = [data.classes[c] for c in plan.classes]
+    for entry, order in zip(classes, plan.orders, strict=True):
+        readable: list[Tensor] = []
+        for position in order:
+            if len(readable) == shots + queries:
+                break
+            image = images.read(entry.files[position])
+            if image is None:
+                skipped.append(entry.files[position])
+            else:
+                readable.append(image)
+        if len(readable) < shots + queries:
+            raise FewShotError(
+                f"class {entry.folder!r} in {data.root} has {len(readable)} readable images but "
+                f"{shots + queries} are needed ({shots} shots + {queries} queries); "
+                "add images, or lower --shots or --queries"
+            )
+        support += readable[:shots]
+        query += readable[shots:]
+    labels = torch.arange(len(classes))
+    return Episode(
+        class_names=[entry.words for entry in classes],
+        support_images=torch.stack(support),
+        support_labels=labels.repeat_interleave(shots),
+        query_images=torch.stack(query),
+        index=plan.index,
+        query_labels=labels.repeat_interleave(queries),
+        folders=tuple(entry.folder for entry in classes),
+        skipped=tuple(skipped),
+    )
+
+
+def _random(seed: int, index: int, *, stream: int) -> np.random.RandomState:
+    # RandomState rather than Generator: NumPy promises that its numbers never change, so a run
+    # that is continued after an upgrade sees the same episodes.
+    sequence = np.random.SeedSequence([seed, index, stream])
+    return np.random.RandomState(np.random.MT19937(sequence))
