@@ -1,0 +1,37 @@
+// The CPU kernels as the binding layer sees them.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "tir/attention.h"
+#include "tir/relevance.h"
+
+namespace tir::cpu {
+
+// One instruction set's build of the kernels.
+struct Kernels {
+  void (*attention_forward)(const AttentionForward&, int threads);
+  void (*attention_backward)(const AttentionBackward&, int threads);
+  void (*relevance)(const Relevance&, int threads);
+};
+
+struct Architecture {
+  const char* name;
+  Kernels kernels;
+  bool is_supported;  // by this machine
+};
+
+// From the plainest to the fastest; only what the compiler could build.
+const std::vector<Architecture>& architectures();
+
+// The fastest that the machine runs, unless TIR_CPU_ARCH or use_architecture() asks for another.
+const Architecture& architecture();
+
+// Throws std::invalid_argument for a name that is unknown, not built or not supported here.
+void use_architecture(const std::string& name);
+
+// Counts and weights from relevance: integer work, the same on every instruction set.
+void select_tokens(const Selection&, int threads);
+
+}  // namespace tir::cpu

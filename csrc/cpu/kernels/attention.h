@@ -1,0 +1,60 @@
+// What the forward and the backward pass of attention have in common.
+#pragma once
+
+#include "../keys.h"
+#include "../parallel.h"
+#include "matrix.h"
+#include "tir/attention.h"
+
+namespace tir::cpu::TIR_ARCH {
+
+// Queries of one tile share the keys and values that pass through the cache: a multiple of every
+// max_tile_rows, and even, because bfloat16 queries are paired.
+constexpr int64_t tile_queries = 48;
+
+constexpr float log2_e = 1.44269504f;
+constexpr float ln_2 = 0.693147181f;
+constexpr float infinity = __builtin_inff();
+
+// Below this many multiply-adds the work is shorter than waking threads.
+constexpr double min_parallel_work = 1e6;
+
+inline double attention_work(const AttentionShape& shape) {
+  return static_cast<double>(shape.batch) * shape.heads * shape.length * shape.length * shape.width;
+}
+
+// Keys are taken in blocks that stay in the cache: even shares of `count`, of whole panels.
+inline int64_t key_block_size(int64_t count, int64_t largest) {
+  int64_t num_blocks = larger_of(1, divide_up(count, largest));
+  return round_up(divide_up(count, num_blocks), panel_width);
+}
+
+// The distance of rows of scores, for any number of attended keys: a block of fewer keys may be the
+// larger one. The 16 keep the rows from competing for cache sets.
+inline int64_t score_stride(int64_t length, int64_t largest_block) {
+  return smaller_of(round_up(length, panel_width), largest_block) + 16;
+}
+
+// Whether one (batch, head) per item keeps `threads` threads busy most of the time.
+inline bool fills_threads(const AttentionShape& shape, int threads) {
+  int64_t heads = shape.batch * shape.heads;
+  return 4 * heads >= 3 * round_up(heads, threads);
+}
+
+// In how many parts to cut each (batch, head), of `num_cuts` possible ones.
+inline int64_t parts_per_head(const AttentionShape& shape, int threads, int64_t num_cuts) {
+  return smaller_of(num_cuts, divide_up(3 * threads, shape.batch * shape.heads));
+}
+
+// Copies rows as a left operand; a row of zeros makes an odd number even.
+template <class Math>
+void copy_rows(typename Math::Unit* target, const RowGrid& source, Type type, int64_t batch,
+               int64_t head, int64_t first, int64_t count, int64_t width) {
+  int64_t stride = row_units<Math>(width);
+  for (int64_t i = 0; i < count; ++i) {
+    Math::copy_row(target + i * stride, source.row(batch, head, first + i, type), type, width);
+  }
+  if (count % 2 != 0) memset(target + count * stride, 0, stride * sizeof(uint32_t));
+}
+
+}  // namespace tir::cpu::TIR_ARCH

@@ -1,0 +1,190 @@
+// Forward pass of weighted attention: the scores of a tile of queries at a time, never L x L.
+#include "attention.h"
+
+namespace tir::cpu::TIR_ARCH {
+namespace {
+
+constexpr int64_t max_key_block = 640;
+
+struct Job {
+  const AttentionForward& problem;
+  const KeyLists& keys;
+  int64_t num_parts;  // of each (batch, head)
+};
+
+// One worker's memory and the steps of one (batch, head), in the order in which they run.
+template <class Math>
+class ForwardWorker {
+  using Unit = typename Math::Unit;
+
+ public:
+  explicit ForwardWorker(const AttentionForward& problem)
+      : problem_(problem),
+        shape_(problem.shape),
+        padded_width_(round_up(shape_.width, lanes)),
+        row_units_(row_units<Math>(shape_.width)),
+        score_stride_(score_stride(shape_.length, max_key_block)),
+        key_panels_(packed_units(row_units_, shape_.length)),
+        value_panels_(packed_units(steps_of<Math>(shape_.length), shape_.width)),
+        packing_space_(lanes * row_units_),
+        queries_(tile_queries * row_units_),
+        scores_(tile_queries * score_stride_),
+        probabilities_(Math::values_per_unit == 1 ? 0 : tile_queries * score_stride_ / 2),
+        sums_(tile_queries * padded_width_) {}
+
+  void pack(int64_t batch, int64_t head, const KeyList& keys) {
+    keys_ = keys;
+    batch_ = batch;
+    head_ = head;
+    auto key_at = [&](int64_t i) { return row_of(problem_.key, keys.index[i]); };
+    auto value_at = [&](int64_t i) { return row_of(problem_.value, keys.index[i]); };
+    pack_columns<Math>(key_panels_, key_at, shape_.type, keys.count, shape_.width,
+                       packing_space_);
+    value_panel_stride_ = steps_of<Math>(keys.count) * panel_width;
+    pack_rows<Math>(value_panels_, value_panel_stride_, value_at, shape_.type, keys.count,
+                    shape_.width);
+  }
+
+  void attend(int64_t first_query, int64_t count) {
+    copy_rows<Math>(queries_, problem_.query, shape_.type, batch_, head_, first_query, count,
+                    shape_.width);
+    for (int64_t i = 0; i < count; ++i) {
+      maxima_[i] = -infinity;
+      totals_[i] = 0;
+    }
+    int64_t block = key_block_size(keys_.count, max_key_block);
+    for (int64_t key = 0; key < keys_.count; key += block) {
+      int64_t num_keys = smaller_of(block, keys_.count - key);
+      Right<Math> key_columns{key_panels_ + key * row_units_, row_units_ * panel_width};
+      multiply<Math>(count, num_keys, steps_of<Math>(shape_.width), {queries_, row_units_, 1},
+                     key_columns, scores_, score_stride_, false);
+      for (int64_t i = 0; i < count; ++i) exponentiate(i, key, num_keys);
+      Right<Math> value_rows{value_panels_ + steps_of<Math>(key) * panel_width,
+                             value_panel_stride_};
+      multiply<Math>(count, shape_.width, steps_of<Math>(num_keys), probability_rows(), value_rows,
+                     sums_, padded_width_, key > 0);
+    }
+    for (int64_t i = 0; i < count; ++i) write(i, first_query + i);
+  }
+
+ private:
+  const void* row_of(const RowGrid& grid, int64_t row) const {
+    return grid.row(batch_, head_, row, shape_.type);
+  }
+
+  // Scores become exponentials, relative to the largest weighted exponential of the row so far.
+  void exponentiate(int64_t row, int64_t first_key, int64_t num_keys) {
+    float* scores = scores_ + row * score_stride_;
+    const float* log2_weights = keys_.log2_weight + first_key;
+    Vec scale = broadcast(shape_.scale * log2_e);
+    auto exponents = [&](int64_t i) {
+      return multiply_add(load(scores + i), scale, load(log2_weights + i));
+    };
+    Vec largest = broadcast(maxima_[row]);
+    for (int64_t i = 0; i < num_keys; i += lanes) largest = larger(exponents(i), largest);
+    float maximum = largest_of(largest);
+    Vec shift = broadcast(maximum == -infinity ? 0.0f : maximum);
+    Vec total = zero();
+    for (int64_t i = 0; i < num_keys; i += lanes) {
+      Vec exponentials = exp2(exponents(i) - shift);
+      total = total + exponentials;
+      write_probabilities(row, i, exponentials);
+    }
+    if (first_key > 0) {
+      Vec fade = exp2(broadcast(maxima_[row]) - shift);
+      totals_[row] *= fade[0];
+      float* sums = sums_ + row * padded_width_;
+      for (int64_t i = 0; i < padded_width_; i += lanes) store(sums + i, load(sums + i) * fade);
+    }
+    totals_[row] += sum_of(total);
+    maxima_[row] = maximum;
+  }
+
+  void write_probabilities(int64_t row, int64_t column, Vec values) {
+    if constexpr (Math::values_per_unit == 1) {
+      store(scores_ + row * score_stride_ + column, values);
+    } else {
+      HalfWidthVec bits = to_bfloat16(values);
+      memcpy(probabilities_ + (row * score_stride_ + column) / 2, &bits, sizeof bits);
+    }
+  }
+
+  Left<Math> probability_rows() const {
+    if constexpr (Math::values_per_unit == 1) {
+      return {scores_, score_stride_, 1};
+    } else {
+      return {probabilities_, score_stride_ / 2, 1};
+    }
+  }
+
+  void write(int64_t row, int64_t query) {
+    bool is_empty = totals_[row] == 0;
+    int64_t place = (batch_ * shape_.heads + head_) * shape_.length + query;
+    problem_.log_sum_exp[place] =
+        is_empty ? -infinity : maxima_[row] * ln_2 + __builtin_logf(totals_[row]);
+    char* output = static_cast<char*>(problem_.output);
+    write_row(output + place * shape_.width * bytes_of(shape_.type), sums_ + row * padded_width_,
+              is_empty ? 0.0f : 1.0f / totals_[row], shape_.type, shape_.width);
+  }
+
+  const AttentionForward& problem_;
+  const AttentionShape& shape_;
+  int64_t padded_width_, row_units_, score_stride_;
+  Buffer<Unit> key_panels_, value_panels_, packing_space_;
+  Buffer<Unit> queries_;
+  Buffer<float> scores_;
+  Buffer<Unit> probabilities_;  // beside the scores where they are not float32
+  Buffer<float> sums_;
+  float maxima_[tile_queries], totals_[tile_queries];
+  KeyList keys_{};
+  int64_t batch_ = 0, head_ = 0, value_panel_stride_ = 0;
+};
+
+void write_empty(const AttentionForward& problem, int64_t batch, int64_t head) {
+  const AttentionShape& shape = problem.shape;
+  int64_t place = (batch * shape.heads + head) * shape.length;
+  int64_t row_bytes = shape.width * bytes_of(shape.type);
+  memset(static_cast<char*>(problem.output) + place * row_bytes, 0, shape.length * row_bytes);
+  for (int64_t i = 0; i < shape.length; ++i) problem.log_sum_exp[place + i] = -infinity;
+}
+
+template <class Math>
+void work(void* data, ItemQueue& items) {
+  const Job& job = *static_cast<const Job*>(data);
+  const AttentionShape& shape = job.problem.shape;
+  ForwardWorker<Math> worker(job.problem);
+  int64_t num_tiles = divide_up(shape.length, tile_queries);
+  for (int64_t item = items.take(); item >= 0; item = items.take()) {
+    int64_t part = item % job.num_parts, batch_head = item / job.num_parts;
+    int64_t batch = batch_head / shape.heads, head = batch_head % shape.heads;
+    KeyList keys = job.keys.of(batch);
+    if (keys.count == 0) {
+      if (part == 0) write_empty(job.problem, batch, head);
+      continue;
+    }
+    worker.pack(batch, head, keys);
+    int64_t end = num_tiles * (part + 1) / job.num_parts;
+    for (int64_t tile = num_tiles * part / job.num_parts; tile < end; ++tile) {
+      int64_t first = tile * tile_queries;
+      worker.attend(first, smaller_of(tile_queries, shape.length - first));
+    }
+  }
+}
+
+}  // namespace
+
+void attention_forward(const AttentionForward& problem, int threads) {
+  const AttentionShape& shape = problem.shape;
+  if (attention_work(shape) < min_parallel_work) threads = 1;
+  KeyLists keys(problem.weights, shape.batch, shape.length, KeyLists::Which::positive);
+  int64_t num_tiles = divide_up(shape.length, tile_queries);
+  Job job{problem, keys,
+          fills_threads(shape, threads) ? 1 : parts_per_head(shape, threads, num_tiles)};
+  Worker worker = work<Float32Math>;
+#if defined(__AVX512BF16__)
+  if (shape.type == Type::bfloat16) worker = work<BFloat16Math>;
+#endif
+  run_workers(threads, shape.batch * shape.heads * job.num_parts, worker, &job);
+}
+
+}  // namespace tir::cpu::TIR_ARCH

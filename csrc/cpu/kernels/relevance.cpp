@@ -1,0 +1,257 @@
+// Relevance of patch tokens to classes, in one pass over the tokens.
+//
+// A worker takes a few tokens of one group at a time: it normalises them into its own cache, and
+// projects them, multiplies them by the classes and takes their norms from there, so that the
+// features of all tokens never exist together.
+#include "../parallel.h"
+#include "matrix.h"
+#include "tir/relevance.h"
+
+namespace tir::cpu::TIR_ARCH {
+namespace {
+
+// Tokens that share one passage of the projection through the cache: a multiple of every
+// max_tile_rows.
+constexpr int64_t chunk_tokens = 48;
+constexpr float norm_eps = 1e-8f;  // added to both norms of the cosine
+
+// Below this many multiply-adds the work is shorter than waking threads.
+constexpr double min_parallel_work = 1e6;
+
+float norm_of(const float* values, int64_t count) {
+  Vec squares = zero();
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) {
+    squares = multiply_add(load(values + i), load(values + i), squares);
+  }
+  if (i < count) {
+    Vec last = load_first(values + i, count - i);
+    squares = multiply_add(last, last, squares);
+  }
+  return __builtin_sqrtf(sum_of(squares));
+}
+
+template <class Math>
+struct Job {
+  const Relevance& problem;
+  typename Math::Unit* projection;  // packed: D values, E columns
+  float* classes;                   // packed per group: E values, C columns
+  float* class_norms;               // [G, C]
+  int64_t class_panels;             // units of one group of `classes`
+  int64_t chunks_per_group;
+};
+
+template <class Math>
+int64_t panel_units(const Relevance& problem) {
+  return row_units<Math>(problem.width) * panel_width;
+}
+
+// Packs the projection, a panel of its columns per item.
+template <class Math>
+void pack_projection(void* data, ItemQueue& items) {
+  const auto& job = *static_cast<const Job<Math>*>(data);
+  const Relevance& problem = job.problem;
+  int64_t value_bytes = bytes_of(problem.proj_type);
+  Buffer<typename Math::Unit> workspace(lanes * row_units<Math>(problem.width));
+  for (int64_t panel = items.take(); panel >= 0; panel = items.take()) {
+    int64_t first = panel * panel_width;
+    int64_t count = smaller_of(panel_width, problem.joint_width - first);
+    auto* target = job.projection + panel * panel_units<Math>(problem);
+    auto* source =
+        static_cast<const char*>(problem.proj) + first * problem.proj_column_stride * value_bytes;
+    if (problem.proj_column_stride == 1) {
+      auto row_at = [&](int64_t i) -> const void* {
+        return source + i * problem.proj_row_stride * value_bytes;
+      };
+      pack_rows<Math>(target, 0, row_at, problem.proj_type, problem.width, count);
+    } else {
+      auto column_at = [&](int64_t i) -> const void* {
+        return source + i * problem.proj_column_stride * value_bytes;
+      };
+      pack_columns<Math>(target, column_at, problem.proj_type, count, problem.width, workspace);
+    }
+  }
+}
+
+template <class Math>
+void pack_classes(const Job<Math>& job) {
+  const Relevance& problem = job.problem;
+  int64_t width = problem.joint_width;
+  Buffer<float> workspace(lanes * row_units<Float32Math>(width));
+  for (int64_t g = 0; g < problem.num_groups; ++g) {
+    const float* classes = problem.class_embeddings + g * problem.num_classes * width;
+    auto row_at = [&](int64_t i) { return classes + i * width; };
+    pack_columns<Float32Math>(job.classes + g * job.class_panels, row_at, Type::float32,
+                              problem.num_classes, width, workspace);
+    for (int64_t c = 0; c < problem.num_classes; ++c) {
+      job.class_norms[g * problem.num_classes + c] = norm_of(row_at(c), width);
+    }
+  }
+}
+
+template <class Math>
+class RelevanceWorker {
+  using Unit = typename Math::Unit;
+
+ public:
+  explicit RelevanceWorker(const Job<Math>& job)
+      : job_(job),
+        problem_(job.problem),
+        token_stride_(round_up(problem_.width, 2 * lanes)),
+        feature_stride_(problem_.proj ? round_up(problem_.joint_width, lanes) : token_stride_),
+        dot_stride_(round_up(problem_.num_classes, lanes)),
+        tokens_(Math::values_per_unit == 1 ? 0 : token_stride_),
+        left_rows_(chunk_tokens * row_stride()),
+        features_(problem_.proj ? chunk_tokens * feature_stride_ : 0),
+        dots_(chunk_tokens * dot_stride_) {}
+
+  // The patch tokens [first, first + count) of a group, counted through its images.
+  void run(int64_t group, int64_t first, int64_t count) {
+    int64_t num_patches = problem_.length - problem_.num_prefix_tokens;
+    int64_t first_image = group * (problem_.batch / problem_.num_groups);
+    for (int64_t i = 0; i < count; ++i) {
+      int64_t image = first_image + (first + i) / num_patches;
+      int64_t token = problem_.num_prefix_tokens + (first + i) % num_patches;
+      load_token(i, problem_.tokens.row(image, 0, token, problem_.token_type));
+    }
+    // Rows are multiplied in pairs.
+    if (count % 2 != 0) memset(left_rows_ + count * row_stride(), 0, row_stride() * sizeof(Unit));
+
+    const float* features;
+    if (problem_.proj != nullptr) {
+      multiply_in_parts<Math>(count, problem_.joint_width, steps_of<Math>(problem_.width),
+                              {left_rows_, row_stride(), 1},
+                              {job_.projection, panel_units<Math>(problem_)}, features_,
+                              feature_stride_);
+      features = features_;
+    } else if constexpr (Math::values_per_unit == 1) {
+      features = left_rows_;
+    }
+    int64_t class_panel_stride = round_up(problem_.joint_width, lanes) * panel_width;
+    multiply_in_parts<Float32Math>(count, problem_.num_classes, problem_.joint_width,
+                                   {features, feature_stride_, 1},
+                                   {job_.classes + group * job_.class_panels, class_panel_stride}, dots_,
+                                   dot_stride_);
+    const float* class_norms = job_.class_norms + group * problem_.num_classes;
+    for (int64_t i = 0; i < count; ++i) {
+      float norm = norm_of(features + i * feature_stride_, problem_.joint_width);
+      int64_t image = first_image + (first + i) / num_patches;
+      int64_t patch = (first + i) % num_patches;
+      float* relevance = problem_.relevance + image * problem_.num_classes * num_patches + patch;
+      for (int64_t c = 0; c < problem_.num_classes; ++c) {
+        relevance[c * num_patches] =
+            dots_[i * dot_stride_ + c] / (norm + norm_eps) / (class_norms[c] + norm_eps);
+      }
+    }
+  }
+
+ private:
+  int64_t row_stride() const { return token_stride_ / Math::values_per_unit; }
+
+  void load_token(int64_t i, const void* source) {
+    Unit* target = left_rows_ + i * row_stride();
+    float* values;
+    if constexpr (Math::values_per_unit == 1) {
+      values = target;
+    } else {
+      values = tokens_;
+    }
+    int64_t width = problem_.width, padded = round_up(width, lanes);
+    read_row(values, source, problem_.token_type, width);
+    if (problem_.has_norm) normalise(values);
+    for (int64_t k = padded; k < token_stride_; ++k) values[k] = 0;
+    if constexpr (Math::values_per_unit == 2) {
+      auto* bits = reinterpret_cast<uint16_t*>(target);
+      for (int64_t k = 0; k < token_stride_; k += lanes) {
+        HalfWidthVec rounded = to_bfloat16(load(values + k));
+        memcpy(bits + k, &rounded, sizeof rounded);
+      }
+    }
+  }
+
+  // LayerNorm in place. The variance is taken around the mean: tokens of a deep block may lie far
+  // from zero, where the mean of the squares would lose it.
+  void normalise(float* values) {
+    int64_t width = problem_.width;
+    float inverse_width = 1.0f / static_cast<float>(width);
+    Vec sum = zero();
+    for (int64_t k = 0; k < width; k += lanes) sum = sum + load(values + k);
+    Vec mean = broadcast(sum_of(sum) * inverse_width);
+    Vec squares = zero();
+    int64_t k = 0;
+    for (; k + lanes <= width; k += lanes) {
+      Vec centered = load(values + k) - mean;
+      squares = multiply_add(centered, centered, squares);
+    }
+    float rest = 0;
+    for (; k < width; ++k) rest += (values[k] - mean[0]) * (values[k] - mean[0]);
+    float variance = (sum_of(squares) + rest) * inverse_width;
+    Vec factor = broadcast(1.0f / __builtin_sqrtf(variance + problem_.norm_eps));
+    for (k = 0; k < width; k += lanes) {
+      int64_t count = smaller_of(lanes, width - k);
+      Vec value = (load(values + k) - mean) * factor;
+      if (problem_.norm_weight) value = value * load_first(problem_.norm_weight + k, count);
+      if (problem_.norm_bias) value = value + load_first(problem_.norm_bias + k, count);
+      store(values + k, value);
+    }
+    for (k = width; k < round_up(width, lanes); ++k) values[k] = 0;
+  }
+
+  const Job<Math>& job_;
+  const Relevance& problem_;
+  int64_t token_stride_, feature_stride_, dot_stride_;
+  Buffer<float> tokens_;    // one token, where the left operand is not float32
+  Buffer<Unit> left_rows_;  // normalised tokens
+  Buffer<float> features_;
+  Buffer<float> dots_;
+};
+
+template <class Math>
+void work(void* data, ItemQueue& items) {
+  const auto& job = *static_cast<const Job<Math>*>(data);
+  const Relevance& problem = job.problem;
+  int64_t tokens_per_group = problem.batch / problem.num_groups *
+                             (problem.length - problem.num_prefix_tokens);
+  RelevanceWorker<Math> worker(job);
+  for (int64_t item = items.take(); item >= 0; item = items.take()) {
+    int64_t first = item % job.chunks_per_group * chunk_tokens;
+    worker.run(item / job.chunks_per_group, first,
+               smaller_of(chunk_tokens, tokens_per_group - first));
+  }
+}
+
+template <class Math>
+void run(const Relevance& problem, int threads) {
+  int64_t class_panels =
+      packed_units(round_up(problem.joint_width, lanes), problem.num_classes);
+  int64_t tokens_per_group = problem.batch / problem.num_groups *
+                             (problem.length - problem.num_prefix_tokens);
+  Buffer<typename Math::Unit> projection(
+      problem.proj ? packed_units(row_units<Math>(problem.width), problem.joint_width) : 0);
+  Buffer<float> classes(problem.num_groups * class_panels);
+  Buffer<float> class_norms(problem.num_groups * problem.num_classes);
+  Job<Math> job{problem,      projection, classes, class_norms, class_panels,
+                divide_up(tokens_per_group, chunk_tokens)};
+  double columns = problem.proj ? problem.joint_width : problem.num_classes;
+  double work_per_token = columns * problem.width;
+  if (work_per_token * tokens_per_group * problem.num_groups < min_parallel_work) threads = 1;
+  if (problem.proj != nullptr) {
+    run_workers(threads, divide_up(problem.joint_width, panel_width), pack_projection<Math>, &job);
+  }
+  pack_classes(job);
+  run_workers(threads, problem.num_groups * job.chunks_per_group, work<Math>, &job);
+}
+
+}  // namespace
+
+void relevance(const Relevance& problem, int threads) {
+#if defined(__AVX512BF16__)
+  // Without a projection there is nothing to gain from products of bfloat16.
+  if (problem.proj != nullptr && problem.proj_type == Type::bfloat16) {
+    return run<BFloat16Math>(problem, threads);
+  }
+#endif
+  run<Float32Math>(problem, threads);
+}
+
+}  // namespace tir::cpu::TIR_ARCH

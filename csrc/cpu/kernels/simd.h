@@ -1,0 +1,177 @@
+// A vector of floats as wide as the instruction set it is compiled for.
+//
+// The kernels are compiled once per instruction set, TIR_ARCH names the build and its namespace.
+// Nothing here may call inline functions of the standard library: the linker keeps one copy of such
+// a function for the whole module, and it could be the copy with instructions a machine lacks.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if !defined(TIR_ARCH)
+#error "TIR_ARCH must name the instruction set that this file is compiled for"
+#endif
+
+// Small loops over registers must disappear, or the arrays they index go to memory.
+#if defined(__clang__)
+#define TIR_UNROLL _Pragma("unroll")
+#else
+#define TIR_UNROLL _Pragma("GCC unroll 16")
+#endif
+#define TIR_INLINE inline __attribute__((always_inline))
+
+namespace tir::cpu::TIR_ARCH {
+
+#if defined(__AVX512F__)
+using Vec = __m512;
+constexpr int lanes = 16;
+#elif defined(__AVX2__)
+using Vec = __m256;
+constexpr int lanes = 8;
+#else
+typedef float Vec __attribute__((vector_size(16)));
+constexpr int lanes = 4;
+#endif
+typedef int32_t IntVec __attribute__((vector_size(4 * lanes)));
+typedef uint32_t UintVec __attribute__((vector_size(4 * lanes)));
+typedef uint16_t HalfWidthVec __attribute__((vector_size(2 * lanes)));
+
+template <class T>
+TIR_INLINE T load_bits(const void* source) {
+  T value;
+  memcpy(&value, source, sizeof value);
+  return value;
+}
+
+TIR_INLINE Vec load(const float* source) { return load_bits<Vec>(source); }
+TIR_INLINE void store(float* target, Vec value) { memcpy(target, &value, sizeof value); }
+TIR_INLINE Vec zero() { return Vec{}; }
+
+TIR_INLINE Vec broadcast(float value) {
+#if defined(__AVX512F__)
+  return _mm512_set1_ps(value);
+#elif defined(__AVX2__)
+  return _mm256_set1_ps(value);
+#else
+  return Vec{value, value, value, value};
+#endif
+}
+
+// left * right + addend, rounded once wherever the machine can.
+TIR_INLINE Vec multiply_add(Vec left, Vec right, Vec addend) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(left, right, addend);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(left, right, addend);
+#elif defined(__FP_FAST_FMAF)
+  for (int i = 0; i < lanes; ++i) addend[i] = __builtin_fmaf(left[i], right[i], addend[i]);
+  return addend;
+#else
+  return left * right + addend;
+#endif
+}
+
+// The larger of each pair; `other` where either is NaN.
+TIR_INLINE Vec larger(Vec value, Vec other) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(value, other);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(value, other);
+#else
+  return value > other ? value : other;
+#endif
+}
+
+// The smaller of each pair; `other` where either is NaN.
+TIR_INLINE Vec smaller(Vec value, Vec other) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(value, other);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(value, other);
+#else
+  return value < other ? value : other;
+#endif
+}
+
+#if defined(__AVX2__)
+TIR_INLINE float sum_of_4(__m128 v) {
+  v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+  return _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)));
+}
+TIR_INLINE float largest_of_4(__m128 v) {
+  v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+  return _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)));
+}
+TIR_INLINE __m128 upper_half(__m256 v) { return _mm256_extractf128_ps(v, 1); }
+#endif
+#if defined(__AVX512F__)
+TIR_INLINE __m256 upper_half(__m512 v) { return _mm512_extractf32x8_ps(v, 1); }
+#endif
+
+TIR_INLINE float sum_of(Vec v) {
+#if defined(__AVX512F__)
+  __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), upper_half(v));
+  return sum_of_4(_mm_add_ps(_mm256_castps256_ps128(half), upper_half(half)));
+#elif defined(__AVX2__)
+  return sum_of_4(_mm_add_ps(_mm256_castps256_ps128(v), upper_half(v)));
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+
+TIR_INLINE float largest_of(Vec v) {
+#if defined(__AVX512F__)
+  __m256 half = _mm256_max_ps(_mm512_castps512_ps256(v), upper_half(v));
+  return largest_of_4(_mm_max_ps(_mm256_castps256_ps128(half), upper_half(half)));
+#elif defined(__AVX2__)
+  return largest_of_4(_mm_max_ps(_mm256_castps256_ps128(v), upper_half(v)));
+#else
+  float largest = v[0];
+  for (int i = 1; i < lanes; ++i) largest = v[i] > largest ? v[i] : largest;
+  return largest;
+#endif
+}
+
+constexpr float smallest_exponent = -126.0f;  // of a normal float32
+
+// 2^x for x below 127.5, within one unit in the last place; 0 below the normal range; NaN for NaN.
+//
+// x = n + f with n the nearest integer, 2^f from a polynomial of least relative error on
+// [-1/2, 1/2] that is exact at 0.
+TIR_INLINE Vec exp2(Vec x) {
+#if defined(__AVX512F__)
+  Vec n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  Vec n = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const Vec integer_spacing = broadcast(12582912.0f);  // 1.5 * 2^23: floats here are integers
+  Vec unclamped = x;
+  x = larger(broadcast(smallest_exponent - 1.0f), x);
+  Vec n = (x + integer_spacing) - integer_spacing;
+#endif
+  Vec f = x - n;
+  Vec power = multiply_add(broadcast(0.00015353362f), f, broadcast(0.0013398875f));
+  power = multiply_add(power, f, broadcast(0.009618437f));
+  power = multiply_add(power, f, broadcast(0.055503324f));
+  power = multiply_add(power, f, broadcast(0.24022648f));
+  power = multiply_add(power, f, broadcast(0.6931472f));
+  power = multiply_add(power, f, broadcast(1.0f));
+#if defined(__AVX512F__)
+  __mmask16 is_kept = _mm512_cmp_ps_mask(x, broadcast(smallest_exponent), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(is_kept, power, n);
+#elif defined(__AVX2__)
+  __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+  Vec scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(power), exponent));
+  return _mm256_and_ps(scaled, _mm256_cmp_ps(x, broadcast(smallest_exponent), _CMP_NLT_UQ));
+#else
+  UintVec exponent = (UintVec)__builtin_convertvector(n, IntVec) << 23;
+  IntVec is_kept = ~(unclamped < broadcast(smallest_exponent));
+  return (Vec)(((IntVec)((UintVec)power + exponent)) & is_kept);
+#endif
+}
+
+}  // namespace tir::cpu::TIR_ARCH

@@ -1,0 +1,39 @@
+// Weighted attention: softmax over keys whose exponentials are multiplied by a weight per key.
+#pragma once
+
+#include "tir/types.h"
+
+namespace tir {
+
+// B, H, L and d below.
+struct AttentionShape {
+  int64_t batch;
+  int64_t heads;
+  int64_t length;
+  int64_t width;
+  Type type;    // of queries, keys, values, outputs and their gradients
+  float scale;  // of the scores
+};
+
+struct AttentionForward {
+  AttentionShape shape;
+  RowGrid query, key, value;  // [B, H, L, d]
+  const float* weights;       // [B, L]
+  void* output;               // [B, H, L, d], contiguous
+  float* log_sum_exp;         // [B, H, L]
+};
+
+struct AttentionBackward {
+  AttentionShape shape;
+  RowGrid grad_output;         // [B, H, L, d]
+  RowGrid query, key, value;   // [B, H, L, d]
+  const float* weights;        // [B, L]
+  RowGrid output;              // [B, H, L, d]
+  const float* log_sum_exp;    // [B, H, L]
+  void* grad_query;            // [B, H, L, d], contiguous
+  void* grad_key;              // [B, H, L, d], contiguous
+  void* grad_value;            // [B, H, L, d], contiguous
+  float* grad_weights;         // [B, L], or null where it is not wanted
+};
+
+}  // namespace tir

@@ -1,0 +1,25 @@
+// What the launchers of every device share: element types and strided inputs.
+#pragma once
+
+#include <cstdint>
+
+namespace tir {
+
+enum class Type : int { float32 = 0, float16 = 1, bfloat16 = 2 };
+
+inline int64_t bytes_of(Type type) { return type == Type::float32 ? 4 : 2; }
+
+// A (batch, head, row) grid of rows whose elements lie side by side. Strides count elements.
+struct RowGrid {
+  const void* data;
+  int64_t batch_stride;
+  int64_t head_stride;
+  int64_t row_stride;
+
+  const void* row(int64_t batch, int64_t head, int64_t row, Type type) const {
+    int64_t element = batch * batch_stride + head * head_stride + row * row_stride;
+    return static_cast<const char*>(data) + element * bytes_of(type);
+  }
+};
+
+}  // namespace tir

@@ -1,0 +1,176 @@
+"""What the CPU backend does to its process: threads, forks, choice of instructions, bad calls."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from attention_cases import packed_heads
+from torch import Tensor
+
+from tir_kernels.backends import cpu
+
+pytestmark = [
+    pytest.mark.skipif(
+        cpu.unavailable_reason() != "", reason=cpu.unavailable_reason() or "runs here"
+    ),
+    pytest.mark.usefixtures("keep_thread_count"),
+]
+
+TIMEOUT = 60.0  # seconds after which a process counts as hanging
+
+
+def work_for_threads() -> tuple[Tensor, Tensor]:
+    """A problem that is large enough for several threads."""
+    torch.manual_seed(3)
+    query, key, value = packed_heads(2, 4, 197, 64, torch.float32)
+    return cpu.attention_forward(query, key, value, torch.ones(2, 197), 0.125)
+
+
+def test_plain_threads_give_the_same_bits() -> None:
+    kernels = cpu._kernels()
+    torch.set_num_threads(3)
+    on_openmp = work_for_threads()
+    kernels.use_openmp(0, 0)
+    try:
+        assert kernels.thread_source() == "plain threads"
+        on_plain_threads = work_for_threads()
+    finally:
+        kernels.use_openmp(*cpu._openmp_addresses())
+    assert all(torch.equal(a, b) for a, b in zip(on_openmp, on_plain_threads, strict=True))
+
+
+def test_several_python_threads_at_once() -> None:
+    torch.set_num_threads(2)
+    expected = work_for_threads()[0]
+    query, key, value = packed_heads(2, 4, 197, 64, torch.float32)
+    del query, key, value
+    torch.manual_seed(3)
+    inputs = packed_heads(2, 4, 197, 64, torch.float32)
+    outputs: list[Tensor] = []
+
+    def call() -> None:
+        outputs.append(cpu.attention_forward(*inputs, torch.ones(2, 197), 0.125)[0])
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT)
+    assert len(outputs) == 4
+    assert all(torch.equal(output, expected) for output in outputs)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads through /proc")
+def test_no_threads_beside_those_of_torch() -> None:
+    program = """
+import os, torch
+from tir_kernels.backends import cpu
+torch.set_num_threads(2)
+a = torch.randn(512, 512); a @ a; a.exp()
+before = len(os.listdir("/proc/self/task"))
+q = torch.randn(2, 8, 197, 64)
+for _ in range(3):
+    cpu.attention_forward(q, q, q, torch.ones(2, 197), 0.125)
+print(before, len(os.listdir("/proc/self/task")), cpu._kernels().thread_source())
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    before, after, source = run.stdout.strip().split(" ", 2)
+    assert source == "OpenMP of torch"
+    assert before == after
+
+
+class AttentionDataset(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor]:
+        return torch.get_num_threads(), work_for_threads()[0]
+
+
+def test_a_data_loader_worker_computes_on_its_one_thread() -> None:
+    torch.set_num_threads(2)
+    expected = work_for_threads()[0]  # the parent has used its threads before it forks
+    loader = torch.utils.data.DataLoader(
+        AttentionDataset(), batch_size=None, num_workers=2, timeout=TIMEOUT,
+        multiprocessing_context="fork",
+    )  # fmt: skip
+    for threads, output in loader:
+        assert threads == 1
+        assert torch.equal(output, expected)
+
+
+def _send_work(sender) -> None:
+    sender.send_bytes(work_for_threads()[0].numpy().tobytes())
+
+
+def test_a_fork_after_use_does_not_hang() -> None:
+    torch.set_num_threads(2)
+    # The child keeps two threads, which OpenMP could not serve there; torch's own random numbers
+    # and copies of these sizes run on the calling thread.
+    expected = work_for_threads()[0].numpy().tobytes()
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_work, args=(sender,))
+    process.start()
+    try:
+        assert receiver.poll(TIMEOUT), "the child hangs"
+        assert receiver.recv_bytes() == expected
+    finally:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.parametrize("name", ["portable", "nonsense"])
+def test_the_environment_names_an_instruction_set(name: str) -> None:
+    program = (
+        "from tir_kernels.backends import cpu; print(cpu.unavailable_reason() or cpu.description())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True,
+        env={**os.environ, "TIR_CPU_ARCH": name},
+    )  # fmt: skip
+    if name == "portable":
+        assert run.stdout.startswith("portable (this machine runs portable")
+    else:
+        assert "TIR_CPU_ARCH" in run.stdout
+        assert "got nonsense" in run.stdout
+
+
+def test_unavailable_without_the_compiled_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise ModuleNotFoundError("No module named 'tir_kernels._C'")
+
+    monkeypatch.setattr(cpu, "_kernels", missing)
+    assert "install a C++17 compiler" in cpu.unavailable_reason()
+    assert cpu.device_reason("cpu") == ""
+    assert "cuda" in cpu.device_reason("cuda")
+
+
+def bad_calls() -> list[tuple[str, Callable[[], object]]]:
+    kernels = cpu._kernels() if not cpu.unavailable_reason() else None
+    grid = (64, 0, 0, 0)
+    return [
+        ("B, H, L, d >= 1", lambda: kernels.attention_forward(
+            (1, 0, 1, 1), "float32", 1.0, grid, grid, grid, 64, 64, 64, 1)),
+        ("unknown type", lambda: kernels.attention_forward(
+            (1, 1, 1, 1), "float64", 1.0, grid, grid, grid, 64, 64, 64, 1)),
+        ("weights is null", lambda: kernels.attention_forward(
+            (1, 1, 1, 1), "float32", 1.0, grid, grid, grid, 0, 64, 64, 1)),
+        ("0 <= K <= N", lambda: kernels.select_tokens((1, 1, 4, 0), 5, 64, 64, 64, 64, 1)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("message", "call"), bad_calls(), ids=lambda value: str(value)[:20])
+def test_the_bindings_check_sizes(message: str, call: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,222 @@
+"""Builds tir_kernels._C, the compiled kernels, through ninja.
+
+Objects stay under build/, so that installing again after an edit compiles only what changed. Where
+there is no C++ compiler the package installs without the module and says so; where a compiler fails
+the installation fails with its message.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import filecmp
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+CPU = Path("csrc/cpu")
+KERNEL_NAMES = ("attention_forward", "attention_backward", "relevance")
+KERNELS = [CPU / "kernels" / f"{name}.cpp" for name in KERNEL_NAMES]
+COMMON = [CPU / f"{name}.cpp" for name in ("dispatch", "keys", "parallel", "selection")]
+BINDINGS = Path("csrc/bindings.cpp")
+# CUDA sources (csrc/cuda/*.cu) join here: one more step per file, compiled by nvcc where it is
+# found, and the CUDA runtime linked statically.
+
+FLAGS = [
+    "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-DNDEBUG",
+    # The last two warn about the vector headers of gcc 12.
+    "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-uninitialized",
+    # Fused multiply-adds are written out where they are meant: the compiler's own choice could
+    # differ between two copies of a loop, and with it the last bit of a result.
+    "-ffp-contract=off",
+]  # fmt: skip
+
+# The kernels are compiled once for each of these; the machine picks one when it runs.
+X86_FLAGS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
+               "-mprefer-vector-width=512"],
+}  # fmt: skip
+X86_FLAGS["avx512_bf16"] = [*X86_FLAGS["avx512"], "-mavx512bf16"]
+
+NO_COMPILER = """
+  tir_kernels: no C++ compiler was found (looked for CXX, c++, g++ and clang++).
+  The package is installed without its compiled CPU kernels; the other backends work.
+  To get them, install a C++17 compiler (Debian, Ubuntu: apt install g++) and install again.
+"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One source file compiled to one object."""
+
+    source: Path
+    object_name: str
+    flags: list[str]
+
+
+def find_compiler() -> list[str] | None:
+    """The compiler's command, or None. A CXX that does not exist is an error of its own."""
+    if wanted := os.environ.get("CXX", "").split():
+        if shutil.which(wanted[0]) is None:
+            raise CompileError(f"CXX names a compiler that does not exist: {wanted[0]}")
+        return wanted
+    for name in ("c++", "g++", "clang++"):
+        if path := shutil.which(name):
+            return [path]
+    return None
+
+
+def accepts(compiler: list[str], flags: list[str]) -> bool:
+    command = [*compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def steps_for(compiler: list[str], pybind11_headers: Path) -> list[Step]:
+    variants: dict[str, list[str]] = {"portable": []}
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        variants |= {arch: f for arch, f in X86_FLAGS.items() if accepts(compiler, f)}
+    include = ["-Icsrc/include"]
+    steps = [
+        Step(source, f"{arch}-{source.stem}.o", [*include, f"-DTIR_ARCH={arch}", *flags])
+        for arch, flags in variants.items()
+        for source in KERNELS
+    ]
+    built = [f"-DTIR_BUILT_{arch.upper()}" for arch in variants]
+    steps += [Step(source, f"{source.stem}.o", [*include, *built]) for source in COMMON]
+    system = ["-isystem", str(pybind11_headers), "-isystem", sysconfig.get_path("include")]
+    steps.append(Step(BINDINGS, f"{BINDINGS.stem}.o", [*include, "-Icsrc", *system]))
+    return steps
+
+
+def keep_pybind11(folder: Path) -> Path:
+    """Copy pybind11's headers to a place of their own.
+
+    pip builds in an environment with a new path every time, and a changed path rebuilds.
+    """
+    import pybind11  # a build requirement, absent where setup.py only reads metadata
+
+    kept = folder / f"pybind11-{pybind11.__version__}"
+    if not kept.exists():
+        unfinished = kept.with_suffix(".part")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(pybind11.get_include(), unfinished)
+        unfinished.rename(kept)
+    return kept
+
+
+def build_folder(compiler: list[str]) -> Path:
+    """A folder per Python, compiler and machine: what one of them built is useless to another."""
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
+    identity = [
+        *compiler,
+        version.stdout,
+        sysconfig.get_path("include"),
+        os.environ.get("CXXFLAGS"),
+    ]
+    key = hashlib.sha256(repr(identity).encode()).hexdigest()[:8]
+    tag = sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag
+    return Path("build") / f"native-{tag}-{key}"
+
+
+@contextmanager
+def only_build_in(folder: Path) -> Iterator[None]:
+    """Wait for another installation from the same tree: ninja's files stand one writer only."""
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def write_ninja_file(folder: Path, compiler: list[str], steps: list[Step], module: Path) -> None:
+    def words(*values: object) -> str:
+        return " ".join(shlex.quote(str(value)).replace("$", "$$") for value in values)
+
+    def path(value: Path | str) -> str:
+        return str(value).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    shared = ["-dynamiclib", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [
+        "-shared"
+    ]  # fmt: skip
+    extra = os.environ.get("CXXFLAGS", "").split()
+    lines = [
+        "ninja_required_version = 1.5",
+        f"builddir = {path(folder)}",
+        "rule compile",
+        f"  command = {words(*compiler, *FLAGS, *extra)} $flags -MMD -MF $out.d -c $in -o $out",
+        "  deps = gcc",
+        "  depfile = $out.d",
+        "  description = compile $out",
+        "rule link",
+        f"  command = {words(*compiler, *shared, '-pthread')} $in -o $out",
+        "  description = link $out",
+    ]
+    objects = []
+    for step in steps:
+        target = folder / step.object_name
+        objects.append(path(target))
+        lines.append(f"build {path(target)}: compile {path(step.source)}")
+        lines.append(f"  flags = {words(*step.flags)}")
+    lines += [f"build {path(module)}: link {' '.join(objects)}", f"default {path(module)}"]
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+
+
+def ninja_command() -> str:
+    try:
+        import ninja  # a build requirement
+    except ImportError:
+        return "ninja"
+    return str(Path(ninja.BIN_DIR) / "ninja")
+
+
+class BuildKernels(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        compiler = find_compiler()
+        if compiler is None:
+            print(NO_COMPILER, file=sys.stderr)
+            ext.optional = True  # nothing to copy into the package
+            return
+        folder = build_folder(compiler)
+        (ROOT / folder).mkdir(parents=True, exist_ok=True)
+        module = folder / "_C.so"
+        os.chdir(ROOT)
+        with only_build_in(folder):
+            steps = steps_for(compiler, keep_pybind11(folder))
+            write_ninja_file(folder, compiler, steps, module)
+            jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+            command = [ninja_command(), "-f", str(folder / "build.ninja"), *jobs]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            raise CompileError(f"the C++ compiler failed:\n{result.stdout}{result.stderr}")
+        print(result.stdout)
+        target = Path(self.get_ext_fullpath(ext.name))
+        if not target.exists() or not filecmp.cmp(module, target, shallow=False):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # A process may have the old module open: replace the file, do not write into it.
+            unfinished = target.with_suffix(".part")
+            shutil.copyfile(module, unfinished)
+            unfinished.replace(target)
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "tir_kernels._C",
+            sources=[str(source) for source in (*KERNELS, *COMMON, BINDINGS)],
+            depends=[str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/**/*.h"))],
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels},
+)
