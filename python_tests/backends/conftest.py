@@ -1,0 +1,34 @@
+"""Fixtures for the tests of one backend at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tir_kernels.backends import cpu
+
+ARCHITECTURES = ("portable", "avx2", "avx512", "avx512_bf16")
+
+
+@pytest.fixture
+def keep_thread_count() -> Iterator[None]:
+    """Lets a test set the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test on each instruction set of the CPU backend."""
+    if reason := cpu.unavailable_reason():
+        pytest.skip(reason)
+    kernels = cpu._kernels()
+    if not dict(kernels.architectures()).get(request.param, False):
+        pytest.skip(f"this machine does not run {request.param}")
+    before = kernels.architecture()
+    kernels.use_architecture(request.param)
+    yield request.param
+    kernels.use_architecture(before)

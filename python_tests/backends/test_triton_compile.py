@@ -1,0 +1,132 @@
+"""Every Triton kernel, compiled without a GPU for the three generations that it is meant for.
+
+It must compile, fit, keep its values in registers, and use the tensor cores for 16-bit types.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+# KiB of shared memory that a program may use. 8.0 itself has 163, but its configurations also serve
+# 8.6, 8.9 and 12.x, which have 99.
+SHARED_MEMORY = {80: 99, 90: 227, 100: 227}
+# Bytes a thread. A tile that does not fit spills hundreds; a few are ptxas's own trade of registers
+# for occupancy, with registers to spare, and differ from one release to the next.
+MAX_STACK = 32
+TENSOR_CORE = {80: {"mma.sync"}, 90: {"wgmma.mma_async"}, 100: {"tcgen05.mma"}}
+
+
+def attention_cases() -> list[dict[str, Any]]:
+    shapes = [
+        ("bfloat16", 64, 197),
+        ("bfloat16", 80, 197),
+        ("bfloat16", 128, 197),
+        ("bfloat16", 256, 197),
+        ("float16", 72, 50),
+        ("float32", 64, 197),
+        ("float32", 80, 197),
+    ]
+    cases = [
+        {"kernel": kernel, "dtype": dtype, "head_dim": head_dim, "length": length}
+        for dtype, head_dim, length in shapes
+        for kernel in ("forward", "backward")
+    ]
+    long_rows = {"kernel": "forward", "dtype": "bfloat16", "head_dim": 64, "length": 1100}
+    wide_heads = {"kernel": "forward", "dtype": "float32", "head_dim": 256}
+    return [*cases, long_rows, wide_heads]
+
+
+def relevance_cases() -> list[dict[str, Any]]:
+    clip = {"kernel": "relevance", "width": 768, "features": 512}
+    return [
+        {**clip, "dtype": "bfloat16", "images": 100, "classes": 5},
+        {**clip, "dtype": "bfloat16", "images": 4, "classes": 100},
+        {**clip, "dtype": "float32", "images": 4, "classes": 5},
+        {**clip, "dtype": "float32", "images": 100, "classes": 100},
+        {**clip, "dtype": "float16", "images": 4, "classes": 5, "norm": False},
+        {**clip, "dtype": "float32", "images": 4, "classes": 5, "proj": False, "features": 768},
+    ]
+
+
+def selection_cases() -> list[dict[str, Any]]:
+    sizes = [(50, 5), (197, 5), (577, 100), (1100, 5), (4096, 5)]
+    return [
+        {"kernel": "selection", "dtype": "float32", "length": length, "classes": classes}
+        for length, classes in sizes
+    ]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    cases = [
+        {**case, "arch": arch, "weights_grad": True}
+        for case in attention_cases() + relevance_cases() + selection_cases()
+        for arch in SHARED_MEMORY
+    ]
+    repository = Path(__file__).parents[2]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    environment["PYTHONPATH"] = str(repository)
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("triton_offline.py"))],
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(results) >= len(cases)
+    return results
+
+
+def test_every_kernel_compiles(compiled: list[dict[str, Any]]) -> None:
+    for arch in SHARED_MEMORY:
+        assert {result["kernel"] for result in compiled if result["case"]["arch"] == arch} == {
+            "attention_forward_kernel",
+            "grad_query_kernel",
+            "grad_key_value_kernel",
+            "relevance_kernel",
+            "selection_kernel",
+        }
+
+
+def test_shared_memory_suffices(compiled: list[dict[str, Any]]) -> None:
+    too_large = [
+        result
+        for result in compiled
+        if result["shared"] > SHARED_MEMORY[result["case"]["arch"]] * 1024
+    ]
+    assert not too_large
+
+
+def test_tiles_fit_into_registers(compiled: list[dict[str, Any]]) -> None:
+    assert not [result for result in compiled if result["stack"] > MAX_STACK or result["local"]]
+
+
+def test_tensor_cores_serve_16_bit_types(compiled: list[dict[str, Any]]) -> None:
+    for result in compiled:
+        case, used = result["case"], set(result["tensor_core"])
+        if case["dtype"] == "float32":
+            assert not used, f"float32 must not be rounded to what tensor cores take: {result}"
+        elif result["held_rows"] >= 64:
+            assert used == TENSOR_CORE[case["arch"]], result
+        else:  # fewer rows than the instructions of 9.0 and 10.0 need
+            assert used == {"mma.sync"}, result
+
+
+def test_rows_are_read_in_wide_pieces(compiled: list[dict[str, Any]]) -> None:
+    """16 bytes at a time, also for head widths such as 72 that are no multiple of 16."""
+    for result in compiled:
+        if result["case"]["kernel"] in ("forward", "backward"):
+            assert result["wide_loads"] >= 4, result
+            assert result["narrow_loads"] == 0, result

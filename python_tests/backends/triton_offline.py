@@ -1,0 +1,181 @@
+"""Compiles, for GPUs that need not be here, what the Triton backend would launch.
+
+Run as a program, in a process without TRITON_INTERPRET: reads a JSON list of cases from standard
+input, writes one JSON line a compiled kernel. A case names a launcher and its inputs; the launcher
+runs with kernels that only write down what they are given, so what is compiled is what is launched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tir_kernels.backends.triton.kernels import (
+    attention_backward,
+    attention_forward,
+    relevance,
+    selection,
+)
+
+POINTER_TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+}
+TENSOR_CORE = re.compile(r"\b(tcgen05\.mma|wgmma\.mma_async|mma\.sync)\b")
+# 16 bytes and more at a time, and 2 bytes at a time.
+WIDE_LOAD = re.compile(r"cp\.async\.\w+\.shared\.global.*, 0x10|ld\.global\S*\.v(?:4|8)\.b32")
+NARROW_LOAD = re.compile(r"ld\.global\S*\.b16")
+OPTIONS = ("num_warps", "num_stages")
+
+
+class Recorder:
+    """Stands for a kernel: keeps the arguments of its launches."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.launches: list[dict[str, Any]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def record(*args: Any, **kwargs: Any) -> None:
+            self.launches.append(dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs)
+
+        return record
+
+
+def recorded_launches(case: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """The kernels that a case launches and the arguments they get."""
+    capability = tuple(divmod(case["arch"], 10))
+    recorders = []
+    for module in (attention_forward, attention_backward, relevance, selection):
+        if hasattr(module, "device_capability"):
+            module.device_capability = lambda device: capability
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            kernel = getattr(module, name)
+            recorder = Recorder(kernel.kernel if isinstance(kernel, Recorder) else kernel)
+            setattr(module, name, recorder)
+            recorders.append(recorder)
+    run_launcher(case)
+    return [(r.kernel, launch) for r in recorders for launch in r.launches]
+
+
+def run_launcher(case: dict[str, Any]) -> None:
+    dtype = getattr(torch, case["dtype"])
+    length = case.get("length", 197)
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    if case["kernel"] in ("forward", "backward"):
+        packed = tensor(2, length, 3, 12, case["head_dim"]).permute(2, 0, 3, 1, 4)
+        query, key, value = packed
+        weights = tensor(2, length, dtype=torch.float32)
+        if case["kernel"] == "forward":
+            attention_forward.attention_forward(query, key, value, weights, 0.125)
+            return
+        output = tensor(2, 12, length, case["head_dim"])
+        log_sums = tensor(2, 12, length, dtype=torch.float32)
+        attention_backward.attention_backward(
+            output, query, key, value, weights, output, log_sums, 0.125, case["weights_grad"]
+        )
+    elif case["kernel"] == "relevance":
+        width, features = case["width"], case["features"]
+        has_norm, has_proj = case.get("norm", True), case.get("proj", True)
+        norm = tensor(width, dtype=torch.float32) if has_norm else None
+        relevance.relevance(
+            tensor(case["images"], length, width),
+            tensor(1, case["classes"], features),
+            norm,
+            norm,
+            1e-5 if has_norm else None,
+            tensor(width, features) if has_proj else None,
+            1,
+        )
+    else:
+        scores = tensor(2, case["classes"], length - 1, dtype=torch.float32)
+        selection.select_and_weigh(scores, tensor(case["classes"] + 1), 5, 1)
+
+
+def compile_launch(kernel: Any, launch: dict[str, Any], arch: int) -> dict[str, Any]:
+    """What a launch becomes: its shared memory, registers, stack and tensor-core instructions."""
+    options = {name: launch.pop(name) for name in OPTIONS if name in launch}
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        name, given = parameter.name, launch[parameter.name]
+        is_constant = parameter.is_constexpr or given is None
+        if isinstance(given, int) and given == 1 and not parameter.do_not_specialize:
+            is_constant = True  # as Triton does at a launch
+        if is_constant:
+            signature[name], constants[name] = "constexpr", given
+        elif isinstance(given, torch.Tensor):
+            signature[name] = POINTER_TYPES[given.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(given, int):
+            signature[name] = "i32"
+            if given % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    held = "BLOCK_KEY" if kernel.__name__ == "grad_key_value_kernel" else "BLOCK_QUERY"
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    return {
+        "kernel": kernel.__name__,
+        "held_rows": constants.get(held, constants.get("BLOCK_ROWS", 0)),
+        "shared": compiled.metadata.shared,
+        "tensor_core": sorted(set(TENSOR_CORE.findall(ptx))),
+        "wide_loads": len(WIDE_LOAD.findall(ptx)),
+        "narrow_loads": len(NARROW_LOAD.findall(ptx)),
+        **resource_usage(compiled.asm["cubin"]),
+        **options,
+    }
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """Registers, stack (spills live there) and local memory a thread, from the machine code."""
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [program, "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
+    return {name.lower(): int(found[name]) for name in ("REG", "STACK", "LOCAL")}
+
+
+def run_case(case: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"case": case, **compile_launch(kernel, launch, case["arch"])}
+        for kernel, launch in recorded_launches(case)
+    ]
+
+
+def main() -> None:
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what every release so far does
+    cases = json.load(sys.stdin)
+    with ProcessPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        for results in pool.map(run_case, cases):
+            for result in results:
+                print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The kernels and what launches them. Importing a module here imports Triton."""
