@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -69,16 +70,25 @@ class SelfAttention(nn.Module):
         projected = F.linear(tokens, self.in_proj_weight, self.in_proj_bias)
         if self.low_rank is not None:
             projected = projected + self.low_rank(tokens).to(projected.dtype)
-        q, k, v = projected.view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        heads = (self.num_heads, width // self.num_heads)
+        q, k, v = projected.view(batch, length, 3, *heads).permute(2, 0, 3, 1, 4)
         if self.key_weights is not None:
             if attn_mask is not None:
                 raise ValueError("key weights cannot be combined with an attention mask")
             attended = weighted_attention(q, k, v, self.key_weights, backend=self.backend)
         else:
-            mask = None if attn_mask is None else attn_mask.to(q.dtype)
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            attended = _unweighted_attention(q, k, v, attn_mask)
         output = self.out_proj(attended.transpose(1, 2).reshape(batch, length, width))
         return (output if self.batch_first else output.transpose(0, 1)), None
+
+
+def _unweighted_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None and q.device.type == "cpu" and q.dtype != torch.float32:
+        # PyTorch's CPU attention is as slow in 16 bits as in 32, ours is not.
+        return weighted_attention(q, k, v, q.new_ones(q.shape[0], q.shape[2], dtype=torch.float32))
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=None if mask is None else mask.to(q.dtype)
+    )
 
 
 def open_attention(block: Any) -> SelfAttention:

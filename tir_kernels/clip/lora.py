@@ -22,11 +22,13 @@ class LoRA:
 
     Attributes:
         rank, alpha, dropout: As given.
+        module_paths: ``"{visual|text}.{layer}"`` -> path of the block's attention in the model.
     """
 
     def __init__(
         self,
         blocks: dict[str, Any],  # "visual.3" -> block
+        module_paths: dict[str, str],
         rank: int,
         alpha: float,
         dropout: float,
@@ -35,6 +37,7 @@ class LoRA:
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout
+        self.module_paths = module_paths
         self._blocks = blocks
         opened: list[Any] = []
         try:
@@ -162,14 +165,24 @@ def add_lora(
     unknown = set(towers) - set(TOWERS)
     if unknown or not towers:
         raise ValueError(f"towers must be some of {', '.join(TOWERS)}; got {tuple(towers)}")
-    transformers: dict[str, Any] = {}
-    if "visual" in towers:
-        transformers["visual"] = vision_tower(model).transformer
-    if "text" in towers:
-        transformers["text"] = text_tower(model).transformer
-    blocks = {
-        f"{tower}.{layer}": block
-        for tower, transformer in transformers.items()
-        for layer, block in enumerate(transformer.resblocks)
-    }
-    return LoRA(blocks, rank, alpha, dropout, passes_input_gradient)
+    blocks: dict[str, Any] = {}
+    module_paths: dict[str, str] = {}
+    for tower in dict.fromkeys(towers):
+        path, transformer = tower_transformer(model, tower)
+        for layer, block in enumerate(transformer.resblocks):
+            blocks[f"{tower}.{layer}"] = block
+            module_paths[f"{tower}.{layer}"] = f"{path}.resblocks.{layer}.attn"
+    return LoRA(blocks, module_paths, rank, alpha, dropout, passes_input_gradient)
+
+
+def tower_transformer(model: nn.Module, tower: str) -> tuple[str, Any]:
+    """Path in the model of the transformer of tower "visual" or "text", and the transformer.
+
+    Raises:
+        TypeError, ValueError: The tower is of a kind that takes no LoRA.
+    """
+    if tower == "text":
+        text = text_tower(model)
+        return text.prefix, text.transformer
+    visual = vision_tower(model)
+    return "transformer" if visual is model else "visual.transformer", visual.transformer

@@ -22,14 +22,15 @@ class PromptContext(nn.Module):
     Args:
         model: An open_clip model; it is read, never changed.
         tokenizer: Its tokenizer: list of strings -> (C, T) token ids.
-        class_names: C names, in words.
+        class_names: C names, in words; at least one.
         num_vectors: Trained vectors; 0 leaves "a photo of a" as it is.
 
     Attributes:
         vectors: (num_vectors, W) parameter.
 
     Raises:
-        TypeError, ValueError: An unsuitable text tower, or names too long for its context.
+        TypeError, ValueError: An unsuitable text tower or argument, or names too long for the
+            tower's context.
     """
 
     def __init__(
@@ -40,13 +41,14 @@ class PromptContext(nn.Module):
         num_vectors: int = 4,
     ) -> None:
         super().__init__()
+        _check_arguments(class_names, num_vectors)
         self._tower = text_tower(model)
         embedding = self._tower.token_embedding
         device = embedding.weight.device
         context = CONTEXT_WORDS if num_vectors == 0 else " ".join([_PLACEHOLDER] * num_vectors)
         prompts = [f"{context} {name}." for name in class_names]
         token_ids = tokenizer(prompts).to(device)
-        _require_room(tokenizer, token_ids, prompts, class_names)
+        _require_room(tokenizer, token_ids, prompts, class_names, num_vectors)
         self._last_position = self._tower.last_position(token_ids)
         if self._tower.is_causal:
             # No token sees the ones behind it, so what follows the last end-of-text token is waste.
@@ -73,6 +75,17 @@ class PromptContext(nn.Module):
         return self._tower.encode(embeddings, self._last_position, text_layer)
 
 
+def _check_arguments(class_names: Sequence[str], num_vectors: int) -> None:
+    if isinstance(class_names, str):  # a sequence of strings too, but of letters
+        raise TypeError("class_names must be a sequence of strings; got str")
+    if len(class_names) == 0:
+        raise ValueError("class_names must hold at least one name")
+    if isinstance(num_vectors, bool) or not isinstance(num_vectors, int):
+        raise TypeError(f"num_vectors must be an int; got {type(num_vectors).__name__}")
+    if num_vectors < 0:
+        raise ValueError(f"num_vectors must be at least 0; got {num_vectors}")
+
+
 def _round(embeddings: Tensor) -> Tensor:
     """To float16 and back: the published program keeps the words of its prompts in float16.
 
@@ -97,9 +110,15 @@ def _require_room(
     token_ids: Tensor,
     prompts: list[str],
     class_names: Sequence[str],
+    num_vectors: int,
 ) -> None:
     """Refuse names that the tokenizer had to cut off to fit them into the context."""
     length = token_ids.shape[1]
+    if num_vectors + 4 > length:  # start, one token of a name, full stop and end of text
+        raise ValueError(
+            f"num_vectors={num_vectors} leaves no room for names in the model's context of "
+            f"{length} tokens"
+        )
     full = (token_ids != 0).sum(1) == length
     for index in full.nonzero().flatten().tolist():
         longer = tokenizer.encode(prompts[index]) if hasattr(tokenizer, "encode") else []

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-import torch
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -17,8 +15,6 @@ from .attention import close_attention, open_attention
 from .towers import joint_space, vision_tower
 
 PLACEMENTS = ("tokens", "attention", "both")
-
-_INSTALLED: weakref.WeakKeyDictionary[nn.Module, Reweighting] = weakref.WeakKeyDictionary()
 
 
 class Reweighting:
@@ -48,7 +44,7 @@ class Reweighting:
         self._table = table
         self._backend = backend
         self._class_embeddings: Tensor | None = None
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._forwards: list[_ReweightedForward] = []
         blocks = tower.transformer.resblocks
         if placement != "tokens":
             # All are opened before any is marked: a block that cannot be leaves none changed.
@@ -65,9 +61,7 @@ class Reweighting:
                 block.attn.is_reweighted = True
                 block.attn.backend = backend
         for layer in layers:
-            self._hooks.append(blocks[layer].register_forward_pre_hook(self._before_block(layer)))
-            if placement != "tokens":
-                self._hooks.append(blocks[layer].register_forward_hook(_after_block))
+            self._forwards.append(_ReweightedForward(self, blocks[layer], layer))
 
     def set_class_embeddings(self, class_embeddings: Tensor) -> None:
         """Set the classes whose relevance decides; needed before the first forward pass.
@@ -91,18 +85,14 @@ class Reweighting:
 
     def remove(self) -> None:
         """Leave the model as it was before; harmless if done already."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        if _INSTALLED.get(self._tower) is not self:
-            return
-        del _INSTALLED[self._tower]
-        if self.placement != "tokens":
+        for forward in self._forwards:
+            forward.remove()
+        if self._forwards and self.placement != "tokens":
             for layer in self.layers:
                 block = self._tower.transformer.resblocks[layer]
                 block.attn.is_reweighted = False
-                block.attn.key_weights = None
                 close_attention(block)
+        self._forwards.clear()
 
     def __enter__(self) -> Reweighting:
         return self
@@ -115,36 +105,66 @@ class Reweighting:
     ) -> None:
         self.remove()
 
-    def _before_block(self, layer: int) -> Callable[[Any, tuple], tuple]:
-        def reweight(block: Any, inputs: tuple) -> tuple:
-            if self._class_embeddings is None:
-                raise RuntimeError(
-                    "class embeddings are not set: call handle.set_class_embeddings((C, E) tensor) "
-                    "before the model's first forward pass"
-                )
-            hidden, *others = inputs
-            batch_first = self._tower.transformer.batch_first
-            tokens = hidden if batch_first else hidden.transpose(0, 1)
-            weights, counts = token_weights(
-                tokens,
-                self._class_embeddings,
-                joint_space=joint_space(self._tower),
-                rule=self._rule,
-                table=self._table,
-                backend=self._backend,
+    def _weights_of(self, layer: int, tokens: Tensor) -> Tensor:
+        """(B, L) weights of the tokens (B, L, D) that enter a block; the counts are kept."""
+        if self._class_embeddings is None:
+            raise RuntimeError(
+                "class embeddings are not set: call handle.set_class_embeddings((C, E) tensor) "
+                "before the model's first forward pass"
             )
-            self.last_counts[layer] = counts
-            if self.placement != "tokens":
-                block.attn.key_weights = weights
-            if self.placement != "attention":
-                tokens = reweight_tokens(tokens, weights)
-            return (tokens if batch_first else tokens.transpose(0, 1), *others)
+        weights, counts = token_weights(
+            tokens,
+            self._class_embeddings,
+            joint_space=joint_space(self._tower),
+            rule=self._rule,
+            table=self._table,
+            backend=self._backend,
+        )
+        self.last_counts[layer] = counts
+        return weights
 
-        return reweight
+
+class _ReweightedForward:
+    """Stands in for the ``forward`` of one block.
+
+    No hook, for ``torch.compile`` takes no notice of a hook registered after compiling. And a
+    method of an object that holds the block, for then a deep copy of the model re-weights itself.
+    """
+
+    def __init__(self, handle: Reweighting, block: Any, layer: int) -> None:
+        self._handle = handle
+        self._block = block
+        self._layer = layer
+        self._plain_forward = block.forward
+        self._hidden_attribute = vars(block).get("forward")  # other tools' stand-in, if any
+        block.forward = self.forward
+
+    def forward(self, hidden: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        handle, block = self._handle, self._block
+        batch_first = handle._tower.transformer.batch_first
+        tokens = hidden if batch_first else hidden.transpose(0, 1)
+        weights = handle._weights_of(self._layer, tokens)
+        if handle.placement != "attention":
+            tokens = reweight_tokens(tokens, weights)
+            hidden = tokens if batch_first else tokens.transpose(0, 1)
+        if handle.placement == "tokens":
+            return self._plain_forward(hidden, *arguments, **options)
+        block.attn.key_weights = weights
+        try:
+            return self._plain_forward(hidden, *arguments, **options)
+        finally:  # so that no stale weights, or their graph, outlive the pass
+            block.attn.key_weights = None
+
+    def remove(self) -> None:
+        if self._hidden_attribute is None:
+            del self._block.forward
+        else:
+            self._block.forward = self._hidden_attribute
 
 
-def _after_block(block: Any, inputs: tuple, output: Tensor) -> None:
-    block.attn.key_weights = None  # so that no stale weights, or their graph, outlive the pass
+def _is_reweighted(block: nn.Module) -> bool:
+    forward = vars(block).get("forward")
+    return isinstance(getattr(forward, "__self__", None), _ReweightedForward)
 
 
 def install(
@@ -177,7 +197,7 @@ def install(
         RuntimeError: The model is re-weighted already.
     """
     tower = vision_tower(model)
-    if tower in _INSTALLED:
+    if any(_is_reweighted(block) for block in tower.transformer.resblocks):
         raise RuntimeError(
             "model is re-weighted already: call remove() on the handle of the first install()"
         )
@@ -188,9 +208,7 @@ def install(
     elif not isinstance(rule, WeightRule):
         raise TypeError(f"rule must be a WeightRule or its kind; got {type(rule).__name__}")
     layers = _resolve_layers(layers, len(tower.transformer.resblocks))
-    handle = Reweighting(tower, layers, placement, rule, table, backend)
-    _INSTALLED[tower] = handle
-    return handle
+    return Reweighting(tower, layers, placement, rule, table, backend)
 
 
 def _resolve_layers(layers: Sequence[int] | None, depth: int) -> tuple[int, ...]:

@@ -95,11 +95,17 @@ class TextTower:
 
         Returns:
             (C, E) class embeddings of the last block and (C, E) of block ``layer``.
+
+        Raises:
+            ValueError: There is no block ``layer``.
         """
+        blocks = self.transformer.resblocks
+        if layer is not None and not 0 <= layer < len(blocks):
+            raise ValueError(f"layer must lie between 0 and {len(blocks) - 1}; got {layer}")
         length = embeddings.shape[1]
         mask = None if self.attention_mask is None else self.attention_mask[:length, :length]
-        hidden = embeddings + self.positional_embedding[:length].to(embeddings.dtype)
-        blocks = self.transformer.resblocks
+        dtype = self.transformer.get_cast_dtype()  # of the blocks; embeddings may have another
+        hidden = embeddings.to(dtype) + self.positional_embedding[:length].to(dtype)
         intermediate = None
         for index, block in enumerate(blocks):
             if self.transformer.batch_first:

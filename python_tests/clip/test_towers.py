@@ -1,0 +1,192 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.model import CLIP, convert_weights_to_lp
+from open_clip.transformer import TextTransformer
+from tiny_clip import (
+    END_OF_TEXT,
+    TEXT,
+    VISION,
+    Untouched,
+    make_clip,
+    make_images,
+    make_token_ids,
+    swap_token_order,
+)
+from torch import Tensor, nn
+
+from tir_kernels import JointSpace
+from tir_kernels.clip.towers import joint_space, text_tower, vision_tower
+
+TEXT_VARIANTS: dict[str, Callable[[], nn.Module]] = {
+    "clip": make_clip,
+    "custom text": lambda: make_clip(custom_text=True),
+    "length first": lambda: swap_token_order(make_clip()),
+    "custom text, length first": lambda: swap_token_order(make_clip(custom_text=True)),
+    "projection with bias": lambda: make_clip(text={"proj_bias": True}),
+    "no projection": lambda: make_clip(text={"proj_type": "none"}),
+    "quick gelu": lambda: make_clip(quick_gelu=True),
+    "not causal": lambda: make_clip(text={"no_causal_mask": True}, custom_text=True),
+    "end of text by id": lambda: make_clip(text={"pool_type": "eos", "eos_id": END_OF_TEXT}),
+    "first token": lambda: make_clip(text={"pool_type": "first"}, custom_text=True),
+    "last token": lambda: make_clip(text={"pool_type": "last"}),
+    "own blocks": lambda: make_clip(text={"qk_norm": True, "scale_attn": True}),
+}
+
+
+def normalise(space: JointSpace, tokens: Tensor) -> Tensor:
+    if space.norm_eps is None:
+        return tokens
+    width = tokens.shape[-1:]
+    return F.layer_norm(tokens, width, space.norm_weight, space.norm_bias, space.norm_eps)
+
+
+def project(space: JointSpace, tokens: Tensor) -> Tensor:
+    return tokens if space.proj is None else tokens @ space.proj
+
+
+@pytest.mark.parametrize(
+    ("options", "prune"),
+    [
+        ({}, {}),
+        ({"norm_kwargs": {"eps": 0.1}}, {}),
+        ({"norm_kwargs": {"elementwise_affine": False}}, {}),
+        ({"pool_type": "avg"}, {}),
+        ({"pool_type": "avg", "final_ln_after_pool": True}, {}),
+        ({}, {"prune_head": True}),
+        ({}, {"prune_head": False, "prune_norm": True}),
+    ],
+)
+@torch.no_grad()
+def test_joint_space_is_what_the_tower_ends_with(
+    options: dict[str, Any], prune: dict[str, bool]
+) -> None:
+    tower = make_clip(options).visual
+    if prune:
+        tower.prune_intermediate_layers([5], **prune)
+    outputs = []
+    hook = tower.transformer.register_forward_hook(lambda *call: outputs.append(call[2]))
+    expected = tower(make_images())
+    hook.remove()
+    space = joint_space(tower)
+    if options.get("final_ln_after_pool"):
+        found = project(space, normalise(space, tower._global_pool(outputs[0])[0]))
+    else:
+        found = project(space, tower._global_pool(normalise(space, outputs[0]))[0])
+    torch.testing.assert_close(found, expected)
+
+
+def test_vision_tower_of_a_model_and_on_its_own() -> None:
+    model = make_clip()
+    assert vision_tower(model) is model.visual
+    assert vision_tower(model.visual) is model.visual
+    model = make_clip(custom_text=True)
+    assert vision_tower(model) is model.visual
+
+
+def test_other_image_towers_are_refused() -> None:
+    timm_tower = {"timm_model_name": "test_vit", "image_size": 32}
+    with pytest.raises(TypeError, match=r"its tower is TimmModel\. Choose .* ViT-B-16"):
+        vision_tower(CLIP(16, timm_tower, TEXT))
+    resnet = {"layers": (1, 1, 1, 1), "width": 8, "image_size": 32, "head_width": 8}
+    with pytest.raises(TypeError, match="its tower is ModifiedResNet"):
+        vision_tower(CLIP(16, resnet, TEXT))
+    with pytest.raises(TypeError, match="its tower is Linear"):
+        vision_tower(nn.Linear(2, 2))
+    for pool in (True, "parallel"):
+        pooled = {**VISION, "attentional_pool": pool, "attn_pooler_heads": 2}
+        with pytest.raises(ValueError, match="pools its image tokens by attention"):
+            vision_tower(CLIP(16, pooled, TEXT))
+
+
+@pytest.mark.parametrize("variant", TEXT_VARIANTS)
+@torch.no_grad()
+def test_encode_is_the_models_encode_text(variant: str) -> None:
+    model = TEXT_VARIANTS[variant]()
+    before = Untouched(model)
+    tower = text_tower(model)
+    assert model.get_submodule(tower.prefix) is tower.transformer
+    token_ids = make_token_ids()
+    last = tower.last_position(token_ids)
+    found, intermediate = tower.encode(tower.token_embedding(token_ids), last)
+    torch.testing.assert_close(found, model.encode_text(token_ids))
+    assert torch.equal(found, intermediate)
+    before.check()
+
+
+@pytest.mark.parametrize("variant", ["clip", "custom text", "projection with bias"])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@torch.no_grad()
+def test_intermediate_embeddings_are_those_of_a_tower_that_ends_there(
+    variant: str, layer: int
+) -> None:
+    model = TEXT_VARIANTS[variant]()
+    tower = text_tower(model)
+    token_ids = make_token_ids()
+    embeddings = tower.token_embedding(token_ids)
+    final, intermediate = tower.encode(embeddings, tower.last_position(token_ids), layer)
+    torch.testing.assert_close(final, model.encode_text(token_ids))
+    tower.transformer.prune_intermediate_layers([layer])
+    torch.testing.assert_close(intermediate, model.encode_text(token_ids))
+
+
+@torch.no_grad()
+def test_what_follows_the_end_of_text_does_not_matter() -> None:
+    model = make_clip()
+    tower = text_tower(model)
+    token_ids = make_token_ids()
+    last = tower.last_position(token_ids)
+    assert last.tolist() == [4, 7, 6]
+    cut = tower.token_embedding(token_ids[:, :8])
+    torch.testing.assert_close(tower.encode(cut, last)[0], model.encode_text(token_ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("custom_text", [True, False])
+@torch.no_grad()
+def test_mixed_precision_weights(dtype: torch.dtype, custom_text: bool) -> None:
+    """As open_clip's precision="bf16" leaves them: embeddings and norms in float32."""
+    model = make_clip(custom_text=custom_text, cast_dtype=dtype)
+    convert_weights_to_lp(model, dtype)
+    tower = text_tower(model)
+    token_ids = make_token_ids()
+    found, _ = tower.encode(tower.token_embedding(token_ids), tower.last_position(token_ids))
+    expected = model.encode_text(token_ids)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("pool_type", "positions"),
+    [("argmax", [4, 7, 6]), ("eos", [4, 7, 6]), ("first", [0, 0, 0]), ("last", [11, 11, 11])],
+)
+def test_last_position(pool_type: str, positions: list[int]) -> None:
+    tower = text_tower(make_clip(text={"pool_type": pool_type, "eos_id": END_OF_TEXT}))
+    assert tower.last_position(make_token_ids()).tolist() == positions
+
+
+def test_other_text_towers_are_refused() -> None:
+    with pytest.raises(ValueError, match="'none' keeps every token"):
+        text_tower(make_clip(text={"pool_type": "none"})).last_position(make_token_ids())
+    with pytest.raises(TypeError, match="appends a class token or masks padding"):
+        text_tower(make_clip(text={"embed_cls": True}, custom_text=True))
+    model = make_clip(custom_text=True)
+    model.text = TextTransformer(12, 50, 24, 2, 1, no_causal_mask=True, use_pad_mask=True)
+    with pytest.raises(TypeError, match="masks padding"):
+        text_tower(model)
+    model.text = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match="with text tower Linear"):
+        text_tower(model)
+    with pytest.raises(TypeError, match="got VisionTransformer"):
+        text_tower(model.visual)
+
+
+@pytest.mark.parametrize("layer", [-1, 3])
+def test_an_intermediate_layer_that_is_not_there_is_refused(layer: int) -> None:
+    tower = text_tower(make_clip())
+    token_ids = make_token_ids()
+    with pytest.raises(ValueError, match=f"layer must lie between 0 and 2; got {layer}"):
+        tower.encode(tower.token_embedding(token_ids), tower.last_position(token_ids), layer)
