@@ -169,9 +169,9 @@ def weighted_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     module = _attention_backend(backend, query)
     if query.numel() == 0:
-        grads = tuple(t.new_zeros(t.shape) for t in (query, key, value))
-        shape = weights.shape if needs_weights_grad else (0,)
-        return (*grads, weights.new_zeros(shape))
+        grad_weights = weights.new_zeros(weights.shape if needs_weights_grad else (0,))
+        empty = [t.new_empty(t.shape) for t in (query, key, value)]
+        return empty[0], empty[1], empty[2], grad_weights
     if grad_output.stride(3) != 1:
         grad_output = grad_output.contiguous()
     return module.attention_backward(

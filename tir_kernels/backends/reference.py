@@ -5,9 +5,16 @@ Everything is computed in float32, or in float64 where an input is float64.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 NORM_EPS = 1e-8  # added to both norms of the cosine
 MAX_EXPONENT = 88.0  # exp() of more overflows float32
@@ -26,6 +33,19 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if is_double else torch.float32
 
 
+def _without_autocast(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Keep an autocast region around the operator from rounding the products inside it."""
+
+    @functools.wraps(function)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        device_type = next(a.device.type for a in args if isinstance(a, Tensor))
+        with torch.autocast(device_type, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
+@_without_autocast
 def exact_relevance(
     tokens: Tensor,
     class_embeddings: Tensor,
@@ -53,9 +73,8 @@ def exact_relevance(
     classes = classes / (classes.norm(dim=-1, keepdim=True) + NORM_EPS)
     batch, num_groups = tokens.shape[0], classes.shape[0]
     grouped = features.reshape(num_groups, batch // num_groups, *features.shape[1:])
-    return torch.einsum("gce,gine->gicn", classes, grouped).reshape(
-        batch, classes.shape[1], features.shape[1]
-    )
+    cosines = torch.matmul(classes[:, None], grouped.mT)
+    return cosines.reshape(batch, classes.shape[1], features.shape[1])
 
 
 def relevance(
@@ -117,6 +136,7 @@ def _drop_unattended(tensor: Tensor, weights: Tensor, dtype: torch.dtype) -> Ten
     return tensor.to(dtype).masked_fill((weights <= 0)[:, None, :, None], 0.0)
 
 
+@_without_autocast
 def attention_forward(
     query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -132,6 +152,7 @@ def attention_forward(
     return output.to(query.dtype), log_sum_exp
 
 
+@_without_autocast
 def attention_backward(
     grad_output: Tensor,
     query: Tensor,

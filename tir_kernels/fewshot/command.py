@@ -268,7 +268,6 @@ def _run(
 def _with_option_name(message: str) -> str:
     """A message that starts with a field's name, with its option's name instead."""
     name, space, rest = message.partition(" ")
-    name = "rule" if name == "kind" else name  # as WeightRule calls it
     if name in {field.name for field in dataclasses.fields(FewShotConfig)}:
         return f"--{name.replace('_', '-')}{space}{rest}"
     return message

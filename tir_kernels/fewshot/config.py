@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tir_kernels.rules import WeightRule
+from tir_kernels.rules import RULE_KINDS, WeightRule
 from tir_kernels.validation import require_backend
 
 METHODS = ("tir", "lora", "zero-shot")
@@ -71,6 +71,7 @@ class FewShotConfig:
         _require_choice("method", self.method, METHODS)
         _require_choice("placement", self.placement, PLACEMENTS)
         _require_choice("precision", self.precision, PRECISIONS)
+        _require_choice("rule", self.rule, RULE_KINDS)
         require_backend(self.backend)
         for name, least in (("steps", 1), ("shots", 1), ("lora_rank", 1), ("context_tokens", 0)):
             _require_at_least(name, getattr(self, name), least)

@@ -1,0 +1,46 @@
+"""Which backend serves a call, and what those that cannot run say."""
+
+import pytest
+import torch
+
+import tir_kernels
+from tir_kernels import dispatch
+
+
+def test_reasons_are_given_for_all_backends() -> None:
+    reasons = tir_kernels.available_backends()
+    assert list(reasons) == ["reference", "cpu", "triton", "cuda"]
+    assert reasons["reference"] == ""
+    assert "no CUDA C++ kernels" in reasons["cuda"]
+
+
+def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.randn(1, 1, 5, 64)
+    with pytest.raises(RuntimeError, match="backend='cuda' cannot run here: .*backend='triton'"):
+        tir_kernels.weighted_attention(q, q, q, torch.ones(1, 5), backend="cuda")
+
+
+def test_float64_is_for_the_reference() -> None:
+    if tir_kernels.available_backends()["cpu"]:
+        pytest.skip("the cpu backend is not built")
+    q = torch.randn(1, 1, 5, 64, dtype=torch.float64)
+    weights = torch.ones(1, 5)
+    with pytest.raises(TypeError, match="backend='cpu' takes float32.*Use backend='reference'"):
+        tir_kernels.weighted_attention(q, q, q, weights, backend="cpu")
+    assert tir_kernels.weighted_attention(q, q, q, weights).dtype == torch.float64
+
+
+def test_wide_heads_are_for_the_reference() -> None:
+    if tir_kernels.available_backends()["cpu"]:
+        pytest.skip("the cpu backend is not built")
+    q = torch.randn(1, 1, 5, 300)
+    weights = torch.ones(1, 5)
+    with pytest.raises(ValueError, match="width up to 256; query has width 300"):
+        tir_kernels.weighted_attention(q, q, q, weights, backend="cpu")
+    assert tir_kernels.weighted_attention(q, q, q, weights).shape == q.shape
+
+
+def test_auto_prefers_the_kernels() -> None:
+    expected = "reference" if tir_kernels.available_backends()["cpu"] else "cpu"
+    assert dispatch.choose_backend("auto", "cpu", False).__name__.endswith(expected)
+    assert dispatch.choose_backend("auto", "cpu", True).__name__.endswith("reference")
