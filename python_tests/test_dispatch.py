@@ -16,7 +16,7 @@ def test_reasons_are_given_for_all_backends() -> None:
 
 def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.randn(1, 1, 5, 64)
-    with pytest.raises(RuntimeError, match="backend='cuda' cannot run here: .*backend='triton'"):
+    with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run here: .*backend='triton'"):
         tir_kernels.weighted_attention(q, q, q, torch.ones(1, 5), backend="cuda")
 
 
@@ -25,7 +25,7 @@ def test_float64_is_for_the_reference() -> None:
         pytest.skip("the cpu backend is not built")
     q = torch.randn(1, 1, 5, 64, dtype=torch.float64)
     weights = torch.ones(1, 5)
-    with pytest.raises(TypeError, match="backend='cpu' takes float32.*Use backend='reference'"):
+    with pytest.raises(TypeError, match=r"backend='cpu' takes float32.*Use backend='reference'"):
         tir_kernels.weighted_attention(q, q, q, weights, backend="cpu")
     assert tir_kernels.weighted_attention(q, q, q, weights).dtype == torch.float64
 

@@ -130,8 +130,8 @@ class RelevanceWorker {
     int64_t class_panel_stride = round_up(problem_.joint_width, lanes) * panel_width;
     multiply_in_parts<Float32Math>(count, problem_.num_classes, problem_.joint_width,
                                    {features, feature_stride_, 1},
-                                   {job_.classes + group * job_.class_panels, class_panel_stride}, dots_,
-                                   dot_stride_);
+                                   {job_.classes + group * job_.class_panels, class_panel_stride},
+                                   dots_, dot_stride_);
     const float* class_norms = job_.class_norms + group * problem_.num_classes;
     for (int64_t i = 0; i < count; ++i) {
       float norm = norm_of(features + i * feature_stride_, problem_.joint_width);
