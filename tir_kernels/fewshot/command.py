@@ -173,8 +173,8 @@ def run(**options: Any) -> None:
 
 @cli.command()
 @click.option("--out", default="runs/demo", metavar="RUN_DIR", help="Folder of the run.")
-@_protocol_options(episodes=4)
-@_config_options(steps=50)
+@_protocol_options(episodes=6)
+@_config_options(steps=40, lora_lr=1e-3)  # a small model learns little at the method's rate
 def demo(out: str, **options: Any) -> None:
     """Compare zero-shot, LoRA and re-weighting on an embedded model and a drawn image domain.
 
