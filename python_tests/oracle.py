@@ -58,7 +58,12 @@ def plain_gradients(
 def exact_attention(
     q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: float, grad_output: Tensor
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Output and gradients of q, k, v and weights in float64, and the magnitudes of their terms."""
+    """Output and gradients of q, k, v and weights in float64, and the magnitudes of their terms.
+
+    A backward pass is given the output as it was stored, rounded to the type of q. The gradients of
+    the scores subtract its product with ``grad_output``, so one rounding of it is among their terms.
+    """
+    rounding = max(1.0, torch.finfo(q.dtype).eps / 2 / torch.finfo(torch.float32).eps)
     q, k, v, weights, grad_output = (t.double() for t in (q, k, v, weights, grad_output))
     output, log_sum_exp = reference.attention_forward(q, k, v, weights, scale)
     grads = reference.attention_backward(
@@ -71,7 +76,8 @@ def exact_attention(
     per_weight = per_weight.exp().masked_fill(empty, 0.0) * (1 + score_terms)
     probabilities = per_weight * weights.clamp(min=0)[:, None, None, :]
     upstream = grad_output.abs()
-    terms = upstream @ v.abs().mT + (upstream * output.abs()).sum(-1, keepdim=True)
+    stored = (upstream * output.abs()).sum(-1, keepdim=True) * rounding
+    terms = upstream @ v.abs().mT + stored
     magnitudes = (
         probabilities @ v.abs(),
         probabilities * terms @ k.abs() * abs(scale),

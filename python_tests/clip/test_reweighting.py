@@ -466,10 +466,10 @@ def test_what_was_compiled_before_notices(placement: str) -> None:
     model, images = make_clip({"layers": 2}), make_images()
     compiled = torch.compile(model.visual, backend="eager")
     plain = compiled(images)
-    with clip.install(model, [1], placement) as handle:
+    with clip.install(model, [0], placement) as handle:
         handle.set_class_embeddings(classes_for(model))
         reweighted = model.visual(images)
-        assert not torch.allclose(reweighted, plain, atol=1e-2)
+        assert (reweighted - plain).abs().max() > 1e-3
         torch.testing.assert_close(compiled(images), reweighted)
     torch.testing.assert_close(compiled(images), plain)
 

@@ -328,6 +328,15 @@ def test_a_killed_process_loses_nothing(arguments, tmp_path):
     assert_continues(arguments, tmp_path)
 
 
+@pytest.fixture
+def heeds_interrupts():
+    """A shell's background jobs, tests among them, start with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted(arguments, tmp_path, number, capsys, monkeypatch):
     finetune, calls = fake_engine.fake_finetune, []
