@@ -60,8 +60,9 @@ def exact_attention(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Output and gradients of q, k, v and weights in float64, and the magnitudes of their terms.
 
-    A backward pass is given the output as it was stored, rounded to the type of q. The gradients of
-    the scores subtract its product with ``grad_output``, so one rounding of it is among their terms.
+    A backward pass is given the output as it was stored, rounded to the type of q. The gradients
+    of the scores subtract its product with ``grad_output``, so one rounding of it is among their
+    terms.
     """
     rounding = max(1.0, torch.finfo(q.dtype).eps / 2 / torch.finfo(torch.float32).eps)
     q, k, v, weights, grad_output = (t.double() for t in (q, k, v, weights, grad_output))
