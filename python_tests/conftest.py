@@ -34,3 +34,12 @@ def device(backend: str) -> str:
     """The device a backend is tested on."""
     on_gpu = torch.cuda.is_available() and backend in ("triton", "cuda")
     return "cuda" if on_gpu else "cpu"
+
+
+@pytest.fixture
+def poisoned_outputs():
+    """Fill what torch.empty gives with NaN, so that an element a kernel forgets shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 import tir_kernels
 
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_WIDTHS = (64, 72, 80, 88, 96, 104, 112, 128)
 LENGTHS = (50, 197, 257, 577)
@@ -19,15 +21,6 @@ quick = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs():
-    """Fill what torch.empty gives with NaN, so that an element a kernel forgets shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def draw_weights(kind: str, batch: int, length: int, generator: torch.Generator) -> Tensor:
