@@ -1,0 +1,1 @@
+"""The benchmark program: ``python -m bench --help``, from the root of the repository."""

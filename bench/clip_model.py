@@ -1,0 +1,83 @@
+"""CLIP models of any size with random weights; nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ClipSizes:
+    """The ``model_cfg`` of an open_clip model, and the sizes in it that are measured."""
+
+    model_cfg: dict[str, Any]
+
+    @property
+    def image_size(self) -> int:
+        return self.model_cfg["vision_cfg"]["image_size"]
+
+    @property
+    def length(self) -> int:
+        """Tokens of an image, class token included."""
+        return (self.image_size // self.model_cfg["vision_cfg"]["patch_size"]) ** 2 + 1
+
+    @property
+    def width(self) -> int:
+        return self.model_cfg["vision_cfg"]["width"]
+
+    @property
+    def layers(self) -> int:
+        return self.model_cfg["vision_cfg"]["layers"]
+
+    @property
+    def text_width(self) -> int:
+        return self.model_cfg["text_cfg"]["width"]
+
+    @property
+    def text_layers(self) -> int:
+        return self.model_cfg["text_cfg"]["layers"]
+
+
+def load_sizes(model: str) -> ClipSizes:
+    """Of an open_clip architecture, or of a JSON file with a ``model_cfg``.
+
+    Raises:
+        click.ClickException: There is no such architecture or file.
+    """
+    import open_clip
+
+    path = Path(model)
+    if path.suffix == ".json":
+        try:
+            return ClipSizes(json.loads(path.read_text())["model_cfg"])
+        except (OSError, ValueError, KeyError) as error:
+            raise click.ClickException(f"--model: {path} has no model_cfg: {error}") from error
+    config = open_clip.get_model_config(model)
+    if config is None:
+        near = get_close_matches(model, open_clip.list_models(), 3)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise click.ClickException(f"--model: open_clip has no architecture {model!r}{hint}")
+    return ClipSizes(config)
+
+
+def make_model(sizes: ClipSizes, device: str) -> nn.Module:
+    """Frozen, in evaluation mode."""
+    from open_clip.model import CLIP
+
+    with torch.device(device):
+        model = CLIP(**sizes.model_cfg)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def make_tokenizer(sizes: ClipSizes) -> Callable[[list[str]], Tensor]:
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer(context_length=sizes.model_cfg["text_cfg"]["context_length"])

@@ -1,0 +1,1 @@
+"""Micro-benchmarks of single calls, for ``pytest bench/micro --benchmark-only``."""

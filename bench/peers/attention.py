@@ -1,0 +1,139 @@
+"""Attention with a weight per key, and PyTorch's attention without, for its price."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.problems import AttentionProblem
+from bench.settings import DIRECTIONS, OURS, Settings
+from tir_kernels import weighted_attention
+
+from .common import COMPILED, EAGER, Forward, Peer, compiled
+
+MASKED = "sdpa+mask"
+UNWEIGHTED = "sdpa unweighted"
+FLEX = "flex_attention"
+
+_SDPA_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def attention_peers(settings: Settings) -> list[Peer]:
+    """Ours, and every way PyTorch has, on the device of the settings."""
+    ours = [
+        Peer(
+            OURS + name,
+            functools.partial(_ours, name),
+            reason,
+            score_tensors=4 if name == "reference" else 0,
+        )
+        for name, reason in settings.our_backends()
+    ]
+    return [
+        *ours,
+        Peer(EAGER, _eager, score_tensors=3),
+        Peer(COMPILED, _compiled, settings.why_not_compiled, is_compiled=True, score_tensors=3),
+        *_sdpa_peers(settings.device),
+        _flex_peer(settings),
+    ]
+
+
+def default_sdpa() -> Peer:
+    """PyTorch's attention with a mask, whose backend PyTorch chooses."""
+    return _sdpa_peer(MASKED, "", True)
+
+
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scale: float
+) -> Tensor:
+    """The formula as it is written down, in the type of the query."""
+    bias = weights.clamp(min=0).log()[:, None, None, :].to(query.dtype)
+    return (query @ key.mT * scale + bias).softmax(-1) @ value
+
+
+def _arguments(problem: AttentionProblem) -> tuple:
+    return *problem.leaves, problem.weights, problem.scale
+
+
+def _ours(backend: str, problem: AttentionProblem) -> Forward:
+    *tensors, scale = _arguments(problem)
+    return lambda: weighted_attention(*tensors, scale=scale, backend=backend)
+
+
+def _eager(problem: AttentionProblem) -> Forward:
+    return lambda: plain_attention(*_arguments(problem))
+
+
+def _compiled(problem: AttentionProblem) -> Forward:
+    function = compiled(plain_attention)
+    return lambda: function(*_arguments(problem))
+
+
+def _sdpa_peers(device: str) -> list[Peer]:
+    # On a CPU PyTorch has one fused attention, which it picks itself. To name a backend takes time
+    # of the host, which only there is part of what is measured.
+    backends = ("", "math") if device == "cpu" else tuple(_SDPA_BACKENDS)
+    masked = [_sdpa_peer(MASKED, name, True) for name in backends]
+    return masked + [_sdpa_peer(UNWEIGHTED, name, False) for name in backends if name != "math"]
+
+
+def _sdpa_peer(prefix: str, backend: str, is_masked: bool) -> Peer:
+    return Peer(
+        f"{prefix} {backend}".strip(),
+        functools.partial(_sdpa, backend, is_masked),
+        is_weighted=is_masked,
+        score_tensors=3 if backend == "math" else 0,
+    )
+
+
+def _sdpa(backend: str, is_masked: bool, problem: AttentionProblem) -> Forward:
+    """PyTorch's fused attention; its mask is given ready made, in the type it asks for."""
+    query, key, value = problem.leaves
+    mask = None
+    if is_masked:
+        mask = problem.weights.log()[:, None, None, :].to(query.dtype)
+    forward = functools.partial(
+        F.scaled_dot_product_attention, query, key, value, attn_mask=mask, scale=problem.scale
+    )
+    return _within(_SDPA_BACKENDS[backend], forward) if backend else forward
+
+
+def _within(backend: SDPBackend, forward: Callable[[], Tensor]) -> Forward:
+    def run() -> Tensor:
+        with sdpa_kernel(backend):
+            return forward()
+
+    return run
+
+
+def _flex_peer(settings: Settings) -> Peer:
+    reason = settings.why_not_compiled
+    if not reason and settings.quick and settings.device == "cpu":
+        reason = "left out by --quick: compiling it takes longer than the rest of the suite"
+    # PyTorch compiles its backward pass for GPUs only.
+    directions = ("forward",) if settings.device == "cpu" else DIRECTIONS
+    return Peer(FLEX, _flex, reason, directions, is_compiled=True)
+
+
+def _flex(problem: AttentionProblem) -> Forward:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    log_weights = problem.weights.log()
+
+    def add_log_weight(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score + log_weights[b, j]
+
+    leaves = problem.leaves
+    if log_weights.device.type == "cpu":  # where it refuses what requires gradients
+        leaves = tuple(leaf.detach() for leaf in leaves)
+    function = compiled(flex_attention)
+    return lambda: function(*leaves, score_mod=add_log_weight, scale=problem.scale)

@@ -1,0 +1,50 @@
+"""What all peers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch import config as functorch_config
+
+from bench.settings import DIRECTIONS
+
+Forward = Callable[[], Tensor]
+
+EAGER = "eager"
+COMPILED = "torch.compile"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way to compute an operator.
+
+    Args:
+        name: As in the records.
+        build: Problem -> the forward pass as a function without arguments.
+        unavailable: Why it cannot take part, if that is known.
+        directions: What it can do.
+        is_weighted: Whether it computes the weighted function, or the one without weights, which
+            shows the price of weights.
+        is_compiled: Whether it is compiled for each shape it meets.
+        score_tensors: How many (B, H, L, L) tensors of float32 a forward pass holds, roughly.
+    """
+
+    name: str
+    build: Callable[[Any], Forward]
+    unavailable: str = ""
+    directions: tuple[str, ...] = DIRECTIONS
+    is_weighted: bool = True
+    is_compiled: bool = False
+    score_tensors: int = 0
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function compiled for exactly the shapes it meets, as a whole."""
+    # Backward passes are timed over and over on the graph of one forward pass, which is refused
+    # where the compiled backward pass may overwrite what was saved for it.
+    functorch_config.donated_buffer = False
+    return torch.compile(function, dynamic=False, fullgraph=True)

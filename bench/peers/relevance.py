@@ -1,0 +1,105 @@
+"""Relevance and token weights."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.problems import RelevanceProblem
+from bench.settings import OURS, Settings
+from bench.shapes import PREFIX_TOKENS
+from tir_kernels import token_relevance, token_weights
+
+from .common import COMPILED, EAGER, Forward, Peer, compiled
+
+
+def relevance_peers(settings: Settings) -> list[Peer]:
+    ours = [
+        Peer(OURS + name, functools.partial(_our_relevance, name), reason)
+        for name, reason in settings.our_backends()
+    ]
+    return [*ours, *_plain_peers(plain_relevance, relevance_arguments, settings)]
+
+
+def token_weights_peers(settings: Settings) -> list[Peer]:
+    ours = [
+        Peer(OURS + name, functools.partial(_our_weights, name), reason)
+        for name, reason in settings.our_backends()
+    ]
+    return [*ours, *_plain_peers(plain_token_weights, token_weights_arguments, settings)]
+
+
+def plain_relevance(
+    tokens: Tensor, classes: Tensor, gain: Tensor, offset: Tensor, proj: Tensor
+) -> Tensor:
+    """(B, C, N) cosines, every step in the type of the tokens."""
+    features = F.layer_norm(tokens[:, PREFIX_TOKENS:], gain.shape, gain, offset, 1e-5) @ proj
+    return F.normalize(classes, dim=-1) @ F.normalize(features, dim=-1).mT
+
+
+def plain_token_weights(
+    tokens: Tensor,
+    classes: Tensor,
+    gain: Tensor,
+    offset: Tensor,
+    proj: Tensor,
+    top_k: int,
+    strength: float,
+    center: float,
+) -> Tensor:
+    """(B, L) weights of the linear rule."""
+    relevance = plain_relevance(tokens, classes, gain, offset, proj)
+    chosen = relevance.topk(top_k, dim=-1).indices
+    counts = torch.zeros_like(relevance, dtype=torch.float32).scatter_(-1, chosen, 1.0).sum(1)
+    weights = torch.where(counts == 0, 1.0, 1.0 - strength * (counts - center))
+    return F.pad(weights, (PREFIX_TOKENS, 0), value=1.0)
+
+
+def relevance_arguments(problem: RelevanceProblem) -> tuple:
+    """For :func:`plain_relevance`."""
+    return problem.tokens, problem.classes, problem.gain, problem.offset, problem.proj
+
+
+def token_weights_arguments(problem: RelevanceProblem) -> tuple:
+    """For :func:`plain_token_weights`."""
+    rule = problem.rule
+    return *relevance_arguments(problem), problem.top_k, rule.strength, rule.center
+
+
+def _plain_peers(function, arguments, settings: Settings) -> list[Peer]:
+    def eager(problem: RelevanceProblem) -> Forward:
+        return functools.partial(function, *arguments(problem))
+
+    def compiled_whole(problem: RelevanceProblem) -> Forward:
+        return functools.partial(compiled(function), *arguments(problem))
+
+    return [
+        Peer(EAGER, eager),
+        Peer(COMPILED, compiled_whole, settings.why_not_compiled, is_compiled=True),
+    ]
+
+
+def _our_relevance(backend: str, problem: RelevanceProblem) -> Forward:
+    return lambda: token_relevance(
+        problem.tokens,
+        problem.classes,
+        joint_space=problem.space,
+        num_prefix_tokens=PREFIX_TOKENS,
+        backend=backend,
+    )
+
+
+def _our_weights(backend: str, problem: RelevanceProblem) -> Forward:
+    return lambda: (
+        token_weights(
+            problem.tokens,
+            problem.classes,
+            joint_space=problem.space,
+            rule=problem.rule,
+            num_prefix_tokens=PREFIX_TOKENS,
+            backend=backend,
+        ).weights
+    )

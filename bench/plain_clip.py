@@ -1,0 +1,190 @@
+"""A fine-tuning step as a plain PyTorch program writes it: the peer of the few-shot engine.
+
+It shares the engine's settings and the model's weights and nothing of its code: LoRA on query, key
+and value of both towers, a learned prompt context, and re-weighted vision blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tir_kernels.fewshot import FewShotConfig
+
+from .peers.relevance import plain_token_weights
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+CONTEXT = "a photo of a"
+
+
+def materialised_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention as the formula is written; ``bias`` is added to the scores."""
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """PyTorch's fused attention."""
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=None if bias is None else bias.to(q.dtype)
+    )
+
+
+class PlainStep:
+    """Steps of an episode.
+
+    Args:
+        model: An open_clip CLIP model, whose parameters are only read.
+        tokenizer: Its tokenizer.
+        class_names: C names.
+        config: The engine's settings; "lora" as method leaves re-weighting out.
+        attend: How attention is computed.
+        trains: Without it there are no low-rank factors, and the first loss is what it would be
+            with them, since they start as a change of nothing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Callable[[list[str]], Tensor],
+        class_names: Sequence[str],
+        config: FewShotConfig,
+        attend: Attend,
+        *,
+        trains: bool = True,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.attend = attend
+        device = model.token_embedding.weight.device
+        token_ids = tokenizer([f"{CONTEXT} {name}." for name in class_names]).to(device)
+        self.ends = token_ids.argmax(-1)  # the end-of-text token has the largest id
+        with torch.no_grad():
+            # No token sees the ones behind it: what follows the last end of a text is cut off.
+            embeddings = model.token_embedding(token_ids[:, : int(self.ends.max()) + 1])
+        words = config.context_tokens
+        self.before, self.after = embeddings[:, :1], embeddings[:, 1 + words :]
+        self.context = nn.Parameter(embeddings[0, 1 : 1 + words].clone())
+        self.lora: dict[nn.Module, tuple[nn.Parameter, nn.Parameter]] = {}
+        if trains:
+            for tower in (model.visual.transformer, model.transformer):
+                for block in tower.resblocks:
+                    self.lora[block] = self._factors(block)
+        depth = len(model.visual.transformer.resblocks)
+        reweighted = config.layers or (depth - 4, depth - 2)
+        self.reweighted = set(reweighted if config.method == "tir" else ())
+        self.text_layer = len(model.transformer.resblocks) - 2
+
+    def _factors(self, block: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+        weight = block.attn.in_proj_weight
+        width, rank = weight.shape[1], self.config.lora_rank
+        a = nn.Parameter(torch.empty(3, rank, width, device=weight.device))
+        for factor in a.unbind():
+            nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+        return a, nn.Parameter(torch.zeros(3, width, rank, device=weight.device))
+
+    def train(
+        self, images: Tensor, labels: Tensor, steps: int, on_step: Callable[[], None]
+    ) -> list[float]:
+        """Take some steps and return their losses; ``on_step`` is called after each."""
+        config = self.config
+        factors = [factor for pair in self.lora.values() for factor in pair]
+        optimizers = [
+            torch.optim.AdamW(factors, lr=config.lora_lr, weight_decay=0.01),
+            torch.optim.SGD([self.context], lr=config.context_lr, momentum=0.9, weight_decay=5e-4),
+        ]
+        losses = []
+        for _ in range(steps):
+            loss = self.loss(images, labels)
+            losses.append(loss.item())
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            on_step()
+        return losses
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        classes, intermediate = self._encode_text()
+        features = F.normalize(self._encode_images(images, intermediate.detach()), dim=-1)
+        cosines = features @ F.normalize(classes, dim=-1).T
+        return F.cross_entropy(self.config.resolved_logit_scale * cosines, labels)
+
+    def _encode_text(self) -> tuple[Tensor, Tensor]:
+        """(C, E) class embeddings of the last block, and of the block the relevance uses."""
+        model = self.model
+        context = self.context.expand(len(self.before), -1, -1)
+        hidden = torch.cat([self.before, context, self.after], 1)
+        length = hidden.shape[1]
+        hidden = hidden + model.positional_embedding[:length]
+        mask = model.attn_mask[:length, :length]
+        intermediate = hidden
+        for layer, block in enumerate(model.transformer.resblocks):
+            hidden = self._block(block, hidden, mask)
+            if layer == self.text_layer:
+                intermediate = hidden
+        return self._embed_text(hidden), self._embed_text(intermediate)
+
+    def _embed_text(self, hidden: Tensor) -> Tensor:
+        rows = torch.arange(len(hidden), device=hidden.device)
+        return self.model.ln_final(hidden[rows, self.ends]) @ self.model.text_projection
+
+    def _encode_images(self, images: Tensor, classes: Tensor) -> Tensor:
+        tower = self.model.visual
+        patches = tower.conv1(images).flatten(2).mT
+        first = tower.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
+        hidden = torch.cat([first, patches], 1) + tower.positional_embedding
+        hidden = tower.ln_pre(hidden)
+        for layer, block in enumerate(tower.transformer.resblocks):
+            bias = None
+            if layer in self.reweighted:
+                weights = self._weights(hidden, classes)
+                if self.config.placement != "attention":
+                    hidden = hidden * weights[..., None].to(hidden.dtype)
+                if self.config.placement != "tokens":
+                    bias = weights.clamp(min=0).log()[:, None, None, :]
+            hidden = self._block(block, hidden, bias)
+        return tower.ln_post(hidden[:, 0]) @ tower.proj
+
+    @torch.no_grad()
+    def _weights(self, tokens: Tensor, classes: Tensor) -> Tensor:
+        tower, config = self.model.visual, self.config
+        return plain_token_weights(
+            tokens,
+            classes.to(tokens.dtype),
+            tower.ln_post.weight,
+            tower.ln_post.bias,
+            tower.proj,
+            int((tokens.shape[1] - 1) * config.top_ratio),
+            config.strength,
+            (len(classes) + 1) / 2,
+        )
+
+    def _block(self, block: nn.Module, hidden: Tensor, bias: Tensor | None) -> Tensor:
+        hidden = hidden + block.ls_1(self._attention(block, block.ln_1(hidden), bias))
+        return hidden + block.ls_2(block.mlp(block.ln_2(hidden)))
+
+    def _attention(self, block: nn.Module, tokens: Tensor, bias: Tensor | None) -> Tensor:
+        attention = block.attn
+        batch, length, width = tokens.shape
+        projected = F.linear(tokens, attention.in_proj_weight, attention.in_proj_bias)
+        parts = list(projected.chunk(3, -1))
+        if block in self.lora:
+            config = self.config
+            scaling = config.lora_alpha / math.sqrt(config.lora_rank)
+            rows = tokens.detach()  # as published: the branches pass no gradient on
+            for index, (a, b) in enumerate(zip(*self.lora[block], strict=True)):
+                low_rank = F.linear(F.dropout(rows, config.lora_dropout), a)
+                parts[index] = parts[index] + F.linear(low_rank, b) * scaling
+        heads = (attention.num_heads, width // attention.num_heads)
+        q, k, v = (part.view(batch, length, *heads).transpose(1, 2) for part in parts)
+        attended = self.attend(q, k, v, bias)
+        return attention.out_proj(attended.transpose(1, 2).reshape(batch, length, width))

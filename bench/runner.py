@@ -1,0 +1,228 @@
+"""Runs cases one by one: check, time, record."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .bounds import Ceilings, bound_ms
+from .cases import Case, Implementation, WrongResultError
+from .records import RecordFile, case_key, make_record
+from .settings import Settings
+from .timing import Call
+
+_USABLE_SHARE_OF_MEMORY = 0.6
+_LONGEST_ERROR = 200
+
+
+@dataclass
+class Outcome:
+    """How a run went."""
+
+    measured: int = 0
+    kept: int = 0
+    wrong: int = 0
+    out_of_time: int = 0
+    interrupted: bool = False
+
+
+class Runner:
+    """Runs cases and records what they give.
+
+    Args:
+        settings: Of the run.
+        records: Where results go; cases that have them are not run again.
+        environment: Facts put into every record.
+        console: For messages and progress.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        records: RecordFile,
+        environment: dict[str, str],
+        console: Console,
+    ) -> None:
+        self.settings = settings
+        self.records = records
+        self.environment = environment
+        self.console = console
+        self.ceilings = Ceilings(settings.device)
+        self.outcome = Outcome()
+        self._said: set[tuple[str, str, str]] = set()
+
+    def run(self, cases: Sequence[Case], deadline: float | None = None) -> Outcome:
+        """Measure the cases, until ``time.monotonic()`` passes the deadline or Ctrl-C is pressed.
+
+        Raises:
+            click.ClickException: The GPU reports an error that only a new process gets rid of.
+        """
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task("", total=len(cases))
+            try:
+                for index, case in enumerate(cases):
+                    if deadline is not None and time.monotonic() > deadline:
+                        self.outcome.out_of_time = self._unfinished(cases[index:])
+                        break
+                    progress.update(task, description=escape(case.title()), completed=index)
+                    self._run_case(case)
+            except KeyboardInterrupt:
+                self.outcome.interrupted = True
+        return self.outcome
+
+    def _unfinished(self, cases: Sequence[Case]) -> int:
+        return sum(not self._is_finished(case) for case in cases)
+
+    def _is_finished(self, case: Case) -> bool:
+        names = {i.name for i in case.implementations if not i.unavailable}
+        return names <= self.records.finished(case_key(case.identity()))
+
+    def _run_case(self, case: Case) -> None:
+        if self._is_finished(case):
+            self.outcome.kept += 1
+            return
+        if reason := self._too_much(case):
+            self._say(case, "left out", reason)
+            skipped = {i.name: {"skipped": reason} for i in case.implementations}
+            self._record(case, skipped)
+            return
+        try:
+            results = self._compete(case)
+        except torch.OutOfMemoryError as error:
+            reason = _reason(error, [])
+            self._say(case, "left out", reason)
+            results = {i.name: {"skipped": reason} for i in case.implementations}
+        self._record(case, results)
+        self.outcome.measured += 1
+
+    def _compete(self, case: Case) -> dict[str, dict[str, Any]]:
+        """Prepare every implementation, then let those that are right take turns."""
+        if self.settings.compiles:
+            torch._dynamo.reset()  # a compiled peer gets this shape alone, not a general one
+        torch.manual_seed(0)
+        inputs = case.make_inputs()
+        calls: dict[str, Call] = {}
+        results: dict[str, dict[str, Any]] = {}
+        for implementation in case.implementations:
+            name = implementation.name
+            if implementation.unavailable:
+                results[name] = {"unavailable": implementation.unavailable}
+                self._say_once(case, name, implementation.unavailable)
+                continue
+            try:
+                calls[name] = self._prepare(case, implementation, inputs)
+            except _LeftOutError as left_out:
+                results[name] = {"skipped": str(left_out)}
+                self._say_once(case, name, str(left_out))
+            except WrongResultError as error:
+                self.outcome.wrong += 1
+                results[name] = {"wrong": str(error)}
+                self._say(case, f"[bold red]WRONG: {name}[/]", str(error))
+        measurements = case.measure(list(calls.values()), self.settings.seconds)
+        return results | dict(zip(calls, measurements, strict=True))
+
+    def _too_much(self, case: Case) -> str:
+        """Why a case is not for this machine; empty if it is."""
+        memory = _free_bytes(case.device)
+        if case.input_bytes > _USABLE_SHARE_OF_MEMORY * memory:
+            return f"needs {case.input_bytes / 2**30:.1f} GiB of {memory / 2**30:.1f} GiB free"
+        if case.device == "cpu" and case.cost is not None:
+            rate = self.ceilings.flops_per_second(case.dtype)
+            seconds = case.slowdown * case.cost.flops / rate
+            if seconds > self.settings.max_call_seconds:
+                return f"a call may take {seconds:.0f} s; --max-call-seconds allows more"
+        return ""
+
+    def _prepare(self, case: Case, implementation: Implementation, inputs: Any) -> Call:
+        needed, memory = implementation.scratch_bytes, _free_bytes(case.device)
+        if needed > _USABLE_SHARE_OF_MEMORY * memory:
+            raise _LeftOutError(
+                f"needs about {needed / 2**30:.1f} GiB of {memory / 2**30:.1f} GiB free"
+            )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                return implementation.prepare(inputs)
+            except WrongResultError:
+                raise
+            except Exception as error:
+                _require_working_device(case.device, implementation.name)
+                raise _LeftOutError(_reason(error, caught)) from error
+
+    def _record(self, case: Case, results: dict[str, dict[str, Any]]) -> None:
+        bound = None
+        if case.cost is not None and any("ms" in result for result in results.values()):
+            bandwidth = self.ceilings.bytes_per_second
+            rate = self.ceilings.flops_per_second(case.dtype)
+            bound = bound_ms(case.cost, bandwidth, rate)
+        identity = case.identity()
+        records = [
+            make_record(
+                identity,
+                implementation.name,
+                cost=case.cost,
+                bound=bound,
+                environment=self.environment,
+                **results[implementation.name],
+            )
+            for implementation in case.implementations
+        ]
+        self.records.replace_case(case_key(identity), records)
+
+    def _say_once(self, case: Case, name: str, reason: str) -> None:
+        """Say that an implementation is left out; a suite's tables say it at every shape."""
+        if (case.suite, name, reason) not in self._said:
+            self._said.add((case.suite, name, reason))
+            self._say(case, f"without {name}", reason)
+
+    def _say(self, case: Case, what: str, reason: str) -> None:
+        self.console.print(f"{escape(case.title())}: {what}: {escape(reason)}", highlight=False)
+
+
+class _LeftOutError(Exception):
+    """Why an implementation does not take part in a case."""
+
+
+def _reason(error: Exception, caught: list[warnings.WarningMessage]) -> str:
+    """How an error begins, and the warnings in which PyTorch explains some of its refusals."""
+    words = " ".join(str(error).split())
+    parts = [f"{type(error).__name__}: {words[:_LONGEST_ERROR]}"]
+    if "kernel" in words:
+        parts += dict.fromkeys(str(w.message).split("(Triggered")[0].strip() for w in caught)
+    return "; ".join(parts)[: 2 * _LONGEST_ERROR]
+
+
+def _free_bytes(device: str) -> int:
+    if device == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    with open("/proc/meminfo") as lines:
+        fields = dict(line.split(":") for line in lines)
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def _require_working_device(device: str, name: str) -> None:
+    if device != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise click.ClickException(
+            f"the GPU does not recover from what {name} did: {str(error).splitlines()[0]}. Records "
+            "so far are kept; the same command goes on with the rest"
+        ) from error

@@ -1,0 +1,39 @@
+"""Weighted attention against everything PyTorch has for it."""
+
+from __future__ import annotations
+
+from bench.cases import Case
+from bench.operators import WEIGHTED_ATTENTION
+from bench.settings import Settings
+from bench.shapes import Point, points
+
+from .common import FIRST, LAST, SECOND, operator_case
+
+_SIZES = ("lengths", "widths", "heads", "dtypes")
+
+
+def attention_cases(settings: Settings) -> list[Case]:
+    directions = WEIGHTED_ATTENTION.directions
+    if settings.device == "cpu" and settings.directions is None:
+        directions = ("forward", "forward+backward")
+    return [
+        operator_case(
+            "attention",
+            WEIGHTED_ATTENTION,
+            point,
+            direction,
+            settings,
+            _priority(point, direction),
+        )
+        for point in points("attention", settings, varies=_SIZES)
+        for direction in directions
+        if settings.wants(direction)
+    ]
+
+
+def _priority(point: Point, direction: str) -> int:
+    heads = point.images * point.heads
+    is_main = point.dtype == "bfloat16" and point.width == 64 and point.length < 1024
+    if not is_main or heads < 300 or direction == "forward+backward":
+        return LAST
+    return FIRST if heads == 768 else SECOND

@@ -1,0 +1,31 @@
+"""The benchmark program is imported from the root of the repository, where it is started from."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+# This folder is called bench too, but the package goes before a folder that is none.
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def low_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measures the machine's ceilings in no time, and not well."""
+    from bench import bounds
+
+    monkeypatch.setattr(bounds, "_SECONDS", 0.0)
+    monkeypatch.setattr(bounds, "_COPY_BYTES", {"cpu": 2**16, "cuda": 2**16})
+    monkeypatch.setattr(bounds, "_PRODUCT_SIZE", {"cpu": 32, "cuda": 32})

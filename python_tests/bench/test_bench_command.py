@@ -1,0 +1,186 @@
+"""The program as it is started, on a grid that takes no time."""
+
+import functools
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from bench.command import INTERRUPTED, OUT_OF_TIME, main
+from bench.memory_probe import added_in_new_process
+from bench.records import KEYS
+from bench.settings import Settings
+from bench.shapes import Point
+from bench.suites import SUITES, memory
+from bench.suites.memory import _rebuild
+
+pytestmark = pytest.mark.usefixtures("low_ceilings")
+
+TINY = ["--device", "cpu", "--no-compile", "--threads", "1", "--seconds", "0"]
+TINY += ["--lengths", "9", "--heads", "4", "--widths", "8", "--classes", "2", "--dtypes", "float32"]
+ENOUGH = {"attention": 2, "relevance": 2, "operator": 5}  # cases
+
+SMALL_CLIP = {
+    "embed_dim": 512,
+    "vision_cfg": {
+        "image_size": 16,
+        "layers": 5,
+        "width": 32,
+        "head_width": 16,
+        "patch_size": 8,
+    },
+    "text_cfg": {
+        "context_length": 16,
+        "vocab_size": 49408,
+        "width": 32,
+        "heads": 2,
+        "layers": 3,
+    },
+}
+
+
+def run(*arguments, status=0):
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == status, result.output
+    return result.output
+
+
+def test_end_to_end_and_restart(tmp_path):
+    path, picture = tmp_path / "records.json", tmp_path / "plot.png"
+    arguments = [*ENOUGH, *TINY, "--json", path, "--plot", picture]
+    output = run(*arguments)
+    records = json.loads(path.read_text())
+    for record in records:
+        assert set(KEYS) <= set(record)
+        assert set(record) <= {*KEYS, "environment", "unavailable"}
+        assert (record["ms"] is None) == ("unavailable" in record)
+        if record["ms"] is not None and "host time" not in record["operator"]:
+            assert record["gbps"] > 0
+            assert record["tflops"] > 0
+            assert record["fraction_of_bound"] > 0
+    for suite, cases in ENOUGH.items():
+        found = [r for r in records if r["suite"] == suite]
+        assert len({(r["operator"], r["direction"]) for r in found}) == cases
+        assert "tir reference" in {r["implementation"] for r in found}
+    assert "weighted_attention, forward, float32, cpu" in output
+    has_targets = any(r["implementation"] == "tir cpu" and r["ms"] for r in records)
+    assert ("Targets on cpu" in output) == has_targets
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+    before = path.read_text()
+    assert "0 shapes measured, 9 kept" in run(*arguments[:-2])
+    assert path.read_text() == before
+
+
+def test_filters_and_directions(tmp_path):
+    path = tmp_path / "records.json"
+    run("attention", *TINY, "--directions", "backward", "--backends", "reference", "--json", path)
+    records = json.loads(path.read_text())
+    assert {r["direction"] for r in records} == {"backward"}
+    ours = [r["implementation"] for r in records if r["implementation"].startswith("tir")]
+    assert ours == ["tir reference"]
+    assert records[0]["shape"] == {"B": 1, "H": 4, "L": 9, "d": 8}
+
+
+def test_memory_suite(tmp_path, monkeypatch):
+    def in_this_process(rebuild, threads):
+        rebuild(True)()
+        rebuild(False)()
+        return 1.5
+
+    monkeypatch.setattr(memory, "added_in_new_process", in_this_process)
+    path = tmp_path / "records.json"
+    output = run("memory", *TINY, "--json", path)
+    records = json.loads(path.read_text())
+    assert {r["operator"] for r in records} == {
+        "reweighted_attention",
+        "weighted_attention",
+        "token_weights",
+    }
+    assert all(r["mib"] == 1.5 and r["ms"] is None for r in records if "unavailable" not in r)
+    assert "1.5 MiB" in output
+
+
+def test_memory_of_a_process_of_its_own():
+    point = Point(1024, 64, images=1, heads=4, num_classes=5, dtype="float32")
+    prepare = functools.partial(
+        _rebuild, "weighted_attention", "eager", point, "forward", Settings(compiles=False)
+    )
+    scores = 4 * 1024 * 1024 * 4 / 2**20  # MiB; softmax holds two of them
+    assert scores <= added_in_new_process(prepare, 1) <= 4 * scores
+
+
+def test_step_suite(tmp_path):
+    pytest.importorskip("open_clip")
+    path, model = tmp_path / "records.json", tmp_path / "model.json"
+    model.write_text(json.dumps({"model_cfg": SMALL_CLIP}))
+    arguments = ["--device", "cpu", "--threads", "1", "--seconds", "0", "--heads", "36"]
+    run("step", *arguments, "--model", model, "--json", path)
+    records = json.loads(path.read_text())
+    assert {r["operator"].split()[-1] for r in records} == {"tokens", "attention"}
+    assert {"eager", "sdpa unweighted", "tir reference"} <= {r["implementation"] for r in records}
+    assert records[0]["shape"] == {"B": 3, "L": 5, "C": 5}
+    assert all(r["ms"] > 0 for r in records if "unavailable" not in r)
+
+
+def test_unknown_model_suggests_others():
+    pytest.importorskip("open_clip")
+    assert "did you mean ViT-B-16" in run("step", *TINY, "--model", "ViT-B-61", status=1)
+
+
+def test_a_wrong_implementation_fails_the_run(monkeypatch):
+    from bench.peers import attention
+
+    def unweighted(problem):
+        return attention._sdpa("", False, problem)
+
+    monkeypatch.setattr(attention, "_eager", unweighted)
+    output = run("attention", *TINY, "--directions", "forward", status=1)
+    assert "WRONG: eager" in output
+    assert "1 results were wrong and not timed" in output
+
+
+def test_interrupt_ends_cleanly(tmp_path, monkeypatch):
+    from bench.peers import attention
+
+    def interrupted(problem):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(attention, "_eager", interrupted)
+    path = tmp_path / "records.json"
+    output = run("relevance", "attention", *TINY, "--json", path, status=INTERRUPTED)
+    assert f"Interrupted. Records are kept in {path}" in output.replace("\n", "")
+    assert {r["suite"] for r in json.loads(path.read_text())} == {"relevance"}
+
+
+def test_budget_that_runs_out_has_a_status_of_its_own():
+    output = run("attention", *TINY, "--budget", "0", status=OUT_OF_TIME)
+    assert "2 shapes left" in output
+
+
+def test_records_of_another_environment_are_pointed_out(tmp_path):
+    path = tmp_path / "records.json"
+    arguments = ["relevance", *TINY, "--json", path]
+    run(*arguments)
+    path.write_text(path.read_text().replace('"python": "3', '"python": "2'))
+    assert "keeps records of another environment" in run(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["attentoin"], "'attentoin' is not one of 'attention', 'relevance'"),
+        (["--lengths", "50,x"], "'x' is no whole number of at least 1"),
+        (["--heads", "0"], "'0' is no whole number of at least 1"),
+        (["--dtypes", "float8"], "'float8' is none of float32, float16, bfloat16"),
+        (["--device", "cpu", "--backends", "triton"], "triton is not measured on cpu"),
+        (["--lenghts", "50"], "No such option"),
+    ],
+)
+def test_usage_errors_help(arguments, message):
+    assert message in run(*arguments, status=2)
+
+
+def test_help_names_the_suites():
+    output = run("--help")
+    assert all(suite in output for suite in SUITES)
