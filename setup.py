@@ -1,5 +1,8 @@
 """Builds tir_kernels._C, the compiled kernels, through ninja.
 
+Where nvcc is found the CUDA kernels are built too, for the architectures that TIR_CUDA_ARCHS lists
+(80;90), by default for the GPUs present or else for a range of them; "none" leaves them out.
+
 Objects stay under build/, so that installing again after an edit compiles only what changed. Where
 there is no C++ compiler the package installs without the module and says so; where a compiler fails
 the installation fails with its message.
@@ -32,8 +35,13 @@ KERNEL_NAMES = ("attention_forward", "attention_backward", "relevance")
 KERNELS = [CPU / "kernels" / f"{name}.cpp" for name in KERNEL_NAMES]
 COMMON = [CPU / f"{name}.cpp" for name in ("dispatch", "keys", "parallel", "selection")]
 BINDINGS = Path("csrc/bindings.cpp")
-# CUDA sources (csrc/cuda/*.cu) join here: one more step per file, compiled by nvcc where it is
-# found, and the CUDA runtime linked statically.
+CUDA = Path("csrc/cuda")
+# Each of these is compiled once for every type of elements, so that the work is shared out.
+CUDA_KERNELS = [CUDA / f"{name}.cu" for name in KERNEL_NAMES]
+CUDA_ELEMENTS = ("float", "float16", "bfloat16")
+CUDA_COMMON = [CUDA / "selection.cu"]
+CUDA_HOST = [CUDA / "launchers.cpp", CUDA / "bindings.cpp"]
+CUDA_ARCHITECTURES = (80, 90, 100)  # where no GPU says which are wanted
 
 FLAGS = [
     "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-DNDEBUG",
@@ -59,6 +67,13 @@ NO_COMPILER = """
 """
 
 
+NO_NVCC = """
+  tir_kernels: nvcc was not found (looked in CUDA_HOME and PATH).
+  The package is installed without its CUDA C++ kernels; on a GPU its Triton kernels serve.
+  To get them, install the CUDA toolkit, put nvcc on PATH and install again.
+"""
+
+
 @dataclass(frozen=True)
 class Step:
     """One source file compiled to one object."""
@@ -66,6 +81,79 @@ class Step:
     source: Path
     object_name: str
     flags: list[str]
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """The CUDA compiler, and the architectures that it compiles for, oldest first."""
+
+    nvcc: str
+    architectures: list[int]
+
+    @property
+    def label(self) -> str:
+        """As in "80;90+PTX": the newest is also kept as PTX, which newer GPUs can compile."""
+        return ";".join(map(str, self.architectures)) + "+PTX"
+
+    @property
+    def flags(self) -> list[str]:
+        code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.architectures]
+        newest = self.architectures[-1]
+        return [*code, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+
+def find_cuda() -> Cuda | None:
+    """nvcc and what to compile for, or None where there is none or TIR_CUDA_ARCHS is "none"."""
+    wanted = os.environ.get("TIR_CUDA_ARCHS", "").strip()
+    if wanted == "none":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
+    if nvcc is None:
+        if wanted or home:
+            place = f"CUDA_HOME={home}" if home else "PATH"
+            raise CompileError(f"no nvcc in {place}; TIR_CUDA_ARCHS=none installs without CUDA")
+        print(NO_NVCC, file=sys.stderr)
+        return None
+    listing = [nvcc, "--list-gpu-arch"]
+    known = subprocess.run(listing, capture_output=True, text=True, check=False).stdout.split()
+    supported = {int(name.removeprefix("compute_")) for name in known if name[8:].isdigit()}
+    if wanted:
+        names = wanted.replace(",", ";").split(";")
+        chosen = sorted({architecture_number(name) for name in names if name.strip()})
+        if unknown := [a for a in chosen if a not in supported or a < 80]:
+            raise CompileError(
+                f"TIR_CUDA_ARCHS={wanted}: {nvcc} cannot compile these kernels for {unknown}; "
+                f"it knows {sorted(a for a in supported if a >= 80)}"
+            )
+    else:
+        chosen = sorted(a for a in gpus_present() or CUDA_ARCHITECTURES if a in supported)
+    if not chosen:
+        print(
+            f"  tir_kernels: {nvcc} compiles for no GPU of capability 8.0 or newer: no CUDA kernels"
+        )
+        return None
+    return Cuda(nvcc, chosen)
+
+
+def architecture_number(name: str) -> int:
+    """90 for "90" or "9.0"."""
+    major, dot, minor = name.strip().removeprefix("sm_").partition(".")
+    digits = major + minor if dot else major
+    if not digits.isdigit():
+        raise CompileError(f"TIR_CUDA_ARCHS holds {name!r}; write it like 80;90 or none")
+    return int(digits)
+
+
+def gpus_present() -> set[int]:
+    """Architectures of this machine's GPUs that the kernels serve."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
+        found = {int(line.replace(".", "")) for line in lines}
+    except (OSError, subprocess.CalledProcessError, ValueError):
+        return set()
+    return {architecture for architecture in found if architecture >= 80}
 
 
 def find_compiler() -> list[str] | None:
@@ -85,7 +173,7 @@ def accepts(compiler: list[str], flags: list[str]) -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def steps_for(compiler: list[str], pybind11_headers: Path) -> list[Step]:
+def steps_for(compiler: list[str], pybind11_headers: Path, cuda: Cuda | None) -> list[Step]:
     variants: dict[str, list[str]] = {"portable": []}
     if platform.machine().lower() in ("x86_64", "amd64"):
         variants |= {arch: f for arch, f in X86_FLAGS.items() if accepts(compiler, f)}
@@ -98,8 +186,21 @@ def steps_for(compiler: list[str], pybind11_headers: Path) -> list[Step]:
     built = [f"-DTIR_BUILT_{arch.upper()}" for arch in variants]
     steps += [Step(source, f"{source.stem}.o", [*include, *built]) for source in COMMON]
     system = ["-isystem", str(pybind11_headers), "-isystem", sysconfig.get_path("include")]
-    steps.append(Step(BINDINGS, f"{BINDINGS.stem}.o", [*include, "-Icsrc", *system]))
-    return steps
+    include.append("-Icsrc")
+    if cuda is not None:
+        steps += [
+            Step(source, f"cuda-{source.stem}-{element}.o", [*include, f"-DTIR_ELEMENT={element}"])
+            for source in CUDA_KERNELS
+            for element in CUDA_ELEMENTS
+        ]
+        steps += [Step(source, f"cuda-{source.stem}.o", include) for source in CUDA_COMMON]
+        steps += [
+            Step(source, f"cuda-{source.stem}.o", [*include, *system]) for source in CUDA_HOST
+        ]
+        system.append(f'-DTIR_BUILT_CUDA="{cuda.label}"')
+    steps.append(Step(BINDINGS, f"{BINDINGS.stem}.o", [*include, *system]))
+    # What takes longest goes first.
+    return sorted(steps, key=lambda step: step.source.suffix != ".cu")
 
 
 def keep_pybind11(folder: Path) -> Path:
@@ -118,12 +219,17 @@ def keep_pybind11(folder: Path) -> Path:
     return kept
 
 
-def build_folder(compiler: list[str]) -> Path:
-    """A folder per Python, compiler and machine: what one of them built is useless to another."""
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
+def version_of(command: list[str]) -> str:
+    run = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    return run.stdout
+
+
+def build_folder(compiler: list[str], cuda: Cuda | None) -> Path:
+    """A folder per Python, compilers and machine: what one of them built is useless to another."""
     identity = [
         *compiler,
-        version.stdout,
+        version_of(compiler),
+        cuda and (cuda.label, cuda.nvcc, version_of([cuda.nvcc])),
         sysconfig.get_path("include"),
         os.environ.get("CXXFLAGS"),
     ]
@@ -140,7 +246,9 @@ def only_build_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def write_ninja_file(folder: Path, compiler: list[str], steps: list[Step], module: Path) -> None:
+def write_ninja_file(
+    folder: Path, compiler: list[str], cuda: Cuda | None, steps: list[Step], module: Path
+) -> None:
     def words(*values: object) -> str:
         return " ".join(shlex.quote(str(value)).replace("$", "$$") for value in values)
 
@@ -163,13 +271,33 @@ def write_ninja_file(folder: Path, compiler: list[str], steps: list[Step], modul
         f"  command = {words(*compiler, *shared, '-pthread')} $in -o $out",
         "  description = link $out",
     ]
+    if cuda is not None:
+        flags = ["-std=c++17", "-O3", "-DNDEBUG", "-Xptxas=-v"]
+        flags += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
+        flags += ["-ccbin", compiler[0], *cuda.flags]
+        lines += [
+            "rule compile_cuda",
+            # What the assembler reports of registers and spills stays beside the object.
+            f"  command = {words(cuda.nvcc, *flags)} $flags -MMD -MF $out.d -c $in -o $out "
+            "> $out.log 2>&1 || (cat $out.log; false)",
+            "  deps = gcc",
+            "  depfile = $out.d",
+            "  description = compile $out",
+            # nvcc knows where its static runtime lies and what that needs.
+            "rule link_cuda",
+            f"  command = {words(cuda.nvcc, '-ccbin', compiler[0], '-shared', '-cudart=static')} "
+            "-Xcompiler=-pthread $in -o $out",
+            "  description = link $out",
+        ]
     objects = []
     for step in steps:
         target = folder / step.object_name
         objects.append(path(target))
-        lines.append(f"build {path(target)}: compile {path(step.source)}")
+        rule = "compile_cuda" if step.source.suffix == ".cu" else "compile"
+        lines.append(f"build {path(target)}: {rule} {path(step.source)}")
         lines.append(f"  flags = {words(*step.flags)}")
-    lines += [f"build {path(module)}: link {' '.join(objects)}", f"default {path(module)}"]
+    link = "link" if cuda is None else "link_cuda"
+    lines += [f"build {path(module)}: {link} {' '.join(objects)}", f"default {path(module)}"]
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
 
 
@@ -188,18 +316,20 @@ class BuildKernels(build_ext):
             print(NO_COMPILER, file=sys.stderr)
             ext.optional = True  # nothing to copy into the package
             return
-        folder = build_folder(compiler)
+        cuda = find_cuda()
+        folder = build_folder(compiler, cuda)
         (ROOT / folder).mkdir(parents=True, exist_ok=True)
         module = folder / "_C.so"
         os.chdir(ROOT)
         with only_build_in(folder):
-            steps = steps_for(compiler, keep_pybind11(folder))
-            write_ninja_file(folder, compiler, steps, module)
+            steps = steps_for(compiler, keep_pybind11(folder), cuda)
+            write_ninja_file(folder, compiler, cuda, steps, module)
             jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
             command = [ninja_command(), "-f", str(folder / "build.ninja"), *jobs]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode != 0:
-            raise CompileError(f"the C++ compiler failed:\n{result.stdout}{result.stderr}")
+            hint = "" if cuda is None else "(TIR_CUDA_ARCHS=none installs without CUDA kernels)\n"
+            raise CompileError(f"a compiler failed:\n{result.stdout}{result.stderr}{hint}")
         print(result.stdout)
         target = Path(self.get_ext_fullpath(ext.name))
         if not target.exists() or not filecmp.cmp(module, target, shallow=False):
@@ -214,8 +344,8 @@ setup(
     ext_modules=[
         Extension(
             "tir_kernels._C",
-            sources=[str(source) for source in (*KERNELS, *COMMON, BINDINGS)],
-            depends=[str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/**/*.h"))],
+            sources=[str(source) for source in (*KERNELS, *COMMON, *CUDA_HOST, BINDINGS)],
+            depends=[str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/**/*.*"))],
         )
     ],
     cmdclass={"build_ext": BuildKernels},

@@ -19,12 +19,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])  # "cuda" joins when it has kernels
+@pytest.fixture(params=["reference", "cpu", "triton", "cuda", "cuda-emulated"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that runs here; the others are skipped with the reason they give."""
+    import cuda_emulation
+
     import tir_kernels
 
-    if reason := tir_kernels.available_backends()[request.param]:
+    if request.param == cuda_emulation.NAME:
+        if reason := cuda_emulation.missing():
+            pytest.skip(f"emulation of the CUDA kernels {reason}")
+        cuda_emulation.register()
+    elif reason := tir_kernels.available_backends()[request.param]:
         pytest.skip(f"backend {request.param}: {reason}")
     return request.param
 
@@ -34,6 +40,12 @@ def device(backend: str) -> str:
     """The device a backend is tested on."""
     on_gpu = torch.cuda.is_available() and backend in ("triton", "cuda")
     return "cuda" if on_gpu else "cpu"
+
+
+@pytest.fixture
+def is_slow(backend: str, device: str) -> bool:
+    """Whether a CPU plays the GPU, so that only small sizes are tried."""
+    return device == "cpu" and backend in ("triton", "cuda-emulated")
 
 
 @pytest.fixture

@@ -71,15 +71,14 @@ def check(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, backend: str, scale:
         oracle.assert_as_accurate(name, *results)
 
 
-def sizes(backend: str) -> tuple[int, tuple[int, ...]]:
-    """Longest random length, and the lengths always tried: interpreted kernels are slow."""
-    interpreted = backend == "triton" and not torch.cuda.is_available()
-    return (70, (50,)) if interpreted else (1100, LENGTHS)
+def sizes(is_slow: bool) -> tuple[int, tuple[int, ...]]:
+    """Longest random length, and the lengths always tried."""
+    return (70, (50,)) if is_slow else (1100, LENGTHS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_lengths_that_matter(backend: str, device: str, dtype: torch.dtype) -> None:
-    for length in sizes(backend)[1]:
+def test_lengths_that_matter(backend: str, device: str, is_slow: bool, dtype: torch.dtype) -> None:
+    for length in sizes(is_slow)[1]:
         generator = torch.Generator().manual_seed(length)
         q, k, v = (t.to(device, dtype) for t in draw_heads(2, 2, length, 64, "packed", generator))
         weights = draw_weights("mixed", 2, length, generator).to(device)
@@ -95,8 +94,8 @@ def test_head_widths(backend: str, device: str, width: int) -> None:
         check(q, k, v, weights, backend, width**-0.5)
 
 
-def test_random_shapes(backend: str, device: str) -> None:
-    longest, _ = sizes(backend)
+def test_random_shapes(backend: str, device: str, is_slow: bool) -> None:
+    longest, _ = sizes(is_slow)
 
     @settings(quick, max_examples=40 if longest > 100 else 12)
     @given(
@@ -210,9 +209,9 @@ def test_one_token(backend: str, device: str) -> None:
     assert (output[1] == 0).all()
 
 
-def test_long_row(backend: str, device: str) -> None:
-    if backend == "triton" and device == "cpu":
-        pytest.skip("interpreted kernels are too slow for 4096 tokens")
+def test_long_row(backend: str, device: str, is_slow: bool) -> None:
+    if is_slow:
+        pytest.skip("too slow for 4096 tokens where a CPU plays the GPU")
     generator = torch.Generator().manual_seed(5)
     q, k, v = (t.to(device) for t in draw_heads(1, 1, 4096, 64, "packed", generator))
     check(q, k, v, draw_weights("mixed", 1, 4096, generator).to(device), backend, 0.125)

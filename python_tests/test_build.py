@@ -44,11 +44,12 @@ def project(tmp_path: Path) -> Path:
 
 
 def build(project: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if name not in ("CXX", "CXXFLAGS")}
+    ours = ("CXX", "CXXFLAGS", "CUDA_HOME")
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
     return subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--inplace"],
         cwd=project,
-        env={**kept, **environment},
+        env={**kept, "TIR_CUDA_ARCHS": "none", **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -73,8 +74,8 @@ def test_only_what_changed_is_compiled_again(project: Path, tmp_path: Path) -> N
         return [line.split(" -c ")[1].split(" -o ")[0] for line in lines if " -c " in line]
 
     first = compiled_sources()
-    sources = {str(p.relative_to(project)) for p in project.glob("csrc/**/*.cpp")}
-    assert {s for s in sources if "emulation" not in s} == set(first)
+    sources = {*project.glob("csrc/cpu/**/*.cpp"), *project.glob("csrc/*.cpp")}
+    assert {str(path.relative_to(project)) for path in sources} == set(first)
     assert len(built_modules(project)) == 1
     assert compiled_sources() == []
 
@@ -97,8 +98,8 @@ def test_only_what_changed_is_compiled_again(project: Path, tmp_path: Path) -> N
 
 @needs_compiler
 def test_only_the_bindings_see_pybind11() -> None:
-    including = [p.name for p in (ROOT / "csrc").glob("**/*.*") if "pybind11/" in p.read_text()]
-    assert including == ["bindings.cpp"]
+    including = {p.name for p in (ROOT / "csrc").glob("**/*.*") if "pybind11/" in p.read_text()}
+    assert including == {"bindings.cpp"}
 
 
 def test_without_a_compiler_the_package_installs_and_says_so(project: Path, tmp_path: Path) -> None:
@@ -115,6 +116,117 @@ def test_a_compiler_that_does_not_exist_is_an_error(project: Path) -> None:
     run = build(project, CXX="/nowhere/c++")
     assert run.returncode != 0
     assert "CXX names a compiler that does not exist: /nowhere/c++" in run.stderr
+
+
+# Knows architectures up to 9.0; compiles to nothing, and links by writing down what it was told.
+FAKE_NVCC = """#!/bin/sh
+case "$*" in
+  --list-gpu-arch) printf 'compute_75\\ncompute_80\\ncompute_90\\n' ;;
+  --version) echo 'release 99.0' ;;
+  *) echo "$*" >> "$TIR_TEST_LOG"
+     while [ $# -gt 0 ]; do
+       case "$1" in -o) echo > "$2" ;; -MF) : > "$2" ;; esac
+       shift
+     done ;;
+esac
+"""
+
+
+@pytest.fixture
+def with_nvcc(project: Path, tmp_path: Path):
+    """Builds with a C++ compiler and an nvcc that only pretend; gives the run and nvcc's lines."""
+    toolkit, log = tmp_path / "toolkit", tmp_path / "nvcc log"
+    (toolkit / "bin").mkdir(parents=True)
+    for path, text in (
+        (toolkit / "bin" / "nvcc", FAKE_NVCC),
+        (tmp_path / "quick-c++", QUICK_COMPILER),
+        (toolkit / "bin" / "nvidia-smi", "#!/bin/sh\nexit 9\n"),
+    ):
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def run(**environment: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+        log.write_text("")
+        default = {
+            "PATH": f"{toolkit / 'bin'}:{os.environ['PATH']}",
+            "CXX": str(tmp_path / "quick-c++"),
+            "TIR_TEST_LOG": str(log),
+            "TIR_CUDA_ARCHS": "",
+        }
+        done = build(project, **(default | environment))
+        return done, [line for line in log.read_text().splitlines() if "-o" in line]
+
+    return run
+
+
+@needs_compiler
+def test_nvcc_builds_the_kernels_for_the_architectures_it_knows(with_nvcc) -> None:
+    done, commands = with_nvcc()
+    assert done.returncode == 0, done.stdout + done.stderr
+    compiled = [c for c in commands if ".cu " in c]
+    # Three kernels for three types of elements, and the selection.
+    assert len(compiled) == 10
+    for command in compiled:
+        assert "-gencode=arch=compute_80,code=sm_80" in command
+        assert (
+            "-gencode=arch=compute_90,code=sm_90 -gencode=arch=compute_90,code=compute_90"
+            in command
+        )
+        assert "100" not in command.split(" -c ")[0]
+    (link,) = [c for c in commands if "-shared" in c]
+    assert "-cudart=static" in link
+
+
+@needs_compiler
+def test_architectures_can_be_chosen(with_nvcc) -> None:
+    for spelling in ("90", "9.0", "sm_90", "90;"):
+        done, commands = with_nvcc(TIR_CUDA_ARCHS=spelling)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert all("compute_80" not in command for command in commands)
+    done, commands = with_nvcc(TIR_CUDA_ARCHS="none")
+    assert done.returncode == 0
+    assert not [c for c in commands if ".cu " in c]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"TIR_CUDA_ARCHS": "100"}, "cannot compile these kernels for [100]; it knows [80, 90]"),
+        ({"TIR_CUDA_ARCHS": "75"}, "cannot compile these kernels for [75]"),
+        (
+            {"TIR_CUDA_ARCHS": "hopper"},
+            "TIR_CUDA_ARCHS holds 'hopper'; write it like 80;90 or none",
+        ),
+        ({"CUDA_HOME": "/nowhere"}, "no nvcc in CUDA_HOME=/nowhere"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "=".join(*value.items()),
+)
+def test_a_wish_that_cannot_be_met_is_an_error(with_nvcc, environment, message) -> None:
+    done, _ = with_nvcc(**environment)
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+@needs_compiler
+def test_without_nvcc_the_package_installs_and_says_so(project: Path, tmp_path: Path) -> None:
+    compiler, tools = tmp_path / "quick-c++", tmp_path / "tools"
+    compiler.write_text(QUICK_COMPILER)
+    compiler.chmod(0o755)
+    tools.mkdir()
+    for name in ("sh", "c++", "cc1plus", "as", "ld"):
+        if path := shutil.which(name):
+            (tools / name).symlink_to(path)
+    done = build(
+        project,
+        PATH=str(tools),
+        CXX=str(compiler),
+        TIR_TEST_LOG=str(tmp_path / "log"),
+        TIR_CUDA_ARCHS="",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nvcc was not found" in done.stderr
+    assert len(built_modules(project)) == 1
 
 
 @needs_compiler

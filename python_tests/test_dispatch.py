@@ -11,12 +11,16 @@ def test_reasons_are_given_for_all_backends() -> None:
     reasons = tir_kernels.available_backends()
     assert list(reasons) == ["reference", "cpu", "triton", "cuda"]
     assert reasons["reference"] == ""
-    assert "no CUDA C++ kernels" in reasons["cuda"]
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in reasons["cuda"] or "put nvcc" in reasons["cuda"]
 
 
-def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_cannot_run_says_why() -> None:
     q = torch.randn(1, 1, 5, 64)
-    with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run here: .*backend='triton'"):
+    with pytest.raises(
+        (RuntimeError, ValueError),
+        match=r"backend='cuda' cannot (run here|take tensors on 'cpu'): ",
+    ):
         tir_kernels.weighted_attention(q, q, q, torch.ones(1, 5), backend="cuda")
 
 

@@ -52,17 +52,20 @@ def test_opcheck(backend: str, device: str, dtype: torch.dtype) -> None:
     q, k, v = (given[name].detach() for name in "qkv")
     weights = torch.rand(2, 20, device=device)
     output, log_sum_exp = OPS.weighted_attention(q, k, v, weights, 0.1, backend)
+    counts = torch.randint(0, 6, (2, 19), device=device, dtype=torch.int32)
     calls = [
         (OPS.token_relevance, (*relevance, 1, backend)),
         (OPS.token_weights, (*relevance, table, 0.3, 1, backend)),
         (OPS.weighted_attention, (q, k, v, weights, 0.1, backend)),
-    ] + [
-        (
-            OPS.weighted_attention_backward,
-            (output, q, k, v, weights, output, log_sum_exp, 0.1, needs_weights_grad, backend),
-        )
-        for needs_weights_grad in (True, False)
+        (OPS.reweighted_attention, (q, k, v, *relevance, table, 0.3, 1, 0.1, backend)),
     ]
+    saved = (output, log_sum_exp, 0.1)
+    for needs_weights_grad in (True, False):
+        rest = (*saved, needs_weights_grad, backend)
+        calls += [
+            (OPS.weighted_attention_backward, (output, q, k, v, weights, *rest)),
+            (OPS.reweighted_attention_backward, (output, q, k, v, counts, table, *rest)),
+        ]
     for op, arguments in calls:
         torch.library.opcheck(op.default, arguments)
 
@@ -84,6 +87,13 @@ def test_reweighted_is_weights_then_attention(backend: str, device: str) -> None
     assert torch.equal(output, expected)
     alone = tir_kernels.reweighted_attention(**given, table=table, backend=backend)
     assert torch.equal(alone, output)
+    inputs_with_grad = (q, k, v, table)
+    for mine, other in zip(
+        torch.autograd.grad(alone.square().sum(), inputs_with_grad),
+        torch.autograd.grad(output.square().sum(), inputs_with_grad, retain_graph=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other)
     upstream = torch.randn_like(output)
     # The returned weights may be used, and differentiated, once more.
     ours = torch.autograd.grad(
@@ -116,6 +126,10 @@ def test_compile_with_dynamic_length(backend: str, device: str) -> None:
         output, (weights, _) = tir_kernels.reweighted_attention(
             q, k, v, tokens, class_embeddings, joint_space=joint_space, table=table,
             backend=backend, return_weights=True,
+        )  # fmt: skip
+        output = output + tir_kernels.reweighted_attention(
+            q, k, v, tokens, class_embeddings, joint_space=joint_space, table=table,
+            backend=backend,
         )  # fmt: skip
         again = tir_kernels.weighted_attention(output, k, v, weights, backend=backend)
         relevance = tir_kernels.token_relevance(

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import torch
+
 
 def run(*arguments: str) -> str:
     return subprocess.run(
@@ -14,7 +16,8 @@ def test_report_names_versions_backends_and_machine() -> None:
     report = run("-m", "tir_kernels")
     for word in ("tir_kernels", "torch", "triton", "reference", "cpu", "cuda", "processor", "nvcc"):
         assert f"  {word} " in report
-    assert "does not run here: this version has no CUDA C++ kernels" in report
+    if not torch.cuda.is_available():
+        assert "does not run here: " in report
 
 
 def test_import_needs_neither_triton_nor_open_clip() -> None:

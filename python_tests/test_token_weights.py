@@ -64,18 +64,16 @@ def on(device: str, space: JointSpace) -> JointSpace:
     return JointSpace(weight, bias, space.norm_eps, proj)
 
 
-def test_random_inputs(backend: str, device: str) -> None:
-    interpreted = backend == "triton" and device == "cpu"
-
+def test_random_inputs(backend: str, device: str, is_slow: bool) -> None:
     @settings(
-        max_examples=12 if interpreted else 50,
+        max_examples=12 if is_slow else 50,
         deadline=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )
     @given(
         groups=st.integers(1, 3),
         images=st.integers(1, 2),
-        patches=st.integers(1, 40 if interpreted else 300) | st.sampled_from([49, 64]),
+        patches=st.integers(1, 40 if is_slow else 300) | st.sampled_from([49, 64]),
         prefix=st.integers(0, 5),
         width=st.integers(2, 70) | st.sampled_from([64, 96]),
         joint=st.integers(2, 70) | st.sampled_from([64]),
@@ -173,8 +171,8 @@ def test_group_sees_its_own_classes(backend: str, device: str) -> None:
         assert torch.equal(together.weights[images], alone.weights)
 
 
-def test_many_classes_and_tokens(backend: str, device: str) -> None:
-    num_patches = 300 if backend == "triton" and device == "cpu" else 4095
+def test_many_classes_and_tokens(backend: str, device: str, is_slow: bool) -> None:
+    num_patches = 300 if is_slow else 4095
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randn(1, num_patches + 1, 16, generator=generator).to(device)
     classes = torch.randn(100, 16, generator=generator).to(device)

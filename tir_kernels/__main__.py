@@ -12,7 +12,7 @@ import sys
 import torch
 
 import tir_kernels
-from tir_kernels.backends import cpu
+from tir_kernels.backends import cpu, cuda
 
 PACKAGES = ("torch", "triton", "open_clip_torch", "numpy", "torchvision", "safetensors", "peft")
 
@@ -74,6 +74,8 @@ def backends() -> dict[str, str]:
         found[name] = f"does not run here: {reason}" if reason else "runs"
         if name == "cpu" and not reason:
             found[name] += f" ({cpu.description()})"
+        if name == "cuda" and (description := cuda.description()):
+            found[name] += f" ({description})"
     return found
 
 

@@ -112,7 +112,7 @@ def token_weights(
         tokens, class_embeddings, joint_space, num_prefix_tokens, backend
     )
     table = resolve_table(rule, table, tokens, class_embeddings.shape[1])
-    weights, counts = TokenWeightsFunction.apply(
+    weights, counts = TokenWeightsFunction.call(
         tokens.detach(),
         class_embeddings.detach(),
         *_joint_space_parts(space),
@@ -178,7 +178,7 @@ def weighted_attention(
     check_weights(weights, q.shape[0], q.shape[2], "q")
     require_same_device("weights", weights, "q", q)
     weights = weights.to(_weights_dtype(q))
-    return WeightedAttention.apply(q, k, v, weights, scale, backend)[0]
+    return WeightedAttention.call(q, k, v, weights, scale, backend)[0]
 
 
 def reweighted_attention(
@@ -227,20 +227,20 @@ def reweighted_attention(
     if tokens.dtype == torch.float64 and q.dtype != torch.float64:
         raise TypeError(f"tokens are float64 but q is {q.dtype}; pass tokens.float()")
     table = resolve_table(rule, table, tokens, class_embeddings.shape[1])
-    output, _, weights, counts = ReweightedAttention.apply(
-        q,
-        k,
-        v,
+    relevance_inputs = (
         tokens.detach(),
         class_embeddings.detach(),
         *_joint_space_parts(space),
         table,
         float(rule.top_ratio),
         num_prefix_tokens,
-        scale,
-        backend,
     )
-    return (output, TokenWeights(weights, counts)) if return_weights else output
+    if return_weights:
+        weights, counts = TokenWeightsFunction.call(*relevance_inputs, backend)
+        attention_weights = weights.to(_weights_dtype(q))
+        output = WeightedAttention.call(q, k, v, attention_weights, scale, backend)[0]
+        return output, TokenWeights(weights, counts)
+    return ReweightedAttention.call(q, k, v, *relevance_inputs, scale, backend)[0]
 
 
 def _joint_space_parts(

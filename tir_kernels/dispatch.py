@@ -4,20 +4,41 @@ from __future__ import annotations
 
 import functools
 import importlib
-from types import ModuleType
+from typing import Any
 
 import torch
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-MAX_HEAD_WIDTH = 256
 
 # Fastest first. One that does not run here is passed over: `available_backends()` says why.
 AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 
+_registered: dict[str, Any] = {}
+
+
+def register_backend(name: str, backend: Any) -> None:
+    """Add a backend of one's own, with the functions that ``tir_kernels.backends`` describes.
+
+    It is served by its name only: "auto" never picks it.
+    """
+    if name == "auto" or name in BACKENDS:
+        raise ValueError(f"backend name {name!r} is taken; choose another")
+    _registered[name] = backend
+
+
+def backend_names() -> tuple[str, ...]:
+    return (*BACKENDS, *_registered)
+
+
 @functools.cache
-def load_backend(name: str) -> ModuleType:
+def _import_backend(name: str) -> Any:
     return importlib.import_module(f"tir_kernels.backends.{name}")
+
+
+def load_backend(name: str) -> Any:
+    """The module (or registered object) with a backend's functions."""
+    return _registered[name] if name in _registered else _import_backend(name)
 
 
 def available_backends() -> dict[str, str]:
@@ -30,7 +51,7 @@ def available_backends() -> dict[str, str]:
 
 
 @functools.lru_cache(maxsize=64)
-def choose_backend(name: str, device_type: str, is_double: bool, head_width: int = 1) -> ModuleType:
+def choose_backend(name: str, device_type: str, is_double: bool, head_width: int = 1) -> Any:
     """The module that serves a call.
 
     Raises:
@@ -66,9 +87,9 @@ def refusal(
             f"backend={name!r} takes float32, float16 and bfloat16; got {torch.float64}. "
             "Use backend='reference' for float64"
         )
-    if head_width > MAX_HEAD_WIDTH:
+    if head_width > backend.MAX_HEAD_WIDTH:
         return ValueError(
-            f"backend={name!r} takes heads of width up to {MAX_HEAD_WIDTH}; query has width "
-            f"{head_width}. Use backend='reference' for wider heads"
+            f"backend={name!r} takes heads of width up to {backend.MAX_HEAD_WIDTH}; query has "
+            f"width {head_width}. Use backend='auto' or 'reference' for wider heads"
         )
     return None

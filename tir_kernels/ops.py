@@ -194,3 +194,137 @@ def _(
 ):
     grads = tuple(t.new_empty(t.shape) for t in (query, key, value))
     return (*grads, weights.new_empty(weights.shape if needs_weights_grad else (0,)))
+
+
+@_define(
+    f"reweighted_attention(Tensor query, Tensor key, Tensor value, {_RELEVANCE_ARGUMENTS}, "
+    "Tensor table, float top_ratio, int num_prefix_tokens, float scale, str backend) "
+    "-> (Tensor output, Tensor log_sum_exp, Tensor counts)"
+)
+def reweighted_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tokens: Tensor,
+    class_embeddings: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float | None,
+    proj: Tensor | None,
+    table: Tensor,
+    top_ratio: float,
+    num_prefix_tokens: int,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    relevance_inputs = (tokens, class_embeddings, norm_weight, norm_bias, norm_eps, proj)
+    module = _attention_backend(backend, query)
+    num_patches = tokens.shape[1] - num_prefix_tokens
+    tensors = (class_embeddings, norm_weight, norm_bias, proj, table)
+    if (
+        hasattr(module, "reweighted_forward")
+        and module is _relevance_backend(backend, tokens, *tensors)
+        and query.numel() > 0
+        and num_patches > 0
+    ):
+        top_k = int(num_patches * top_ratio)
+        return module.reweighted_forward(
+            query, key, value, *relevance_inputs, table, top_k, num_prefix_tokens, scale
+        )
+    weights, counts = token_weights(*relevance_inputs, table, top_ratio, num_prefix_tokens, backend)
+    return (*weighted_attention(query, key, value, weights, scale, backend), counts)
+
+
+@torch.library.register_fake("tir_kernels::reweighted_attention", lib=_LIBRARY)
+def _(
+    query,
+    key,
+    value,
+    tokens,
+    class_embeddings,
+    norm_weight,
+    norm_bias,
+    norm_eps,
+    proj,
+    table,
+    top_ratio,
+    num_prefix_tokens,
+    scale,
+    backend,
+):
+    counts_shape = (tokens.shape[0], tokens.shape[1] - num_prefix_tokens)
+    return (
+        query.new_empty(query.shape),
+        query.new_empty(query.shape[:3], dtype=table.dtype),
+        tokens.new_empty(counts_shape, dtype=torch.int32),
+    )
+
+
+@_define(
+    "reweighted_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, "
+    "Tensor counts, Tensor table, Tensor output, Tensor log_sum_exp, float scale, "
+    "bool needs_weights_grad, str backend) "
+    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weights)"
+)
+def reweighted_attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    counts: Tensor,
+    table: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    scale: float,
+    needs_weights_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    module = _attention_backend(backend, query)
+    if hasattr(module, "reweighted_backward") and query.numel() > 0 and counts.numel() > 0:
+        if grad_output.stride(3) != 1:
+            grad_output = grad_output.contiguous()
+        return module.reweighted_backward(
+            grad_output,
+            query,
+            key,
+            value,
+            counts,
+            table,
+            output,
+            log_sum_exp,
+            scale,
+            needs_weights_grad,
+        )
+    num_prefix_tokens = query.shape[2] - counts.shape[1]
+    weights = torch.nn.functional.pad(table[counts.long()], (num_prefix_tokens, 0), value=1.0)
+    return weighted_attention_backward(
+        grad_output,
+        query,
+        key,
+        value,
+        weights,
+        output,
+        log_sum_exp,
+        scale,
+        needs_weights_grad,
+        backend,
+    )
+
+
+@torch.library.register_fake("tir_kernels::reweighted_attention_backward", lib=_LIBRARY)
+def _(
+    grad_output,
+    query,
+    key,
+    value,
+    counts,
+    table,
+    output,
+    log_sum_exp,
+    scale,
+    needs_weights_grad,
+    backend,
+):
+    grads = tuple(t.new_empty(t.shape) for t in (query, key, value))
+    weights_shape = (query.shape[0], query.shape[2]) if needs_weights_grad else (0,)
+    return (*grads, log_sum_exp.new_empty(weights_shape))

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .dispatch import BACKENDS
+from .dispatch import backend_names
 from .rules import JointSpace, WeightRule
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -37,8 +37,10 @@ def require_same_device(name: str, value: Tensor, other_name: str, other: Tensor
 def require_backend(backend: object) -> None:
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a str; got {type(backend).__name__}")
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}; got {backend!r}")
+    if backend != "auto" and backend not in backend_names():
+        raise ValueError(
+            f"backend must be 'auto' or one of {', '.join(backend_names())}; got {backend!r}"
+        )
 
 
 def check_num_prefix_tokens(num_prefix_tokens: object, length: int) -> None:
@@ -124,7 +126,7 @@ def resolve_table(
     if not isinstance(rule, WeightRule):
         raise TypeError(f"rule must be a WeightRule; got {type(rule).__name__}")
     if table is None:
-        return rule.table(num_classes).to(tokens.device)
+        return _table_of(rule, num_classes, tokens.device)
     require_tensor("table", table, "(C + 1,)".replace(",", ""))
     if table.shape[0] != num_classes + 1:
         raise ValueError(
@@ -134,6 +136,23 @@ def resolve_table(
     require_same_device("table", table, "tokens", tokens)
     is_double = tokens.dtype == torch.float64 and table.dtype == torch.float64
     return table if is_double else table.float()
+
+
+_tables: dict[tuple[WeightRule, int, torch.device], Tensor] = {}
+
+
+def _table_of(rule: WeightRule, num_classes: int, device: torch.device) -> Tensor:
+    """A rule's table, kept: on a GPU, copying it there would be a call's slowest part."""
+    if torch.compiler.is_compiling():
+        return rule.table(num_classes).to(device)
+    key = (rule, num_classes, device)
+    table = _tables.get(key)
+    if table is None:
+        table = rule.table(num_classes).to(device)
+        # Tracing makes other kinds of tensors, which are of no use afterwards.
+        if type(table) is Tensor and not table.is_inference() and len(_tables) < 1024:
+            _tables[key] = table
+    return table
 
 
 def check_attention_inputs(

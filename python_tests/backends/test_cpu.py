@@ -137,7 +137,7 @@ def test_every_output_element_is_written(
     output, log_sum_exp, grad_query, grad_key, grad_value, grad_weights = poisoned
     grids = [cpu._row_grid(t) for t in (query, key, value)]
     for threads in (1, 3):  # the two ways to cut the backward pass
-        common = (shape, cpu._type_name(query), width**-0.5)
+        common = (shape, cpu._TYPE_NAMES[query.dtype], width**-0.5)
         kernels.attention_forward(
             *common, *grids, weights.data_ptr(), output.data_ptr(), log_sum_exp.data_ptr(), threads
         )

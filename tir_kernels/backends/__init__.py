@@ -23,6 +23,19 @@ needs_weights_grad)``
     -> grad_query, grad_key, grad_value (B, H, L, d) in the type of the query, and grad_weights
     (B, L) float32, which is empty, shape (0,), unless ``needs_weights_grad``.
 
+``MAX_HEAD_WIDTH``
+    The widest heads it takes; not asked of the reference, which takes all.
+
+A backend whose attention kernels look weights up by themselves also has these; for the others they
+are put together from those above:
+
+``reweighted_forward(query, key, value, tokens, class_embeddings, norm_weight, norm_bias, norm_eps,
+proj, table, top_k, num_prefix_tokens, scale)``
+    -> output, log_sum_exp, counts.
+``reweighted_backward(grad_output, query, key, value, counts, table, output, log_sum_exp, scale,
+needs_weights_grad)``
+    -> as attention_backward.
+
 B, H, L, N, C >= 1 here: empty inputs are answered before a backend is asked. Query, key, value
 and ``grad_output`` have unit stride in d and any other strides; tokens and class embeddings any.
 """

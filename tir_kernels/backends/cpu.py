@@ -17,6 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+MAX_HEAD_WIDTH = 256
 _NOT_BUILT = (
     "the compiled kernels (tir_kernels._C) are not there: install a C++17 compiler "
     "(Debian, Ubuntu: apt install g++) and install tir_kernels again"
@@ -68,14 +69,14 @@ def relevance(
     output = tokens.new_empty((batch, num_classes, length - num_prefix_tokens), dtype=torch.float32)
     _kernels().relevance(
         (batch, length, num_prefix_tokens, width, joint_width, num_groups, num_classes),
-        _type_name(tokens),
+        _TYPE_NAMES[tokens.dtype],
         (tokens.data_ptr(), tokens.stride(0), 0, tokens.stride(1)),
         classes.data_ptr(),
         norm_eps is not None,
         _address(gain),
         _address(offset),
         0.0 if norm_eps is None else norm_eps,
-        "float32" if matrix is None else _type_name(matrix),
+        "float32" if matrix is None else _TYPE_NAMES[matrix.dtype],
         _address(matrix),
         *((0, 0) if matrix is None else matrix.stride()),
         output.data_ptr(),
@@ -118,11 +119,11 @@ def attention_forward(
     query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     weights = weights.contiguous()
-    output = query.new_empty(query.shape)
-    log_sum_exp = query.new_empty(query.shape[:3], dtype=torch.float32)
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    log_sum_exp = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     _kernels().attention_forward(
         tuple(query.shape),
-        _type_name(query),
+        _TYPE_NAMES[query.dtype],
         scale,
         _row_grid(query),
         _row_grid(key),
@@ -154,7 +155,7 @@ def attention_backward(
     grad_weights = weights.new_empty(weights.shape if needs_weights_grad else (0,))
     _kernels().attention_backward(
         tuple(query.shape),
-        _type_name(query),
+        _TYPE_NAMES[query.dtype],
         scale,
         _row_grid(grad_output),
         _row_grid(query),
@@ -203,8 +204,11 @@ def _openmp_addresses() -> tuple[int, int]:
     return 0, 0
 
 
-def _type_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+_TYPE_NAMES = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -1,7 +1,427 @@
-"""The place of the CUDA C++ kernels, which this version does not have yet."""
+"""The operators as CUDA C++ kernels, for devices of capability 8.0 and newer.
+
+The kernels were compiled into tir_kernels._C if nvcc was there when the package was installed. They
+get raw pointers and the stream that is current when they are called.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_HEAD_WIDTH = 128
+MIN_CAPABILITY = (8, 0)
+
+_NOT_BUILT = (
+    "tir_kernels was installed without its CUDA kernels: put nvcc (CUDA 12.8 or newer) on PATH or "
+    "set CUDA_HOME, and install it again; or use backend='triton'"
+)
+_RowGrid = tuple[int, int, int, int]  # address, and the strides of batch, head and row
+# Addresses of table (C + 1,), relevance (B, C, N) or 0, and counts (B, N); then P, C, top_k.
+_Derived = tuple[int, int, int, int, int, int]
+
+
+class Launcher:
+    """The backend's functions over compiled kernels, which the tests can replace by emulated ones.
+
+    ``current_stream(device)`` gives the stream to launch on, as an integer; ``guard(device)`` is a
+    context in which that device is current.
+    """
+
+    MAX_HEAD_WIDTH = MAX_HEAD_WIDTH
+
+    def __init__(self, kernels: Any, current_stream: Any, guard: Any) -> None:
+        self._kernels = kernels
+        self._current_stream = current_stream
+        self._guard = guard
+
+    def relevance(
+        self,
+        tokens: Tensor,
+        class_embeddings: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        norm_eps: float | None,
+        proj: Tensor | None,
+        num_prefix_tokens: int,
+    ) -> Tensor:
+        batch, length, width = tokens.shape
+        num_groups, num_classes, joint_width = class_embeddings.shape
+        tokens = _with_contiguous_rows(tokens)
+        class_embeddings = class_embeddings.contiguous()
+        norm_weight, norm_bias = _of_one_type(norm_weight, norm_bias)
+        norm = norm_weight if norm_weight is not None else norm_bias
+        if proj is not None and 1 not in proj.stride():
+            proj = proj.contiguous()
+        scores = _empty((batch, num_classes, length - num_prefix_tokens), tokens)
+        with self._guard(tokens.device):
+            self._kernels.relevance(
+                (batch, length, num_prefix_tokens, width, joint_width, num_groups, num_classes),
+                _TYPE_NAMES[tokens.dtype],
+                (tokens.data_ptr(), tokens.stride(0), 0, tokens.stride(1)),
+                _TYPE_NAMES[class_embeddings.dtype],
+                class_embeddings.data_ptr(),
+                norm_eps is not None,
+                "float32" if norm is None else _TYPE_NAMES[norm.dtype],
+                _address(norm_weight),
+                _address(norm_bias),
+                0.0 if norm_eps is None else norm_eps,
+                "float32" if proj is None else _TYPE_NAMES[proj.dtype],
+                _address(proj),
+                *((0, 0) if proj is None else proj.stride()),
+                scores.data_ptr(),
+                self._current_stream(tokens.device),
+            )
+        return scores
+
+    def token_weights(
+        self,
+        tokens: Tensor,
+        class_embeddings: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        norm_eps: float | None,
+        proj: Tensor | None,
+        table: Tensor,
+        top_k: int,
+        num_prefix_tokens: int,
+    ) -> tuple[Tensor, Tensor]:
+        scores = self.relevance(
+            tokens, class_embeddings, norm_weight, norm_bias, norm_eps, proj, num_prefix_tokens
+        )
+        weights = _empty(tokens.shape[:2], tokens)
+        return weights, self._select(scores, table.contiguous(), top_k, num_prefix_tokens, weights)
+
+    def attention_forward(
+        self, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        return self._forward(query, key, value, weights.contiguous(), None, scale)
+
+    def attention_backward(
+        self,
+        grad_output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        weights: Tensor,
+        output: Tensor,
+        log_sum_exp: Tensor,
+        scale: float,
+        needs_weights_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        weights = weights.contiguous()
+        return self._backward(
+            grad_output,
+            query,
+            key,
+            value,
+            weights,
+            None,
+            output,
+            log_sum_exp,
+            scale,
+            needs_weights_grad,
+        )
+
+    def reweighted_forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tokens: Tensor,
+        class_embeddings: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        norm_eps: float | None,
+        proj: Tensor | None,
+        table: Tensor,
+        top_k: int,
+        num_prefix_tokens: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """No weight is written: the attention kernel selects and looks weights up by itself."""
+        scores = self.relevance(
+            tokens, class_embeddings, norm_weight, norm_bias, norm_eps, proj, num_prefix_tokens
+        )
+        table = table.contiguous()
+        batch, num_classes, num_patches = scores.shape
+        if self._kernels.can_select(num_patches, num_classes):
+            counts = _empty((batch, num_patches), scores, torch.int32)
+            found_in = scores.data_ptr()
+        else:
+            counts = self._select(scores, table, top_k, num_prefix_tokens, None)
+            found_in = 0
+        derived = (
+            table.data_ptr(),
+            found_in,
+            counts.data_ptr(),
+            num_prefix_tokens,
+            num_classes,
+            top_k,
+        )
+        return (*self._forward(query, key, value, None, derived, scale), counts)
+
+    def reweighted_backward(
+        self,
+        grad_output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        counts: Tensor,
+        table: Tensor,
+        output: Tensor,
+        log_sum_exp: Tensor,
+        scale: float,
+        needs_weights_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        table, counts = table.contiguous(), counts.contiguous()
+        num_prefix_tokens = query.shape[2] - counts.shape[1]
+        derived = (
+            table.data_ptr(),
+            0,
+            counts.data_ptr(),
+            num_prefix_tokens,
+            table.shape[0] - 1,
+            0,
+        )
+        return self._backward(
+            grad_output,
+            query,
+            key,
+            value,
+            None,
+            derived,
+            output,
+            log_sum_exp,
+            scale,
+            needs_weights_grad,
+        )
+
+    def _select(
+        self,
+        scores: Tensor,
+        table: Tensor,
+        top_k: int,
+        num_prefix_tokens: int,
+        weights: Tensor | None,
+    ) -> Tensor:
+        """Counts (B, N); ``weights`` (B, L) is filled where it is given."""
+        batch, num_classes, num_patches = scores.shape
+        counts = _empty((batch, num_patches), scores, torch.int32)
+        with self._guard(scores.device):
+            self._kernels.select_tokens(
+                (batch, num_classes, num_patches, num_prefix_tokens),
+                top_k,
+                scores.data_ptr(),
+                table.data_ptr(),
+                counts.data_ptr(),
+                _address(weights),
+                self._current_stream(scores.device),
+            )
+        return counts
+
+    def _forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        weights: Tensor | None,
+        derived: _Derived | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        output = _empty(query.shape, query, query.dtype)
+        log_sum_exp = _empty(query.shape[:3], query)
+        with self._guard(query.device):
+            self._kernels.attention_forward(
+                query.shape,
+                _TYPE_NAMES[query.dtype],
+                scale,
+                _row_grid(query),
+                _row_grid(key),
+                _row_grid(value),
+                _address(weights),
+                derived,
+                output.data_ptr(),
+                log_sum_exp.data_ptr(),
+                self._current_stream(query.device),
+            )
+        return output, log_sum_exp
+
+    def _backward(
+        self,
+        grad_output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        weights: Tensor | None,
+        derived: _Derived | None,
+        output: Tensor,
+        log_sum_exp: Tensor,
+        scale: float,
+        needs_weights_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        output, log_sum_exp = _with_contiguous_rows(output), log_sum_exp.contiguous()
+        grad_query = _empty(query.shape, query, query.dtype)
+        grad_key = _empty(query.shape, query, query.dtype)
+        grad_value = _empty(query.shape, query, query.dtype)
+        delta = _empty(log_sum_exp.shape, query)
+        partial = grad_weights = None
+        if needs_weights_grad:
+            partial = _empty(log_sum_exp.shape, query)
+            grad_weights = _empty((query.shape[0], query.shape[2]), query)
+        with self._guard(query.device):
+            self._kernels.attention_backward(
+                query.shape,
+                _TYPE_NAMES[query.dtype],
+                scale,
+                _row_grid(grad_output),
+                _row_grid(query),
+                _row_grid(key),
+                _row_grid(value),
+                _address(weights),
+                derived,
+                _row_grid(output),
+                log_sum_exp.data_ptr(),
+                grad_query.data_ptr(),
+                grad_key.data_ptr(),
+                grad_value.data_ptr(),
+                _address(grad_weights),
+                delta.data_ptr(),
+                _address(partial),
+                self._current_stream(query.device),
+            )
+        if grad_weights is None:
+            grad_weights = _empty((0,), query)
+        return grad_query, grad_key, grad_value, grad_weights
+
 
 def unavailable_reason() -> str:
-    return "this version has no CUDA C++ kernels; on a GPU use backend='triton'"
+    try:
+        kernels = _compiled()
+    except ImportError as error:
+        return f"tir_kernels._C does not load: {error}"
+    if kernels is None:
+        return _NOT_BUILT
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible to PyTorch; use the cpu backend"
+    capability = torch.cuda.get_device_capability()
+    name = f"{torch.cuda.get_device_name()} (compute capability {capability[0]}.{capability[1]})"
+    if capability < MIN_CAPABILITY:
+        return f"{name} is older than 8.0, the oldest served; use the reference backend"
+    if not runs_on(kernels.architectures(), capability):
+        return (
+            f"the CUDA kernels were built for {kernels.architectures()}, which {name} does not "
+            f"run: install tir_kernels again with TIR_CUDA_ARCHS={capability[0]}{capability[1]} in "
+            "the environment, or use backend='triton'"
+        )
+    return ""
+
+
+def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code for architectures such as "80;90;100+PTX" runs on a device.
+
+    Machine code serves its own generation from its own revision on; PTX everything that is newer.
+    """
+    for entry in architectures.split(";"):
+        number, _, ptx = entry.partition("+")
+        built = divmod(int(number), 10)
+        if built[0] == capability[0] and built <= capability:
+            return True
+        if ptx and built <= capability:
+            return True
+    return False
+
+
+def device_reason(device_type: str) -> str:
+    return "" if device_type == "cuda" else f"the kernels run on a GPU, not on {device_type}"
+
+
+def description() -> str:
+    """What the kernels were built for, or nothing where they were not."""
+    try:
+        kernels = _compiled()
+    except ImportError:
+        return ""
+    return f"built for {kernels.architectures()}" if kernels is not None else ""
+
+
+def _compiled() -> ModuleType | None:
+    """The compiled kernels, or None where the package was installed without them."""
+    try:
+        return getattr(importlib.import_module("tir_kernels._C"), "cuda", None)
+    except ModuleNotFoundError:
+        return None
+
+
+@functools.cache
+def _launcher() -> Launcher:
+    kernels = _compiled()
+    if kernels is None:
+        raise RuntimeError(_NOT_BUILT)
+    return Launcher(kernels, _current_stream, _guard)
+
+
+def __getattr__(name: str) -> Any:
+    """The functions of a backend are those of the one launcher, made when first asked for."""
+    if name in _FUNCTIONS:
+        return getattr(_launcher(), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+_FUNCTIONS = (
+    "relevance",
+    "token_weights",
+    "attention_forward",
+    "attention_backward",
+    "reweighted_forward",
+    "reweighted_backward",
+)
+_TYPE_NAMES = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+
+
+def _current_stream(device: torch.device) -> int:
+    # What torch.cuda.current_stream() asks, without making an object of the answer.
+    return torch._C._cuda_getCurrentRawStream(device.index)
+
+
+def _guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make the tensors' device current where it is not: a launch goes to the current device."""
+    if device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def _empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _with_contiguous_rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _row_grid(tensor: Tensor) -> _RowGrid:
+    strides = tensor.stride()
+    return tensor.data_ptr(), strides[0], strides[1], strides[2]
+
+
+def _of_one_type(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Contiguous, and all float32 if they are not of one type as they are."""
+    types = {t.dtype for t in tensors if t is not None}
+    return [
+        None if t is None else (t.float() if len(types) > 1 else t).contiguous() for t in tensors
+    ]

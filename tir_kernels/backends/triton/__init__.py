@@ -12,6 +12,7 @@ import os
 import torch
 from torch import Tensor
 
+MAX_HEAD_WIDTH = 256
 MIN_CAPABILITY = (8, 0)
 
 

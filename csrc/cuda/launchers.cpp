@@ -1,0 +1,47 @@
+// The launchers' public face: picks the kernels compiled for the element type.
+#include "cuda/elements.h"
+
+namespace tir::cuda {
+
+namespace {
+
+// A block finds counts in the shared memory where values will lie, and every block of an image's
+// heads finds them again: beyond this, a launch of its own costs less.
+constexpr int64_t kMaxSelectedPatches = 800, kMaxSelectingClasses = 16;
+
+template <class Launch>
+void with_element(Type type, Launch launch) {
+  switch (type) {
+    case Type::float32: return launch(float{});
+    case Type::float16: return launch(float16{});
+    case Type::bfloat16: return launch(bfloat16{});
+  }
+}
+
+}  // namespace
+
+bool can_select(int64_t num_patches, int64_t num_classes) {
+  return num_patches <= kMaxSelectedPatches && num_classes <= kMaxSelectingClasses;
+}
+
+void attention_forward(const AttentionForward& arguments, const KeyWeights& derived,
+                       Stream stream) {
+  with_element(arguments.shape.type, [&](auto element) {
+    attention_forward_of<decltype(element)>(arguments, derived, stream);
+  });
+}
+
+void attention_backward(const AttentionBackward& arguments, const KeyWeights& derived,
+                        float* delta, float* partial, Stream stream) {
+  with_element(arguments.shape.type, [&](auto element) {
+    attention_backward_of<decltype(element)>(arguments, derived, delta, partial, stream);
+  });
+}
+
+void relevance(const Relevance& arguments, const RelevanceTypes& types, Stream stream) {
+  with_element(arguments.token_type, [&](auto element) {
+    relevance_of<decltype(element)>(arguments, types, stream);
+  });
+}
+
+}  // namespace tir::cuda

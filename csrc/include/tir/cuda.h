@@ -1,0 +1,46 @@
+// Launchers of the CUDA kernels. They run on the current device, return at once, and throw
+// std::runtime_error, naming the operator, where CUDA refuses.
+#pragma once
+
+#include "tir/attention.h"
+#include "tir/relevance.h"
+
+namespace tir::cuda {
+
+using Stream = void*;
+
+constexpr int64_t kMaxHeadWidth = 128;
+
+// Where the weights of keys come from, if not from AttentionForward::weights: they are looked up in
+// a table by counts, which are given or found by selecting from relevance.
+struct KeyWeights {
+  const float* table;         // [C + 1], or null where the weights are given
+  const float* relevance;     // [B, C, N], or null where counts are given
+  int32_t* counts;            // [B, N]; written where they are found
+  int64_t num_prefix_tokens;  // P
+  int64_t num_classes;        // C
+  int64_t top_k;
+};
+
+// Whether attention_forward can itself select from relevance; if not, it needs counts.
+bool can_select(int64_t num_patches, int64_t num_classes);
+
+void attention_forward(const AttentionForward& arguments, const KeyWeights& derived,
+                       Stream stream);
+
+// `delta` [B, H, L] and, where the weights' gradient is wanted, `partial` [B, H, L] are room to
+// work in.
+void attention_backward(const AttentionBackward& arguments, const KeyWeights& derived,
+                        float* delta, float* partial, Stream stream);
+
+// What Relevance points to is read as it is, in these types; so is proj, in its own.
+struct RelevanceTypes {
+  Type class_embeddings, norm;
+};
+
+void relevance(const Relevance& arguments, const RelevanceTypes& types, Stream stream);
+
+// `weights` may be null where only counts are wanted.
+void select_tokens(const Selection& arguments, Stream stream);
+
+}  // namespace tir::cuda

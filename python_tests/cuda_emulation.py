@@ -1,0 +1,152 @@
+"""The CUDA kernels, compiled for the CPU by csrc/emulation, as the backend "cuda-emulated".
+
+The very same .cu files run there, one thread after the other: slow, and for small sizes. Set
+TIR_EMULATION_SANITIZE=1 for AddressSanitizer and UndefinedBehaviorSanitizer, whose runtimes have to
+be preloaded, and TIR_EMULATION_ORDER to an integer for another order of threads (0: ascending, 1:
+descending, else random).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+from tir_kernels import dispatch
+from tir_kernels.backends.cuda import Launcher
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "csrc"
+NAME = "cuda-emulated"
+ELEMENTS = ("float", "float16", "bfloat16")
+# Small shared memory makes rows pass in chunks that a whole GPU would keep.
+DEVICES = {"a whole GPU": (4, 160 * 1024), "little shared memory": (4, 99 * 1024)}
+
+
+def missing() -> str:
+    """Why the kernels cannot be compiled here, or nothing."""
+    for tool in ("g++", "ninja"):
+        if shutil.which(tool) is None:
+            return f"needs {tool}"
+    if importlib.util.find_spec("pybind11") is None:
+        return "needs pybind11"
+    return ""
+
+
+def is_sanitized() -> bool:
+    return os.environ.get("TIR_EMULATION_SANITIZE") == "1"
+
+
+def flags_for(source: Path) -> list[str]:
+    import pybind11
+
+    flags = [
+        "-std=c++17", "-O1", "-g", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Werror",
+        # Kernels read and write tiles as wider words, which CUDA's compiler allows.
+        "-fno-strict-aliasing",
+        # Several versions of the module can be loaded side by side.
+        "-fvisibility=hidden", "-fno-gnu-unique",
+        f"-I{source}", f"-I{source / 'include'}",
+        f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}",
+    ]  # fmt: skip
+    if is_sanitized():
+        flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    return flags
+
+
+def link_command() -> list[str]:
+    return ["g++", "-shared", *(f for f in flags_for(SOURCE) if "sanitize" in f)]
+
+
+def build() -> Path:
+    """Compile what changed since the last time; gives the module's path."""
+    flags = flags_for(SOURCE)
+    key = hashlib.sha256(repr(flags).encode()).hexdigest()[:8]
+    folder = ROOT / "build" / f"emulation-{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    steps = []
+    for path in sorted(SOURCE.glob("cuda/*.cu")):
+        elements = ELEMENTS if "TIR_ELEMENT" in path.read_text() else ("any",)
+        steps += [(path, f"{path.stem}-{e}.o", f"-DTIR_ELEMENT={e} -x c++") for e in elements]
+    sources = [*SOURCE.glob("cuda/*.cpp"), *SOURCE.glob("emulation/*.cpp")]
+    steps += [(path, f"{path.parent.name}-{path.stem}.o", "") for path in sorted(sources)]
+    module = folder / "tir_cuda_emulated.so"
+    lines = [
+        f"builddir = {folder}",
+        "rule compile",
+        f"  command = g++ {' '.join(flags)} $extra -MMD -MF $out.d -c $in -o $out",
+        "  deps = gcc",
+        "  depfile = $out.d",
+        "rule link",
+        f"  command = {' '.join(link_command())} $in -o $out",
+    ]
+    for path, name, extra in steps:
+        lines += [f"build {folder / name}: compile {path}", f"  extra = {extra}"]
+    lines.append(f"build {module}: link {' '.join(str(folder / name) for _, name, _ in steps)}")
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ninja_file = folder / "build.ninja"
+        ninja_file.write_text("\n".join(lines) + "\n")
+        _run(["ninja", "-f", str(ninja_file)])
+    return module
+
+
+def replace_object(edited: Path, element: str, folder: Path) -> Path:
+    """The module with one source, of an edited copy of csrc, in place of the true one."""
+    target = f"{edited.stem}-{element}.o"
+    flags = [*flags_for(edited.parents[1]), f"-DTIR_ELEMENT={element}", "-x", "c++"]
+    compiled = folder / target
+    _run(["g++", *flags, "-c", str(edited), "-o", str(compiled)])
+    others = [path for path in sorted(build().parent.glob("*.o")) if path.name != target]
+    module = folder / "tir_cuda_emulated.so"
+    _run([*link_command(), *map(str, others), str(compiled), "-o", str(module)])
+    return module
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(done.stdout + done.stderr)
+
+
+def load(path: Path) -> ModuleType:
+    # pybind11 keeps one module of a name, so versions need names that differ.
+    version = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+    spec = importlib.util.spec_from_file_location(f"v{version}.tir_cuda_emulated", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class EmulatedBackend(Launcher):
+    """Launches on the CPU, where there are no streams."""
+
+    __name__ = NAME
+
+    def __init__(self, kernels: ModuleType) -> None:
+        super().__init__(kernels, lambda device: 0, lambda device: contextlib.nullcontext())
+        self.kernels = kernels
+
+    def unavailable_reason(self) -> str:
+        return ""
+
+    def device_reason(self, device_type: str) -> str:
+        return "" if device_type == "cpu" else "emulation is for tensors on the CPU"
+
+
+def register() -> EmulatedBackend:
+    """Build the emulated kernels and make them a backend, once a process."""
+    if NAME not in dispatch.backend_names():
+        kernels = load(build())
+        kernels.set_thread_order(int(os.environ.get("TIR_EMULATION_ORDER", "0")))
+        dispatch.register_backend(NAME, EmulatedBackend(kernels))
+    return dispatch.load_backend(NAME)
