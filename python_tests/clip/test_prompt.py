@@ -95,8 +95,8 @@ def test_cut_after_the_end_of_text_is_exact(variant: str) -> None:
     cut = PromptContext(model, TOKENIZER, NAMES)
     full = PromptContext(model, TOKENIZER, NAMES)
     token_ids = TOKENIZER([f"a a a a {name}." for name in NAMES])
-    full._embeddings = text_tower(model).token_embedding(token_ids).detach()
-    assert cut._embeddings.shape[1] == int((token_ids != 0).sum(1).max()) < CONTEXT_LENGTH
+    full.embeddings = text_tower(model).token_embedding(token_ids).detach()
+    assert cut.embeddings.shape[1] == int((token_ids != 0).sum(1).max()) < CONTEXT_LENGTH
     gradients = []
     for prompt in (cut, full):
         found, intermediate = prompt(1)
@@ -110,7 +110,7 @@ def test_cut_after_the_end_of_text_is_exact(variant: str) -> None:
 @pytest.mark.parametrize("pool", ["not causal", "last token"])
 def test_nothing_is_cut_where_it_matters(pool: str) -> None:
     prompt = PromptContext(make_text_clip(**VARIANTS[pool]), TOKENIZER, NAMES)
-    assert prompt._embeddings.shape[1] == CONTEXT_LENGTH
+    assert prompt.embeddings.shape[1] == CONTEXT_LENGTH
 
 
 def test_only_the_vectors_are_trained() -> None:
@@ -163,7 +163,7 @@ def test_names_fill_the_context_but_no_more(num_vectors: int) -> None:
     model = make_text_clip()
     room = CONTEXT_LENGTH - 3 - (num_vectors or 4)  # start, full stop and end of text
     prompt = PromptContext(model, TOKENIZER, ["cat", " ".join(["cat"] * room)], num_vectors)
-    assert prompt._embeddings.shape[1] == CONTEXT_LENGTH
+    assert prompt.embeddings.shape[1] == CONTEXT_LENGTH
     long_name = " ".join(["cat"] * (room + 1))
     with pytest.raises(ValueError, match=f"'{long_name}' is too long.* 20 tokens; shorten it"):
         PromptContext(model, TOKENIZER, ["cat", long_name], num_vectors)

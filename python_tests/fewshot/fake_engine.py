@@ -3,15 +3,18 @@
 Run as a program it is ``tir-finetune`` with both in place, for tests that kill it.
 """
 
+import functools
 import os
 import sys
 import time
+from dataclasses import replace
 from unittest import mock
 
 import torch
 
 from tir_kernels.fewshot.command import main
 from tir_kernels.fewshot.engine import EpisodeResult, NonFiniteLossError
+from tir_kernels.fewshot.episodes import episode_seed
 from tir_kernels.fewshot.models import LoadedModel
 
 
@@ -49,6 +52,32 @@ def fake_finetune(
     return EpisodeResult(losses=losses, query_logits=logits, support_accuracy=1.0)
 
 
+def at_once(finetune=None):
+    """``finetune_episodes`` by a stand-in for ``finetune_episode``, one after the other."""
+
+    def finetune_episodes(model, tokenizer, episodes, config, *, on_step=None):
+        results = []
+        for position, episode in enumerate(episodes):
+            try:
+                results.append(
+                    (finetune or fake_finetune)(
+                        model,
+                        tokenizer,
+                        episode.class_names,
+                        episode.support_images,
+                        episode.support_labels,
+                        episode.query_images,
+                        replace(config, seed=episode_seed(config.seed, episode.index)),
+                        on_step=functools.partial(on_step, position),
+                    )
+                )
+            except NonFiniteLossError as error:
+                results.append(error)
+        return results
+
+    return finetune_episodes
+
+
 def small_preprocess(image):
     """An (3, 8, 8) tensor in [0, 1] from a PIL image."""
     pixels = torch.frombuffer(bytearray(image.resize((8, 8)).tobytes()), dtype=torch.uint8)
@@ -63,7 +92,7 @@ def run_main(arguments):
     """``tir-finetune`` on the stand-ins."""
     with (
         mock.patch("tir_kernels.fewshot.models.load_model", fake_model),
-        mock.patch("tir_kernels.fewshot.engine.finetune_episode", fake_finetune),
+        mock.patch("tir_kernels.fewshot.engine.finetune_episodes", at_once()),
     ):
         return main(arguments)
 

@@ -45,7 +45,7 @@ class Setting:
                     self.images,
                     self.model,
                     journal,
-                    finetune=finetune,
+                    finetune=None if finetune is None else fake_engine.at_once(finetune),
                     **options,
                 )
             )
@@ -120,6 +120,38 @@ def test_stopped_and_continued_equals_uninterrupted(setting, stop_after):
     assert setting.run() == []
 
 
+@pytest.mark.parametrize("parallel", [2, 3, 9])
+def test_several_at_once_give_the_same_records(setting, parallel):
+    whole = timeless(setting.run())
+    setting.path.unlink()
+    setting.plan = replace(setting.plan, parallel=parallel)
+    together = timeless(setting.run())
+    assert sorted(together, key=lambda r: (r.episode, METHODS.index(r.method))) == whole
+    assert [record.method for record in together[:parallel][:4]] == ["tir"] * min(parallel, 4)
+
+
+def test_several_at_once_go_on_where_the_run_stopped(setting):
+    whole = timeless(setting.run())
+    setting.path.unlink()
+    setting.plan = replace(setting.plan, parallel=3)
+    calls = 0
+
+    def interrupted(*arguments, **options):
+        nonlocal calls
+        calls += 1
+        if calls > 5:  # in the second method's episodes
+            raise KeyboardInterrupt
+        return fake_engine.fake_finetune(*arguments, **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        setting.run(interrupted)
+    assert len(Journal(setting.path).records) == 3
+    setting.plan = replace(setting.plan, parallel=2)
+    setting.run()
+    records = timeless(Journal(setting.path).records)
+    assert sorted(records, key=lambda r: (r.episode, METHODS.index(r.method))) == whole
+
+
 def test_more_episodes_keep_the_first_ones(setting):
     whole = timeless(setting.run())
     setting.plan = replace(setting.plan, episodes=6)
@@ -186,6 +218,13 @@ def test_real_engine_on_a_tiny_model(setting, tiny_model_folder):
     assert all(torch.equal(before[key], after[key]) for key in before)
     setting.path.unlink()
     assert timeless(setting.run(finetune=None)) == timeless(records)
+    setting.path.unlink()
+    setting.plan = replace(setting.plan, episodes=2, parallel=2)
+    together = [record for record in setting.run(finetune=None) if record.episode == 0]
+    for ours, theirs in zip(timeless(together), timeless(records), strict=True):
+        assert ours.correct == theirs.correct
+        if theirs.final_loss is not None:
+            assert ours.final_loss == pytest.approx(theirs.final_loss, abs=1e-4)
 
 
 def record(episode, method, accuracy, seconds_per_step=None, **changes):

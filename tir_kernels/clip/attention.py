@@ -81,6 +81,22 @@ class SelfAttention(nn.Module):
         output = self.out_proj(attended.transpose(1, 2).reshape(batch, length, width))
         return (output if self.batch_first else output.transpose(0, 1)), None
 
+    def first_token(self, tokens: Tensor) -> Tensor:
+        """(B, L, D) -> (B, 1, D): as ``forward`` for the first token, which attends to all."""
+        batch, length, width = tokens.shape
+        heads = (self.num_heads, width // self.num_heads)
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        query_bias, rest_bias = (None, None) if bias is None else (bias[:width], bias[width:])
+        query = F.linear(tokens[:, :1], weight[:width], query_bias)
+        rest = F.linear(tokens, weight[width:], rest_bias)
+        if self.low_rank is not None:
+            delta = self.low_rank(tokens).to(rest.dtype)
+            query, rest = query + delta[:, :1, :width], rest + delta[..., width:]
+        q = query.view(batch, 1, *heads).transpose(1, 2)
+        k, v = rest.view(batch, length, 2, *heads).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return self.out_proj(attended.transpose(1, 2).reshape(batch, 1, width))
+
 
 def _unweighted_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None and q.device.type == "cpu" and q.element_size() == 2:

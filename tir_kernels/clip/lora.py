@@ -33,6 +33,7 @@ class LoRA:
         alpha: float,
         dropout: float,
         passes_input_gradient: bool,
+        num_groups: int | None,
     ) -> None:
         self.rank = rank
         self.alpha = alpha
@@ -50,7 +51,13 @@ class LoRA:
                 opened.append(block)
                 weight = attention.in_proj_weight
                 attention.low_rank = LowRank(
-                    weight.shape[1], rank, alpha, dropout, passes_input_gradient, weight.device
+                    weight.shape[1],
+                    rank,
+                    alpha,
+                    dropout,
+                    passes_input_gradient,
+                    weight.device,
+                    num_groups,
                 )
                 attention.low_rank.train(attention.training)
         except (TypeError, RuntimeError):
@@ -64,9 +71,11 @@ class LoRA:
             yield from low_rank.parameters()
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """``"{visual|text}.{layer}.{q|k|v}"`` -> A (rank, width) and B (width, rank), as views."""
+        """``"{visual|text}.{layer}.{q|k|v}"`` -> A (rank, width) and B (width, rank), as views; of
+        groups, with a leading dimension G.
+        """
         return {
-            f"{place}.{projection}": (low_rank.a[index], low_rank.b[index])
+            f"{place}.{projection}": (low_rank.a.select(-3, index), low_rank.b.select(-3, index))
             for place, low_rank in self._low_ranks().items()
             for index, projection in enumerate(PROJECTIONS)
         }
@@ -94,6 +103,23 @@ class LoRA:
                         f"got {tuple(value.shape)}"
                     )
                 target.copy_(value)
+
+    def draw(
+        self, generators: Sequence[torch.Generator], text_lengths: Sequence[int] | None = None
+    ) -> None:
+        """Draw A anew, and dropout from now on, with one generator a group.
+
+        A group then gets the random numbers that it would get without the others.
+
+        Args:
+            generators: G, on the device of the model.
+            text_lengths: How long the texts of each group truly are, where shorter ones are padded
+                to the length of the longest.
+        """
+        for place, low_rank in self._low_ranks().items():
+            low_rank.generators = generators
+            low_rank.lengths = text_lengths if place.startswith("text.") else None
+            low_rank.draw()
 
     def train(self, mode: bool = True) -> None:
         """Switch LoRA's dropout on or off, without touching the mode of the model."""
@@ -131,6 +157,7 @@ def add_lora(
     *,
     towers: Sequence[str] = TOWERS,
     passes_input_gradient: bool = True,
+    num_groups: int | None = None,
 ) -> LoRA:
     """Add LoRA to the query, key and value projections of every block.
 
@@ -148,6 +175,8 @@ def add_lora(
             ``True`` is the gradient of the function; ``False`` is how the published few-shot
             program (arXiv 2605.25799) trains, where earlier blocks learn through the frozen
             projections alone.
+        num_groups: Train G sets of factors at once: the images, and the texts, of a forward pass
+            fall into G equal parts, one after the other, each with factors of its own.
 
     Returns:
         A handle with ``parameters()``, ``factors()``, ``train()`` and ``remove()``.
@@ -172,7 +201,7 @@ def add_lora(
         for layer, block in enumerate(transformer.resblocks):
             blocks[f"{tower}.{layer}"] = block
             module_paths[f"{tower}.{layer}"] = f"{path}.resblocks.{layer}.attn"
-    return LoRA(blocks, module_paths, rank, alpha, dropout, passes_input_gradient)
+    return LoRA(blocks, module_paths, rank, alpha, dropout, passes_input_gradient, num_groups)
 
 
 def tower_transformer(model: nn.Module, tower: str) -> tuple[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,8 @@ class LowRank(nn.Module):
     """The low-rank change of the query, key and value projections of one attention module.
 
     ``delta = (dropout(x) A^T) B^T * alpha / sqrt(rank)`` for each of the three, each with dropout
-    of its own. Only products with the (rank, width) factors are formed, never B A.
+    of its own. Only products with the (rank, width) factors are formed, never B A. With groups,
+    the batch falls into that many equal parts, each with factors of its own.
 
     Args:
         width: Width D of the tokens.
@@ -21,10 +23,15 @@ class LowRank(nn.Module):
         passes_input_gradient: Whether the branch passes a gradient on to the tokens. Without it,
             only the factors learn from the branch.
         device: Of the factors.
+        num_groups: G; ``None``: one set of factors, without the leading dimension.
 
     Attributes:
-        a: (3, rank, width), drawn as ``nn.Linear`` draws its weights by default.
-        b: (3, width, rank), zero at first, so that the model starts unchanged.
+        a: (3, rank, width) or (G, 3, rank, width), drawn as ``nn.Linear`` draws its weights.
+        b: (3, width, rank) or (G, 3, width, rank), zero at first: the model starts unchanged.
+        generators: One a group, which drop for it whatever the other groups do; ``None``: PyTorch's
+            own.
+        lengths: Where the sequences of a group are padded: how long they truly are. The padding
+            takes no random numbers.
     """
 
     def __init__(
@@ -35,41 +42,77 @@ class LowRank(nn.Module):
         dropout: float,
         passes_input_gradient: bool,
         device: torch.device | None,
+        num_groups: int | None = None,
     ) -> None:
         super().__init__()
-        self.a = nn.Parameter(torch.empty(3, rank, width, device=device))
-        self.b = nn.Parameter(torch.zeros(3, width, rank, device=device))
+        groups = () if num_groups is None else (num_groups,)
+        self.a = nn.Parameter(torch.empty(*groups, 3, rank, width, device=device))
+        self.b = nn.Parameter(torch.zeros(*groups, 3, width, rank, device=device))
         self.scaling = alpha / math.sqrt(rank)
         self.dropout = dropout
         self.passes_input_gradient = passes_input_gradient
-        for factor in self.a.unbind():
-            nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+        self.generators: Sequence[torch.Generator] | None = None
+        self.lengths: Sequence[int] | None = None
+        self.draw()
+
+    def draw(self) -> None:
+        """Draw A anew, with the generators where there are some."""
+        groups = self.a.detach().unflatten(0, (-1, 3)) if self.a.dim() == 3 else self.a.detach()
+        for index, group in enumerate(groups):
+            generator = None if self.generators is None else self.generators[index]
+            for factor in group:
+                nn.init.kaiming_uniform_(factor, a=math.sqrt(5), generator=generator)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, 3 D)."""
-        rows = tokens.flatten(0, -2)
+        num_groups = 1 if self.a.dim() == 3 else len(self.a)
+        rows = tokens.reshape(num_groups, -1, tokens.shape[-1])
         if not self.passes_input_gradient:
             rows = rows.detach()
         # A model may be of low precision throughout; the factors stay in float32.
         a, b = self.a.to(rows.dtype), (self.b * self.scaling).to(rows.dtype)
+        a, b = (factor.view(num_groups, *factor.shape[-3:]) for factor in (a, b))
         if self.training and self.dropout > 0:
-            compressed = torch.bmm(_drop(rows.expand(3, *rows.shape), self.dropout), a.mT)
+            compressed = torch.matmul(self._drop(rows, tokens.shape[1]), a.mT)
         else:  # one product serves all three
-            compressed = F.linear(rows, a.flatten(0, 1)).view(len(rows), 3, -1).transpose(0, 1)
-        delta = torch.bmm(compressed, b.mT)
-        return delta.transpose(0, 1).reshape(*tokens.shape[:-1], -1)
+            compressed = torch.matmul(rows, a.flatten(1, 2).mT)
+            compressed = compressed.unflatten(2, (3, -1)).transpose(1, 2)
+        delta = torch.matmul(compressed, b.mT)  # (G, 3, rows, D)
+        return delta.transpose(1, 2).reshape(*tokens.shape[:-1], -1)
+
+    def _drop(self, rows: Tensor, length: int) -> Tensor:
+        """(G, rows, D) -> (G, 3, rows, D), dropped for each projection by itself.
+
+        Each group takes as many random numbers as it would alone.
+        """
+        num_groups, num_rows, width = rows.shape
+        if self.generators is None:
+            keep = _draw_mask((num_groups, 3, num_rows, width), self.dropout, rows, None)
+            return rows[:, None] * keep
+        parts = []
+        for group, generator in enumerate(self.generators):
+            own = length if self.lengths is None else self.lengths[group]
+            keep = _draw_mask((3, num_rows // length, own, width), self.dropout, rows, generator)
+            parts.append(F.pad(keep, (0, 0, 0, length - own)).flatten(1, 2))
+        return rows[:, None] * torch.stack(parts)
 
 
-def _drop(rows: Tensor, probability: float) -> Tensor:
-    """Dropout; on a CPU with the probability rounded to a multiple of 2^-16.
+def _draw_mask(
+    shape: tuple[int, ...], probability: float, like: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    """Zeros with the given probability, else what keeps the mean; on a CPU the probability is
+    rounded to a multiple of 2^-16.
 
-    There F.dropout draws a double per element, which takes longer than the products it serves: here
+    There PyTorch draws a double per element, which takes longer than the products it serves: here
     four elements share a draw of 64 bits.
     """
-    if rows.device.type != "cpu":
-        return F.dropout(rows, probability)
+    if like.device.type != "cpu":
+        keep = torch.empty(shape, dtype=like.dtype, device=like.device)
+        return keep.bernoulli_(1 - probability, generator=generator).mul_(1 / (1 - probability))
     threshold = min(round(probability * 2**16), 2**16 - 1)
-    draws = torch.empty((rows.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    bits = draws.view(torch.int16)[: rows.numel()].view(rows.shape)
-    keep = (bits >= threshold - 2**15).to(rows.dtype)
-    return rows * keep.mul_(1 / (1 - threshold / 2**16))
+    count = math.prod(shape)
+    draws = torch.empty((count + 3) // 4, dtype=torch.int64)
+    draws.random_(-(2**63), None, generator=generator)
+    bits = draws.view(torch.int16)[:count].view(shape)
+    keep = (bits >= threshold - 2**15).to(like.dtype)
+    return keep.mul_(1 / (1 - threshold / 2**16))

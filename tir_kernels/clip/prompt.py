@@ -24,14 +24,21 @@ class PromptContext(nn.Module):
         tokenizer: Its tokenizer: list of strings -> (C, T) token ids.
         class_names: C names, in words; at least one.
         num_vectors: Trained vectors; 0 leaves "a photo of a" as it is.
+        generator: Draws the vectors in front; ``None``: PyTorch's own.
 
     Attributes:
         vectors: (num_vectors, W) parameter.
+        embeddings: (C, T, W) of the prompts, up to the last end-of-text token where the tower is
+            causal; the places of the vectors hold a word.
+        last_position: (C,) the position that stands for each prompt.
+        tower: The text tower.
 
     Raises:
         TypeError, ValueError: An unsuitable text tower or argument, or names too long for the
             tower's context.
     """
+
+    embeddings: Tensor
 
     def __init__(
         self,
@@ -39,40 +46,43 @@ class PromptContext(nn.Module):
         tokenizer: Callable[[list[str]], Tensor],
         class_names: Sequence[str],
         num_vectors: int = 4,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         _check_arguments(class_names, num_vectors)
-        self._tower = text_tower(model)
-        embedding = self._tower.token_embedding
+        self.tower = text_tower(model)
+        embedding = self.tower.token_embedding
         device = embedding.weight.device
         context = CONTEXT_WORDS if num_vectors == 0 else " ".join([_PLACEHOLDER] * num_vectors)
         prompts = [f"{context} {name}." for name in class_names]
         token_ids = tokenizer(prompts).to(device)
         _require_room(tokenizer, token_ids, prompts, class_names, num_vectors)
-        self._last_position = self._tower.last_position(token_ids)
-        if self._tower.is_causal:
+        self.last_position = self.tower.last_position(token_ids)
+        if self.tower.is_causal:
             # No token sees the ones behind it, so what follows the last end-of-text token is waste.
-            token_ids = token_ids[:, : int(self._last_position.max()) + 1]
+            token_ids = token_ids[:, : int(self.last_position.max()) + 1]
         with torch.no_grad():
             embeddings = _round(embedding(token_ids))
-            self.register_buffer("_embeddings", embeddings, persistent=False)
-            self.vectors = nn.Parameter(_round(_start(tokenizer, embedding, num_vectors)))
+            self.register_buffer("embeddings", embeddings, persistent=False)
+            self.vectors = nn.Parameter(
+                _round(_start(tokenizer, embedding, num_vectors, generator))
+            )
 
     @property
     def num_blocks(self) -> int:
         """Depth of the text tower."""
-        return len(self._tower.transformer.resblocks)
+        return len(self.tower.transformer.resblocks)
 
     def forward(self, text_layer: int | None = None) -> tuple[Tensor, Tensor]:
         """Class embeddings (C, E) of the last text block, and (C, E) of block ``text_layer``."""
-        embeddings: Tensor = self._embeddings  # type: ignore[assignment]
+        embeddings = self.embeddings
         num_vectors = len(self.vectors)
         if num_vectors:
             context = self.vectors.to(embeddings.dtype).expand(len(embeddings), -1, -1)
             embeddings = torch.cat(
                 [embeddings[:, :1], context, embeddings[:, 1 + num_vectors :]], dim=1
             )
-        return self._tower.encode(embeddings, self._last_position, text_layer)
+        return self.tower.encode(embeddings, self.last_position, text_layer)
 
 
 def _check_arguments(class_names: Sequence[str], num_vectors: int) -> None:
@@ -95,13 +105,18 @@ def _round(embeddings: Tensor) -> Tensor:
 
 
 def _start(
-    tokenizer: Callable[[list[str]], Tensor], embedding: nn.Embedding, num_vectors: int
+    tokenizer: Callable[[list[str]], Tensor],
+    embedding: nn.Embedding,
+    num_vectors: int,
+    generator: torch.Generator | None,
 ) -> Tensor:
     words = embedding(tokenizer([CONTEXT_WORDS]).to(embedding.weight.device))[0]
     words = words[1 : 1 + len(CONTEXT_WORDS.split())]  # the token in front is start-of-text
     if num_vectors <= len(words):
         return words[len(words) - num_vectors :].clone()
-    drawn = torch.randn(num_vectors - len(words), words.shape[1]) * 0.02
+    device = None if generator is None else generator.device
+    shape = (num_vectors - len(words), words.shape[1])
+    drawn = torch.randn(shape, generator=generator, device=device) * 0.02
     return torch.cat([drawn.to(words), words])
 
 

@@ -104,6 +104,13 @@ def _protocol_options(*, episodes: int) -> Callable[[Callable], Callable]:
             default=episodes,
             help="Episodes; a run may be continued with more.",
         ),
+        click.option(
+            "--parallel-episodes",
+            type=click.IntRange(1),
+            default=1,
+            help="Episodes trained at once, which a GPU needs to be busy; the results are the "
+            "same. Where memory runs out, half as many are.",
+        ),
     )
 
     def add(command: Callable) -> Callable:
@@ -212,6 +219,7 @@ def _run(
     ways: int,
     queries: int,
     episodes: int,
+    parallel_episodes: int,
     **config_values: Any,
 ) -> None:
     from rich.console import Console
@@ -230,7 +238,8 @@ def _run(
         from tir_kernels.fewshot.runner import RunPlan, run_episodes
 
     # A method named twice is still one method.
-    plan = RunPlan(ways, queries, episodes, tuple(dict.fromkeys(methods)), config)
+    names = tuple(dict.fromkeys(methods))
+    plan = RunPlan(ways, queries, episodes, names, config, parallel_episodes)
     source = ImageFolderData.scan(data, class_names)
     source.require(ways=ways, shots=config.shots, queries=queries)
     with RunFolder(out) as folder:

@@ -1,24 +1,21 @@
-"""Fine-tune a CLIP model on one few-shot episode."""
+"""Fine-tune a CLIP model on few-shot episodes: one, or many of which some are trained at once."""
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tir_kernels import WeightRule, clip
-
 from .config import FewShotConfig
+from .episodes import Episode, episode_seed
+from .training import Group, Savings
 
-QUERY_BATCH = 64
-LORA_WEIGHT_DECAY = 0.01
-CONTEXT_MOMENTUM = 0.9
-CONTEXT_WEIGHT_DECAY = 5e-4
+_ALL_SAVINGS = Savings()
 
 
 class NonFiniteLossError(RuntimeError):
@@ -68,6 +65,7 @@ def finetune_episode(
     *,
     lora_init: Mapping[str, Tensor] | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    savings: Savings = _ALL_SAVINGS,
 ) -> EpisodeResult:
     """Train LoRA and a prompt context on the support images, then classify the query images.
 
@@ -87,6 +85,7 @@ def finetune_episode(
         config: Settings.
         lora_init: ``"{visual|text}.{layer}.{q|k|v}"`` -> A (rank, width) to start from.
         on_step: Called with the step, from 0, and its loss after each step.
+        savings: Work that is left out; the results are the same.
 
     Returns:
         The losses, the logits of the query images and what was trained.
@@ -95,155 +94,179 @@ def finetune_episode(
         ValueError, TypeError: Unsuitable images, labels, names or model.
         NonFiniteLossError: The loss became NaN or infinite.
     """
+    episode = Episode(list(class_names), support_images, support_labels, query_images, index=0)
+    _check_episode(episode)
+
+    def note_step(index: int, step: int, loss: float) -> None:
+        if on_step is not None:
+            on_step(step, loss)
+
+    (result,) = _finetune_group(
+        model,
+        tokenizer,
+        [episode],
+        [config.seed],
+        config,
+        lora_init,
+        None if on_step is None else note_step,
+        savings,
+    )
+    if isinstance(result, NonFiniteLossError):
+        raise result
+    return result
+
+
+def finetune_episodes(
+    model: nn.Module,
+    tokenizer: Callable[[list[str]], Tensor],
+    episodes: Sequence[Episode],
+    config: FewShotConfig,
+    *,
+    parallel: int | None = None,
+    lora_init: Mapping[str, Tensor] | None = None,
+    on_step: Callable[[int, int, float], None] | None = None,
+    savings: Savings = _ALL_SAVINGS,
+) -> list[EpisodeResult | NonFiniteLossError]:
+    """As :func:`finetune_episode` for each episode, many of them at once.
+
+    Each result is what the episode gives alone with the seed
+    ``episode_seed(config.seed, episode.index)``, up to rounding: what the others are plays no part.
+    Where memory runs out, half as many are trained at once, with a warning.
+
+    Args:
+        model, tokenizer, config, lora_init, savings: As for :func:`finetune_episode`.
+        episodes: Their classes and images. Those of equal numbers of classes and images are
+            trained together.
+        parallel: Most episodes trained at once; ``None``: all that can be.
+        on_step: Called with the episode's position, the step from 0, and its loss.
+
+    Returns:
+        One entry an episode, in their order: its result, or the error where its loss became NaN or
+        infinite, which does not touch the others.
+
+    Raises:
+        ValueError, TypeError: Unsuitable images, labels, names, model or ``parallel``.
+        torch.OutOfMemoryError: Memory does not suffice for a single episode.
+    """
+    if parallel is not None and (isinstance(parallel, bool) or not isinstance(parallel, int)):
+        raise TypeError(f"parallel must be an int or None; got {type(parallel).__name__}")
+    if parallel is not None and parallel < 1:
+        raise ValueError(f"parallel must be at least 1; got {parallel}")
+    groups: dict[tuple, list[int]] = {}
+    for position, episode in enumerate(episodes):
+        _check_episode(episode)
+        images = (episode.support_images.shape, episode.query_images.shape)
+        groups.setdefault((len(episode.class_names), *images), []).append(position)
+    results: dict[int, EpisodeResult | NonFiniteLossError] = {}
+
+    def run(positions: list[int]) -> None:
+        def note_step(index: int, step: int, loss: float) -> None:
+            if on_step is not None:
+                on_step(positions[index], step, loss)
+
+        chosen = [episodes[position] for position in positions]
+        seeds = [episode_seed(config.seed, episode.index) for episode in chosen]
+        try:
+            found = _finetune_group(
+                model,
+                tokenizer,
+                chosen,
+                seeds,
+                config,
+                lora_init,
+                None if on_step is None else note_step,
+                savings,
+            )
+        except torch.OutOfMemoryError:
+            if len(positions) == 1:
+                raise
+            found = None
+        if found is not None:
+            results.update(zip(positions, found, strict=True))
+            return
+        half = (len(positions) + 1) // 2
+        warnings.warn(
+            f"{len(positions)} episodes at once do not fit into the memory of {config.device}; "
+            f"going on with {half}",
+            stacklevel=3,
+        )
+        run(positions[:half])
+        run(positions[half:])
+
+    for positions in groups.values():
+        size = parallel or len(positions)
+        for first in range(0, len(positions), size):
+            run(positions[first : first + size])
+    return [results[position] for position in range(len(episodes))]
+
+
+def _finetune_group(
+    model: nn.Module,
+    tokenizer: Callable[[list[str]], Tensor],
+    episodes: Sequence[Episode],
+    seeds: Sequence[int],
+    config: FewShotConfig,
+    lora_init: Mapping[str, Tensor] | None,
+    on_step: Callable[[int, int, float], None] | None,
+    savings: Savings,
+) -> list[EpisodeResult | NonFiniteLossError]:
+    """Results of episodes of one shape, trained at once."""
     device = torch.device(config.device)
-    _check_episode(class_names, support_images, support_labels, query_images)
-    support_images, query_images = support_images.to(device), query_images.to(device)
-    support_labels = support_labels.to(device).long()
+
+    def stacked(name: str) -> Tensor:
+        return torch.stack([getattr(episode, name) for episode in episodes]).to(device)
+
+    support_images, query_images = stacked("support_images"), stacked("query_images")
+    support_labels = stacked("support_labels").long()
     with ExitStack() as stack:
         stack.enter_context(_frozen(model))
         cuda_devices = [device] if device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=cuda_devices))
-        torch.manual_seed(config.seed)
         stack.enter_context(_precision(config, device))
-        episode = _Episode(model, tokenizer, class_names, config, stack, lora_init)
-        losses = []
+        names = [episode.class_names for episode in episodes]
+        group = Group(model, tokenizer, names, seeds, config, stack, lora_init, savings)
+        losses: list[list[float]] = [[] for _ in episodes]
         if config.method != "zero-shot":
-            losses = episode.train(support_images, support_labels, on_step)
-        support_logits, query_logits = episode.classify(support_images, query_images)
-        correct = support_logits.argmax(1) == support_labels.cpu()
-        return EpisodeResult(
-            losses=losses,
-            query_logits=query_logits,
-            support_accuracy=correct.float().mean().item(),
-            **episode.trained_tensors(),
+            losses = group.train(support_images, support_labels, on_step)
+        support_logits, query_logits = group.classify(support_images, query_images)
+        correct = support_logits.argmax(2) == support_labels.cpu()
+        results: list[EpisodeResult | NonFiniteLossError] = []
+        for index, own in enumerate(losses):
+            if own and not math.isfinite(own[-1]):
+                results.append(NonFiniteLossError(len(own) - 1, own))
+                continue
+            result = EpisodeResult(
+                losses=own,
+                query_logits=query_logits[index],
+                support_accuracy=correct[index].float().mean().item(),
+            )
+            results.append(replace(result, **group.trained_tensors(index)))
+        return results
+
+
+def _check_episode(episode: Episode) -> None:
+    support_images, support_labels = episode.support_images, episode.support_labels
+    class_names = episode.class_names
+    for name in ("support_images", "query_images"):
+        images = getattr(episode, name)
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(f"{name} must have shape (images, 3, H, W); got {tuple(images.shape)}")
+    if len(class_names) < 2:
+        raise ValueError(f"class_names must hold at least 2 classes; got {len(class_names)}")
+    if len(support_images) == 0:
+        raise ValueError("support_images must hold at least one image")
+    if support_labels.shape != support_images.shape[:1]:
+        raise ValueError(
+            f"support_labels must have one label for each of the {len(support_images)} support "
+            f"images; got shape {tuple(support_labels.shape)}"
         )
-
-
-class _Episode:
-    """A model with the adapters of one episode; the stack removes them from the model again."""
-
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Callable[[list[str]], Tensor],
-        class_names: Sequence[str],
-        config: FewShotConfig,
-        stack: ExitStack,
-        lora_init: Mapping[str, Tensor] | None,
-    ) -> None:
-        self.model = model
-        self.config = config
-        self.lora: clip.LoRA | None = None
-        self.reweighting: clip.Reweighting | None = None
-        num_vectors = 0 if config.method == "zero-shot" else config.context_tokens
-        self.prompt = clip.PromptContext(model, tokenizer, class_names, num_vectors)
-        self.text_layer = self._resolve_text_layer()
-        if config.method == "zero-shot":
-            return
-        self.lora = stack.enter_context(
-            clip.add_lora(
-                model,
-                config.lora_rank,
-                config.lora_alpha,
-                config.lora_dropout,
-                passes_input_gradient=False,  # as the published program trains
-            )
+    if support_labels.is_floating_point() or support_labels.dtype == torch.bool:
+        raise TypeError(f"support_labels must be integers; got {support_labels.dtype}")
+    if support_labels.min() < 0 or support_labels.max() >= len(class_names):
+        raise ValueError(
+            f"support_labels must lie between 0 and {len(class_names) - 1}; got "
+            f"{int(support_labels.min())} to {int(support_labels.max())}"
         )
-        self.lora.set_factors(a=lora_init)
-        if config.method == "tir":
-            self.reweighting = stack.enter_context(
-                clip.install(
-                    model,
-                    config.layers,
-                    config.placement,
-                    WeightRule(config.rule, config.strength, top_ratio=config.top_ratio),
-                    config.backend,
-                )
-            )
-
-    def _resolve_text_layer(self) -> int:
-        depth = self.prompt.num_blocks
-        layer = self.config.text_layer
-        if layer is None:
-            return max(depth - 2, 0)
-        if not -depth <= layer < depth:
-            raise ValueError(f"text_layer must lie between 0 and {depth - 1}; got {layer}")
-        return layer % depth
-
-    def _class_embeddings(self) -> Tensor:
-        """(C, E) of unit length for the logits; those for the relevance go to the re-weighting."""
-        final, intermediate = self.prompt(self.text_layer)
-        if self.reweighting is not None:
-            self.reweighting.set_class_embeddings(intermediate)
-        return F.normalize(final.float(), dim=-1)
-
-    def _logits(self, images: Tensor, class_embeddings: Tensor) -> Tensor:
-        features = F.normalize(self.model.encode_image(images).float(), dim=-1)
-        return self.config.resolved_logit_scale * features @ class_embeddings.T
-
-    def train(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        on_step: Callable[[int, float], None] | None,
-    ) -> list[float]:
-        assert self.lora is not None
-        config = self.config
-        optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(
-                self.lora.parameters(), lr=config.lora_lr, weight_decay=LORA_WEIGHT_DECAY
-            )
-        ]
-        if config.context_tokens:
-            optimizers.append(
-                torch.optim.SGD(
-                    [self.prompt.vectors],
-                    lr=config.context_lr,
-                    momentum=CONTEXT_MOMENTUM,
-                    weight_decay=CONTEXT_WEIGHT_DECAY,
-                )
-            )
-        # float16 alone has too little range for gradients.
-        scaler = torch.amp.GradScaler(images.device.type, enabled=config.precision == "float16")
-        losses: list[float] = []
-        self.lora.train()
-        for step in range(config.steps):
-            loss = F.cross_entropy(self._logits(images, self._class_embeddings()), labels)
-            losses.append(loss.item())
-            if not torch.isfinite(loss):
-                raise NonFiniteLossError(step, losses)
-            for optimizer in optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            for optimizer in optimizers:
-                scaler.step(optimizer)
-            scaler.update()
-            if on_step is not None:
-                on_step(step, losses[-1])
-        self.lora.train(False)
-        return losses
-
-    @torch.no_grad()
-    def classify(self, *image_sets: Tensor) -> list[Tensor]:
-        """(Q, C) float32 logits on the CPU of each set of images."""
-        class_embeddings = self._class_embeddings()
-        return [
-            torch.cat([self._logits(part, class_embeddings) for part in images.split(QUERY_BATCH)])
-            .float()
-            .cpu()
-            if len(images)
-            else torch.empty(0, len(class_embeddings))
-            for images in image_sets
-        ]
-
-    def trained_tensors(self) -> dict:
-        if self.lora is None:
-            return {}
-        factors = {
-            name: (a.detach().float().cpu().clone(), b.detach().float().cpu().clone())
-            for name, (a, b) in self.lora.factors().items()
-        }
-        return {"context": self.prompt.vectors.detach().float().cpu().clone(), "lora": factors}
 
 
 @contextmanager
@@ -270,27 +293,3 @@ def _precision(config: FewShotConfig, device: torch.device) -> Iterator[None]:
         return
     with torch.autocast(device.type, dtype=getattr(torch, config.precision)):
         yield
-
-
-def _check_episode(
-    class_names: Sequence[str], support_images: Tensor, support_labels: Tensor, query_images: Tensor
-) -> None:
-    for name, images in (("support_images", support_images), ("query_images", query_images)):
-        if images.dim() != 4 or images.shape[1] != 3:
-            raise ValueError(f"{name} must have shape (images, 3, H, W); got {tuple(images.shape)}")
-    if len(class_names) < 2:
-        raise ValueError(f"class_names must hold at least 2 classes; got {len(class_names)}")
-    if len(support_images) == 0:
-        raise ValueError("support_images must hold at least one image")
-    if support_labels.shape != support_images.shape[:1]:
-        raise ValueError(
-            f"support_labels must have one label for each of the {len(support_images)} support "
-            f"images; got shape {tuple(support_labels.shape)}"
-        )
-    if support_labels.is_floating_point() or support_labels.dtype == torch.bool:
-        raise TypeError(f"support_labels must be integers; got {support_labels.dtype}")
-    if support_labels.min() < 0 or support_labels.max() >= len(class_names):
-        raise ValueError(
-            f"support_labels must lie between 0 and {len(class_names) - 1}; got "
-            f"{int(support_labels.min())} to {int(support_labels.max())}"
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -49,8 +49,8 @@ class Episode:
     support_labels: Tensor
     query_images: Tensor
     index: int
-    query_labels: Tensor
-    folders: tuple[str, ...]
+    query_labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    folders: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
 
 

@@ -11,7 +11,7 @@ import torch
 
 from tir_kernels.fewshot.config import FewShotConfig
 from tir_kernels.fewshot.data import ImageFolderData, ImageReader
-from tir_kernels.fewshot.episodes import Episode, episode_seed, load_episode, plan_episode
+from tir_kernels.fewshot.episodes import Episode, load_episode, plan_episode
 from tir_kernels.fewshot.errors import FewShotError, first_line
 from tir_kernels.fewshot.journal import OK, Journal, Record
 from tir_kernels.fewshot.models import LoadedModel
@@ -38,6 +38,7 @@ class RunPlan:
         episodes: Number of episodes.
         methods: Methods, each of which sees every episode.
         config: All other settings; its ``method`` is not used, and its ``seed`` is the run's.
+        parallel: Most episodes that are trained at once; the numbers do not depend on it.
     """
 
     ways: int
@@ -45,6 +46,7 @@ class RunPlan:
     episodes: int
     methods: tuple[str, ...]
     config: FewShotConfig
+    parallel: int = 1
 
     def settings(self, data: ImageFolderData, model: LoadedModel) -> dict[str, Any]:
         """All that decides an episode's numbers, as JSON values, by the names of the options."""
@@ -78,7 +80,7 @@ def run_episodes(
         images: Reads the images.
         model: The model.
         journal: Where records go.
-        finetune: Stands in for ``finetune_episode``.
+        finetune: Stands in for ``finetune_episodes``.
         on_step: Is called after each training step.
 
     Raises:
@@ -86,55 +88,56 @@ def run_episodes(
             the journal can't be written.
     """
     if finetune is None:
-        from tir_kernels.fewshot.engine import finetune_episode
+        from tir_kernels.fewshot.engine import finetune_episodes
 
-        finetune = finetune_episode
+        finetune = finetune_episodes
     sizes = [len(entry.files) for entry in data.classes]
-    for index in range(plan.episodes):
-        missing = [method for method in plan.methods if (index, method) not in journal]
-        if not missing:
-            continue
-        drawn = plan_episode(plan.config.seed, index, sizes, plan.ways)
-        episode = load_episode(drawn, data, images, shots=plan.config.shots, queries=plan.queries)
-        for method in missing:
-            config = replace(plan.config, method=method, seed=episode_seed(plan.config.seed, index))
-            record = _run_one(episode, config, model, finetune, on_step)
-            journal.append(record)
-            yield record
+    missing = [
+        index
+        for index in range(plan.episodes)
+        if any((index, method) not in journal for method in plan.methods)
+    ]
+    for first in range(0, len(missing), plan.parallel):
+        episodes = [
+            load_episode(
+                plan_episode(plan.config.seed, index, sizes, plan.ways),
+                data,
+                images,
+                shots=plan.config.shots,
+                queries=plan.queries,
+            )
+            for index in missing[first : first + plan.parallel]
+        ]
+        for method in plan.methods:
+            chosen = [each for each in episodes if (each.index, method) not in journal]
+            if not chosen:
+                continue
+            config = replace(plan.config, method=method)
+            for record in _run_together(chosen, config, model, finetune, on_step):
+                journal.append(record)
+                yield record
 
 
-def _run_one(
-    episode: Episode,
+def _run_together(
+    episodes: list[Episode],
     config: FewShotConfig,
     model: LoadedModel,
     finetune: FinetuneFunction,
     on_step: StepListener | None,
-) -> Record:
-    from tir_kernels.fewshot.engine import NonFiniteLossError
+) -> list[Record]:
+    numbers = ", ".join(str(episode.index) for episode in episodes)
+    where = f"episode{'s' if len(episodes) > 1 else ''} {numbers}, {config.method}"
+    stamps: list[float] = []  # of the first episode's steps
 
-    where = f"episode {episode.index}, {config.method}"
-    stamps: list[float] = []
-
-    def note_step(step: int, loss: float) -> None:
-        stamps.append(time.perf_counter())
+    def note_step(position: int, step: int, loss: float) -> None:
+        if position == 0:
+            stamps.append(time.perf_counter())
         if on_step is not None:
-            on_step(episode.index, config.method, step, loss)
+            on_step(episodes[position].index, config.method, step, loss)
 
     start = time.perf_counter()
-    result, status = None, OK
     try:
-        result = finetune(
-            model.model,
-            model.tokenizer,
-            episode.class_names,
-            episode.support_images,
-            episode.support_labels,
-            episode.query_images,
-            config,
-            on_step=note_step,
-        )
-    except NonFiniteLossError:
-        status = NON_FINITE_LOSS
+        results = finetune(model.model, model.tokenizer, episodes, config, on_step=note_step)
     except torch.OutOfMemoryError as error:
         raise FewShotError(
             f"{where}: out of memory on {config.device}; lower --queries, --shots or --ways, or "
@@ -143,8 +146,24 @@ def _run_one(
     except (ValueError, TypeError) as error:
         # The engine's own checks: a layer the model does not have, a class name that is too long.
         raise FewShotError(f"{where}: {first_line(error)}") from error
-    seconds = time.perf_counter() - start
-    if result is not None and not bool(torch.isfinite(result.query_logits).all()):
+    seconds = (time.perf_counter() - start) / len(episodes)
+    per_step = _seconds_per_step(start, stamps)
+    if per_step is not None:
+        per_step = round(per_step / len(episodes), 6)
+    return [
+        _record(episode, config.method, result, seconds, per_step)
+        for episode, result in zip(episodes, results, strict=True)
+    ]
+
+
+def _record(
+    episode: Episode, method: str, result: Any, seconds: float, seconds_per_step: float | None
+) -> Record:
+    """What one episode came to; ``result`` is an ``EpisodeResult`` or a ``NonFiniteLossError``."""
+    status = OK
+    if isinstance(result, Exception):
+        result, status = None, NON_FINITE_LOSS
+    elif not bool(torch.isfinite(result.query_logits).all()):
         result, status = None, NON_FINITE_LOGITS
     total = len(episode.query_labels)
     correct = None
@@ -152,7 +171,7 @@ def _run_one(
         correct = int((result.query_logits.argmax(dim=1).cpu() == episode.query_labels).sum())
     return Record(
         episode=episode.index,
-        method=config.method,
+        method=method,
         classes=episode.folders,
         correct=correct,
         total=total,
@@ -160,7 +179,7 @@ def _run_one(
         final_loss=float(result.losses[-1]) if result is not None and result.losses else None,
         seconds=round(seconds, 6),
         status=status,
-        seconds_per_step=_seconds_per_step(start, stamps),
+        seconds_per_step=seconds_per_step,
         support_accuracy=None if result is None else float(result.support_accuracy),
         skipped=episode.skipped,
     )

@@ -1,0 +1,236 @@
+"""Episodes trained at once give what each gives alone."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tir_kernels.fewshot import (
+    Episode,
+    EpisodeResult,
+    FewShotConfig,
+    NonFiniteLossError,
+    Savings,
+    engine,
+    finetune_episode,
+    finetune_episodes,
+)
+from tir_kernels.fewshot.episodes import episode_seed
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "clip"))
+from tiny_clip import Untouched
+
+# Class names of one to many tokens, so that the prompts of episodes differ in length.
+NAMES = [
+    ["cat", "dog", "a very long description of a tabby kitten"],
+    ["sea", "lake", "pond"],
+    ["annual crop", "river bank", "industrial site"],
+]
+CONFIG = FewShotConfig(steps=12, lora_lr=2e-3, lora_dropout=0.0, context_lr=0.02, strength=0.3)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "layers": 5, "width": 32, "head_width": 16, "patch_size": 8}
+    text = {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3}
+    return open_clip.CLIP(16, vision, text).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return open_clip.SimpleTokenizer(context_length=20)
+
+
+def draw_episode(index: int, names: list[str], shots: int = 2, queries: int = 3) -> Episode:
+    generator = torch.Generator().manual_seed(index)
+
+    def images(count: int) -> Tensor:
+        return torch.randn(count, 3, 32, 32, generator=generator)
+
+    labels = torch.arange(len(names)).repeat_interleave(shots)
+    return Episode(names, images(len(labels)), labels, images(queries * len(names)), index)
+
+
+EPISODES = [draw_episode(index, names) for index, names in zip((3, 0, 8), NAMES, strict=True)]
+
+
+def alone(model: nn.Module, tokenizer: Any, episode: Episode, config: FewShotConfig):
+    return finetune_episode(
+        model,
+        tokenizer,
+        episode.class_names,
+        episode.support_images,
+        episode.support_labels,
+        episode.query_images,
+        replace(config, seed=episode_seed(config.seed, episode.index)),
+    )
+
+
+def assert_same(ours: EpisodeResult, theirs: EpisodeResult, atol: float = 1e-4) -> None:
+    assert isinstance(ours, EpisodeResult), ours
+    torch.testing.assert_close(
+        torch.tensor(ours.losses), torch.tensor(theirs.losses), atol=atol, rtol=0
+    )
+    torch.testing.assert_close(ours.query_logits, theirs.query_logits, atol=atol, rtol=0)
+    assert ours.support_accuracy == theirs.support_accuracy
+    assert (ours.context is None) == (theirs.context is None)
+    if ours.context is not None:
+        torch.testing.assert_close(ours.context, theirs.context, atol=atol, rtol=0)
+    assert list(ours.lora) == list(theirs.lora)
+    for name, factors in ours.lora.items():
+        for one, other in zip(factors, theirs.lora[name], strict=True):
+            # Adam divides by the size of a gradient: where that is near 0, rounding decides.
+            assert (one - other).abs().mean() < atol / 10, name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("method", ["tir", "lora", "zero-shot"])
+def test_at_once_is_as_alone(model, tokenizer, method: str, dropout: float) -> None:
+    config = replace(CONFIG, method=method, lora_dropout=dropout)
+    together = finetune_episodes(model, tokenizer, EPISODES, config)
+    for episode, result in zip(EPISODES, together, strict=True):
+        expected = alone(model, tokenizer, episode, config)
+        assert_same(result, expected)
+        if method != "zero-shot":
+            assert len(expected.losses) == config.steps
+            assert expected.losses[0] != expected.losses[-1]
+
+
+@pytest.mark.parametrize("placement", ["attention", "both"])
+def test_placements(model, tokenizer, placement: str) -> None:
+    config = replace(CONFIG, placement=placement, steps=5)
+    together = finetune_episodes(model, tokenizer, EPISODES, config)
+    for episode, result in zip(EPISODES, together, strict=True):
+        assert_same(result, alone(model, tokenizer, episode, config))
+
+
+@pytest.mark.parametrize("context_tokens", [0, 7])
+def test_contexts(model, tokenizer, context_tokens: int) -> None:
+    config = replace(CONFIG, context_tokens=context_tokens, steps=5)
+    together = finetune_episodes(model, tokenizer, EPISODES[1:], config)
+    for episode, result in zip(EPISODES[1:], together, strict=True):
+        assert_same(result, alone(model, tokenizer, episode, config))
+
+
+def test_episodes_of_other_shapes_are_trained_beside(model, tokenizer) -> None:
+    config = replace(CONFIG, steps=3)
+    episodes = [
+        EPISODES[0],
+        draw_episode(4, ["sun", "moon"], shots=1),
+        EPISODES[1],
+        draw_episode(5, ["one", "two", "three"], shots=3, queries=0),
+    ]
+    steps: list[tuple[int, int]] = []
+    results = finetune_episodes(
+        model, tokenizer, episodes, config, on_step=lambda i, step, loss: steps.append((i, step))
+    )
+    for episode, result in zip(episodes, results, strict=True):
+        assert_same(result, alone(model, tokenizer, episode, config))
+    assert sorted(steps) == [(i, step) for i in range(4) for step in range(3)]
+    assert finetune_episodes(model, tokenizer, [], config) == []
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_at_most_so_many_at_once(model, tokenizer, parallel: int, monkeypatch) -> None:
+    sizes = []
+    finetune_group = engine._finetune_group
+
+    def record(model, tokenizer, episodes, *rest):
+        sizes.append(len(episodes))
+        return finetune_group(model, tokenizer, episodes, *rest)
+
+    monkeypatch.setattr(engine, "_finetune_group", record)
+    config = replace(CONFIG, steps=2)
+    limited = finetune_episodes(model, tokenizer, EPISODES, config, parallel=parallel)
+    assert sizes == ([1, 1, 1] if parallel == 1 else [2, 1])
+    for ours, theirs in zip(
+        limited, finetune_episodes(model, tokenizer, EPISODES, config), strict=True
+    ):
+        assert_same(ours, theirs)
+
+
+def test_too_little_memory_halves_the_group_and_says_so(model, tokenizer, monkeypatch) -> None:
+    finetune_group = engine._finetune_group
+
+    def with_little_memory(model, tokenizer, episodes, *rest):
+        if len(episodes) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return finetune_group(model, tokenizer, episodes, *rest)
+
+    config = replace(CONFIG, steps=2)
+    expected = finetune_episodes(model, tokenizer, EPISODES, config)
+    monkeypatch.setattr(engine, "_finetune_group", with_little_memory)
+    with pytest.warns(UserWarning, match="3 episodes at once do not fit") as seen:
+        results = finetune_episodes(model, tokenizer, EPISODES, config)
+    assert len(seen) == 2
+    for ours, theirs in zip(results, expected, strict=True):
+        assert_same(ours, theirs)
+
+    def without_memory(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(engine, "_finetune_group", without_memory)
+    warnings.simplefilter("ignore")  # pytest puts the filters back
+    with pytest.raises(torch.OutOfMemoryError):
+        finetune_episodes(model, tokenizer, EPISODES, config)
+
+
+def test_a_loss_that_is_not_finite_does_not_touch_the_others(model, tokenizer) -> None:
+    broken = replace(EPISODES[1], support_images=EPISODES[1].support_images * math.nan)
+    untouched = Untouched(model)
+    results = finetune_episodes(model, tokenizer, [EPISODES[0], broken, EPISODES[2]], CONFIG)
+    untouched.check()
+    assert isinstance(results[1], NonFiniteLossError)
+    assert results[1].step == 0
+    for index in (0, 2):
+        assert_same(results[index], alone(model, tokenizer, EPISODES[index], CONFIG))
+    with pytest.raises(NonFiniteLossError):
+        alone(model, tokenizer, broken, CONFIG)
+
+
+def test_what_cannot_be_is_refused(model, tokenizer) -> None:
+    with pytest.raises(ValueError, match="parallel must be at least 1; got 0"):
+        finetune_episodes(model, tokenizer, EPISODES, CONFIG, parallel=0)
+    with pytest.raises(TypeError, match="parallel must be an int or None; got str"):
+        finetune_episodes(model, tokenizer, EPISODES, CONFIG, parallel="auto")
+    bad = replace(EPISODES[0], support_labels=torch.full((6,), 3))
+    with pytest.raises(ValueError, match="support_labels must lie between 0 and 2"):
+        finetune_episodes(model, tokenizer, [EPISODES[1], bad], CONFIG)
+
+
+@pytest.mark.parametrize("switched_off", ["cache_stem", "class_token_only"])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_savings_are_exact(model, tokenizer, switched_off: str, dropout: float) -> None:
+    config = replace(CONFIG, lora_dropout=dropout)
+    whole = finetune_episodes(
+        model, tokenizer, EPISODES, config, savings=Savings(**{switched_off: False})
+    )
+    for ours, theirs in zip(
+        finetune_episodes(model, tokenizer, EPISODES, config), whole, strict=True
+    ):
+        assert_same(ours, theirs)
+
+
+def test_the_last_block_does_less(model, tokenizer, monkeypatch) -> None:
+    lengths = []
+    block = model.visual.transformer.resblocks[-1]
+    block.mlp.register_forward_hook(lambda module, inputs, output: lengths.append(output.shape[1]))
+    try:
+        config = replace(CONFIG, steps=1)
+        finetune_episodes(model, tokenizer, EPISODES[:1], config)
+        assert set(lengths) == {1}
+        lengths.clear()
+        finetune_episodes(model, tokenizer, EPISODES[:1], replace(config, layers=(1, 4)))
+        assert set(lengths) == {17}, "a re-weighted block needs all its tokens"
+    finally:
+        block.mlp._forward_hooks.clear()

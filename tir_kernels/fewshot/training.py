@@ -1,0 +1,232 @@
+"""Training the adapters of several episodes as one batch.
+
+The frozen weights serve all; LoRA's factors, prompt contexts and class embeddings have a leading
+dimension G, one entry an episode.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tir_kernels import WeightRule, clip
+
+from .config import FewShotConfig
+
+QUERY_BATCH = 64
+LORA_WEIGHT_DECAY = 0.01
+CONTEXT_MOMENTUM = 0.9
+CONTEXT_WEIGHT_DECAY = 5e-4
+
+
+@dataclass(frozen=True)
+class Savings:
+    """Work that can be left out because nothing depends on it; switched off only to measure.
+
+    Args:
+        cache_stem: The stem of the image tower, which is frozen, runs once an episode.
+        class_token_only: The last vision block computes its class token alone.
+    """
+
+    cache_stem: bool = True
+    class_token_only: bool = True
+
+
+class _Prompts(nn.Module):
+    """The prompts of G episodes of C classes, padded to one length."""
+
+    def __init__(self, contexts: Sequence[clip.PromptContext]) -> None:
+        super().__init__()
+        self.tower = contexts[0].tower
+        embeddings = [context.embeddings for context in contexts]
+        self.lengths = [each.shape[1] for each in embeddings]
+        longest = max(self.lengths)
+        # Attention is causal wherever prompts differ in length, so what follows changes nothing.
+        self._embeddings = torch.cat(
+            [F.pad(each, (0, 0, 0, longest - each.shape[1])) for each in embeddings]
+        )
+        self._last_position = torch.cat([context.last_position for context in contexts])
+        self.vectors = nn.Parameter(torch.stack([context.vectors.detach() for context in contexts]))
+
+    def forward(self, text_layer: int) -> tuple[Tensor, Tensor]:
+        """(G, C, E) class embeddings of the last text block, and of block ``text_layer``."""
+        embeddings, (num_groups, num_vectors, _) = self._embeddings, self.vectors.shape
+        num_classes = len(embeddings) // num_groups
+        if num_vectors:
+            context = self.vectors.to(embeddings.dtype).repeat_interleave(num_classes, 0)
+            embeddings = torch.cat(
+                [embeddings[:, :1], context, embeddings[:, 1 + num_vectors :]], dim=1
+            )
+        final, intermediate = self.tower.encode(embeddings, self._last_position, text_layer)
+        return final.unflatten(0, (num_groups, -1)), intermediate.unflatten(0, (num_groups, -1))
+
+
+class Group:
+    """A model with the adapters of G episodes; the stack removes them from the model again."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Callable[[list[str]], Tensor],
+        class_names: Sequence[Sequence[str]],
+        seeds: Sequence[int],
+        config: FewShotConfig,
+        stack: ExitStack,
+        lora_init: Mapping[str, Tensor] | None,
+        savings: Savings,
+    ) -> None:
+        self.config = config
+        self.savings = savings
+        self.encoder = clip.ImageEncoder(model, savings.class_token_only)
+        self.size = len(seeds)
+        self.lora: clip.LoRA | None = None
+        self.reweighting: clip.Reweighting | None = None
+        num_vectors = 0 if config.method == "zero-shot" else config.context_tokens
+        generators = [torch.Generator(config.device).manual_seed(seed) for seed in seeds]
+        self.prompts = _Prompts(
+            [
+                clip.PromptContext(model, tokenizer, names, num_vectors, generator)
+                for names, generator in zip(class_names, generators, strict=True)
+            ]
+        )
+        self.text_layer = self._resolve_text_layer()
+        if config.method == "zero-shot":
+            return
+        self.lora = stack.enter_context(
+            clip.add_lora(
+                model,
+                config.lora_rank,
+                config.lora_alpha,
+                config.lora_dropout,
+                passes_input_gradient=False,  # as the published program trains
+                num_groups=self.size,
+            )
+        )
+        self.lora.draw(generators, self.prompts.lengths)
+        if lora_init is not None:
+            each = {name: a.expand(self.size, *a.shape) for name, a in lora_init.items()}
+            self.lora.set_factors(a=each)
+        if config.method == "tir":
+            self.reweighting = stack.enter_context(
+                clip.install(
+                    model,
+                    config.layers,
+                    config.placement,
+                    WeightRule(config.rule, config.strength, top_ratio=config.top_ratio),
+                    config.backend,
+                )
+            )
+
+    def _resolve_text_layer(self) -> int:
+        depth = len(self.prompts.tower.transformer.resblocks)
+        layer = self.config.text_layer
+        if layer is None:
+            return max(depth - 2, 0)
+        if not -depth <= layer < depth:
+            raise ValueError(f"text_layer must lie between 0 and {depth - 1}; got {layer}")
+        return layer % depth
+
+    def _class_embeddings(self) -> Tensor:
+        """(G, C, E) of unit length for the logits; those for the relevance go to the
+        re-weighting.
+        """
+        final, intermediate = self.prompts(self.text_layer)
+        if self.reweighting is not None:
+            self.reweighting.set_class_embeddings(intermediate)
+        return F.normalize(final.float(), dim=-1)
+
+    @torch.no_grad()
+    def _stem(self, images: Tensor) -> Tensor:
+        """(G, S, 3, H, W) images -> (G, S, L, D) tokens; the stem is frozen."""
+        return self.encoder.stem(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+
+    def _logits(self, tokens: Tensor, class_embeddings: Tensor) -> Tensor:
+        """(G, S, L, D) tokens of the stem -> (G, S, C)."""
+        features = self.encoder.features(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+        features = F.normalize(features.float(), dim=-1)
+        return self.config.resolved_logit_scale * features @ class_embeddings.mT
+
+    def train(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        on_step: Callable[[int, int, float], None] | None,
+    ) -> list[list[float]]:
+        """The losses of each episode; where one is not finite, those up to it."""
+        assert self.lora is not None
+        config = self.config
+        optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                self.lora.parameters(), lr=config.lora_lr, weight_decay=LORA_WEIGHT_DECAY
+            )
+        ]
+        if config.context_tokens:
+            optimizers.append(
+                torch.optim.SGD(
+                    [self.prompts.vectors],
+                    lr=config.context_lr,
+                    momentum=CONTEXT_MOMENTUM,
+                    weight_decay=CONTEXT_WEIGHT_DECAY,
+                )
+            )
+        # float16 alone has too little range for gradients.
+        scaler = torch.amp.GradScaler(images.device.type, enabled=config.precision == "float16")
+        losses: list[list[float]] = [[] for _ in range(self.size)]
+        self.lora.train()
+        tokens = self._stem(images)
+        for step in range(config.steps):
+            if not self.savings.cache_stem and step > 0:
+                tokens = self._stem(images)
+            logits = self._logits(tokens, self._class_embeddings()).flatten(0, 1)
+            each = F.cross_entropy(logits, labels.flatten(), reduction="none")
+            each = each.unflatten(0, (self.size, -1)).mean(1)
+            for index, loss in enumerate(each.tolist()):
+                if losses[index] and not math.isfinite(losses[index][-1]):
+                    continue
+                losses[index].append(loss)
+                if on_step is not None and math.isfinite(loss):
+                    on_step(index, step, loss)
+            if not any(math.isfinite(own[-1]) for own in losses):
+                break
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            # Each episode's gradients are those of its own loss: a sum keeps them apart.
+            scaler.scale(each.sum()).backward()
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+            scaler.update()
+        self.lora.train(False)
+        return losses
+
+    @torch.no_grad()
+    def classify(self, *image_sets: Tensor) -> list[Tensor]:
+        """(G, Q, C) float32 logits on the CPU of each set of images (G, Q, 3, H, W)."""
+        class_embeddings = self._class_embeddings()
+        size = max(1, QUERY_BATCH // self.size)
+        return [
+            torch.cat(
+                [self._logits(self._stem(p), class_embeddings) for p in images.split(size, 1)], 1
+            )
+            .float()
+            .cpu()
+            if images.shape[1]
+            else torch.empty(self.size, 0, class_embeddings.shape[1])
+            for images in image_sets
+        ]
+
+    def trained_tensors(self, index: int) -> dict:
+        if self.lora is None:
+            return {}
+
+        def own(tensor: Tensor) -> Tensor:
+            return tensor.detach()[index].float().cpu().clone()
+
+        factors = {name: (own(a), own(b)) for name, (a, b) in self.lora.factors().items()}
+        return {"context": own(self.prompts.vectors), "lora": factors}
