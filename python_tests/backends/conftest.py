@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
+import cuda_emulation
 import pytest
 import torch
 
@@ -32,3 +34,12 @@ def architecture(request: pytest.FixtureRequest) -> Iterator[str]:
     kernels.use_architecture(request.param)
     yield request.param
     kernels.use_architecture(before)
+
+
+@pytest.fixture
+def kernels() -> Iterator[object]:
+    """The emulated CUDA kernels; their settings are put back at the end."""
+    module = cuda_emulation.register().kernels
+    yield module
+    module.set_thread_order(int(os.environ.get("TIR_EMULATION_ORDER", "0")))
+    module.set_device(*cuda_emulation.DEVICES["a whole GPU"])

@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import cuda_emulation
@@ -29,15 +28,6 @@ pytestmark = [
     pytest.mark.usefixtures("poisoned_outputs"),
     pytest.mark.skipif(bool(cuda_emulation.missing()), reason=cuda_emulation.missing() or "runs"),
 ]
-
-
-@pytest.fixture
-def kernels() -> Iterator[object]:
-    """The emulated module; its settings are put back at the end."""
-    module = cuda_emulation.register().kernels
-    yield module
-    module.set_thread_order(int(os.environ.get("TIR_EMULATION_ORDER", "0")))
-    module.set_device(*cuda_emulation.DEVICES["a whole GPU"])
 
 
 def draw(

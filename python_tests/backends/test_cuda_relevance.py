@@ -7,8 +7,6 @@ projection can lie in memory, more classes than a block takes, and selection amo
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator
 
 import cuda_emulation
 import oracle
@@ -26,15 +24,6 @@ pytestmark = [
     pytest.mark.usefixtures("poisoned_outputs"),
     pytest.mark.skipif(bool(cuda_emulation.missing()), reason=cuda_emulation.missing() or "runs"),
 ]
-
-
-@pytest.fixture
-def kernels() -> Iterator[object]:
-    """The emulated module; its settings are put back at the end."""
-    module = cuda_emulation.register().kernels
-    yield module
-    module.set_thread_order(int(os.environ.get("TIR_EMULATION_ORDER", "0")))
-    module.set_device(*cuda_emulation.DEVICES["a whole GPU"])
 
 
 def draw_tokens(
