@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -86,33 +85,38 @@ class LowRank(nn.Module):
         Each group takes as many random numbers as it would alone.
         """
         num_groups, num_rows, width = rows.shape
-        if self.generators is None:
-            keep = _draw_mask((num_groups, 3, num_rows, width), self.dropout, rows, None)
-            return rows[:, None] * keep
-        parts = []
-        for group, generator in enumerate(self.generators):
-            own = length if self.lengths is None else self.lengths[group]
-            keep = _draw_mask((3, num_rows // length, own, width), self.dropout, rows, generator)
-            parts.append(F.pad(keep, (0, 0, 0, length - own)).flatten(1, 2))
-        return rows[:, None] * torch.stack(parts)
+        keep = rows.new_zeros(num_groups, 3, num_rows // length, length, width)
+        for group, each in enumerate(keep):
+            generator = None if self.generators is None else self.generators[group]
+            own = each if self.lengths is None else each[:, :, : self.lengths[group]]
+            own.copy_(_draw_kept(own.shape, self.dropout, rows.device, generator))
+        keep.mul_(1 / (1 - _drawn_probability(self.dropout, rows.device)))
+        return rows[:, None] * keep.flatten(2, 3)
 
 
-def _draw_mask(
-    shape: tuple[int, ...], probability: float, like: Tensor, generator: torch.Generator | None
+def _drawn_probability(probability: float, device: torch.device) -> float:
+    """What is drawn in place of a probability: on a CPU a multiple of 2^-16."""
+    if device.type != "cpu":
+        return probability
+    return min(round(probability * 2**16), 2**16 - 1) / 2**16
+
+
+def _draw_kept(
+    shape: Sequence[int],
+    probability: float,
+    device: torch.device,
+    generator: torch.Generator | None,
 ) -> Tensor:
-    """Zeros with the given probability, else what keeps the mean; on a CPU the probability is
-    rounded to a multiple of 2^-16.
+    """False with the given probability.
 
-    There PyTorch draws a double per element, which takes longer than the products it serves: here
-    four elements share a draw of 64 bits.
+    On a CPU PyTorch draws a double per element, which takes longer than the products it serves:
+    here four elements share a draw of 64 bits.
     """
-    if like.device.type != "cpu":
-        keep = torch.empty(shape, dtype=like.dtype, device=like.device)
-        return keep.bernoulli_(1 - probability, generator=generator).mul_(1 / (1 - probability))
-    threshold = min(round(probability * 2**16), 2**16 - 1)
+    probability = _drawn_probability(probability, device)
+    if device.type != "cpu":
+        kept = torch.empty(shape, dtype=torch.bool, device=device)
+        return kept.bernoulli_(1 - probability, generator=generator)
     count = math.prod(shape)
     draws = torch.empty((count + 3) // 4, dtype=torch.int64)
     draws.random_(-(2**63), None, generator=generator)
-    bits = draws.view(torch.int16)[:count].view(shape)
-    keep = (bits >= threshold - 2**15).to(like.dtype)
-    return keep.mul_(1 / (1 - threshold / 2**16))
+    return draws.view(torch.int16)[:count].view(shape) >= int(probability * 2**16) - 2**15

@@ -75,14 +75,18 @@ class PromptContext(nn.Module):
 
     def forward(self, text_layer: int | None = None) -> tuple[Tensor, Tensor]:
         """Class embeddings (C, E) of the last text block, and (C, E) of block ``text_layer``."""
-        embeddings = self.embeddings
-        num_vectors = len(self.vectors)
-        if num_vectors:
-            context = self.vectors.to(embeddings.dtype).expand(len(embeddings), -1, -1)
-            embeddings = torch.cat(
-                [embeddings[:, :1], context, embeddings[:, 1 + num_vectors :]], dim=1
-            )
+        context = self.vectors.expand(len(self.embeddings), -1, -1)
+        embeddings = self.insert(context, self.embeddings)
         return self.tower.encode(embeddings, self.last_position, text_layer)
+
+    @staticmethod
+    def insert(context: Tensor, embeddings: Tensor) -> Tensor:
+        """(C, num_vectors, W) in the places kept for them in (C, T, W), after start-of-text."""
+        num_vectors = context.shape[1]
+        if num_vectors == 0:
+            return embeddings
+        context = context.to(embeddings.dtype)
+        return torch.cat([embeddings[:, :1], context, embeddings[:, 1 + num_vectors :]], dim=1)
 
 
 def _check_arguments(class_names: Sequence[str], num_vectors: int) -> None:

@@ -180,7 +180,7 @@ def finetune_episodes(
         except torch.OutOfMemoryError:
             if len(positions) == 1:
                 raise
-            found = None
+            found = None  # and on outside of the handler, whose traceback holds the memory
         if found is not None:
             results.update(zip(positions, found, strict=True))
             return

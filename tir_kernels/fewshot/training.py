@@ -44,7 +44,8 @@ class _Prompts(nn.Module):
 
     def __init__(self, contexts: Sequence[clip.PromptContext]) -> None:
         super().__init__()
-        self.tower = contexts[0].tower
+        self.num_blocks = contexts[0].num_blocks
+        self._tower = contexts[0].tower
         embeddings = [context.embeddings for context in contexts]
         self.lengths = [each.shape[1] for each in embeddings]
         longest = max(self.lengths)
@@ -57,14 +58,10 @@ class _Prompts(nn.Module):
 
     def forward(self, text_layer: int) -> tuple[Tensor, Tensor]:
         """(G, C, E) class embeddings of the last text block, and of block ``text_layer``."""
-        embeddings, (num_groups, num_vectors, _) = self._embeddings, self.vectors.shape
-        num_classes = len(embeddings) // num_groups
-        if num_vectors:
-            context = self.vectors.to(embeddings.dtype).repeat_interleave(num_classes, 0)
-            embeddings = torch.cat(
-                [embeddings[:, :1], context, embeddings[:, 1 + num_vectors :]], dim=1
-            )
-        final, intermediate = self.tower.encode(embeddings, self._last_position, text_layer)
+        num_groups = len(self.vectors)
+        context = self.vectors.repeat_interleave(len(self._embeddings) // num_groups, 0)
+        embeddings = clip.PromptContext.insert(context, self._embeddings)
+        final, intermediate = self._tower.encode(embeddings, self._last_position, text_layer)
         return final.unflatten(0, (num_groups, -1)), intermediate.unflatten(0, (num_groups, -1))
 
 
@@ -125,7 +122,7 @@ class Group:
             )
 
     def _resolve_text_layer(self) -> int:
-        depth = len(self.prompts.tower.transformer.resblocks)
+        depth = self.prompts.num_blocks
         layer = self.config.text_layer
         if layer is None:
             return max(depth - 2, 0)
@@ -180,9 +177,8 @@ class Group:
         scaler = torch.amp.GradScaler(images.device.type, enabled=config.precision == "float16")
         losses: list[list[float]] = [[] for _ in range(self.size)]
         self.lora.train()
-        tokens = self._stem(images)
         for step in range(config.steps):
-            if not self.savings.cache_stem and step > 0:
+            if step == 0 or not self.savings.cache_stem:
                 tokens = self._stem(images)
             logits = self._logits(tokens, self._class_embeddings()).flatten(0, 1)
             each = F.cross_entropy(logits, labels.flatten(), reduction="none")
