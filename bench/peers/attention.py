@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.problems import AttentionProblem
-from bench.settings import DIRECTIONS, OURS, Settings
+from bench.settings import DIRECTIONS, Settings
 from tir_kernels import weighted_attention
 
-from .common import COMPILED, EAGER, Forward, Peer, compiled
+from .common import COMPILED, EAGER, Forward, Peer, compiled, own_peers
 
 MASKED = "sdpa+mask"
 UNWEIGHTED = "sdpa unweighted"
@@ -29,17 +29,8 @@ _SDPA_BACKENDS = {
 
 def attention_peers(settings: Settings) -> list[Peer]:
     """Ours, and every way PyTorch has, on the device of the settings."""
-    ours = [
-        Peer(
-            OURS + name,
-            functools.partial(_ours, name),
-            reason,
-            score_tensors=4 if name == "reference" else 0,
-        )
-        for name, reason in settings.our_backends()
-    ]
     return [
-        *ours,
+        *own_peers(settings, _ours, reference_scores=4),
         Peer(EAGER, _eager, score_tensors=3),
         Peer(COMPILED, _compiled, settings.why_not_compiled, is_compiled=True, score_tensors=3),
         *_sdpa_peers(settings.device),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
-from bench.settings import DIRECTIONS
+from bench.settings import DIRECTIONS, OURS, Settings
 
 Forward = Callable[[], Tensor]
 
@@ -40,6 +41,21 @@ class Peer:
     is_weighted: bool = True
     is_compiled: bool = False
     score_tensors: int = 0
+
+
+def own_peers(
+    settings: Settings, build: Callable[[str, Any], Forward], reference_scores: int = 0
+) -> list[Peer]:
+    """Every backend of ours; the reference holds ``reference_scores`` tensors of scores."""
+    return [
+        Peer(
+            OURS + name,
+            functools.partial(build, name),
+            reason,
+            score_tensors=reference_scores if name == "reference" else 0,
+        )
+        for name, reason in settings.our_backends()
+    ]
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

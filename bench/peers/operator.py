@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.problems import OperatorProblem
-from bench.settings import OURS, Settings
+from bench.settings import Settings
 from bench.shapes import PREFIX_TOKENS
 from tir_kernels import reweighted_attention
 
 from .attention import plain_attention
-from .common import COMPILED, EAGER, Forward, Peer, compiled
+from .common import COMPILED, EAGER, Forward, Peer, compiled, own_peers
 from .relevance import plain_token_weights, token_weights_arguments
 
 COMPILED_SDPA = f"{COMPILED} sdpa+mask"
@@ -33,17 +33,8 @@ class WholeForward:
 
 
 def operator_peers(settings: Settings) -> list[Peer]:
-    ours = [
-        Peer(
-            OURS + name,
-            functools.partial(_ours, name),
-            reason,
-            score_tensors=4 if name == "reference" else 0,
-        )
-        for name, reason in settings.our_backends()
-    ]
     return [
-        *ours,
+        *own_peers(settings, _ours, reference_scores=4),
         Peer(EAGER, functools.partial(_plain, plain_attention), score_tensors=3),
         Peer(COMPILED_SDPA, _compiled_sdpa, settings.why_not_compiled, is_compiled=True),
     ]

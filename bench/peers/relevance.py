@@ -9,26 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.problems import RelevanceProblem
-from bench.settings import OURS, Settings
+from bench.settings import Settings
 from bench.shapes import PREFIX_TOKENS
 from tir_kernels import token_relevance, token_weights
 
-from .common import COMPILED, EAGER, Forward, Peer, compiled
+from .common import COMPILED, EAGER, Forward, Peer, compiled, own_peers
 
 
 def relevance_peers(settings: Settings) -> list[Peer]:
-    ours = [
-        Peer(OURS + name, functools.partial(_our_relevance, name), reason)
-        for name, reason in settings.our_backends()
-    ]
+    ours = own_peers(settings, _our_relevance)
     return [*ours, *_plain_peers(plain_relevance, relevance_arguments, settings)]
 
 
 def token_weights_peers(settings: Settings) -> list[Peer]:
-    ours = [
-        Peer(OURS + name, functools.partial(_our_weights, name), reason)
-        for name, reason in settings.our_backends()
-    ]
+    ours = own_peers(settings, _our_weights)
     return [*ours, *_plain_peers(plain_token_weights, token_weights_arguments, settings)]
 
 

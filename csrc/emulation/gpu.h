@@ -132,11 +132,6 @@ inline int atomicAdd(int* address, int value) {
   return old;
 }
 inline int min(int left, int right) { return left < right ? left : right; }
-inline int max(int left, int right) { return left > right ? left : right; }
-template <class T>
-T __ldg(const T* address) {
-  return *address;
-}
 
 namespace tir::cuda {
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tir_kernels.backends import cpu
+from tir_kernels.backends import common, cpu
 
 pytestmark = [
     pytest.mark.skipif(
@@ -135,15 +135,15 @@ def test_every_output_element_is_written(
     expected = run_attention(query, key, value, weights, grad_output)
     poisoned = [torch.full_like(t, torch.nan) for t in expected]
     output, log_sum_exp, grad_query, grad_key, grad_value, grad_weights = poisoned
-    grids = [cpu._row_grid(t) for t in (query, key, value)]
+    grids = [common.row_grid(t) for t in (query, key, value)]
     for threads in (1, 3):  # the two ways to cut the backward pass
-        common = (shape, cpu._TYPE_NAMES[query.dtype], width**-0.5)
+        first = (shape, common.TYPE_NAMES[query.dtype], width**-0.5)
         kernels.attention_forward(
-            *common, *grids, weights.data_ptr(), output.data_ptr(), log_sum_exp.data_ptr(), threads
+            *first, *grids, weights.data_ptr(), output.data_ptr(), log_sum_exp.data_ptr(), threads
         )
         kernels.attention_backward(
-            *common, cpu._row_grid(grad_output), *grids, weights.data_ptr(),
-            cpu._row_grid(output), log_sum_exp.data_ptr(), grad_query.data_ptr(),
+            *first, common.row_grid(grad_output), *grids, weights.data_ptr(),
+            common.row_grid(output), log_sum_exp.data_ptr(), grad_query.data_ptr(),
             grad_key.data_ptr(), grad_value.data_ptr(), grad_weights.data_ptr(), threads,
         )  # fmt: skip
         for name, ours, wanted in zip(RESULTS, poisoned, expected, strict=True):

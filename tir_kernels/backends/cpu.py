@@ -17,12 +17,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .common import TYPE_NAMES, address, row_grid, with_contiguous_rows
+
 MAX_HEAD_WIDTH = 256
 _NOT_BUILT = (
     "the compiled kernels (tir_kernels._C) are not there: install a C++17 compiler "
     "(Debian, Ubuntu: apt install g++) and install tir_kernels again"
 )
-_RowGrid = tuple[int, int, int, int]  # address, and the strides of batch, head and row
 
 
 def unavailable_reason() -> str:
@@ -61,7 +62,7 @@ def relevance(
 ) -> Tensor:
     batch, length, width = tokens.shape
     num_groups, num_classes, joint_width = class_embeddings.shape
-    tokens = _with_contiguous_rows(tokens)
+    tokens = with_contiguous_rows(tokens)
     classes = class_embeddings.to(torch.float32).contiguous()
     gain = None if norm_weight is None else norm_weight.to(torch.float32).contiguous()
     offset = None if norm_bias is None else norm_bias.to(torch.float32).contiguous()
@@ -69,15 +70,15 @@ def relevance(
     output = tokens.new_empty((batch, num_classes, length - num_prefix_tokens), dtype=torch.float32)
     _kernels().relevance(
         (batch, length, num_prefix_tokens, width, joint_width, num_groups, num_classes),
-        _TYPE_NAMES[tokens.dtype],
+        TYPE_NAMES[tokens.dtype],
         (tokens.data_ptr(), tokens.stride(0), 0, tokens.stride(1)),
         classes.data_ptr(),
         norm_eps is not None,
-        _address(gain),
-        _address(offset),
+        address(gain),
+        address(offset),
         0.0 if norm_eps is None else norm_eps,
-        "float32" if matrix is None else _TYPE_NAMES[matrix.dtype],
-        _address(matrix),
+        "float32" if matrix is None else TYPE_NAMES[matrix.dtype],
+        address(matrix),
         *((0, 0) if matrix is None else matrix.stride()),
         output.data_ptr(),
         torch.get_num_threads(),
@@ -123,11 +124,11 @@ def attention_forward(
     log_sum_exp = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     _kernels().attention_forward(
         tuple(query.shape),
-        _TYPE_NAMES[query.dtype],
+        TYPE_NAMES[query.dtype],
         scale,
-        _row_grid(query),
-        _row_grid(key),
-        _row_grid(value),
+        row_grid(query),
+        row_grid(key),
+        row_grid(value),
         weights.data_ptr(),
         output.data_ptr(),
         log_sum_exp.data_ptr(),
@@ -147,7 +148,7 @@ def attention_backward(
     scale: float,
     needs_weights_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_output, output = _with_contiguous_rows(grad_output), _with_contiguous_rows(output)
+    grad_output, output = with_contiguous_rows(grad_output), with_contiguous_rows(output)
     weights, log_sum_exp = weights.contiguous(), log_sum_exp.contiguous()
     grad_query = query.new_empty(query.shape)
     grad_key = key.new_empty(key.shape)
@@ -155,14 +156,14 @@ def attention_backward(
     grad_weights = weights.new_empty(weights.shape if needs_weights_grad else (0,))
     _kernels().attention_backward(
         tuple(query.shape),
-        _TYPE_NAMES[query.dtype],
+        TYPE_NAMES[query.dtype],
         scale,
-        _row_grid(grad_output),
-        _row_grid(query),
-        _row_grid(key),
-        _row_grid(value),
+        row_grid(grad_output),
+        row_grid(query),
+        row_grid(key),
+        row_grid(value),
         weights.data_ptr(),
-        _row_grid(output),
+        row_grid(output),
         log_sum_exp.data_ptr(),
         grad_query.data_ptr(),
         grad_key.data_ptr(),
@@ -202,26 +203,6 @@ def _openmp_addresses() -> tuple[int, int]:
         )
         return parallel, in_parallel
     return 0, 0
-
-
-_TYPE_NAMES = {
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-}
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _with_contiguous_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _row_grid(tensor: Tensor) -> _RowGrid:
-    tensor_strides = tensor.stride()
-    return tensor.data_ptr(), tensor_strides[0], tensor_strides[1], tensor_strides[2]
 
 
 def _projection(proj: Tensor, token_dtype: torch.dtype) -> Tensor:

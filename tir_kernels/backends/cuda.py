@@ -6,7 +6,6 @@ get raw pointers and the stream that is current when they are called.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 from collections.abc import Sequence
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .common import TYPE_NAMES, address, device_guard, row_grid, with_contiguous_rows
+
 MAX_HEAD_WIDTH = 128
 MIN_CAPABILITY = (8, 0)
 
@@ -23,7 +24,6 @@ _NOT_BUILT = (
     "tir_kernels was installed without its CUDA kernels: put nvcc (CUDA 12.8 or newer) on PATH or "
     "set CUDA_HOME, and install it again; or use backend='triton'"
 )
-_RowGrid = tuple[int, int, int, int]  # address, and the strides of batch, head and row
 # Addresses of table (C + 1,), relevance (B, C, N) or 0, and counts (B, N); then P, C, top_k.
 _Derived = tuple[int, int, int, int, int, int]
 
@@ -54,7 +54,7 @@ class Launcher:
     ) -> Tensor:
         batch, length, width = tokens.shape
         num_groups, num_classes, joint_width = class_embeddings.shape
-        tokens = _with_contiguous_rows(tokens)
+        tokens = with_contiguous_rows(tokens)
         class_embeddings = class_embeddings.contiguous()
         norm_weight, norm_bias = _of_one_type(norm_weight, norm_bias)
         norm = norm_weight if norm_weight is not None else norm_bias
@@ -64,17 +64,17 @@ class Launcher:
         with self._guard(tokens.device):
             self._kernels.relevance(
                 (batch, length, num_prefix_tokens, width, joint_width, num_groups, num_classes),
-                _TYPE_NAMES[tokens.dtype],
+                TYPE_NAMES[tokens.dtype],
                 (tokens.data_ptr(), tokens.stride(0), 0, tokens.stride(1)),
-                _TYPE_NAMES[class_embeddings.dtype],
+                TYPE_NAMES[class_embeddings.dtype],
                 class_embeddings.data_ptr(),
                 norm_eps is not None,
-                "float32" if norm is None else _TYPE_NAMES[norm.dtype],
-                _address(norm_weight),
-                _address(norm_bias),
+                "float32" if norm is None else TYPE_NAMES[norm.dtype],
+                address(norm_weight),
+                address(norm_bias),
                 0.0 if norm_eps is None else norm_eps,
-                "float32" if proj is None else _TYPE_NAMES[proj.dtype],
-                _address(proj),
+                "float32" if proj is None else TYPE_NAMES[proj.dtype],
+                address(proj),
                 *((0, 0) if proj is None else proj.stride()),
                 scores.data_ptr(),
                 self._current_stream(tokens.device),
@@ -222,7 +222,7 @@ class Launcher:
                 scores.data_ptr(),
                 table.data_ptr(),
                 counts.data_ptr(),
-                _address(weights),
+                address(weights),
                 self._current_stream(scores.device),
             )
         return counts
@@ -241,12 +241,12 @@ class Launcher:
         with self._guard(query.device):
             self._kernels.attention_forward(
                 query.shape,
-                _TYPE_NAMES[query.dtype],
+                TYPE_NAMES[query.dtype],
                 scale,
-                _row_grid(query),
-                _row_grid(key),
-                _row_grid(value),
-                _address(weights),
+                row_grid(query),
+                row_grid(key),
+                row_grid(value),
+                address(weights),
                 derived,
                 output.data_ptr(),
                 log_sum_exp.data_ptr(),
@@ -267,7 +267,7 @@ class Launcher:
         scale: float,
         needs_weights_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        output, log_sum_exp = _with_contiguous_rows(output), log_sum_exp.contiguous()
+        output, log_sum_exp = with_contiguous_rows(output), log_sum_exp.contiguous()
         grad_query = _empty(query.shape, query, query.dtype)
         grad_key = _empty(query.shape, query, query.dtype)
         grad_value = _empty(query.shape, query, query.dtype)
@@ -279,22 +279,22 @@ class Launcher:
         with self._guard(query.device):
             self._kernels.attention_backward(
                 query.shape,
-                _TYPE_NAMES[query.dtype],
+                TYPE_NAMES[query.dtype],
                 scale,
-                _row_grid(grad_output),
-                _row_grid(query),
-                _row_grid(key),
-                _row_grid(value),
-                _address(weights),
+                row_grid(grad_output),
+                row_grid(query),
+                row_grid(key),
+                row_grid(value),
+                address(weights),
                 derived,
-                _row_grid(output),
+                row_grid(output),
                 log_sum_exp.data_ptr(),
                 grad_query.data_ptr(),
                 grad_key.data_ptr(),
                 grad_value.data_ptr(),
-                _address(grad_weights),
+                address(grad_weights),
                 delta.data_ptr(),
-                _address(partial),
+                address(partial),
                 self._current_stream(query.device),
             )
         if grad_weights is None:
@@ -365,7 +365,7 @@ def _launcher() -> Launcher:
     kernels = _compiled()
     if kernels is None:
         raise RuntimeError(_NOT_BUILT)
-    return Launcher(kernels, _current_stream, _guard)
+    return Launcher(kernels, _current_stream, device_guard)
 
 
 def __getattr__(name: str) -> Any:
@@ -383,11 +383,6 @@ _FUNCTIONS = (
     "reweighted_forward",
     "reweighted_backward",
 )
-_TYPE_NAMES = {
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-}
 
 
 def _current_stream(device: torch.device) -> int:
@@ -395,28 +390,8 @@ def _current_stream(device: torch.device) -> int:
     return torch._C._cuda_getCurrentRawStream(device.index)
 
 
-def _guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make the tensors' device current where it is not: a launch goes to the current device."""
-    if device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
-
-
 def _empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=like.device)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _with_contiguous_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _row_grid(tensor: Tensor) -> _RowGrid:
-    strides = tensor.stride()
-    return tensor.data_ptr(), strides[0], strides[1], strides[2]
 
 
 def _of_one_type(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...common import device_guard
 from ..configs import grad_key_value_config, grad_query_config, split_width
 from .tiles import (
     LOG2_E,
     device_capability,
-    device_guard,
     dot,
     head_offset,
     load_key_weights,

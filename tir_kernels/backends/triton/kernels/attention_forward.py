@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...common import device_guard
 from ..configs import forward_config, split_width
 from .tiles import (
     LN_2,
     LOG2_E,
     device_capability,
-    device_guard,
     dot,
     head_offset,
     load_key_weights,

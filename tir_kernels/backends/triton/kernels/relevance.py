@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...common import device_guard
 from ..configs import relevance_config
-from .tiles import device_guard, dot, loop_end, narrow
+from .tiles import dot, loop_end, narrow
 
 NORM_EPS = tl.constexpr(1e-8)  # added to both norms of the cosine
 

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...common import device_guard
 from ..configs import next_power_of_two, selection_config
-from .tiles import device_guard, loop_end
+from .tiles import loop_end
 
 
 @triton.jit

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from typing import Any
 
 import torch
 import triton
@@ -127,10 +125,3 @@ def _capability_of_index(index: int) -> tuple[int, int]:
 
 def device_capability(device: torch.device) -> tuple[int, int]:
     return _capability_of_index(device.index) if device.type == "cuda" else (8, 0)
-
-
-def device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make the tensors' device current where it is not: a launch goes to the current device."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
