@@ -32,7 +32,8 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 CPU = Path("csrc/cpu")
 KERNEL_NAMES = ("attention_forward", "attention_backward", "relevance")
-KERNELS = [CPU / "kernels" / f"{name}.cpp" for name in KERNEL_NAMES]
+ADAPTER_KERNEL_NAMES = ("dropout", "activation")
+KERNELS = [CPU / "kernels" / f"{name}.cpp" for name in KERNEL_NAMES + ADAPTER_KERNEL_NAMES]
 COMMON = [CPU / f"{name}.cpp" for name in ("dispatch", "keys", "parallel", "selection")]
 BINDINGS = Path("csrc/bindings.cpp")
 CUDA = Path("csrc/cuda")

@@ -58,6 +58,35 @@ void select_tokens(const std::array<int64_t, 4>& sizes, int64_t top_k, Address r
                      threads);
 }
 
+void counted_dropout(const std::array<int64_t, 5>& sizes, const std::string& input_type,
+                     const std::string& output_type, Address rows, Address seeds, int64_t step,
+                     uint32_t stream, uint32_t first_branch, uint32_t threshold, float scale,
+                     Address output, int threads) {
+  for (int64_t size : sizes) require(size >= 1, "dropout needs G, K, S, T, D >= 1");
+  auto [groups, branches, sequences, length, width] = sizes;
+  require(width <= channels_per_draw << 16, "too many channels for the random numbers' counter");
+  require(stream < 256 && first_branch + branches <= 256, "streams and branches go up to 255");
+  cpu::architecture().kernels.counted_dropout(
+      {groups, branches, sequences, length, width, type_named(input_type),
+       type_named(output_type), pointer<const void>(rows, "rows is null"),
+       pointer<const int64_t>(seeds, "seeds is null"), step, stream, first_branch, threshold,
+       scale, pointer<void>(output, "output is null")},
+      threads);
+}
+
+void activation(const std::string& kind, int64_t rows, int64_t width, const std::string& type,
+                Address hidden, const std::string& bias_type, Address bias, Address grad_output,
+                Address output, int threads) {
+  require(rows >= 1 && width >= 1, "activation needs rows and width >= 1");
+  require(kind == "gelu" || kind == "quick_gelu", "activation is gelu or quick_gelu");
+  cpu::architecture().kernels.activation(
+      {kind == "gelu" ? ActivationKind::gelu : ActivationKind::quick_gelu, rows, width,
+       type_named(type), pointer<const void>(hidden, "hidden is null"), type_named(bias_type),
+       optional_pointer<const void>(bias), optional_pointer<const void>(grad_output),
+       pointer<void>(output, "output is null")},
+      threads);
+}
+
 std::vector<std::pair<std::string, bool>> architectures() {
   std::vector<std::pair<std::string, bool>> result;
   for (const cpu::Architecture& architecture : cpu::architectures()) {
@@ -98,6 +127,13 @@ PYBIND11_MODULE(_C, module) {
   module.def("select_tokens", select_tokens, without_gil(), py::arg("sizes"), py::arg("top_k"),
              py::arg("relevance"), py::arg("table"), py::arg("counts"), py::arg("weights"),
              py::arg("threads"));
+  module.def("counted_dropout", counted_dropout, without_gil(), py::arg("sizes"),
+             py::arg("input_type"), py::arg("output_type"), py::arg("rows"), py::arg("seeds"),
+             py::arg("step"), py::arg("stream"), py::arg("first_branch"), py::arg("threshold"),
+             py::arg("scale"), py::arg("output"), py::arg("threads"));
+  module.def("activation", activation, without_gil(), py::arg("kind"), py::arg("rows"),
+             py::arg("width"), py::arg("type"), py::arg("hidden"), py::arg("bias_type"),
+             py::arg("bias"), py::arg("grad_output"), py::arg("output"), py::arg("threads"));
 #if defined(TIR_BUILT_CUDA)
   py::module_ cuda = module.def_submodule("cuda", "The CUDA kernels, for architectures().");
   cuda::bind(cuda);

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "tir/adapters.h"
 #include "tir/attention.h"
 #include "tir/relevance.h"
 
@@ -14,6 +15,8 @@ struct Kernels {
   void (*attention_forward)(const AttentionForward&, int threads);
   void (*attention_backward)(const AttentionBackward&, int threads);
   void (*relevance)(const Relevance&, int threads);
+  void (*counted_dropout)(const CountedDropout&, int threads);
+  void (*activation)(const Activation&, int threads);
 };
 
 struct Architecture {

@@ -10,6 +10,8 @@
   void attention_forward(const AttentionForward&, int threads); \
   void attention_backward(const AttentionBackward&, int threads); \
   void relevance(const Relevance&, int threads);               \
+  void counted_dropout(const CountedDropout&, int threads);    \
+  void activation(const Activation&, int threads);             \
   }
 TIR_DECLARE(portable)
 TIR_DECLARE(avx2)
@@ -21,7 +23,10 @@ namespace tir::cpu {
 namespace {
 
 #define TIR_KERNELS(arch) \
-  Kernels { arch::attention_forward, arch::attention_backward, arch::relevance }
+  Kernels {                                                          \
+    arch::attention_forward, arch::attention_backward, arch::relevance, \
+        arch::counted_dropout, arch::activation                      \
+  }
 
 std::vector<Architecture> built_architectures() {
   std::vector<Architecture> built{{"portable", TIR_KERNELS(portable), true}};

@@ -174,6 +174,58 @@ def attention_backward(
     return grad_query, grad_key, grad_value, grad_weights
 
 
+def counted_dropout(
+    rows: Tensor,
+    seeds: Tensor,
+    step: Tensor,
+    stream: int,
+    first_branch: int,
+    threshold: int,
+    scale: float,
+    output: Tensor,
+) -> None:
+    seeds = seeds.contiguous()
+    _kernels().counted_dropout(
+        tuple(output.shape),
+        TYPE_NAMES[rows.dtype],
+        TYPE_NAMES[output.dtype],
+        rows.data_ptr(),
+        seeds.data_ptr(),
+        int(step),
+        stream,
+        first_branch,
+        threshold,
+        scale,
+        output.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def biased_activation(
+    hidden: Tensor, bias: Tensor | None, kind: str, grad_output: Tensor | None
+) -> Tensor:
+    output = torch.empty_like(hidden)
+    width = hidden.shape[-1]
+    bias = None if bias is None else bias.contiguous()
+    if bias is not None and bias.dtype not in TYPE_NAMES:
+        bias = bias.to(torch.float32)
+    if grad_output is not None:
+        grad_output = grad_output.to(hidden.dtype)
+    _kernels().activation(
+        kind,
+        hidden.numel() // width,
+        width,
+        TYPE_NAMES[hidden.dtype],
+        hidden.data_ptr(),
+        "float32" if bias is None else TYPE_NAMES[bias.dtype],
+        address(bias),
+        address(grad_output),
+        output.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return output
+
+
 @functools.cache
 def _kernels() -> ModuleType:
     kernels = importlib.import_module("tir_kernels._C")

@@ -195,3 +195,65 @@ def attention_backward(
         grad_value.to(query.dtype),
         grad_weights,
     )
+
+
+def counted_dropout(
+    rows: Tensor,
+    seeds: Tensor,
+    step: Tensor,
+    stream: int,
+    first_branch: int,
+    threshold: int,
+    scale: float,
+    output: Tensor,
+) -> None:
+    """Fill ``output`` (G, K, S, T, D); ``csrc/include/tir/adapters.h`` says how."""
+    groups, branches, sequences, length, width = output.shape
+    device = rows.device
+    num_blocks = (width + 7) // 8
+
+    def counter(count: int, dimension: int) -> Tensor:
+        shape = [1] * 5
+        shape[dimension] = count
+        return torch.arange(count, device=device).view(shape)
+
+    place = counter(num_blocks, 4) | (counter(branches, 1) + first_branch << 16) | stream << 24
+    counters = [place, counter(length, 3), counter(sequences, 2), step.view([1] * 5)]
+    words = _philox(counters, seeds.view(-1, 1, 1, 1, 1))
+    shape = (groups, branches, sequences, length, num_blocks)
+    bits = [half.expand(shape) for word in words for half in (word & 0xFFFF, word >> 16)]
+    is_kept = torch.cat(bits, -1)[..., :width] >= threshold
+    output.copy_(torch.where(is_kept, rows[:, None].to(compute_dtype(rows)) * scale, 0.0))
+
+
+def _philox(counter: list[Tensor], key: Tensor) -> list[Tensor]:
+    """Philox4x32-10 on int64 tensors that hold 32 bits each; the key holds 64."""
+    low = 0xFFFFFFFF
+    keys = [key & low, key >> 32 & low]
+    for _ in range(10):
+        first, second = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57  # modulo 2^64
+        counter = [
+            (second >> 32 & low) ^ counter[1] ^ keys[0],
+            second & low,
+            (first >> 32 & low) ^ counter[3] ^ keys[1],
+            first & low,
+        ]
+        keys = [keys[0] + 0x9E3779B9 & low, keys[1] + 0xBB67AE85 & low]
+    return counter
+
+
+def biased_activation(
+    hidden: Tensor, bias: Tensor | None, kind: str, grad_output: Tensor | None
+) -> Tensor:
+    """The activation, or the gradient of ``hidden`` where there is one of the output."""
+    dtype = compute_dtype(hidden)
+    x = hidden.to(dtype) if bias is None else hidden.to(dtype) + bias.to(dtype)
+    if kind == "gelu":
+        if grad_output is None:
+            return F.gelu(x).to(hidden.dtype)
+        return torch.ops.aten.gelu_backward(grad_output.to(dtype), x).to(hidden.dtype)
+    sigmoid = torch.sigmoid(1.702 * x)
+    if grad_output is None:
+        return (x * sigmoid).to(hidden.dtype)
+    slope = sigmoid * (1 + 1.702 * x * (1 - sigmoid))
+    return (grad_output.to(dtype) * slope).to(hidden.dtype)

@@ -1,5 +1,6 @@
 """Re-weighting, LoRA and prompt learning for open_clip models."""
 
+from .frozen import cast_blocks, frozen_mlps
 from .image_encoder import ImageEncoder
 from .lora import LoRA, add_lora
 from .peft_format import load_lora, save_lora
@@ -12,6 +13,8 @@ __all__ = [
     "PromptContext",
     "Reweighting",
     "add_lora",
+    "cast_blocks",
+    "frozen_mlps",
     "install",
     "load_lora",
     "save_lora",

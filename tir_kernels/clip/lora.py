@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import SelfAttention, close_attention, open_attention
-from .low_rank import LowRank
+from .low_rank import CountedRandomness, LowRank
 from .towers import text_tower, vision_tower
 
 TOWERS = ("visual", "text")
@@ -40,6 +40,7 @@ class LoRA:
         self.dropout = dropout
         self.module_paths = module_paths
         self._blocks = blocks
+        self._step = torch.zeros(1, dtype=torch.int64)
         opened: list[Any] = []
         try:
             for block in blocks.values():
@@ -104,22 +105,26 @@ class LoRA:
                     )
                 target.copy_(value)
 
-    def draw(
-        self, generators: Sequence[torch.Generator], text_lengths: Sequence[int] | None = None
-    ) -> None:
-        """Draw A anew, and dropout from now on, with one generator a group.
+    def seed(self, seeds: Sequence[int]) -> None:
+        """Draw A anew, and let dropout depend on seed and step alone, which starts at 0.
 
-        A group then gets the random numbers that it would get without the others.
+        A group then gets the random numbers that it would get without the others, on any device.
 
         Args:
-            generators: G, on the device of the model.
-            text_lengths: How long the texts of each group truly are, where shorter ones are padded
-                to the length of the longest.
+            seeds: One a group, each in [0, 2^63).
         """
-        for place, low_rank in self._low_ranks().items():
-            low_rank.generators = generators
-            low_rank.lengths = text_lengths if place.startswith("text.") else None
-            low_rank.draw()
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        low_ranks = self._low_ranks()
+        device = next(iter(low_ranks.values())).a.device
+        on_device = torch.tensor(seeds, dtype=torch.int64, device=device)
+        self._step = torch.zeros(1, dtype=torch.int64, device=device)
+        for stream, low_rank in enumerate(low_ranks.values()):
+            low_rank.draw(generators)
+            low_rank.randomness = CountedRandomness(on_device, self._step, stream)
+
+    def next_step(self) -> None:
+        """Let dropout, once seeded, draw anew."""
+        self._step += 1
 
     def train(self, mode: bool = True) -> None:
         """Switch LoRA's dropout on or off, without touching the mode of the model."""

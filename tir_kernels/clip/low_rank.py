@@ -4,9 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from tir_kernels.adapters import counted_dropout
+
+
+@dataclass(frozen=True)
+class CountedRandomness:
+    """Where a layer's dropout comes from when it must not depend on what else is trained.
+
+    Args:
+        seeds: (G,) int64, one a group.
+        step: (1,) int64, changed in place from step to step.
+        stream: The layer's own.
+    """
+
+    seeds: Tensor
+    step: Tensor
+    stream: int
 
 
 class LowRank(nn.Module):
@@ -27,10 +48,7 @@ class LowRank(nn.Module):
     Attributes:
         a: (3, rank, width) or (G, 3, rank, width), drawn as ``nn.Linear`` draws its weights.
         b: (3, width, rank) or (G, 3, width, rank), zero at first: the model starts unchanged.
-        generators: One a group, which drop for it whatever the other groups do; ``None``: PyTorch's
-            own.
-        lengths: Where the sequences of a group are padded: how long they truly are. The padding
-            takes no random numbers.
+        randomness: What drops; ``None``: PyTorch's own generator.
     """
 
     def __init__(
@@ -50,73 +68,162 @@ class LowRank(nn.Module):
         self.scaling = alpha / math.sqrt(rank)
         self.dropout = dropout
         self.passes_input_gradient = passes_input_gradient
-        self.generators: Sequence[torch.Generator] | None = None
-        self.lengths: Sequence[int] | None = None
+        self.randomness: CountedRandomness | None = None
         self.draw()
 
-    def draw(self) -> None:
-        """Draw A anew, with the generators where there are some."""
-        groups = self.a.detach().unflatten(0, (-1, 3)) if self.a.dim() == 3 else self.a.detach()
-        for index, group in enumerate(groups):
-            generator = None if self.generators is None else self.generators[index]
+    @torch.no_grad()
+    def draw(self, generators: Sequence[torch.Generator] | None = None) -> None:
+        """Draw A anew, with one generator of the CPU a group where they are given."""
+        a = self.a if self.a.dim() == 4 else self.a[None]
+        for index, group in enumerate(a):
             for factor in group:
-                nn.init.kaiming_uniform_(factor, a=math.sqrt(5), generator=generator)
+                if generators is None:
+                    nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+                else:  # the same numbers on every device
+                    drawn = torch.empty(factor.shape)
+                    nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generators[index])
+                    factor.copy_(drawn)
+
+    @property
+    def _drops(self) -> bool:
+        return self.training and self.dropout > 0
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, 3 D)."""
         num_groups = 1 if self.a.dim() == 3 else len(self.a)
-        rows = tokens.reshape(num_groups, -1, tokens.shape[-1])
+        rows = tokens.reshape(num_groups, -1, *tokens.shape[-2:])
         if not self.passes_input_gradient:
             rows = rows.detach()
         # A model may be of low precision throughout; the factors stay in float32.
         a, b = self.a.to(rows.dtype), (self.b * self.scaling).to(rows.dtype)
         a, b = (factor.view(num_groups, *factor.shape[-3:]) for factor in (a, b))
-        if self.training and self.dropout > 0:
-            compressed = torch.matmul(self._drop(rows, tokens.shape[1]), a.mT)
+        if self._drops:
+            compressed = torch.matmul(self._drop(rows).flatten(2, 3), a.mT)
         else:  # one product serves all three
-            compressed = torch.matmul(rows, a.flatten(1, 2).mT)
+            compressed = torch.matmul(rows.flatten(1, 2), a.flatten(1, 2).mT)
             compressed = compressed.unflatten(2, (3, -1)).transpose(1, 2)
         delta = torch.matmul(compressed, b.mT)  # (G, 3, rows, D)
         return delta.transpose(1, 2).reshape(*tokens.shape[:-1], -1)
 
-    def _drop(self, rows: Tensor, length: int) -> Tensor:
-        """(G, rows, D) -> (G, 3, rows, D), dropped for each projection by itself.
+    def _drop(self, rows: Tensor) -> Tensor:
+        """(G, S, L, D) -> (G, 3, S, L, D), dropped for each projection by itself."""
+        if self.randomness is None:
+            return F.dropout(rows[:, None].expand(-1, 3, -1, -1, -1), self.dropout)
+        return rows[:, None] * self._counted_dropout(torch.ones_like(rows), 0, 3)
 
-        Each group takes as many random numbers as it would alone.
+    def _counted_dropout(self, rows: Tensor, first: int, count: int) -> Tensor:
+        assert self.randomness is not None
+        return counted_dropout(
+            rows,
+            self.randomness.seeds,
+            self.randomness.step,
+            stream=self.randomness.stream,
+            first_branch=first,
+            num_branches=count,
+            probability=self.dropout,
+        )
+
+    def project(
+        self, tokens: Tensor, weight: Tensor, bias: Tensor | None, first: int = 0, count: int = 3
+    ) -> Tensor:
+        """The adapted projection: ``tokens weight^T + bias`` and the change, as one.
+
+        Args:
+            tokens: (B, L, D).
+            weight, bias: (3 D, D) and (3 D,) of all three projections.
+            first, count: Which of query, key and value are wanted.
+
+        Returns:
+            (B, L, count D).
         """
-        num_groups, num_rows, width = rows.shape
-        keep = rows.new_zeros(num_groups, 3, num_rows // length, length, width)
-        for group, each in enumerate(keep):
-            generator = None if self.generators is None else self.generators[group]
-            own = each if self.lengths is None else each[:, :, : self.lengths[group]]
-            own.copy_(_draw_kept(own.shape, self.dropout, rows.device, generator))
-        keep.mul_(1 / (1 - _drawn_probability(self.dropout, rows.device)))
-        return rows[:, None] * keep.flatten(2, 3)
+        width = tokens.shape[-1]
+        chosen = slice(first * width, (first + count) * width)
+        weight, bias = weight[chosen], None if bias is None else bias[chosen]
+        is_frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+        is_repeatable = not self._drops or self.randomness is not None
+        if is_frozen and is_repeatable and not self.passes_input_gradient:
+            branches = slice(first, first + count)
+            return _FrozenProjection.apply(
+                tokens, weight, bias, self.a[..., branches, :, :], self.b[..., branches, :, :],
+                self, first,
+            )  # fmt: skip
+        projected = F.linear(tokens, weight, bias)
+        return projected + self(tokens)[..., chosen].to(projected.dtype)
 
 
-def _drawn_probability(probability: float, device: torch.device) -> float:
-    """What is drawn in place of a probability: on a CPU a multiple of 2^-16."""
-    if device.type != "cpu":
-        return probability
-    return min(round(probability * 2**16), 2**16 - 1) / 2**16
+class _FrozenProjection(torch.autograd.Function):
+    """A frozen projection and its change, in one buffer, from one copy of the tokens.
 
-
-def _draw_kept(
-    shape: Sequence[int],
-    probability: float,
-    device: torch.device,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """False with the given probability.
-
-    On a CPU PyTorch draws a double per element, which takes longer than the products it serves:
-    here four elements share a draw of 64 bits.
+    The backward pass drops again instead of keeping what was left of the tokens, three times over.
     """
-    probability = _drawn_probability(probability, device)
-    if device.type != "cpu":
-        kept = torch.empty(shape, dtype=torch.bool, device=device)
-        return kept.bernoulli_(1 - probability, generator=generator)
-    count = math.prod(shape)
-    draws = torch.empty((count + 3) // 4, dtype=torch.int64)
-    draws.random_(-(2**63), None, generator=generator)
-    return draws.view(torch.int16)[:count].view(shape) >= int(probability * 2**16) - 2**15
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        low_rank: LowRank,
+        first: int,
+    ) -> Tensor:
+        dtype = tokens.dtype
+        if torch.is_autocast_enabled(tokens.device.type):
+            dtype = torch.get_autocast_dtype(tokens.device.type)
+        tokens = tokens.to(dtype)
+        projected = F.linear(tokens, weight, bias)
+        num_groups = 1 if a.dim() == 3 else len(a)
+        factor_a = a.reshape(num_groups, *a.shape[-3:]).to(dtype)
+        factor_b = (b * low_rank.scaling).reshape(num_groups, *b.shape[-3:]).to(dtype)
+        rows = tokens.reshape(num_groups, -1, *tokens.shape[-2:])
+        drops = low_rank._drops
+        step = low_rank.randomness.step.clone() if drops else None
+        dropped = _FrozenProjection._dropped(rows, low_rank, first, b.shape[-3], step)
+        ctx.low_rank, ctx.first, ctx.shapes = low_rank, first, (tokens.shape, a.shape, b.shape)
+        parts = projected.view(num_groups, -1, *b.shape[-3:-1])  # (G, rows, K, D)
+        compressed = [torch.bmm(own, factor_a[:, k].mT) for k, own in enumerate(dropped)]
+        for k, own in enumerate(compressed):
+            parts[:, :, k].baddbmm_(own, factor_b[:, k].mT)
+        ctx.save_for_backward(rows, weight, factor_a, factor_b, step, *compressed)
+        return projected
+
+    @staticmethod
+    def _dropped(
+        rows: Tensor, low_rank: LowRank, first: int, count: int, step: Tensor | None
+    ) -> list[Tensor]:
+        """K times (G, rows, D)."""
+        if step is None:
+            return [rows.flatten(1, 2)] * count
+        randomness = low_rank.randomness
+        dropped = counted_dropout(
+            rows,
+            randomness.seeds,
+            step,
+            stream=randomness.stream,
+            first_branch=first,
+            num_branches=count,
+            probability=low_rank.dropout,
+        )
+        return list(dropped.flatten(2, 3).unbind(1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, factor_a, factor_b, step, *compressed = ctx.saved_tensors
+        shape, a_shape, b_shape = ctx.shapes
+        grad_tokens = None
+        if ctx.needs_input_grad[0]:
+            grad_tokens = torch.matmul(grad, weight.to(grad.dtype))
+        count = b_shape[-3]
+        parts = grad.reshape(len(rows), -1, count, shape[-1])
+        dropped = _FrozenProjection._dropped(rows, ctx.low_rank, ctx.first, count, step)
+        grads_a, grads_b = [], []
+        for k in range(count):
+            part = parts[:, :, k]
+            grads_b.append(torch.bmm(compressed[k].mT, part).mT)
+            grad_compressed = torch.bmm(part, factor_b[:, k])
+            grads_a.append(torch.bmm(grad_compressed.mT, dropped[k]))
+        grad_a = torch.stack(grads_a, 1).float().view(a_shape)
+        grad_b = torch.stack(grads_b, 1).float().mul_(ctx.low_rank.scaling).view(b_shape)
+        return grad_tokens, None, None, grad_a, grad_b, None, None

@@ -104,7 +104,9 @@ class TextTower:
             raise ValueError(f"layer must lie between 0 and {len(blocks) - 1}; got {layer}")
         length = embeddings.shape[1]
         mask = None if self.attention_mask is None else self.attention_mask[:length, :length]
-        dtype = self.transformer.get_cast_dtype()  # of the blocks; embeddings may have another
+        dtype = embeddings.dtype
+        if not torch.is_autocast_enabled(embeddings.device.type):
+            dtype = self.transformer.get_cast_dtype()  # of the blocks; embeddings may have another
         hidden = embeddings.to(dtype) + self.positional_embedding[:length].to(dtype)
         intermediate = None
         for index, block in enumerate(blocks):

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from tir_kernels import clip
+
 from .config import FewShotConfig
 from .episodes import Episode, episode_seed
 from .training import Group, Savings
@@ -222,7 +224,13 @@ def _finetune_group(
         stack.enter_context(_frozen(model))
         cuda_devices = [device] if device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=cuda_devices))
-        stack.enter_context(_precision(config, device))
+        if savings.fused_layers:
+            stack.enter_context(clip.frozen_mlps(model))
+        if config.precision != "float32":
+            dtype = getattr(torch, config.precision)
+            stack.enter_context(torch.autocast(device.type, dtype=dtype))
+            if savings.fused_layers:
+                stack.enter_context(clip.cast_blocks(model, dtype))
         names = [episode.class_names for episode in episodes]
         group = Group(model, tokenizer, names, seeds, config, stack, lora_init, savings)
         losses: list[list[float]] = [[] for _ in episodes]
@@ -284,12 +292,3 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
         for module, mode in modes.items():
             module.training = mode
-
-
-@contextmanager
-def _precision(config: FewShotConfig, device: torch.device) -> Iterator[None]:
-    if config.precision == "float32":
-        yield
-        return
-    with torch.autocast(device.type, dtype=getattr(torch, config.precision)):
-        yield

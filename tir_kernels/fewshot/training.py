@@ -33,10 +33,13 @@ class Savings:
     Args:
         cache_stem: The stem of the image tower, which is frozen, runs once an episode.
         class_token_only: The last vision block computes its class token alone.
+        fused_layers: Frozen layers run in the form that suits training best: one kernel for bias
+            and activation on a CPU, and matrices that are kept in the type of ``precision``.
     """
 
     cache_stem: bool = True
     class_token_only: bool = True
+    fused_layers: bool = True
 
 
 class _Prompts(nn.Module):
@@ -47,8 +50,7 @@ class _Prompts(nn.Module):
         self.num_blocks = contexts[0].num_blocks
         self._tower = contexts[0].tower
         embeddings = [context.embeddings for context in contexts]
-        self.lengths = [each.shape[1] for each in embeddings]
-        longest = max(self.lengths)
+        longest = max(each.shape[1] for each in embeddings)
         # Attention is causal wherever prompts differ in length, so what follows changes nothing.
         self._embeddings = torch.cat(
             [F.pad(each, (0, 0, 0, longest - each.shape[1])) for each in embeddings]
@@ -86,7 +88,7 @@ class Group:
         self.lora: clip.LoRA | None = None
         self.reweighting: clip.Reweighting | None = None
         num_vectors = 0 if config.method == "zero-shot" else config.context_tokens
-        generators = [torch.Generator(config.device).manual_seed(seed) for seed in seeds]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.prompts = _Prompts(
             [
                 clip.PromptContext(model, tokenizer, names, num_vectors, generator)
@@ -106,7 +108,7 @@ class Group:
                 num_groups=self.size,
             )
         )
-        self.lora.draw(generators, self.prompts.lengths)
+        self.lora.seed(seeds)
         if lora_init is not None:
             each = {name: a.expand(self.size, *a.shape) for name, a in lora_init.items()}
             self.lora.set_factors(a=each)
@@ -198,6 +200,7 @@ class Group:
             for optimizer in optimizers:
                 scaler.step(optimizer)
             scaler.update()
+            self.lora.next_step()
         self.lora.train(False)
         return losses
 

@@ -1,0 +1,184 @@
+"""Operators that training adapters on frozen layers needs: counted dropout, and activations.
+
+Their kernels are compiled ones on a CPU and Triton's on a GPU; elsewhere plain PyTorch serves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .dispatch import AUTO_ORDER, load_backend, refusal
+
+ACTIVATIONS = ("gelu", "quick_gelu")
+
+_LIBRARY = torch.library.Library("tir_kernels", "FRAGMENT")
+_LIBRARY.define(
+    "counted_dropout(Tensor rows, Tensor seeds, Tensor step, int stream, int first_branch, "
+    "int num_branches, float probability, ScalarType dtype) -> Tensor"
+)
+_LIBRARY.define(
+    "biased_activation(Tensor hidden, Tensor? bias, str kind, Tensor? grad_output) -> Tensor"
+)
+
+
+def _serving(function: str, tensor: Tensor) -> Any:
+    """The function of the fastest backend that has it and runs here."""
+    device_type, is_double = tensor.device.type, tensor.dtype == torch.float64
+    for name in AUTO_ORDER.get(device_type, ()):
+        backend = load_backend(name)
+        if hasattr(backend, function) and not refusal(name, device_type, is_double):
+            return getattr(backend, function)
+    return getattr(load_backend("reference"), function)
+
+
+def _counted_dropout(
+    rows: Tensor,
+    seeds: Tensor,
+    step: Tensor,
+    stream: int,
+    first_branch: int,
+    num_branches: int,
+    probability: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    rows = rows.contiguous()
+    groups, sequences, length, width = rows.shape
+    output = rows.new_empty((groups, num_branches, sequences, length, width), dtype=dtype)
+    if output.numel() == 0:
+        return output
+    # 16 bits decide: what is drawn has a probability that is a multiple of 2^-16.
+    threshold = min(round(probability * 2**16), 2**16 - 1)
+    scale = 1 / (1 - threshold / 2**16)
+    _serving("counted_dropout", rows)(
+        rows, seeds, step, stream, first_branch, threshold, scale, output
+    )
+    return output
+
+
+_LIBRARY.impl("counted_dropout", _counted_dropout, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("tir_kernels::counted_dropout", lib=_LIBRARY)
+def _(rows, seeds, step, stream, first_branch, num_branches, probability, dtype):
+    shape = (rows.shape[0], num_branches, *rows.shape[1:])
+    return rows.new_empty(shape, dtype=dtype)
+
+
+def counted_dropout(
+    rows: Tensor,
+    seeds: Tensor,
+    step: Tensor,
+    *,
+    stream: int = 0,
+    first_branch: int = 0,
+    num_branches: int = 1,
+    probability: float = 0.5,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Dropout without state: the random numbers are counted, not drawn one after the other.
+
+    Whether a channel is kept depends on its group's seed, on ``stream``, branch and ``step``, on
+    the number of its sequence in the group, its position and its channel: not on the device, the
+    other groups or how far sequences are padded. Calling again gives the same. No gradient flows.
+
+    Args:
+        rows: (G, S, T, D) of G groups of S sequences; float32, float16 or bfloat16.
+        seeds: (G,) int64, on the device of ``rows``.
+        step: (1,) int64 in [0, 2^32), on the device of ``rows``.
+        stream: Which layer asks, in [0, 256).
+        first_branch, num_branches: Each of K branches gets dropout of its own, numbered from
+            ``first_branch``; the numbers end before 256.
+        probability: Of being dropped, in [0, 1); rounded to a multiple of 2^-16.
+        dtype: Of the result; ``None``: that of ``rows``.
+
+    Returns:
+        (G, K, S, T, D): 0 where dropped, else ``rows / (1 - probability)``.
+
+    Raises:
+        ValueError, TypeError: A shape, type or number outside these.
+    """
+    if rows.dim() != 4 or seeds.shape != rows.shape[:1] or step.shape != (1,):
+        raise ValueError(
+            "rows must have shape (G, S, T, D), seeds (G,) and step (1,); got "
+            f"{tuple(rows.shape)}, {tuple(seeds.shape)} and {tuple(step.shape)}"
+        )
+    if seeds.dtype != torch.int64 or step.dtype != torch.int64:
+        raise TypeError(f"seeds and step must be int64; got {seeds.dtype} and {step.dtype}")
+    if not 0 <= probability < 1:
+        raise ValueError(f"probability must lie in [0, 1); got {probability}")
+    if not (0 <= stream < 256 and 0 <= first_branch and first_branch + num_branches <= 256):
+        raise ValueError(
+            f"stream and branches must lie in [0, 256); got stream {stream}, branches "
+            f"{first_branch} to {first_branch + num_branches - 1}"
+        )
+    return torch.ops.tir_kernels.counted_dropout(
+        rows.detach(),
+        seeds,
+        step,
+        stream,
+        first_branch,
+        num_branches,
+        probability,
+        dtype or rows.dtype,
+    )
+
+
+def _biased_activation(
+    hidden: Tensor, bias: Tensor | None, kind: str, grad_output: Tensor | None
+) -> Tensor:
+    hidden = hidden.contiguous()
+    grad_output = None if grad_output is None else grad_output.contiguous()
+    if hidden.numel() == 0:
+        return torch.empty_like(hidden)
+    return _serving("biased_activation", hidden)(hidden, bias, kind, grad_output)
+
+
+_LIBRARY.impl("biased_activation", _biased_activation, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("tir_kernels::biased_activation", lib=_LIBRARY)
+def _(hidden, bias, kind, grad_output):
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+
+class _BiasedActivation(torch.autograd.Function):
+    """Keeps what comes in and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+        ctx.save_for_backward(hidden, bias)
+        ctx.kind = kind
+        return torch.ops.tir_kernels.biased_activation(hidden, bias, kind, None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        hidden, bias = ctx.saved_tensors
+        grad = torch.ops.tir_kernels.biased_activation(hidden, bias, ctx.kind, grad_output)
+        return grad, None, None
+
+
+def biased_activation(hidden: Tensor, bias: Tensor | None, kind: str = "gelu") -> Tensor:
+    """``activation(hidden + bias)`` with a frozen bias, computed in float32.
+
+    Args:
+        hidden: (..., D) float32, float16 or bfloat16; it may require gradients.
+        bias: (D,), to which no gradient flows; ``None`` for none.
+        kind: "gelu" (exact, by the error function) or "quick_gelu" (``x * sigmoid(1.702 x)``).
+
+    Raises:
+        ValueError: An unknown kind, or a bias of another width or that requires gradients.
+    """
+    if kind not in ACTIVATIONS:
+        raise ValueError(f"kind must be one of {', '.join(ACTIVATIONS)}; got {kind!r}")
+    if bias is not None and bias.shape != hidden.shape[-1:]:
+        raise ValueError(
+            f"bias must have shape ({hidden.shape[-1]},); got {tuple(bias.shape)}"
+        )
+    if bias is not None and bias.requires_grad:
+        raise ValueError("bias must be frozen: no gradient flows to it; detach it")
+    return _BiasedActivation.apply(hidden, bias, kind)
