@@ -110,7 +110,7 @@ def counted_dropout(
         raise TypeError(f"seeds and step must be int64; got {seeds.dtype} and {step.dtype}")
     if not 0 <= probability < 1:
         raise ValueError(f"probability must lie in [0, 1); got {probability}")
-    if not (0 <= stream < 256 and 0 <= first_branch and first_branch + num_branches <= 256):
+    if not (0 <= stream < 256 and first_branch >= 0 and first_branch + num_branches <= 256):
         raise ValueError(
             f"stream and branches must lie in [0, 256); got stream {stream}, branches "
             f"{first_branch} to {first_branch + num_branches - 1}"
@@ -176,9 +176,7 @@ def biased_activation(hidden: Tensor, bias: Tensor | None, kind: str = "gelu") -
     if kind not in ACTIVATIONS:
         raise ValueError(f"kind must be one of {', '.join(ACTIVATIONS)}; got {kind!r}")
     if bias is not None and bias.shape != hidden.shape[-1:]:
-        raise ValueError(
-            f"bias must have shape ({hidden.shape[-1]},); got {tuple(bias.shape)}"
-        )
+        raise ValueError(f"bias must have shape ({hidden.shape[-1]},); got {tuple(bias.shape)}")
     if bias is not None and bias.requires_grad:
         raise ValueError("bias must be frozen: no gradient flows to it; detach it")
     return _BiasedActivation.apply(hidden, bias, kind)

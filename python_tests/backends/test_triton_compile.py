@@ -65,11 +65,19 @@ def selection_cases() -> list[dict[str, Any]]:
     ]
 
 
+def dropout_cases() -> list[dict[str, Any]]:
+    return [
+        {"kernel": "dropout", "dtype": dtype, "width": width}
+        for dtype, width in [("float32", 768), ("bfloat16", 768), ("float16", 200)]
+    ]
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     cases = [
         {**case, "arch": arch, "weights_grad": True}
-        for case in attention_cases() + relevance_cases() + selection_cases()
+        for make in (attention_cases, relevance_cases, selection_cases, dropout_cases)
+        for case in make()
         for arch in SHARED_MEMORY
     ]
     repository = Path(__file__).parents[2]
@@ -96,6 +104,7 @@ def test_every_kernel_compiles(compiled: list[dict[str, Any]]) -> None:
             "grad_query_kernel",
             "grad_key_value_kernel",
             "relevance_kernel",
+            "counted_dropout_kernel",
             "selection_kernel",
         }
 
@@ -116,6 +125,8 @@ def test_tiles_fit_into_registers(compiled: list[dict[str, Any]]) -> None:
 def test_tensor_cores_serve_16_bit_types(compiled: list[dict[str, Any]]) -> None:
     for result in compiled:
         case, used = result["case"], set(result["tensor_core"])
+        if case["kernel"] == "dropout":
+            continue
         if case["dtype"] == "float32":
             assert not used, f"float32 must not be rounded to what tensor cores take: {result}"
         elif result["held_rows"] >= 64:

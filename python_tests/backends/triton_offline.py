@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 from tir_kernels.backends.triton.kernels import (
     attention_backward,
     attention_forward,
+    dropout,
     relevance,
     selection,
 )
@@ -34,6 +35,7 @@ POINTER_TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 TENSOR_CORE = re.compile(r"\b(tcgen05\.mma|wgmma\.mma_async|mma\.sync)\b")
 # 16 bytes and more at a time, and 2 bytes at a time.
@@ -60,7 +62,7 @@ def recorded_launches(case: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
     """The kernels that a case launches and the arguments they get."""
     capability = tuple(divmod(case["arch"], 10))
     recorders = []
-    for module in (attention_forward, attention_backward, relevance, selection):
+    for module in (attention_forward, attention_backward, dropout, relevance, selection):
         if hasattr(module, "device_capability"):
             module.device_capability = lambda device: capability
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
@@ -104,6 +106,11 @@ def run_launcher(case: dict[str, Any]) -> None:
             tensor(width, features) if has_proj else None,
             1,
         )
+    elif case["kernel"] == "dropout":
+        rows = tensor(2, 25, length, case["width"])
+        kept = tensor(2, 3, 25, length, case["width"])
+        seeds, step = tensor(2, dtype=torch.int64), tensor(1, dtype=torch.int64)
+        dropout.counted_dropout(rows, seeds, step, 5, 0, 1 << 14, 4 / 3, kept)
     else:
         scores = tensor(2, case["classes"], length - 1, dtype=torch.float32)
         selection.select_and_weigh(scores, tensor(case["classes"] + 1), 5, 1)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tir_kernels import clip
 from tir_kernels.clip.attention import SelfAttention
-from tir_kernels.clip.low_rank import LowRank
+from tir_kernels.clip.low_rank import CountedRandomness, LowRank
 
 VARIANTS = {
     "clip": make_clip,
@@ -399,3 +399,58 @@ def test_one_input_only() -> None:
     tokens = torch.randn(1, 3, 32)
     with pytest.raises(ValueError, match="takes one input"):
         attention(tokens, tokens.clone(), tokens)
+
+
+@pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("num_groups", [None, 2])
+def test_frozen_projection_is_what_its_parts_are(num_groups, dropout: float, precision: str):
+    """The one function with its own gradient equals projection and change, one after the other."""
+    low_rank = LowRank(24, 4, 8, dropout, False, None, num_groups)
+    nn.init.normal_(low_rank.b, std=0.3)
+    low_rank.randomness = CountedRandomness(
+        torch.arange(num_groups or 1), torch.tensor([3]), stream=2
+    )
+    weight, bias = torch.randn(72, 24) / 5, torch.randn(72)
+    tokens, grad = torch.randn(4, 7, 24), torch.randn(4, 7, 72)
+
+    def composed(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return nn.functional.linear(tokens, weight, bias) + low_rank(tokens)
+
+    def in_parts(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.cat([low_rank.project(tokens, weight, bias, k, 1) for k in range(3)], -1)
+
+    def results(project, dtype: torch.dtype, is_exact: bool = False) -> list[Tensor]:
+        own = tokens.to(dtype).requires_grad_()
+        is_cast = precision == "autocast" and not is_exact
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_cast):
+            output = project(own, weight.to(dtype), bias.to(dtype)).float()
+        inputs = [own, low_rank.a, low_rank.b]
+        return [output.detach(), *(g.float() for g in torch.autograd.grad(output, inputs, grad))]
+
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    theirs = results(composed, dtype)
+    for project in (low_rank.project, in_parts):
+        ours = results(project, dtype)
+        if precision == "float32":
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+            continue
+        exact = results(composed, torch.float32, is_exact=True)
+        for one, other, expected in zip(ours, theirs, exact, strict=True):
+            rounding = torch.finfo(torch.bfloat16).eps * expected.abs().max()
+            assert (one - expected).abs().max() <= 2 * (other - expected).abs().max() + rounding
+
+
+def test_seeded_dropout_needs_a_next_step_to_change() -> None:
+    model, images = make_clip(), make_images()
+    with clip.add_lora(model, 4, dropout=0.5) as lora:
+        lora.set_factors(b={name: torch.randn_like(b) for name, (_, b) in lora.factors().items()})
+        lora.seed([5])
+        lora.train()
+        first, again = model.encode_image(images), model.encode_image(images)
+        lora.next_step()
+        later = model.encode_image(images)
+        lora.seed([5])
+        assert torch.equal(model.encode_image(images), first)
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, later)

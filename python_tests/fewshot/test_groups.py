@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import warnings
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tir_kernels.demo import model_directory
 from tir_kernels.fewshot import (
     Episode,
     EpisodeResult,
@@ -25,6 +27,7 @@ from tir_kernels.fewshot import (
     finetune_episodes,
 )
 from tir_kernels.fewshot.episodes import episode_seed
+from tir_kernels.fewshot.models import load_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "clip"))
 from tiny_clip import Untouched
@@ -201,8 +204,8 @@ def test_a_loss_that_is_not_finite_does_not_touch_the_others(model, tokenizer) -
 def test_what_cannot_be_is_refused(model, tokenizer) -> None:
     with pytest.raises(ValueError, match="parallel must be at least 1; got 0"):
         finetune_episodes(model, tokenizer, EPISODES, CONFIG, parallel=0)
-    with pytest.raises(TypeError, match="parallel must be an int or None; got str"):
-        finetune_episodes(model, tokenizer, EPISODES, CONFIG, parallel="auto")
+    with pytest.raises(TypeError, match="parallel must be an int, 'auto' or None; got 'two'"):
+        finetune_episodes(model, tokenizer, EPISODES, CONFIG, parallel="two")
     bad = replace(EPISODES[0], support_labels=torch.full((6,), 3))
     with pytest.raises(ValueError, match="support_labels must lie between 0 and 2"):
         finetune_episodes(model, tokenizer, [EPISODES[1], bad], CONFIG)
@@ -234,3 +237,128 @@ def test_the_last_block_does_less(model, tokenizer, monkeypatch) -> None:
         assert set(lengths) == {17}, "a re-weighted block needs all its tokens"
     finally:
         block.mlp._forward_hooks.clear()
+
+
+def test_at_once_is_as_alone_over_a_whole_training() -> None:
+    """On a trained model: of one with random weights, tiny gradients make Adam chaotic."""
+    loaded = load_model(str(model_directory()))
+    names = ["red circle", "blue square", "green star"]
+    generator = torch.Generator().manual_seed(0)
+
+    def image_of(label: int) -> Tensor:
+        drawn = torch.randn(3, 64, 64, generator=generator) * 0.2
+        drawn[label, 16 + 8 * label :, 20:50] += 1.5
+        return drawn
+
+    def episode(index: int) -> Episode:
+        labels = torch.arange(3)
+        images = [torch.stack([image_of(label) for label in range(3)]) for _ in range(2)]
+        return Episode(names, images[0], labels, images[1], index)
+
+    episodes = [episode(index) for index in (4, 7)]
+    config = FewShotConfig(lora_dropout=0.0, shots=1)  # the method's own settings
+    together = finetune_episodes(loaded.model, loaded.tokenizer, episodes, config)
+    for each, result in zip(episodes, together, strict=True):
+        expected = alone(loaded.model, loaded.tokenizer, each, config)
+        assert len(result.losses) == 100
+        assert result.losses[-1] < result.losses[0] / 1.3
+        torch.testing.assert_close(result.losses, expected.losses, atol=1e-4, rtol=0)
+        assert torch.equal(result.query_logits.argmax(1), expected.query_logits.argmax(1))
+
+
+def test_fused_layers_change_nothing(model, tokenizer) -> None:
+    untouched = Untouched(model)
+    fused = finetune_episodes(model, tokenizer, EPISODES[:2], CONFIG)
+    untouched.check()
+    plain = finetune_episodes(
+        model, tokenizer, EPISODES[:2], CONFIG, savings=Savings(fused_layers=False)
+    )
+    for one, other in zip(fused, plain, strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_checkpoints_change_nothing_and_keep_less(model, tokenizer, dropout: float) -> None:
+    config = replace(CONFIG, lora_dropout=dropout, steps=5)
+    kept = finetune_episodes(model, tokenizer, EPISODES[:1], config)
+    again = finetune_episodes(model, tokenizer, EPISODES[:1], config, checkpoint=True)
+    assert kept[0].losses == again[0].losses
+    assert torch.equal(kept[0].query_logits, again[0].query_logits)
+
+
+def test_checkpoints_let_more_episodes_fit(model, tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(engine, "_CPU_IMAGES", 10**9)
+    monkeypatch.setattr(engine, "available_bytes", lambda device: 2**30)
+    fitting = [
+        engine.episodes_that_fit(model, tokenizer, EPISODES[0], CONFIG, checkpoint=checkpoint)
+        for checkpoint in (False, True)
+    ]
+    assert 1 < fitting[0] < fitting[1] / 1.5
+
+
+@pytest.mark.parametrize("available", [0, 2**40])
+def test_auto_takes_what_fits(model, tokenizer, monkeypatch, available: int) -> None:
+    monkeypatch.setattr(engine, "available_bytes", lambda device: available)
+    sizes = []
+    finetune_group = engine._finetune_group
+
+    def noted(model, tokenizer, episodes, *rest):
+        sizes.append(len(episodes))
+        return finetune_group(model, tokenizer, episodes, *rest)
+
+    monkeypatch.setattr(engine, "_finetune_group", noted)
+    config = replace(CONFIG, steps=2)
+    episodes = [draw_episode(index, NAMES[0]) for index in range(3)]
+    results = finetune_episodes(model, tokenizer, episodes, config, parallel="auto")
+    assert sizes == ([3] if available else [1, 1, 1])
+    for episode, result in zip(episodes, results, strict=True):
+        assert_same(result, alone(model, tokenizer, episode, config))
+
+
+def test_what_a_step_keeps_is_counted(model, tokenizer) -> None:
+    """More episodes keep more, in proportion; the model's own parameters do not count."""
+    from contextlib import ExitStack
+
+    from tir_kernels.fewshot.training import Group
+
+    def kept(count: int) -> int:
+        with ExitStack() as stack:
+            engine._prepare(stack, model, CONFIG, Savings())
+            group = Group(
+                model, tokenizer, [NAMES[0]] * count, [1] * count, CONFIG, stack, None, Savings()
+            )
+            images = torch.stack([EPISODES[0].support_images] * count)
+            labels = torch.stack([EPISODES[0].support_labels] * count)
+            return group.bytes_of_a_step(images, labels)
+
+    assert kept(3) == pytest.approx(3 * kept(1), rel=0.15)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_graph_of_the_step_changes_nothing(model, tokenizer, precision: str) -> None:
+    model = copy.deepcopy(model).cuda()
+    config = replace(CONFIG, device="cuda", precision=precision, lora_dropout=0.25)
+    heard: list[tuple[int, int, float]] = []
+    graphed = finetune_episodes(
+        model, tokenizer, EPISODES, config, on_step=lambda *step: heard.append(step)
+    )
+    plain = finetune_episodes(model, tokenizer, EPISODES, config, savings=Savings(step_graph=False))
+    for one, other in zip(graphed, plain, strict=True):
+        assert_same(one, other, atol=1e-4 if precision == "float32" else 1e-2)
+    assert sorted(heard) == sorted(
+        (position, step, loss)
+        for position, result in enumerate(graphed)
+        for step, loss in enumerate(result.losses)
+    )
+
+
+def test_a_users_hook_is_still_called(model, tokenizer) -> None:
+    calls = []
+    mlp = model.visual.transformer.resblocks[0].mlp
+    handle = mlp.register_forward_hook(lambda *arguments: calls.append(1))
+    try:
+        finetune_episodes(model, tokenizer, EPISODES[:1], replace(CONFIG, steps=2))
+    finally:
+        handle.remove()
+    assert len(calls) >= 2

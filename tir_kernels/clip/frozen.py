@@ -23,7 +23,8 @@ class _FrozenMlp(nn.Sequential):
         self.kind = kind
 
     def forward(self, hidden: Tensor) -> Tensor:
-        first, _, second = self
+        first: Any = self[0]
+        second: Any = self[2]
         activated = biased_activation(F.linear(hidden, first.weight), first.bias, self.kind)
         return F.linear(activated, second.weight, second.bias)
 
@@ -36,11 +37,17 @@ def _activation_kind(mlp: Any) -> str | None:
         and isinstance(mlp[0], nn.Linear)
         and isinstance(mlp[2], nn.Linear)
         and not any(p.requires_grad for p in mlp.parameters())
+        and not any(_has_hooks(module) for module in mlp.modules())  # they would not be called
     ):
         return None
     if isinstance(mlp[1], QuickGELU):
         return "quick_gelu"
     return "gelu" if isinstance(mlp[1], nn.GELU) and mlp[1].approximate == "none" else None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)
 
 
 @contextmanager

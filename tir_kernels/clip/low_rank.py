@@ -177,15 +177,16 @@ class _FrozenProjection(torch.autograd.Function):
         factor_a = a.reshape(num_groups, *a.shape[-3:]).to(dtype)
         factor_b = (b * low_rank.scaling).reshape(num_groups, *b.shape[-3:]).to(dtype)
         rows = tokens.reshape(num_groups, -1, *tokens.shape[-2:])
-        drops = low_rank._drops
-        step = low_rank.randomness.step.clone() if drops else None
+        step = None
+        if low_rank._drops and low_rank.randomness is not None:
+            step = low_rank.randomness.step.clone()
         dropped = _FrozenProjection._dropped(rows, low_rank, first, b.shape[-3], step)
         ctx.low_rank, ctx.first, ctx.shapes = low_rank, first, (tokens.shape, a.shape, b.shape)
         parts = projected.view(num_groups, -1, *b.shape[-3:-1])  # (G, rows, K, D)
         compressed = [torch.bmm(own, factor_a[:, k].mT) for k, own in enumerate(dropped)]
         for k, own in enumerate(compressed):
             parts[:, :, k].baddbmm_(own, factor_b[:, k].mT)
-        ctx.save_for_backward(rows, weight, factor_a, factor_b, step, *compressed)
+        ctx.save_for_backward(rows, weight, factor_b, step, *compressed)
         return projected
 
     @staticmethod
@@ -193,9 +194,9 @@ class _FrozenProjection(torch.autograd.Function):
         rows: Tensor, low_rank: LowRank, first: int, count: int, step: Tensor | None
     ) -> list[Tensor]:
         """K times (G, rows, D)."""
-        if step is None:
-            return [rows.flatten(1, 2)] * count
         randomness = low_rank.randomness
+        if step is None or randomness is None:
+            return [rows.flatten(1, 2)] * count
         dropped = counted_dropout(
             rows,
             randomness.seeds,
@@ -210,7 +211,7 @@ class _FrozenProjection(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, factor_a, factor_b, step, *compressed = ctx.saved_tensors
+        rows, weight, factor_b, step, *compressed = ctx.saved_tensors
         shape, a_shape, b_shape = ctx.shapes
         grad_tokens = None
         if ctx.needs_input_grad[0]:

@@ -15,9 +15,13 @@ from tir_kernels import clip
 
 from .config import FewShotConfig
 from .episodes import Episode, episode_seed
+from .memory import available_bytes
 from .training import Group, Savings
 
 _ALL_SAVINGS = Savings()
+_USABLE_SHARE = 0.85  # of the memory that is free
+_STEP_FACTOR = 1.3  # what a step takes over what its forward pass keeps: gradients under way
+_CPU_IMAGES = 64  # trained at once: more than that only overflows the caches
 
 
 class NonFiniteLossError(RuntimeError):
@@ -68,6 +72,7 @@ def finetune_episode(
     lora_init: Mapping[str, Tensor] | None = None,
     on_step: Callable[[int, float], None] | None = None,
     savings: Savings = _ALL_SAVINGS,
+    checkpoint: bool = False,
 ) -> EpisodeResult:
     """Train LoRA and a prompt context on the support images, then classify the query images.
 
@@ -88,6 +93,7 @@ def finetune_episode(
         lora_init: ``"{visual|text}.{layer}.{q|k|v}"`` -> A (rank, width) to start from.
         on_step: Called with the step, from 0, and its loss after each step.
         savings: Work that is left out; the results are the same.
+        checkpoint: Compute activations again in the backward pass instead of keeping them.
 
     Returns:
         The losses, the logits of the query images and what was trained.
@@ -112,6 +118,7 @@ def finetune_episode(
         lora_init,
         None if on_step is None else note_step,
         savings,
+        checkpoint,
     )
     if isinstance(result, NonFiniteLossError):
         raise result
@@ -124,10 +131,11 @@ def finetune_episodes(
     episodes: Sequence[Episode],
     config: FewShotConfig,
     *,
-    parallel: int | None = None,
+    parallel: int | str | None = None,
     lora_init: Mapping[str, Tensor] | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
     savings: Savings = _ALL_SAVINGS,
+    checkpoint: bool = False,
 ) -> list[EpisodeResult | NonFiniteLossError]:
     """As :func:`finetune_episode` for each episode, many of them at once.
 
@@ -136,10 +144,11 @@ def finetune_episodes(
     Where memory runs out, half as many are trained at once, with a warning.
 
     Args:
-        model, tokenizer, config, lora_init, savings: As for :func:`finetune_episode`.
+        model, tokenizer, config, lora_init, savings, checkpoint: As for :func:`finetune_episode`.
         episodes: Their classes and images. Those of equal numbers of classes and images are
             trained together.
-        parallel: Most episodes trained at once; ``None``: all that can be.
+        parallel: Most episodes trained at once; "auto": as many as fit into memory; ``None``: all
+            that can be.
         on_step: Called with the episode's position, the step from 0, and its loss.
 
     Returns:
@@ -150,10 +159,11 @@ def finetune_episodes(
         ValueError, TypeError: Unsuitable images, labels, names, model or ``parallel``.
         torch.OutOfMemoryError: Memory does not suffice for a single episode.
     """
-    if parallel is not None and (isinstance(parallel, bool) or not isinstance(parallel, int)):
-        raise TypeError(f"parallel must be an int or None; got {type(parallel).__name__}")
-    if parallel is not None and parallel < 1:
-        raise ValueError(f"parallel must be at least 1; got {parallel}")
+    if parallel not in (None, "auto"):
+        if isinstance(parallel, bool) or not isinstance(parallel, int):
+            raise TypeError(f"parallel must be an int, 'auto' or None; got {parallel!r}")
+        if parallel < 1:
+            raise ValueError(f"parallel must be at least 1; got {parallel}")
     groups: dict[tuple, list[int]] = {}
     for position, episode in enumerate(episodes):
         _check_episode(episode)
@@ -178,6 +188,7 @@ def finetune_episodes(
                 lora_init,
                 None if on_step is None else note_step,
                 savings,
+                checkpoint,
             )
         except torch.OutOfMemoryError:
             if len(positions) == 1:
@@ -196,7 +207,13 @@ def finetune_episodes(
         run(positions[half:])
 
     for positions in groups.values():
-        size = parallel or len(positions)
+        size = len(positions)
+        if isinstance(parallel, int):
+            size = parallel
+        elif parallel == "auto" and size > 1:
+            size = episodes_that_fit(
+                model, tokenizer, episodes[positions[0]], config, savings, checkpoint
+            )
         for first in range(0, len(positions), size):
             run(positions[first : first + size])
     return [results[position] for position in range(len(episodes))]
@@ -211,6 +228,7 @@ def _finetune_group(
     lora_init: Mapping[str, Tensor] | None,
     on_step: Callable[[int, int, float], None] | None,
     savings: Savings,
+    checkpoint: bool,
 ) -> list[EpisodeResult | NonFiniteLossError]:
     """Results of episodes of one shape, trained at once."""
     device = torch.device(config.device)
@@ -221,18 +239,9 @@ def _finetune_group(
     support_images, query_images = stacked("support_images"), stacked("query_images")
     support_labels = stacked("support_labels").long()
     with ExitStack() as stack:
-        stack.enter_context(_frozen(model))
-        cuda_devices = [device] if device.type == "cuda" else []
-        stack.enter_context(torch.random.fork_rng(devices=cuda_devices))
-        if savings.fused_layers:
-            stack.enter_context(clip.frozen_mlps(model))
-        if config.precision != "float32":
-            dtype = getattr(torch, config.precision)
-            stack.enter_context(torch.autocast(device.type, dtype=dtype))
-            if savings.fused_layers:
-                stack.enter_context(clip.cast_blocks(model, dtype))
+        _prepare(stack, model, config, savings)
         names = [episode.class_names for episode in episodes]
-        group = Group(model, tokenizer, names, seeds, config, stack, lora_init, savings)
+        group = Group(model, tokenizer, names, seeds, config, stack, lora_init, savings, checkpoint)
         losses: list[list[float]] = [[] for _ in episodes]
         if config.method != "zero-shot":
             losses = group.train(support_images, support_labels, on_step)
@@ -250,6 +259,57 @@ def _finetune_group(
             )
             results.append(replace(result, **group.trained_tensors(index)))
         return results
+
+
+def episodes_that_fit(
+    model: nn.Module,
+    tokenizer: Callable[[list[str]], Tensor],
+    episode: Episode,
+    config: FewShotConfig,
+    savings: Savings = _ALL_SAVINGS,
+    checkpoint: bool = False,
+) -> int:
+    """How many episodes like this one can be trained at once in the memory that is free.
+
+    One forward pass shows what a step keeps for its gradients. On a CPU more than a few images at
+    once gain nothing, so that there the number is small in any case.
+
+    Args:
+        As for :func:`finetune_episode`.
+
+    Returns:
+        At least 1.
+    """
+    _check_episode(episode)
+    if config.method == "zero-shot":
+        return 1
+    device = torch.device(config.device)
+    with ExitStack() as stack:
+        _prepare(stack, model, config, savings)
+        names, seeds = [episode.class_names], [config.seed]
+        group = Group(model, tokenizer, names, seeds, config, stack, None, savings, checkpoint)
+        images = episode.support_images[None].to(device)
+        needed = group.bytes_of_a_step(images, episode.support_labels[None].to(device).long())
+    fitting = int(_USABLE_SHARE * available_bytes(device) / (_STEP_FACTOR * needed))
+    if device.type == "cpu":
+        fitting = min(fitting, _CPU_IMAGES // len(episode.support_images))
+    return max(1, fitting)
+
+
+def _prepare(stack: ExitStack, model: nn.Module, config: FewShotConfig, savings: Savings) -> None:
+    """Bring the model into the state in which it is trained, until the stack unwinds."""
+    device = torch.device(config.device)
+    stack.enter_context(_frozen(model))
+    cuda_devices = [device] if device.type == "cuda" else []
+    stack.enter_context(torch.random.fork_rng(devices=cuda_devices))
+    if savings.fused_layers:
+        stack.enter_context(clip.frozen_mlps(model))
+    if config.precision != "float32":
+        dtype = getattr(torch, config.precision)
+        # What autocast remembered from the steps before would not be part of a step's graph.
+        stack.enter_context(torch.autocast(device.type, dtype=dtype, cache_enabled=False))
+        if savings.fused_layers:
+            stack.enter_context(clip.cast_blocks(model, dtype))
 
 
 def _check_episode(episode: Episode) -> None:

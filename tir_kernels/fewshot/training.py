@@ -6,7 +6,6 @@ dimension G, one entry an episode.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from torch import Tensor, nn
 from tir_kernels import WeightRule, clip
 
 from .config import FewShotConfig
+from .memory import count_saved_bytes
+from .stepping import LossLog, RepeatedStep
 
 QUERY_BATCH = 64
 LORA_WEIGHT_DECAY = 0.01
@@ -35,11 +36,13 @@ class Savings:
         class_token_only: The last vision block computes its class token alone.
         fused_layers: Frozen layers run in the form that suits training best: one kernel for bias
             and activation on a CPU, and matrices that are kept in the type of ``precision``.
+        step_graph: On CUDA, a training step is launched as one graph.
     """
 
     cache_stem: bool = True
     class_token_only: bool = True
     fused_layers: bool = True
+    step_graph: bool = True
 
 
 class _Prompts(nn.Module):
@@ -80,10 +83,12 @@ class Group:
         stack: ExitStack,
         lora_init: Mapping[str, Tensor] | None,
         savings: Savings,
+        checkpoint: bool = False,
     ) -> None:
         self.config = config
         self.savings = savings
-        self.encoder = clip.ImageEncoder(model, savings.class_token_only)
+        self.encoder = clip.ImageEncoder(model, savings.class_token_only, checkpoint)
+        self._model = model
         self.size = len(seeds)
         self.lora: clip.LoRA | None = None
         self.reweighting: clip.Reweighting | None = None
@@ -160,10 +165,53 @@ class Group:
     ) -> list[list[float]]:
         """The losses of each episode; where one is not finite, those up to it."""
         assert self.lora is not None
+        lora, scaler = self.lora, self._scaler(images.device)
+        optimizers = self._optimizers(images.device)
+        tokens = self._stem(images) if self.savings.cache_stem else None
+        labels = labels.flatten()
+
+        def take_step() -> Tensor:
+            losses = self._losses(self._stem(images) if tokens is None else tokens, labels)
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            # Each episode's gradients are those of its own loss: a sum keeps them apart.
+            scaler.scale(losses.sum()).backward()
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+            scaler.update()
+            lora.next_step()
+            return losses.detach()
+
+        # A gradient scaler looks at the gradients' values, which a graph can't.
+        step = RepeatedStep(
+            take_step, images.device, self.savings.step_graph and not scaler.is_enabled()
+        )
+        log = LossLog(self.size, on_step)
+        lora.train()
+        for _ in range(self.config.steps):
+            log.add(step())
+            if log.all_failed:
+                break
+        lora.train(False)
+        return log.finish()
+
+    def _losses(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """(G, S, L, D) tokens of the stem, (G S,) labels -> (G,) losses."""
+        logits = self._logits(tokens, self._class_embeddings()).flatten(0, 1)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return losses.unflatten(0, (self.size, -1)).mean(1)
+
+    def _optimizers(self, device: torch.device) -> list[torch.optim.Optimizer]:
+        assert self.lora is not None
         config = self.config
+        is_cuda = device.type == "cuda"
         optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(
-                self.lora.parameters(), lr=config.lora_lr, weight_decay=LORA_WEIGHT_DECAY
+                self.lora.parameters(),
+                lr=config.lora_lr,
+                weight_decay=LORA_WEIGHT_DECAY,
+                fused=True,
+                capturable=is_cuda,
             )
         ]
         if config.context_tokens:
@@ -173,36 +221,24 @@ class Group:
                     lr=config.context_lr,
                     momentum=CONTEXT_MOMENTUM,
                     weight_decay=CONTEXT_WEIGHT_DECAY,
+                    fused=True,
                 )
             )
+        return optimizers
+
+    def _scaler(self, device: torch.device) -> torch.amp.GradScaler:
         # float16 alone has too little range for gradients.
-        scaler = torch.amp.GradScaler(images.device.type, enabled=config.precision == "float16")
-        losses: list[list[float]] = [[] for _ in range(self.size)]
+        return torch.amp.GradScaler(device.type, enabled=self.config.precision == "float16")
+
+    def bytes_of_a_step(self, images: Tensor, labels: Tensor) -> int:
+        """What the forward pass of a training step keeps."""
+        assert self.lora is not None
         self.lora.train()
-        for step in range(config.steps):
-            if step == 0 or not self.savings.cache_stem:
-                tokens = self._stem(images)
-            logits = self._logits(tokens, self._class_embeddings()).flatten(0, 1)
-            each = F.cross_entropy(logits, labels.flatten(), reduction="none")
-            each = each.unflatten(0, (self.size, -1)).mean(1)
-            for index, loss in enumerate(each.tolist()):
-                if losses[index] and not math.isfinite(losses[index][-1]):
-                    continue
-                losses[index].append(loss)
-                if on_step is not None and math.isfinite(loss):
-                    on_step(index, step, loss)
-            if not any(math.isfinite(own[-1]) for own in losses):
-                break
-            for optimizer in optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            # Each episode's gradients are those of its own loss: a sum keeps them apart.
-            scaler.scale(each.sum()).backward()
-            for optimizer in optimizers:
-                scaler.step(optimizer)
-            scaler.update()
-            self.lora.next_step()
+        tokens = self._stem(images)
+        with count_saved_bytes([*self._model.parameters(), tokens]) as count:
+            self._losses(tokens, labels.flatten())
         self.lora.train(False)
-        return losses
+        return count.total + tokens.nbytes
 
     @torch.no_grad()
     def classify(self, *image_sets: Tensor) -> list[Tensor]:

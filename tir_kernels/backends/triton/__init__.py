@@ -114,3 +114,18 @@ def attention_backward(
         scale,
         needs_weights_grad,
     )
+
+
+def counted_dropout(
+    rows: Tensor,
+    seeds: Tensor,
+    step: Tensor,
+    stream: int,
+    first_branch: int,
+    threshold: int,
+    scale: float,
+    output: Tensor,
+) -> None:
+    from .kernels.dropout import counted_dropout as launch
+
+    launch(rows, seeds, step, stream, first_branch, threshold, scale, output)

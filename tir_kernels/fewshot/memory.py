@@ -1,0 +1,72 @@
+"""How much memory a training takes, and how much there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_MEMORY_INFO = Path("/proc/meminfo")
+_GROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_GROUP_USE = Path("/sys/fs/cgroup/memory.current")
+
+
+class SavedBytes:
+    """What the forward passes in its context keep for the backward pass.
+
+    Attributes:
+        total: Bytes, each storage counted once.
+    """
+
+    total = 0
+
+
+@contextmanager
+def count_saved_bytes(ignored: Iterable[Tensor]) -> Iterator[SavedBytes]:
+    """Count what autograd keeps.
+
+    Args:
+        ignored: Tensors that are there anyway, such as a model's parameters.
+    """
+    count = SavedBytes()
+    seen = {tensor.untyped_storage().data_ptr() for tensor in ignored}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            count.total += storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield count
+
+
+def available_bytes(device: torch.device) -> int:
+    """What could be allocated on a device now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + unused
+    found = [_machine_bytes(), _group_bytes()]
+    return min((number for number in found if number is not None), default=2**30)
+
+
+def _machine_bytes() -> int | None:
+    try:
+        lines = _MEMORY_INFO.read_text().splitlines()
+    except OSError:
+        return None
+    kilobytes = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(kilobytes[0]) * 1024 if kilobytes else None
+
+
+def _group_bytes() -> int | None:
+    """Of a container's limit; ``None`` without one."""
+    try:
+        return int(_GROUP_LIMIT.read_text()) - int(_GROUP_USE.read_text())
+    except (OSError, ValueError):  # "max" is no limit
+        return None

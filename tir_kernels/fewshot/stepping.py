@@ -1,0 +1,114 @@
+"""Training steps that the processor never waits for: CUDA graphs, and losses read as they come."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_WARM_UP_STEPS = 3
+
+
+class RepeatedStep:
+    """Runs a training step again and again; on CUDA as a graph, once the first ones have run.
+
+    A step at few images is bound by launching its kernels; a graph launches all of them at once.
+
+    Args:
+        step: Takes a step and returns its losses; it must do the same work each time, on the same
+            tensors, and never wait for the device.
+        device: Where it runs.
+        as_graph: Whether it may become a graph.
+    """
+
+    def __init__(self, step: Callable[[], Tensor], device: torch.device, as_graph: bool) -> None:
+        self._step = step
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._losses: Tensor | None = None
+        self._as_graph = as_graph and device.type == "cuda"
+        self._steps_taken = 0
+        self._side_stream = torch.cuda.Stream(device) if self._as_graph else None
+
+    def __call__(self) -> Tensor:
+        """The step's losses; of a graph always the same tensor, overwritten by the next step."""
+        if not self._as_graph:
+            return self._step()
+        self._steps_taken += 1
+        if self._steps_taken <= _WARM_UP_STEPS:
+            return self._off_the_main_stream()
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._losses = self._step()
+        self._graph.replay()
+        assert self._losses is not None
+        return self._losses
+
+    def _off_the_main_stream(self) -> Tensor:
+        # What will be captured must have run on another stream before.
+        assert self._side_stream is not None
+        main = torch.cuda.current_stream(self._side_stream.device)
+        self._side_stream.wait_stream(main)
+        with torch.cuda.stream(self._side_stream):
+            losses = self._step()
+        main.wait_stream(self._side_stream)
+        losses.record_stream(main)
+        return losses
+
+
+class LossLog:
+    """The losses of G episodes, step by step, each up to the first that is not finite.
+
+    Args:
+        size: G.
+        on_step: Called with the episode's position, the step from 0, and its loss.
+
+    Attributes:
+        losses: One list an episode, of the steps that have been read.
+    """
+
+    def __init__(self, size: int, on_step: Callable[[int, int, float], None] | None) -> None:
+        self.losses: list[list[float]] = [[] for _ in range(size)]
+        self._on_step = on_step
+        self._steps_read = 0
+        self._under_way: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+
+    def add(self, losses: Tensor) -> None:
+        """Take a step's losses (G,) without waiting for them."""
+        if losses.device.type != "cuda":
+            self._read(losses)
+            return
+        # Pinned, or the copy would wait.
+        copy = torch.empty(losses.shape, dtype=losses.dtype, pin_memory=True)
+        copy.copy_(losses.detach(), non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(losses.device))
+        self._under_way.append((copy, event))
+        while self._under_way and self._under_way[0][1].query():
+            self._read(self._under_way.popleft()[0])
+
+    def finish(self) -> list[list[float]]:
+        """Wait for what is under way, and return the losses."""
+        while self._under_way:
+            copy, event = self._under_way.popleft()
+            event.synchronize()
+            self._read(copy)
+        return self.losses
+
+    @property
+    def all_failed(self) -> bool:
+        """Whether no episode has a finite loss any more, as far as has been read."""
+        return all(own and not math.isfinite(own[-1]) for own in self.losses)
+
+    def _read(self, losses: Tensor) -> None:
+        step, self._steps_read = self._steps_read, self._steps_read + 1
+        for index, loss in enumerate(losses.tolist()):
+            own = self.losses[index]
+            if own and not math.isfinite(own[-1]):
+                continue
+            own.append(loss)
+            if self._on_step is not None and math.isfinite(loss):
+                self._on_step(index, step, loss)
