@@ -8,6 +8,12 @@ import pytest
 from small_images import write_images
 
 
+@pytest.fixture(autouse=True)
+def own_image_cache(tmp_path_factory, monkeypatch):
+    """A folder of each test's own where users have their cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def make_images(tmp_path):
     def make(sizes=None, name="images"):

@@ -5,17 +5,22 @@ Run as a program it is ``tir-finetune`` with both in place, for tests that kill 
 
 import functools
 import os
+import signal
 import sys
 import time
+import uuid
 from dataclasses import replace
 from unittest import mock
 
 import torch
+from open_clip.transform import PreprocessCfg
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tir_kernels.fewshot.command import main
 from tir_kernels.fewshot.engine import EpisodeResult, NonFiniteLossError
 from tir_kernels.fewshot.episodes import episode_seed
 from tir_kernels.fewshot.models import LoadedModel
+from tir_kernels.fewshot.preprocess import Preprocess
 
 
 def fake_finetune(
@@ -55,7 +60,7 @@ def fake_finetune(
 def at_once(finetune=None):
     """``finetune_episodes`` by a stand-in for ``finetune_episode``, one after the other."""
 
-    def finetune_episodes(model, tokenizer, episodes, config, *, on_step=None):
+    def finetune_episodes(model, tokenizer, episodes, config, *, on_step=None, checkpoint=False):
         results = []
         for position, episode in enumerate(episodes):
             try:
@@ -78,10 +83,10 @@ def at_once(finetune=None):
     return finetune_episodes
 
 
-def small_preprocess(image):
-    """An (3, 8, 8) tensor in [0, 1] from a PIL image."""
-    pixels = torch.frombuffer(bytearray(image.resize((8, 8)).tobytes()), dtype=torch.uint8)
-    return pixels.reshape(8, 8, 3).permute(2, 0, 1).float() / 255
+# To 8 x 8 pixels, and from them to numbers in [0, 1].
+small_preprocess = Preprocess(
+    PreprocessCfg(size=8, mean=(0, 0, 0), std=(1, 1, 1), resize_mode="squash")
+)
 
 
 def fake_model(name="fake", pretrained=None, *, device="cpu"):
@@ -95,6 +100,46 @@ def run_main(arguments):
         mock.patch("tir_kernels.fewshot.engine.finetune_episodes", at_once()),
     ):
         return main(arguments)
+
+
+def run_shared(arguments, *, processes=3, restarts=0, before=lambda: None):
+    """What ``torchrun`` does, with workers that are forks of this process and so start at once.
+
+    Args:
+        arguments: Of ``tir-finetune``, which runs on the stand-ins.
+        processes: How many share the run.
+        restarts: How often all are started again when one fails.
+        before: Called in each worker before it begins.
+
+    Raises:
+        ChildFailedError: A worker failed, and no restarts are left.
+    """
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=restarts,
+        monitor_interval=0.05,
+        start_method="fork",
+    )
+
+    def worker():
+        # Unlike a fork, a new process has no handlers but Python's.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        before()
+        sys.exit(run_main(arguments))
+
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    try:
+        elastic_launch(config, worker)()
+    finally:
+        for number, handler in handlers.items():
+            if signal.getsignal(number) != handler:
+                signal.signal(number, handler)
 
 
 if __name__ == "__main__":

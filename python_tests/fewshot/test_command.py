@@ -389,3 +389,22 @@ print(sorted({"open_clip", "torchvision", "scipy", "rich"} & set(sys.modules)))
         [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True
     )
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("wrong", ["some", "0"])
+def test_parallel_episodes_are_a_number_or_auto(arguments, capsys, wrong):
+    assert_refused(capsys, with_value(arguments, "--parallel-episodes", wrong), "parallel-episodes")
+
+
+def test_auto_and_checkpoints_leave_the_results_alone(make_images, tiny_model_folder, tmp_path):
+    arguments = ["run", "--data", str(make_images()), "--model", str(tiny_model_folder)]
+    arguments += [*SMALL.split(), "--layers=0", "--lora-dropout=0.25", "--out"]
+    outs = [tmp_path / name for name in ("plain", "changed")]
+    assert main([*arguments, str(outs[0])]) == 0
+    changed = ["--parallel-episodes", "auto", "--checkpoint"]
+    assert main([*arguments, str(outs[1]), *changed]) == 0
+    plain, other = ({r.key: r for r in results(out)} for out in outs)
+    assert plain.keys() == other.keys()
+    for key, record in plain.items():
+        assert other[key].correct == record.correct
+        assert other[key].final_loss == pytest.approx(record.final_loss, abs=1e-4)

@@ -1,35 +1,18 @@
-"""Image folders, class names, decoding."""
+"""Image folders, and reading what is in them."""
+
+import hashlib
 
 import numpy as np
 import pytest
 import torch
 from fake_engine import small_preprocess
+from open_clip.transform import PreprocessCfg
 from PIL import Image
 
-from tir_kernels.fewshot.data import ImageFolderData, ImageReader, default_words, read_class_names
+from tir_kernels.fewshot.data import load_data
 from tir_kernels.fewshot.errors import FewShotError
-
-
-@pytest.mark.parametrize(
-    ("folder", "words"),
-    [
-        ("AnnualCrop", "annual crop"),
-        ("SeaLake", "sea lake"),
-        ("Tomato___Early_blight", "tomato early blight"),
-        ("Spider_mites_Two-spotted_spider_mite", "spider mites two-spotted spider mite"),
-        ("n03126707_crane", "crane"),
-        ("n02504458_African_elephant", "african elephant"),
-        ("001.Black_footed_Albatross", "black footed albatross"),
-        ("No_Finding", "no finding"),
-        ("RGBImage", "rgb image"),
-        ("mel", "mel"),
-        ("7", "7"),
-        ("n03126707", "n03126707"),
-        ("___", "___"),
-    ],
-)
-def test_default_words(folder, words):
-    assert default_words(folder) == words
+from tir_kernels.fewshot.images import ImageReader
+from tir_kernels.fewshot.preprocess import Preprocess
 
 
 def test_scan_lists_classes_and_images_in_order(make_images):
@@ -39,7 +22,7 @@ def test_scan_lists_classes_and_images_in_order(make_images):
     for left_out in ("A/notes.txt", "A/.hidden.png", "README.md"):
         (root / left_out).write_text("no image")
     (root / ".cache").mkdir()
-    data = ImageFolderData.scan(root)
+    data = load_data(root)
     assert [entry.folder for entry in data.classes] == ["A", "b"]
     assert data.classes[0].files == ("A/000.png", "A/001.png", "A/002.png")
     assert data.classes[1].files == ("b/000.png", "b/001.png", "b/nested/x.JPG")
@@ -47,68 +30,41 @@ def test_scan_lists_classes_and_images_in_order(make_images):
 
 def test_fingerprint_follows_content_not_place(make_images):
     one, other = make_images(name="one"), make_images(name="other")
-    before = ImageFolderData.scan(one).fingerprint
-    assert ImageFolderData.scan(other).fingerprint == before
+    before = load_data(one).fingerprint
+    assert load_data(other).fingerprint == before
     names = {f"Class{c}": f"kind {c}" for c in "ABCDEF"}
-    assert ImageFolderData.scan(one, names).fingerprint != before
+    assert load_data(one, class_names=names).fingerprint != before
     (one / "ClassA" / "000.png").unlink()
-    assert ImageFolderData.scan(one).fingerprint != before
+    assert load_data(one).fingerprint != before
 
 
-def test_class_names_from_json_and_csv(make_images, tmp_path):
-    root = make_images({"mel": 1, "nv": 1})
-    as_json, as_csv = tmp_path / "names.json", tmp_path / "names.CSV"
-    as_json.write_text('{"mel": "melanoma", "nv": " mole, common ", "bcc": "not here"}')
-    as_csv.write_text('\ufefffolder,words\nmel,melanoma\n\nnv,"mole, common"\n', encoding="utf-8")
-    for path in (as_json, as_csv):
-        data = ImageFolderData.scan(root, path)
-        assert [entry.words for entry in data.classes] == ["melanoma", "mole, common"]
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "complaint"),
-    [
-        ("a.json", "{", "not valid JSON"),
-        ("a.json", "[1]", 'must hold an object {"folder": "words"}'),
-        ("a.json", '{"mel": ""}', "no words for 'mel'"),
-        ("a.json", '{"mel": 3}', "no words for 'mel'"),
-        ("a.csv", "mel,melanoma\nnv,mole, common\n", "line 2 of .* has 3 columns"),
-        ("a.csv", "mel,melanoma\nmel,mole\n", "line 2 of .* names 'mel' again"),
-        ("a.txt", "mel melanoma", "must end in .json or .csv"),
-        ("missing.json", None, "can't read .*missing.json"),
-    ],
-)
-def test_bad_class_name_files(tmp_path, name, text, complaint):
-    if text is not None:
-        (tmp_path / name).write_text(text)
-    with pytest.raises(FewShotError, match=complaint):
-        read_class_names(tmp_path / name)
-
-
-def test_class_names_must_cover_every_class_and_differ(make_images):
-    root = make_images({"AnnualCrop": 1, "Forest": 1})
-    with pytest.raises(FewShotError, match=r"no words for .*'AnnualCrop' \(it has 'Annual-Crop'\)"):
-        ImageFolderData.scan(root, {"Annual-Crop": "crop", "Forest": "forest"})
-    with pytest.raises(FewShotError, match="'AnnualCrop' and 'Forest' have the same words 'land'"):
-        ImageFolderData.scan(root, {"AnnualCrop": "land", "Forest": "land"})
+def test_fingerprint_of_folders_never_changes(tmp_path):
+    # A run made with an older version is continued with a newer one.
+    for name in ("ClassA/1.png", "ClassB/2.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"12345")
+    expected = hashlib.sha256(
+        b'["ClassA", "class a", [["ClassA/1.png", 5]]]["ClassB", "class b", [["ClassB/2.png", 5]]]'
+    )
+    assert load_data(tmp_path).fingerprint == expected.hexdigest()
 
 
 def test_unusable_folders(tmp_path, make_images):
     with pytest.raises(FewShotError, match="missing does not exist"):
-        ImageFolderData.scan(tmp_path / "missing")
+        load_data(tmp_path / "missing")
     (tmp_path / "file").write_text("")
-    with pytest.raises(FewShotError, match="file is a file"):
-        ImageFolderData.scan(tmp_path / "file")
+    with pytest.raises(FewShotError, match=r"file is a file but does not end in \.json or \.csv"):
+        load_data(tmp_path / "file")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FewShotError, match="empty has no sub-folders"):
-        ImageFolderData.scan(tmp_path / "empty")
+        load_data(tmp_path / "empty")
     with pytest.raises(FewShotError, match=r"no images in the sub-folders.*\.jpg"):
-        ImageFolderData.scan(make_images({"a": 0, "b": 0}))
+        load_data(make_images({"a": 0, "b": 0}))
 
 
 def test_too_few_classes_or_images(make_images):
-    data = ImageFolderData.scan(make_images({"a": 8, "b": 3, "c": 2, "d": 8}))
-    with pytest.raises(FewShotError, match=r"--ways 5 is more than the 4 class folders.*a, b, c"):
+    data = load_data(make_images({"a": 8, "b": 3, "c": 2, "d": 8}))
+    with pytest.raises(FewShotError, match=r"--ways 5 is more than the 4 classes in .*a, b, c"):
         data.require(ways=5, shots=1, queries=1)
     complaint = r"class 'b' .* has 3 images but 6 are needed .*\(1 more classes have too few\)"
     with pytest.raises(FewShotError, match=complaint):
@@ -116,31 +72,61 @@ def test_too_few_classes_or_images(make_images):
     data.require(ways=4, shots=1, queries=1)
 
 
-def test_every_kind_of_image_becomes_rgb(tmp_path):
+@pytest.fixture
+def reader_of(tmp_path):
+    """A reader of images in one class, and the class."""
+
+    def make(images, preprocess=small_preprocess, **options):
+        folder = tmp_path / "data" / "class"
+        folder.mkdir(parents=True)
+        for name, content in images.items():
+            if isinstance(content, bytes):
+                (folder / name).write_bytes(content)
+            else:
+                content.save(folder / name)
+        data = load_data(tmp_path / "data")
+        return ImageReader(data, preprocess, **options), data.classes[0]
+
+    return make
+
+
+def test_every_kind_of_image_becomes_rgb(reader_of):
     red = np.zeros((8, 8, 3), np.uint8)
     red[..., 0] = 200
-    Image.fromarray(red).save(tmp_path / "rgb.png")
-    Image.fromarray(red).convert("P").save(tmp_path / "palette.png")
-    Image.fromarray(red).convert("RGBA").save(tmp_path / "alpha.png")
-    Image.fromarray(np.full((8, 8), 200, np.uint8)).save(tmp_path / "grey.png")
-    Image.fromarray(np.full((8, 8), 200 << 8, np.uint16)).save(tmp_path / "grey16.png")
-    reader = ImageReader(tmp_path, small_preprocess)
-    for name in ("rgb", "palette", "alpha"):
-        image = reader.read(f"{name}.png")
-        assert image.shape == (3, 8, 8)
-        torch.testing.assert_close(
-            image.mean((1, 2)), torch.tensor([200 / 255, 0, 0]), atol=0.03, rtol=0
-        )
-    for name in ("grey", "grey16"):
-        torch.testing.assert_close(
-            reader.read(f"{name}.png"), torch.full((3, 8, 8), 200 / 255), atol=1e-6, rtol=0
-        )
+    image = Image.fromarray(red)
+    reader, entry = reader_of(
+        {
+            "alpha.png": image.convert("RGBA"),
+            "cmyk.tif": image.convert("CMYK"),
+            "grey.png": Image.fromarray(np.full((8, 8), 200, np.uint8)),
+            "grey16.png": Image.fromarray(np.full((8, 8), 200 << 8, np.uint16)),
+            "palette.png": image.quantize(8),
+            "rgb.png": image,
+        }
+    )
+    assert len(entry.files) == 6
+    for position, name in enumerate(entry.files):
+        pixels = reader.read(entry, position)
+        assert pixels.shape == (3, 8, 8)
+        assert pixels.dtype == torch.uint8
+        expected = [200, 200, 200] if "grey" in name else [200, 0, 0]
+        difference = pixels.float() - torch.tensor(expected)[:, None, None]
+        assert difference.abs().max() <= (2 if "palette" in name else 0)
+
+
+def test_an_orientation_in_the_metadata_is_left(reader_of, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    image.getexif()[0x0112] = 6
+    image.save(tmp_path / "turned.png", exif=image.getexif())
+    reader, entry = reader_of({"turned.png": (tmp_path / "turned.png").read_bytes()})
+    assert np.array_equal(reader.read(entry, 0).numpy(), pixels.transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("damage", ["text", "truncated", "empty", "missing"])
 def test_unreadable_images(make_images, damage):
-    root = make_images({"a": 1}) / "a"
-    path = root / "000.png"
+    data = load_data(make_images({"a": 1}))
+    path = data.source.root / "a" / "000.png"
     whole = path.read_bytes()
     if damage == "missing":
         path.unlink()
@@ -148,30 +134,31 @@ def test_unreadable_images(make_images, damage):
         path.write_bytes(
             {"text": b"hello", "truncated": whole[: len(whole) // 2], "empty": b""}[damage]
         )
-    with pytest.raises(FewShotError, match=r"can't read the image .*000\.png: .*--skip-unreadable"):
-        ImageReader(root, small_preprocess).read("000.png")
-    lenient = ImageReader(root, small_preprocess, skip_unreadable=True)
-    assert lenient.read("000.png") is None
-    assert lenient.read("000.png") is None
+    with pytest.raises(FewShotError, match=rf"can't read the image {path}: .*--skip-unreadable"):
+        ImageReader(data, small_preprocess).read(data.classes[0], 0)
+    lenient = ImageReader(data, small_preprocess, skip_unreadable=True)
+    assert lenient.read(data.classes[0], 0) is None
+    assert lenient.read(data.classes[0], 0) is None
 
 
-def test_cache_is_used_and_bounded(make_images):
-    root = make_images({"a": 4}) / "a"
+def test_memory_is_used_and_bounded(make_images):
     decoded = []
 
-    def preprocess(image):
-        decoded.append(image)
-        return small_preprocess(image)
+    class Counting(Preprocess):
+        def to_pixels(self, image):
+            decoded.append(image)
+            return super().to_pixels(image)
 
-    size = 3 * 8 * 8 * 4
-    reader = ImageReader(root, preprocess, cache_bytes=2 * size)
-    for name in ("000.png", "000.png", "001.png", "000.png"):
-        reader.read(name)
+    data = load_data(make_images({"a": 4}))
+    counting = Counting(PreprocessCfg(size=8))
+    reader = ImageReader(data, counting, memory_bytes=2 * 3 * 8 * 8)
+    for position in (0, 0, 1, 0):
+        reader.read(data.classes[0], position)
     assert len(decoded) == 2
-    reader.read("002.png")  # 001 was used least recently, so it goes
-    reader.read("000.png")
+    reader.read(data.classes[0], 2)  # 1 was used least recently, so it goes
+    reader.read(data.classes[0], 0)
     assert len(decoded) == 3
-    reader.read("001.png")
+    reader.read(data.classes[0], 1)
     assert len(decoded) == 4
 
 
@@ -180,10 +167,10 @@ def test_real_folders(real_data):
     domains = [path for path in folders if path.name != "model"]
     assert domains
     for domain in domains:
-        data = ImageFolderData.scan(domain)
+        data = load_data(domain)
         data.require(ways=5, shots=5, queries=10)
         for entry in data.classes:
-            image = ImageReader(domain, small_preprocess).read(entry.files[0])
+            image = ImageReader(data, small_preprocess).read(entry, 0)
             assert image.shape == (3, 8, 8)
             assert entry.words == entry.words.lower()
             assert "_" not in entry.words

@@ -6,9 +6,10 @@ from fake_engine import small_preprocess
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tir_kernels.fewshot.data import ImageFolderData, ImageReader
+from tir_kernels.fewshot.data import load_data
 from tir_kernels.fewshot.episodes import episode_seed, load_episode, plan_episode
 from tir_kernels.fewshot.errors import FewShotError
+from tir_kernels.fewshot.images import ImageReader
 
 
 def test_plans_never_change():
@@ -39,8 +40,8 @@ def test_episodes_differ_and_use_all_classes():
 
 
 def test_loaded_episode_is_grouped_by_class_and_disjoint(make_images):
-    data = ImageFolderData.scan(make_images())
-    reader = ImageReader(data.root, small_preprocess)
+    data = load_data(make_images())
+    reader = ImageReader(data, small_preprocess)
     plan = plan_episode(0, 0, [8] * 6, 4)
     episode = load_episode(plan, data, reader, shots=3, queries=5)
     assert episode.index == 0
@@ -52,29 +53,31 @@ def test_loaded_episode_is_grouped_by_class_and_disjoint(make_images):
     assert episode.query_labels.tolist() == [label for label in range(4) for _ in range(5)]
     everything = torch.cat([episode.support_images, episode.query_images]).flatten(1)
     assert len(torch.unique(everything, dim=0)) == 32
-    first = data.classes[plan.classes[0]].files[plan.orders[0][0]]
-    assert torch.equal(episode.support_images[0], reader.read(first))
+    first = reader.read(data.classes[plan.classes[0]], plan.orders[0][0])
+    assert torch.equal(episode.support_images[0], small_preprocess.normalise(first))
 
 
 def test_unreadable_image_is_replaced_by_the_next_of_its_class(make_images):
     root = make_images()
-    data = ImageFolderData.scan(root)
+    data = load_data(root)
     plan = plan_episode(0, 0, [8] * 6, 2)
-    whole = load_episode(plan, data, ImageReader(root, small_preprocess), shots=2, queries=5)
-    files = data.classes[plan.classes[0]].files
+    whole = load_episode(plan, data, ImageReader(data, small_preprocess), shots=2, queries=5)
+    entry = data.classes[plan.classes[0]]
+    files = entry.files
     bad = files[plan.orders[0][1]]
     (root / bad).write_bytes(b"damaged")
     with pytest.raises(FewShotError, match=bad):
-        load_episode(plan, data, ImageReader(root, small_preprocess), shots=2, queries=5)
-    lenient = ImageReader(root, small_preprocess, skip_unreadable=True)
+        load_episode(plan, data, ImageReader(data, small_preprocess), shots=2, queries=5)
+    lenient = ImageReader(data, small_preprocess, skip_unreadable=True)
     episode = load_episode(plan, data, lenient, shots=2, queries=5)
     assert episode.skipped == (bad,)
     # The other class is as before; in this one everything after the bad image moves up by one.
     assert torch.equal(episode.support_images[2:], whole.support_images[2:])
     assert torch.equal(episode.support_images[0], whole.support_images[0])
     assert torch.equal(episode.support_images[1], whole.query_images[0])
-    assert torch.equal(episode.query_images[4], lenient.read(files[plan.orders[0][7]]))
+    last = small_preprocess.normalise(lenient.read(entry, plan.orders[0][7]))
+    assert torch.equal(episode.query_images[4], last)
     (root / files[plan.orders[0][0]]).write_bytes(b"damaged")
-    lenient = ImageReader(root, small_preprocess, skip_unreadable=True)
+    lenient = ImageReader(data, small_preprocess, skip_unreadable=True)
     with pytest.raises(FewShotError, match="has 6 readable images but 7 are needed"):
         load_episode(plan, data, lenient, shots=2, queries=5)

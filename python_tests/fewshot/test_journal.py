@@ -1,8 +1,6 @@
-"""The run folder: journal, settings, lock."""
+"""Journals: what is written, what is read, what is repaired."""
 
 import json
-import multiprocessing
-import os
 import resource
 
 import pytest
@@ -10,11 +8,11 @@ import pytest
 from tir_kernels.fewshot.errors import FewShotError
 from tir_kernels.fewshot.journal import (
     Journal,
+    JournalReader,
     Record,
-    RunFolder,
+    journal_name,
     read_journal,
     skipped_images,
-    write_json,
 )
 
 
@@ -49,7 +47,7 @@ def test_records_round_trip(path):
     for entry in records:
         journal.append(entry)
     journal.close()
-    assert read_journal(path) == records == journal.records
+    assert read_journal(path) == records == journal.news() == journal.records
     assert skipped_images(records) == ["A/1.png"]
     again = Journal(path)
     assert again.records == records
@@ -134,94 +132,34 @@ def test_full_disk_keeps_the_journal_readable(path):
     journal.close()
 
 
-def test_unwritable_places(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(FewShotError, match=r"--out: can't write in .*file"):
-        RunFolder(tmp_path / "file")
-    with pytest.raises(FewShotError, match="--out: can't write in /proc/none"):
-        RunFolder("/proc/none")
-    (tmp_path / "episodes.jsonl").mkdir()
-    with pytest.raises(FewShotError, match=r"can't read .*episodes.jsonl"):
-        Journal(tmp_path / "episodes.jsonl")
-    with pytest.raises(FewShotError, match=r"can't write .*none/x.json"):
-        write_json(tmp_path / "none" / "x.json", {})
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write in read-only folders")
-def test_read_only_folder(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(FewShotError, match=r"--out: can't write in .*Permission denied"):
-        RunFolder(tmp_path)
-    tmp_path.chmod(0o700)
-
-
-def _try_folder(path, answer):
-    try:
-        RunFolder(path)
-        answer.put("")
-    except FewShotError as error:
-        answer.put(str(error))
-
-
-def _ask_other_process(path):
-    context = multiprocessing.get_context("fork")
-    answer = context.Queue()
-    other = context.Process(target=_try_folder, args=(path, answer))
-    other.start()
-    text = answer.get(timeout=30)
-    other.join()
-    return text
-
-
-def test_one_process_at_a_time(tmp_path):
-    with RunFolder(tmp_path):
-        assert "another process is running in" in _ask_other_process(tmp_path)
-        with pytest.raises(FewShotError, match="another process"):
-            RunFolder(tmp_path)
-    assert _ask_other_process(tmp_path) == ""
-
-
-SETTINGS = {"ways": 5, "layers": (8, 10), "logit_scale": None}
-
-
-def test_settings_are_kept_and_compared(tmp_path):
-    path = tmp_path / "settings.json"
-    with RunFolder(tmp_path) as folder:
-        folder.claim(SETTINGS, 10, {"torch": "1"})
-        folder.claim(SETTINGS, 10, {"torch": "2"})
-        kept = json.loads(path.read_text())
-        assert kept["about"] == {"torch": "1"}
-        assert kept["episodes"] == 10
-        with pytest.raises(FewShotError, match=r"--layers was 8,10, is 7; give the old"):
-            folder.claim(SETTINGS | {"layers": (7,)}, 10, {})
-        with pytest.raises(
-            FewShotError, match=r"--ways was 5, is 4; --logit-scale was unset, is 2.0;"
-        ):
-            folder.claim(SETTINGS | {"ways": 4, "logit_scale": 2.0}, 10, {})
-        assert json.loads(path.read_text()) == kept
-        folder.claim(SETTINGS, 12, {})
-        assert json.loads(path.read_text()) == kept | {"episodes": 12}
-        with pytest.raises(FewShotError, match="12 episodes; --episodes may grow but not shrink"):
-            folder.claim(SETTINGS, 11, {})
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"settings": 1, "episodes": 2}'])
-def test_damaged_settings(tmp_path, text):
-    (tmp_path / "settings.json").write_text(text)
-    with (
-        RunFolder(tmp_path) as folder,
-        pytest.raises(FewShotError, match=r"settings.json is damag"),
-    ):
-        folder.claim(SETTINGS, 1, {})
-
-
-def test_journal_without_settings_is_refused(tmp_path):
-    (tmp_path / "episodes.jsonl").write_bytes(record(0).to_line())
-    with RunFolder(tmp_path) as folder, pytest.raises(FewShotError, match=r"no settings.json"):
-        folder.claim(SETTINGS, 1, {})
-
-
-def test_json_is_strict(tmp_path):
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(tmp_path / "x.json", {"a": float("nan")})
-    assert not (tmp_path / "x.json").exists()
+def test_journals_are_read_as_they_grow(tmp_path):
+    reader = JournalReader(tmp_path)
+    assert reader.news() == []
+    journals = [Journal(tmp_path / journal_name(number)) for number in range(3)]
+    journals[1].append(record(0))
+    journals[0].append(record(1))
+    assert reader.news() == [record(1), record(0)]
+    assert (2, "tir") not in reader
+    line = record(2).to_line()
+    with open(tmp_path / journal_name(5), "ab", buffering=0) as other:
+        other.write(line[:40])
+        assert reader.news() == []
+        other.write(line[40:] + record(3).to_line()[:5])
+        assert reader.news() == [record(2)]
+    assert (2, "tir") in reader
+    journals[2].append(record(0, correct=1))
+    journals[2].append(record(4))
+    for journal in journals:
+        journal.close()
+    assert reader.news() == [record(4)]
+    assert reader.repeats == 1
+    assert reader.records == [record(1), record(0), record(2), record(4)]
+    # Its owner cuts the torn line off and writes another; lines are counted on.
+    journal = Journal(tmp_path / journal_name(5))
+    journal.append(record(6))
+    journal.close()
+    assert reader.news() == [record(6)]
+    with open(tmp_path / journal_name(5), "ab") as other:
+        other.write(record(7).to_line() + b"?\n")
+    with pytest.raises(FewShotError, match=r"line 4 of .*episodes.5.jsonl is damaged"):
+        reader.news()

@@ -11,10 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tir_kernels.fewshot.config import FewShotConfig
-from tir_kernels.fewshot.data import ImageFolderData, ImageReader
+from tir_kernels.fewshot.data import load_data
 from tir_kernels.fewshot.engine import finetune_episode
 from tir_kernels.fewshot.episodes import load_episode, plan_episode
 from tir_kernels.fewshot.errors import FewShotError
+from tir_kernels.fewshot.images import ImageReader
 from tir_kernels.fewshot.models import load_model
 
 
@@ -254,8 +255,8 @@ def test_nothing_is_logged(folder, caplog):
 def test_real_model_knows_everyday_objects(real_data):
     # Weights, preprocessing and class words all have to be right for this.
     loaded = load_model(str(real_data / "model"))
-    data = ImageFolderData.scan(real_data / "tinyimagenet")
-    reader = ImageReader(data.root, loaded.preprocess)
+    data = load_data(real_data / "tinyimagenet")
+    reader = ImageReader(data, loaded.preprocess)
     config = FewShotConfig(method="zero-shot", backend="reference")
     plan = plan_episode(0, 0, [len(entry.files) for entry in data.classes], ways=5)
     episode = load_episode(plan, data, reader, shots=1, queries=4)

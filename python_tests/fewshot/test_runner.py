@@ -12,13 +12,15 @@ from rich.console import Console
 from scipy import stats
 
 from tir_kernels.fewshot.config import FewShotConfig
-from tir_kernels.fewshot.data import ImageFolderData, ImageReader
+from tir_kernels.fewshot.data import load_data
 from tir_kernels.fewshot.engine import NonFiniteLossError
 from tir_kernels.fewshot.episodes import episode_seed
 from tir_kernels.fewshot.errors import FewShotError
-from tir_kernels.fewshot.journal import Journal, Record
+from tir_kernels.fewshot.images import ImageReader
+from tir_kernels.fewshot.journal import Record, read_journal
 from tir_kernels.fewshot.models import load_model
 from tir_kernels.fewshot.report import Estimate, print_summary, summarise
+from tir_kernels.fewshot.run_folder import RunFolder
 from tir_kernels.fewshot.runner import RunPlan, run_episodes
 
 METHODS = ("tir", "lora", "zero-shot")
@@ -28,29 +30,27 @@ class Setting:
     """A run on small images in a folder."""
 
     def __init__(self, root, folder):
-        self.data = ImageFolderData.scan(root)
-        self.images = ImageReader(root, fake_engine.small_preprocess)
+        self.data = load_data(root)
+        self.images = ImageReader(self.data, fake_engine.small_preprocess)
         self.model = fake_engine.fake_model()
         self.path = folder / "episodes.jsonl"
         config = FewShotConfig(steps=3, shots=2, backend="reference")
         self.plan = RunPlan(ways=3, queries=4, episodes=4, methods=METHODS, config=config)
 
     def run(self, finetune=fake_engine.fake_finetune, **options):
-        journal = Journal(self.path)
-        try:
+        with RunFolder(self.path.parent) as folder, folder.journal() as journal:
             return list(
                 run_episodes(
                     self.plan,
                     self.data,
                     self.images,
                     self.model,
+                    folder,
                     journal,
                     finetune=None if finetune is None else fake_engine.at_once(finetune),
                     **options,
                 )
             )
-        finally:
-            journal.close()
 
 
 @pytest.fixture
@@ -114,9 +114,9 @@ def test_stopped_and_continued_equals_uninterrupted(setting, stop_after):
 
     with pytest.raises(KeyboardInterrupt):
         setting.run(interrupted)
-    assert timeless(Journal(setting.path).records) == whole[:stop_after]
+    assert timeless(read_journal(setting.path)) == whole[:stop_after]
     assert timeless(setting.run()) == whole[stop_after:]
-    assert timeless(Journal(setting.path).records) == whole
+    assert timeless(read_journal(setting.path)) == whole
     assert setting.run() == []
 
 
@@ -127,28 +127,46 @@ def test_several_at_once_give_the_same_records(setting, parallel):
     setting.plan = replace(setting.plan, parallel=parallel)
     together = timeless(setting.run())
     assert sorted(together, key=lambda r: (r.episode, METHODS.index(r.method))) == whole
-    assert [record.method for record in together[:parallel][:4]] == ["tir"] * min(parallel, 4)
+    # Groups are as even as they can be.
+    group = {2: 2, 3: 2, 9: 4}[parallel]
+    assert [record.method for record in together[: group + 1]] == ["tir"] * group + ["lora"]
+
+
+def test_auto_takes_what_fits_for_every_method(setting, monkeypatch):
+    asked = []
+
+    def episodes_that_fit(model, tokenizer, episode, config, *, checkpoint):
+        asked.append((config.method, checkpoint))
+        return {"tir": 2, "lora": 3}[config.method]
+
+    monkeypatch.setattr("tir_kernels.fewshot.engine.episodes_that_fit", episodes_that_fit)
+    setting.plan = replace(setting.plan, parallel="auto", checkpoint=True)
+    records = setting.run()
+    assert asked == [("tir", True), ("lora", True)]
+    assert [record.method for record in records[:3]] == ["tir", "tir", "lora"]
+    assert setting.run() == []
+    assert len(asked) == 2  # a finished run asks for nothing
 
 
 def test_several_at_once_go_on_where_the_run_stopped(setting):
     whole = timeless(setting.run())
     setting.path.unlink()
-    setting.plan = replace(setting.plan, parallel=3)
+    setting.plan = replace(setting.plan, parallel=4)
     calls = 0
 
     def interrupted(*arguments, **options):
         nonlocal calls
         calls += 1
-        if calls > 5:  # in the second method's episodes
+        if calls > 6:  # in the second method's episodes
             raise KeyboardInterrupt
         return fake_engine.fake_finetune(*arguments, **options)
 
     with pytest.raises(KeyboardInterrupt):
         setting.run(interrupted)
-    assert len(Journal(setting.path).records) == 3
+    assert len(read_journal(setting.path)) == 4
     setting.plan = replace(setting.plan, parallel=2)
     setting.run()
-    records = timeless(Journal(setting.path).records)
+    records = timeless(read_journal(setting.path))
     assert sorted(records, key=lambda r: (r.episode, METHODS.index(r.method))) == whole
 
 
@@ -182,7 +200,7 @@ def test_non_finite_results_are_recorded_and_the_run_goes_on(setting):
             assert record.accuracy is None
             assert record.final_loss is None
             assert record.total == 12
-    assert Journal(setting.path).records == records
+    assert read_journal(setting.path) == records
     summary = summarise(records, METHODS)
     assert summary.failures == (
         "lora: non-finite loss in episodes 0, 1, 2, 3; "
@@ -208,7 +226,7 @@ def test_errors_of_the_engine_become_one_line(setting, error, message):
 
 def test_real_engine_on_a_tiny_model(setting, tiny_model_folder):
     setting.model = load_model(str(tiny_model_folder))
-    setting.images = ImageReader(setting.data.root, setting.model.preprocess)
+    setting.images = ImageReader(setting.data, setting.model.preprocess)
     setting.plan = replace(setting.plan, episodes=1)
     before = {key: value.clone() for key, value in setting.model.model.state_dict().items()}
     records = setting.run(finetune=None)

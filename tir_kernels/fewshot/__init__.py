@@ -1,13 +1,21 @@
 """Few-shot fine-tuning of CLIP models with dynamic token re-weighting."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from .config import FewShotConfig
 
 if TYPE_CHECKING:
-    from .engine import EpisodeResult, NonFiniteLossError, finetune_episode, finetune_episodes
+    from .engine import (
+        EpisodeResult,
+        NonFiniteLossError,
+        Savings,
+        episodes_that_fit,
+        finetune_episode,
+        finetune_episodes,
+    )
     from .episodes import Episode
-    from .training import Savings
+    from .run_folder import read_run
 
 __all__ = [
     "Episode",
@@ -15,19 +23,19 @@ __all__ = [
     "FewShotConfig",
     "NonFiniteLossError",
     "Savings",
+    "episodes_that_fit",
     "finetune_episode",
     "finetune_episodes",
+    "read_run",
 ]
+
+
+_ELSEWHERE = {"Episode": "episodes", "read_run": "run_folder"}
 
 
 def __getattr__(name: str) -> Any:
     # The engine imports open_clip, which takes seconds that a command line's --help should not.
-    if name == "Episode":
-        from .episodes import Episode
-
-        return Episode
     if name in __all__:
-        from . import engine
-
-        return getattr(engine, name)
+        module = importlib.import_module(f"{__name__}.{_ELSEWHERE.get(name, 'engine')}")
+        return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,16 +13,29 @@ import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import click
 
 from tir_kernels.fewshot.config import METHODS, PLACEMENTS, PRECISIONS, FewShotConfig
 from tir_kernels.fewshot.errors import FewShotError
+from tir_kernels.fewshot.words import KNOWN_SETS
+from tir_kernels.fewshot.workers import Place
 
 PROGRAM = "tir-finetune"
 BAD_INPUT = 2
 INTERRUPTED = 130
+
+
+class _Parallel(click.ParamType):
+    """A number of episodes, or "auto"."""
+
+    name = "integer|auto"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        return value if value == "auto" else click.IntRange(1).convert(value, param, ctx)
 
 
 class _WholeNumbers(click.ParamType):
@@ -105,11 +118,29 @@ def _protocol_options(*, episodes: int) -> Callable[[Callable], Callable]:
             help="Episodes; a run may be continued with more.",
         ),
         click.option(
+            "--augment",
+            type=click.IntRange(0),
+            default=0,
+            help="Train on this many views of each support image beside the image itself; 0 for "
+            "none. The cross-domain few-shot benchmark takes 4. A view is a part of the image of "
+            "8 to 100 % of its area and a ratio of sides of 3/4 to 4/3, scaled up to the model's "
+            "size, flipped half of the time, with brightness, contrast and saturation times a "
+            "random number from 0.6 to 1.4. Views are drawn once per episode, from --seed and its "
+            "number alone.",
+        ),
+        click.option(
             "--parallel-episodes",
-            type=click.IntRange(1),
+            type=_Parallel(),
             default=1,
-            help="Episodes trained at once, which a GPU needs to be busy; the results are the "
-            "same. Where memory runs out, half as many are.",
+            help="Episodes trained at once, which a GPU needs to be busy: a number, or auto for as "
+            "many as fit into memory. The results are the same up to rounding. Where memory runs "
+            "out, half as many are.",
+        ),
+        click.option(
+            "--checkpoint",
+            is_flag=True,
+            help="Compute activations again in the backward pass instead of keeping them: a third "
+            "more work in a fraction of the memory.",
         ),
     )
 
@@ -134,7 +165,17 @@ def cli() -> None:
 
 @cli.command()
 @click.option(
-    "--data", required=True, metavar="DIR", help="Folder with a sub-folder of images per class."
+    "--data",
+    required=True,
+    metavar="SOURCE",
+    help="Folder with a sub-folder of images per class; a list of images: JSON with image_names, "
+    "image_labels and label_names, or CSV with columns for file and label, of ISIC 2018 or of "
+    "ChestX-ray8; or hf:NAME[:SPLIT] from Hugging Face, or a folder of its save_to_disk.",
+)
+@click.option(
+    "--images",
+    metavar="DIR",
+    help="Folder of the images that a list names, also deep in it; by default the list's own.",
 )
 @click.option(
     "--model",
@@ -163,9 +204,19 @@ def cli() -> None:
 )
 @click.option(
     "--class-names",
-    metavar="FILE",
-    help="JSON or CSV file: folder name -> words. Without it, the words come from the folder name.",
+    metavar="FILE_OR_SET",
+    help=f"JSON or CSV file: class -> words, or the names of a data set: {', '.join(KNOWN_SETS)}. "
+    "Without it, the words are those of such a set if it has all classes, or else come from the "
+    "names of folders or labels.",
 )
+@click.option(
+    "--cache",
+    metavar="DIR",
+    help="Folder in which the images of a class are kept, decoded and resized, when it is first "
+    "needed; by default tir_kernels/images in $XDG_CACHE_HOME or ~/.cache. It may be shared, and "
+    "deleted at any time. Without room in it, the run goes on without.",
+)
+@click.option("--no-cache", is_flag=True, help="Decode images in each run, and keep none.")
 @click.option(
     "--skip-unreadable",
     is_flag=True,
@@ -174,7 +225,7 @@ def cli() -> None:
 @_protocol_options(episodes=20)
 @_config_options()
 def run(**options: Any) -> None:
-    """Fine-tune and score methods on few-shot episodes drawn from a folder of images."""
+    """Fine-tune and score methods on few-shot episodes drawn from classes of images."""
     _run(**options)
 
 
@@ -202,6 +253,9 @@ def demo(out: str, **options: Any) -> None:
         out=out,
         methods=("tir", "lora", "zero-shot"),
         class_names=str(images / "class_names.json"),
+        images=None,
+        cache=None,
+        no_cache=True,
         skip_unreadable=False,
         **options,
     )
@@ -215,42 +269,64 @@ def _run(
     out: str,
     methods: Sequence[str],
     class_names: str | None,
+    images: str | None,
+    cache: str | None,
+    no_cache: bool,
     skip_unreadable: bool,
     ways: int,
     queries: int,
     episodes: int,
-    parallel_episodes: int,
+    augment: int,
+    parallel_episodes: int | Literal["auto"],
+    checkpoint: bool,
     **config_values: Any,
 ) -> None:
     from rich.console import Console
 
-    messages = Console(stderr=True)
+    place = Place.of_this_process()
+    messages = Console(stderr=True, quiet=not place.is_first)
+
+    def notify(text: str) -> None:
+        messages.print(text, soft_wrap=True, highlight=False, markup=False)
+
     try:
         config = FewShotConfig(**config_values)
     except (ValueError, TypeError) as error:
         raise FewShotError(_with_option_name(str(error))) from error
     with messages.status("loading libraries"):
-        from tir_kernels.fewshot.data import ImageFolderData, ImageReader
-        from tir_kernels.fewshot.journal import SUMMARY_NAME, RunFolder, write_json
+        import torch
+
+        from tir_kernels.fewshot.data import load_data
+        from tir_kernels.fewshot.image_cache import ImageCache, default_cache_folder
+        from tir_kernels.fewshot.images import ImageReader
         from tir_kernels.fewshot.models import load_model
         from tir_kernels.fewshot.progress import RunDisplay
         from tir_kernels.fewshot.report import print_summary, summarise
+        from tir_kernels.fewshot.run_folder import SUMMARY_NAME, RunFolder, read_run, write_json
         from tir_kernels.fewshot.runner import RunPlan, run_episodes
 
     # A method named twice is still one method.
     names = tuple(dict.fromkeys(methods))
-    plan = RunPlan(ways, queries, episodes, names, config, parallel_episodes)
-    source = ImageFolderData.scan(data, class_names)
+    own = dataclasses.replace(config, device=place.own_device(config.device))
+    plan = RunPlan(ways, queries, episodes, names, own, parallel_episodes, augment, checkpoint)
+    with messages.status("listing the images"):
+        source = load_data(data, class_names=class_names, images=images)
+    for note in source.notes:
+        notify(note)
     source.require(ways=ways, shots=config.shots, queries=queries)
-    with RunFolder(out) as folder:
+    with RunFolder(out, place) as folder:
         with messages.status("loading the model"):
-            loaded = load_model(model, pretrained, device=config.device)
-        about = {"data": str(source.root), "model": loaded.description, **_versions()}
-        folder.claim(plan.settings(source, loaded), episodes, about)
+            loaded = load_model(model, pretrained, device=own.device)
+        if own.device != config.device:
+            # For what takes the current device unasked, as the capture of CUDA graphs does.
+            torch.cuda.set_device(own.device)
+        about = {"data": source.name, "model": loaded.description, **_versions()}
+        # Another number of processes, on other devices, may continue the run.
+        settings = plan.settings(source, loaded) | {"device": config.device}
+        folder.claim(settings, episodes, about)
         with folder.journal() as journal:
             if journal.note:
-                messages.print(journal.note, soft_wrap=True, highlight=False)
-            images = ImageReader(source.root, loaded.preprocess, skip_unreadable=skip_unreadable)
+                notify(journal.note)
             display = RunDisplay(
                 messages,
                 episodes=episodes,
@@ -258,13 +334,32 @@ def _run(
                 steps=config.steps,
                 finished=journal.records,
             )
+            kept = ImageCache(
+                cache or default_cache_folder(),
+                source.source,
+                loaded.preprocess,
+                notify=notify,
+                on_decode=display.decoding,
+            )
+            reader = ImageReader(
+                source,
+                loaded.preprocess,
+                cache=None if no_cache else kept,
+                skip_unreadable=skip_unreadable,
+            )
             with display:
                 for record in run_episodes(
-                    plan, source, images, loaded, journal, on_step=display.step
+                    plan, source, reader, loaded, folder, journal, on_step=display.step
                 ):
                     display.finished(record)
-            records = journal.records
-        summary = summarise(records, plan.methods)
+        if not place.is_first:
+            return
+        if journal.repeats:
+            notify(
+                f"{journal.repeats} results were in the journals more than once and count once: "
+                f"locks in {folder.path} may not reach all machines"
+            )
+        summary = summarise(read_run(folder.path), plan.methods)
         write_json(folder.path / SUMMARY_NAME, summary.to_json())
     print_summary(summary, Console())
     if summary.failures:
@@ -305,6 +400,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 2 after bad input, 130 after Ctrl-C or SIGTERM.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    place = Place.of_this_process()
     try:
         with _terminable():
             # Without a command, help is an answer and not an error.
@@ -312,14 +408,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status if isinstance(status, int) else 0
     except (FewShotError, click.ClickException) as error:
         text = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        print(f"{PROGRAM}: error: {' '.join(text.split())}", file=sys.stderr)
+        place.let_others_speak()
+        print(f"{PROGRAM}{place.label}: error: {' '.join(text.split())}", file=sys.stderr)
         return BAD_INPUT
     except (KeyboardInterrupt, click.Abort):
-        print(
-            f"{PROGRAM}: interrupted; what is finished is kept. "
-            f"To continue: {PROGRAM} {shlex.join(words)}",
-            file=sys.stderr,
-        )
+        if place.is_first:
+            command = "the same command" if place.count > 1 else f"{PROGRAM} {shlex.join(words)}"
+            print(
+                f"{PROGRAM}: interrupted; what is finished is kept. To continue: {command}",
+                file=sys.stderr,
+            )
         return INTERRUPTED
 
 

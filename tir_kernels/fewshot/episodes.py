@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tir_kernels.fewshot.data import ImageFolderData, ImageReader
+from tir_kernels.fewshot.augment import with_views
+from tir_kernels.fewshot.data import ImageData
 from tir_kernels.fewshot.errors import FewShotError
+from tir_kernels.fewshot.images import ImageReader
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Episode:
 
     Args:
         class_names: The words of its C classes.
-        support_images: (S, 3, H, W) float32, S = C * shots.
+        support_images: (S, 3, H, W) float32, S = C * shots, or with N augmented views of each image
+            C * shots * (1 + N), where each image's views follow it.
         support_labels: (S,) int64 in [0, C).
         query_images: (Q, 3, H, W) float32, Q = C * queries.
         index: The episode's number.
@@ -77,9 +80,27 @@ def episode_seed(seed: int, index: int) -> int:
 
 
 def load_episode(
-    plan: EpisodePlan, data: ImageFolderData, images: ImageReader, *, shots: int, queries: int
+    plan: EpisodePlan,
+    data: ImageData,
+    images: ImageReader,
+    *,
+    shots: int,
+    queries: int,
+    device: str | torch.device = "cpu",
+    augment: int = 0,
+    seed: int = 0,
 ) -> Episode:
     """Read an episode's images.
+
+    Args:
+        plan: Which.
+        data: Their classes.
+        images: Reads them.
+        shots: Support images per class.
+        queries: Query images per class.
+        device: Where the images are normalised and augmented, and left; labels stay on the CPU.
+        augment: Augmented views of each support image, see ``draw_views``.
+        seed: Of the run, which decides the views together with the episode's number.
 
     Raises:
         FewShotError: An image can't be read, or too few of a class can.
@@ -93,25 +114,28 @@ def load_episode(
         for position in order:
             if len(readable) == shots + queries:
                 break
-            image = images.read(entry.files[position])
+            image = images.read(entry, position)
             if image is None:
                 skipped.append(entry.files[position])
             else:
                 readable.append(image)
         if len(readable) < shots + queries:
             raise FewShotError(
-                f"class {entry.folder!r} in {data.root} has {len(readable)} readable images but "
+                f"class {entry.folder!r} in {data.name} has {len(readable)} readable images but "
                 f"{shots + queries} are needed ({shots} shots + {queries} queries); "
                 "add images, or lower --shots or --queries"
             )
         support += readable[:shots]
         query += readable[shots:]
+    support_pixels, query_pixels = (torch.stack(each).to(device) for each in (support, query))
+    if augment:
+        support_pixels = with_views(support_pixels, augment, _random(seed, plan.index, stream=2))
     labels = torch.arange(len(classes))
     return Episode(
         class_names=[entry.words for entry in classes],
-        support_images=torch.stack(support),
-        support_labels=labels.repeat_interleave(shots),
-        query_images=torch.stack(query),
+        support_images=images.preprocess.normalise(support_pixels),
+        support_labels=labels.repeat_interleave(shots * (1 + augment)),
+        query_images=images.preprocess.normalise(query_pixels),
         index=plan.index,
         query_labels=labels.repeat_interleave(queries),
         folders=tuple(entry.folder for entry in classes),

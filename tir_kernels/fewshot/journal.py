@@ -1,24 +1,18 @@
-"""A run's folder: its lock, its settings, and the journal of finished episodes."""
+"""The journal of finished episodes: one file for each process that shares the run."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatch
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 from tir_kernels.fewshot.errors import FewShotError, first_line
 
 OK = "ok"
-JOURNAL_NAME = "episodes.jsonl"
-SETTINGS_NAME = "settings.json"
-SUMMARY_NAME = "summary.json"
-LOCK_NAME = ".lock"
 
 
 @dataclass(frozen=True)
@@ -114,74 +108,142 @@ assert set(_FIELD_TYPES) == {field.name for field in fields(Record)}
 
 
 def read_journal(path: str | Path) -> list[Record]:
-    """The records of a journal, in order; a torn last line is left out, repeats count once.
+    """The records of one journal file, in order; a torn last line is left out, repeats count once.
 
     Raises:
         FewShotError: The file can't be read, or a whole line of it is not a record.
     """
-    return _parse(Path(path), _read_bytes(Path(path)))
+    path = Path(path)
+    records: dict[tuple[int, str], Record] = {}
+    for record in _parse(path, _whole_lines(_read_bytes(path)), lines_before=0):
+        records.setdefault(record.key, record)
+    return list(records.values())
 
 
-def _read_bytes(path: Path) -> bytes:
+def journal_name(number: int) -> str:
+    """The name of the journal of this number; a process that runs alone has number 0."""
+    return f"episodes.{number}.jsonl" if number else "episodes.jsonl"
+
+
+def journal_paths(folder: Path) -> list[Path]:
+    """The journals in a folder, by number.
+
+    Raises:
+        FewShotError: The folder can't be read.
+    """
     try:
-        return path.read_bytes()
+        names = [name for name in os.listdir(folder) if fnmatch(name, "episodes*.jsonl")]
+    except OSError as error:
+        raise FewShotError(f"can't read {folder}: {first_line(error)}") from error
+    return [folder / name for name in sorted(names, key=lambda name: (len(name), name))]
+
+
+def _read_bytes(path: Path, start: int = 0) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read()
     except OSError as error:
         raise FewShotError(f"can't read {path}: {first_line(error)}") from error
 
 
-def _parse(path: Path, content: bytes) -> list[Record]:
-    records: dict[tuple[int, str], Record] = {}
-    # What follows the last line feed is torn: the process was killed while it wrote.
-    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+def _whole_lines(content: bytes) -> bytes:
+    # What follows the last line feed is torn: its process was killed, or is in the midst of it.
+    return content[: content.rfind(b"\n") + 1]
+
+
+def _parse(path: Path, content: bytes, lines_before: int) -> list[Record]:
+    records = []
+    for number, line in enumerate(content.split(b"\n")[:-1], start=lines_before + 1):
         try:
-            record = Record.from_line(line)
+            records.append(Record.from_line(line))
         except (ValueError, RecursionError) as error:
             raise FewShotError(
                 f"line {number} of {path} is damaged ({first_line(error)}); delete that line and "
                 "its episode is run again"
             ) from error
-        records.setdefault(record.key, record)
-    return list(records.values())
+    return records
 
 
-class Journal:
-    """An append-only file of records, safe against being killed at any moment.
+class JournalReader:
+    """The records of a run, merged from all its journals while these grow.
 
     Args:
-        path: The file; it is created if missing, and a torn last line is cut off.
+        folder: The run's folder.
 
     Attributes:
-        note: What was repaired, or empty.
-
-    Raises:
-        FewShotError: The file can't be read or written, or a line of it is damaged.
+        repeats: Lines that were left out because their (episode, method) was there already.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.note = ""
-        content = _read_bytes(path) if path.exists() else b""
-        self._records = {record.key: record for record in _parse(path, content)}
-        try:
-            self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):
-                os.ftruncate(self._file, whole)
-                self.note = f"the last line of {path} was torn; its episode is run again"
-            _sync_folder(path.parent)
-        except OSError as error:
-            raise FewShotError(f"can't write {path}: {first_line(error)}") from error
+    def __init__(self, folder: Path) -> None:
+        self.repeats = 0
+        self._folder = folder
+        self._done: dict[Path, tuple[int, int]] = {}  # bytes and lines read
+        self._records: dict[tuple[int, str], Record] = {}
+
+    def news(self) -> list[Record]:
+        """The records that no earlier call returned.
+
+        Raises:
+            FewShotError: A journal can't be read, or a whole line of it is not a record.
+        """
+        found = []
+        for path in journal_paths(self._folder):
+            size, lines = self._done.get(path, (0, 0))
+            content = _whole_lines(_read_bytes(path, size))
+            records = _parse(path, content, lines)
+            self._done[path] = size + len(content), lines + len(records)
+            for record in records:
+                if record.key in self._records:
+                    self.repeats += 1
+                else:
+                    self._records[record.key] = record
+                    found.append(record)
+        return found
 
     @property
     def records(self) -> list[Record]:
-        """All records, in the order they were written."""
+        """All records that were read."""
         return list(self._records.values())
 
     def __contains__(self, key: tuple[int, str]) -> bool:
         return key in self._records
 
+
+class Journal(JournalReader):
+    """The records of a run, and the file that this process appends its own to.
+
+    The file is safe against being killed at any moment.
+
+    Args:
+        path: The file, which no other process may append to; it is created if missing, and a torn
+            last line is cut off.
+
+    Attributes:
+        note: What was repaired, or empty.
+
+    Raises:
+        FewShotError: A journal can't be read or written, or a line of it is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path.parent)
+        self.path = path
+        self.note = ""
+        self.news()
+        content = _read_bytes(path) if path.exists() else b""
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            whole = len(_whole_lines(content))
+            if whole < len(content):
+                os.ftruncate(self._file, whole)
+                self.note = f"the last line of {path} was torn; its episode is run again"
+            sync_folder(path.parent)
+        except OSError as error:
+            raise FewShotError(f"can't write {path}: {first_line(error)}") from error
+
     def append(self, record: Record) -> None:
-        """Write a record; when this returns, the record is on the disk.
+        """Write a record; when this returns, the record is on the disk, and ``news`` will have it.
 
         Raises:
             FewShotError: It can't be written. The records before it stay readable.
@@ -199,152 +261,15 @@ class Journal:
                 f"can't write {self.path}: {first_line(error)}; what is finished is kept: "
                 "make room and give the same command again"
             ) from error
-        self._records[record.key] = record
 
     def close(self) -> None:
         """Close the file."""
         os.close(self._file)
 
 
-class RunFolder:
-    """A run's folder, held by one process at a time.
-
-    Args:
-        path: The folder; it is created if missing.
-
-    Raises:
-        FewShotError: It can't be created or locked, or another process holds it.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
-        lock_path = self.path / LOCK_NAME
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise FewShotError(
-                f"--out: can't write in {self.path}: {first_line(error)}; choose another folder"
-            ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._lock)
-            raise FewShotError(
-                f"--out: another process is running in {self.path}; wait for it, or choose "
-                "another folder"
-            ) from error
-        except OSError as error:
-            os.close(self._lock)
-            raise FewShotError(
-                f"--out: can't lock {lock_path}: {first_line(error)}; choose a folder on a disk "
-                "that supports locks"
-            ) from error
-
-    def __enter__(self) -> RunFolder:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        os.close(self._lock)
-
-    def claim(self, settings: Mapping[str, Any], episodes: int, about: Mapping[str, Any]) -> None:
-        """Record what the run is, or check that it is still the same.
-
-        Args:
-            settings: All that decides an episode's numbers, as JSON values, by the options' names.
-            episodes: Number of episodes; it may be larger each time.
-            about: Facts worth keeping that are not compared.
-
-        Raises:
-            FewShotError: The folder belongs to a run with other settings, or can't be read.
-        """
-        path = self.path / SETTINGS_NAME
-        new = json.loads(json.dumps({"episodes": episodes, "settings": dict(settings)}))
-        if path.exists():
-            old = self._read_settings(path)
-            _refuse_changes(self.path, old, new)
-            if old["episodes"] == episodes:
-                return
-            about = old.get("about", about)
-        elif (self.path / JOURNAL_NAME).exists():
-            raise FewShotError(
-                f"--out: {self.path} has {JOURNAL_NAME} but no {SETTINGS_NAME}, so it can't be "
-                "continued; choose another folder"
-            )
-        write_json(path, {**new, "about": dict(about)})
-
-    @contextlib.contextmanager
-    def journal(self) -> Iterator[Journal]:
-        """The run's journal, open for appending."""
-        journal = Journal(self.path / JOURNAL_NAME)
-        try:
-            yield journal
-        finally:
-            journal.close()
-
-    @staticmethod
-    def _read_settings(path: Path) -> dict[str, Any]:
-        try:
-            old = json.loads(_read_bytes(path))
-            if isinstance(old["settings"], dict) and isinstance(old["episodes"], int):
-                return old
-        except (ValueError, KeyError, TypeError):
-            pass
-        raise FewShotError(f"--out: {path} is damaged; choose another folder")
-
-
-def _refuse_changes(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    before, now = old["settings"], new["settings"]
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    if changed:
-        words = "; ".join(
-            f"--{key.replace('_', '-')} was {_shown(before.get(key))}, is {_shown(now.get(key))}"
-            for key in changed
-        )
-        raise FewShotError(
-            f"--out: {folder} holds a run with other settings: {words}; give the old values to "
-            "continue it, or choose another folder"
-        )
-    if new["episodes"] < old["episodes"]:
-        raise FewShotError(
-            f"--out: {folder} holds a run of {old['episodes']} episodes; --episodes may grow but "
-            f"not shrink to {new['episodes']}"
-        )
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    return "unset" if value is None else str(value)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write strict JSON so that a reader sees the old file or the new one, never a part.
-
-    Raises:
-        FewShotError: The file can't be written.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, allow_nan=False, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise FewShotError(f"can't write {path}: {first_line(error)}") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    # A new name survives a power cut only once its folder is on the disk. Some network file systems
-    # don't offer this for folders; there it is left to them.
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder survive a power cut, once they are there."""
+    # Some network file systems don't offer this for folders; there it is left to them.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):

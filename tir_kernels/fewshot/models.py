@@ -15,11 +15,11 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.factory import load_state_dict
-from open_clip.transform import PreprocessCfg, image_transform_v2
-from PIL import Image
+from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 
 from tir_kernels.fewshot.errors import FewShotError, first_line
+from tir_kernels.fewshot.preprocess import Preprocess
 
 CONFIG_NAME = "open_clip_config.json"
 SAFETENSORS = (".safetensors",)
@@ -39,7 +39,7 @@ class LoadedModel:
     """
 
     model: nn.Module
-    preprocess: Callable[[Image.Image], Tensor]
+    preprocess: Preprocess
     tokenizer: Callable[..., Tensor]
     description: str
     fingerprint: str
@@ -73,7 +73,7 @@ def load_model(
     model = model.float().eval().requires_grad_(False).to(target)
     preprocess_cfg = open_clip.get_model_preprocess_cfg(model)
     try:
-        preprocess = image_transform_v2(PreprocessCfg(**preprocess_cfg), is_train=False)
+        preprocess = Preprocess(PreprocessCfg(**preprocess_cfg))
         tokenizer = open_clip.get_tokenizer(source.open_clip_name)
     except Exception as error:
         raise FewShotError(

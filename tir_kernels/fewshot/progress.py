@@ -6,7 +6,14 @@ from collections.abc import Iterable
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from tir_kernels.fewshot.journal import Record
 
@@ -50,6 +57,7 @@ class RunDisplay:
             self._running(), total=self._total, completed=self._done
         )
         self._steps = self._bars.add_task("", total=steps)
+        self._decoding: TaskID | None = None
 
     def __enter__(self) -> RunDisplay:
         self._bars.start()
@@ -67,6 +75,15 @@ class RunDisplay:
         """A training step is done."""
         description = f"episode {episode}, {method}, loss {loss:.3f}"
         self._bars.update(self._steps, completed=step + 1, description=description)
+
+    def decoding(self, text: str, done: int, total: int) -> None:
+        """Images of a class are decoded; the bar goes when all are."""
+        if self._decoding is None:
+            self._decoding = self._bars.add_task(text, total=total)
+        self._bars.update(self._decoding, completed=done, total=total, description=text)
+        if done == total:
+            self._bars.remove_task(self._decoding)
+            self._decoding = None
 
     def finished(self, record: Record) -> None:
         """A result is in the journal."""

@@ -1,23 +1,31 @@
-"""The loop over episodes and methods."""
+"""The loop over episodes and methods, of one process or of several that share a run."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import torch
 
 from tir_kernels.fewshot.config import FewShotConfig
-from tir_kernels.fewshot.data import ImageFolderData, ImageReader
+from tir_kernels.fewshot.data import ImageData
 from tir_kernels.fewshot.episodes import Episode, load_episode, plan_episode
 from tir_kernels.fewshot.errors import FewShotError, first_line
+from tir_kernels.fewshot.images import ImageReader
 from tir_kernels.fewshot.journal import OK, Journal, Record
 from tir_kernels.fewshot.models import LoadedModel
+from tir_kernels.fewshot.run_folder import RunFolder
 
 NON_FINITE_LOSS = "non-finite loss"
 NON_FINITE_LOGITS = "non-finite logits"
+
+# Between two looks at what the other processes have finished, for one that has nothing to do.
+_LOOK_SECONDS = 0.5
 
 FinetuneFunction = Callable[..., Any]
 
@@ -38,7 +46,10 @@ class RunPlan:
         episodes: Number of episodes.
         methods: Methods, each of which sees every episode.
         config: All other settings; its ``method`` is not used, and its ``seed`` is the run's.
-        parallel: Most episodes that are trained at once; the numbers do not depend on it.
+        parallel: Most episodes that are trained at once, or "auto" for what fits into memory; the
+            numbers do not depend on it, up to rounding.
+        augment: Augmented views of each support image.
+        checkpoint: Compute activations again in the backward pass instead of keeping them.
     """
 
     ways: int
@@ -46,24 +57,30 @@ class RunPlan:
     episodes: int
     methods: tuple[str, ...]
     config: FewShotConfig
-    parallel: int = 1
+    parallel: int | Literal["auto"] = 1
+    augment: int = 0
+    checkpoint: bool = False
 
-    def settings(self, data: ImageFolderData, model: LoadedModel) -> dict[str, Any]:
+    def settings(self, data: ImageData, model: LoadedModel) -> dict[str, Any]:
         """All that decides an episode's numbers, as JSON values, by the names of the options."""
+        # Runs from before there was augmentation have none, and no word on it.
+        augment = {"augment": self.augment} if self.augment else {}
         return asdict(self.config) | {
             "data": f"content {data.fingerprint[:16]}",
             "model": f"content {model.fingerprint[:16]}",
             "ways": self.ways,
             "queries": self.queries,
             "method": list(self.methods),
+            **augment,
         }
 
 
 def run_episodes(
     plan: RunPlan,
-    data: ImageFolderData,
+    data: ImageData,
     images: ImageReader,
     model: LoadedModel,
+    folder: RunFolder,
     journal: Journal,
     *,
     finetune: FinetuneFunction | None = None,
@@ -71,51 +88,115 @@ def run_episodes(
 ) -> Iterator[Record]:
     """Run what the journal does not have yet, and yield each record once it is on the disk.
 
-    An episode and its training depend on (seed, episode number) only, so a run that is stopped and
-    continued gives the same records as one that is not.
+    Processes that share the run take episodes as they become free, and each returns when all are
+    finished: whoever has nothing left to take waits for the others, shows what they finish, and
+    runs what one of them leaves behind. An episode and its training depend on (seed, episode
+    number) only, so the records do not depend on who ran them, nor on interruptions.
 
     Args:
         plan: What to do.
         data: Classes and images.
         images: Reads the images.
         model: The model.
+        folder: Hands out the episodes.
         journal: Where records go.
         finetune: Stands in for ``finetune_episodes``.
         on_step: Is called after each training step.
 
+    Yields:
+        The records of all processes, but not those the journal had at the beginning.
+
     Raises:
         FewShotError: An image can't be read, a setting does not fit the model, memory runs out, or
-            the journal can't be written.
+            the journal can't be read or written.
     """
     if finetune is None:
         from tir_kernels.fewshot.engine import finetune_episodes
 
-        finetune = finetune_episodes
+        finetune = partial(finetune_episodes, checkpoint=plan.checkpoint)
     sizes = [len(entry.files) for entry in data.classes]
-    missing = [
-        index
-        for index in range(plan.episodes)
-        if any((index, method) not in journal for method in plan.methods)
-    ]
-    for first in range(0, len(missing), plan.parallel):
-        episodes = [
-            load_episode(
-                plan_episode(plan.config.seed, index, sizes, plan.ways),
-                data,
-                images,
-                shots=plan.config.shots,
-                queries=plan.queries,
+
+    def load(index: int) -> Episode:
+        return load_episode(
+            plan_episode(plan.config.seed, index, sizes, plan.ways),
+            data,
+            images,
+            shots=plan.config.shots,
+            queries=plan.queries,
+            device=plan.config.device,
+            augment=plan.augment,
+            seed=plan.config.seed,
+        )
+
+    unfinished = _unfinished(plan, journal)
+    if not unfinished:
+        return
+    parallel = plan.parallel
+    if parallel == "auto":
+        parallel = _fitting(load(unfinished[0]), plan, model)
+    at_most = _piece_size(len(unfinished), parallel, folder.place.count)
+    while unfinished := _unfinished(plan, journal):
+        with folder.episodes(unfinished, at_most) as held:
+            # Others may have finished some of them since the journal was last read.
+            yield from journal.news()
+            episodes = [load(index) for index in held if _is_unfinished(plan, journal, index)]
+            for method in plan.methods:
+                chosen = [each for each in episodes if (each.index, method) not in journal]
+                if not chosen:
+                    continue
+                config = replace(plan.config, method=method)
+                for record in _run_together(chosen, config, model, finetune, on_step):
+                    journal.append(record)
+                    yield from journal.news()
+        if not held:
+            time.sleep(_LOOK_SECONDS)
+
+
+def _is_unfinished(plan: RunPlan, journal: Journal, index: int) -> bool:
+    return any((index, method) not in journal for method in plan.methods)
+
+
+def _unfinished(plan: RunPlan, journal: Journal) -> list[int]:
+    return [index for index in range(plan.episodes) if _is_unfinished(plan, journal, index)]
+
+
+def _fitting(episode: Episode, plan: RunPlan, model: LoadedModel) -> int:
+    """Episodes like this one that can be trained at once, whatever the method."""
+    from tir_kernels.fewshot.engine import episodes_that_fit
+
+    trained = [method for method in plan.methods if method != "zero-shot"]
+    with _explained(f"episode {episode.index}", plan.config):
+        fitting = [
+            episodes_that_fit(
+                model.model,
+                model.tokenizer,
+                episode,
+                replace(plan.config, method=method),
+                checkpoint=plan.checkpoint,
             )
-            for index in missing[first : first + plan.parallel]
+            for method in trained
         ]
-        for method in plan.methods:
-            chosen = [each for each in episodes if (each.index, method) not in journal]
-            if not chosen:
-                continue
-            config = replace(plan.config, method=method)
-            for record in _run_together(chosen, config, model, finetune, on_step):
-                journal.append(record)
-                yield record
+    return min(fitting, default=1)
+
+
+@contextmanager
+def _explained(where: str, config: FewShotConfig) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise FewShotError(
+            f"{where}: out of memory on {config.device}; lower --queries, --shots or --ways, or "
+            "use --checkpoint or --precision bfloat16; what is finished is kept"
+        ) from error
+    except (ValueError, TypeError) as error:
+        # The engine's own checks: a layer the model does not have, a class name that is too long.
+        raise FewShotError(f"{where}: {first_line(error)}") from error
+
+
+def _piece_size(episodes: int, parallel: int, processes: int) -> int:
+    """Episodes to take at once: as many as may be, but so that all processes end together."""
+    rounds = math.ceil(episodes / (parallel * processes))
+    return math.ceil(episodes / (rounds * processes)) if rounds else 1
 
 
 def _run_together(
@@ -136,16 +217,8 @@ def _run_together(
             on_step(episodes[position].index, config.method, step, loss)
 
     start = time.perf_counter()
-    try:
+    with _explained(where, config):
         results = finetune(model.model, model.tokenizer, episodes, config, on_step=note_step)
-    except torch.OutOfMemoryError as error:
-        raise FewShotError(
-            f"{where}: out of memory on {config.device}; lower --queries, --shots or --ways, or "
-            "use --precision bfloat16; what is finished is kept"
-        ) from error
-    except (ValueError, TypeError) as error:
-        # The engine's own checks: a layer the model does not have, a class name that is too long.
-        raise FewShotError(f"{where}: {first_line(error)}") from error
     seconds = (time.perf_counter() - start) / len(episodes)
     per_step = _seconds_per_step(start, stamps)
     if per_step is not None:

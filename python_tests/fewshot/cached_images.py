@@ -1,0 +1,64 @@
+"""Readers of one cache, which count what they decode."""
+
+import time
+
+import torch
+from open_clip.transform import PreprocessCfg
+
+from tir_kernels.fewshot.data import load_data
+from tir_kernels.fewshot.image_cache import ImageCache
+from tir_kernels.fewshot.images import ImageReader
+from tir_kernels.fewshot.preprocess import Preprocess
+
+
+class Counting(Preprocess):
+    """Counts what is decoded, and takes its time if told to."""
+
+    def __init__(self, config=None, seconds=0.0):
+        super().__init__(config or PreprocessCfg(size=8))
+        self.decoded = 0
+        self.seconds = seconds
+
+    def to_pixels(self, image):
+        self.decoded += 1
+        time.sleep(self.seconds)
+        return super().to_pixels(image)
+
+
+class Setting:
+    """Images, and readers that share a cache as processes do."""
+
+    def __init__(self, root, folder):
+        self.root, self.folder = root, folder
+        self.notices = []
+
+    def reader(self, preprocess=None, on_decode=None, **options):
+        data = load_data(self.root)
+        preprocess = preprocess or Counting()
+        cache = ImageCache(
+            self.folder,
+            data.source,
+            preprocess,
+            notify=self.notices.append,
+            on_decode=on_decode,
+        )
+        return Reading(data, ImageReader(data, preprocess, cache=cache, **options), preprocess)
+
+    def without_cache(self):
+        data, preprocess = load_data(self.root), Counting()
+        return Reading(data, ImageReader(data, preprocess), preprocess)
+
+    @property
+    def files(self):
+        return sorted(self.folder.iterdir())
+
+
+class Reading:
+    def __init__(self, data, images, preprocess):
+        self.data, self.images, self.preprocess = data, images, preprocess
+
+    def __call__(self, position, class_number=0):
+        return self.images.read(self.data.classes[class_number], position)
+
+    def all(self):
+        return torch.stack([self(n) for n in range(len(self.data.classes[0].files))])

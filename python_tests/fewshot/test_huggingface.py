@@ -1,0 +1,186 @@
+"""Data sets of Hugging Face, as folders that save_to_disk wrote."""
+
+import io
+import sys
+
+import numpy as np
+import pytest
+import torch
+from fake_engine import small_preprocess
+from PIL import Image
+
+from tir_kernels.fewshot.data import load_data
+from tir_kernels.fewshot.errors import FewShotError
+from tir_kernels.fewshot.image_cache import ImageCache
+from tir_kernels.fewshot.images import ImageReader
+
+
+@pytest.fixture(scope="module")
+def datasets():
+    return pytest.importorskip(
+        "datasets", reason='needs the package datasets: pip install -e ".[huggingface]"'
+    )
+
+
+def noise(seed):
+    random = np.random.default_rng(seed)
+    return Image.fromarray(random.integers(0, 256, (9, 12, 3), dtype=np.uint8))
+
+
+LABELS = [0, 1, 1, 0, 1]
+
+
+@pytest.fixture
+def make(datasets, tmp_path):
+    """Save a data set of five images, with other columns if given."""
+
+    def save(name="saved", encoded=None, labels=LABELS, **columns):
+        if encoded is None:
+            encoded = []
+            for number in range(5):
+                buffer = io.BytesIO()
+                noise(number).save(buffer, "PNG")
+                encoded.append({"bytes": buffer.getvalue(), "path": None})
+        values = {"picture": encoded, "kind": labels}
+        features = {
+            "picture": datasets.Image(),
+            "kind": datasets.ClassLabel(names=["SeaLake", "AnnualCrop", "River"]),
+        }
+        for column, (feature, content) in columns.items():
+            values[column], features[column] = content, feature
+        made = datasets.Dataset.from_dict(values, features=datasets.Features(features))
+        made.save_to_disk(tmp_path / name)
+        return tmp_path / name
+
+    return save
+
+
+def test_saved_data_set(make):
+    data = load_data(make())
+    assert [entry.folder for entry in data.classes] == ["AnnualCrop", "SeaLake"]
+    assert [entry.words for entry in data.classes] == ["annual crop land", "sea or lake"]
+    assert data.classes[0].files == ("1", "2", "4")
+    assert data.classes[1].files == ("0", "3")
+    reader = ImageReader(data, small_preprocess)
+    for position, row in enumerate((1, 2, 4)):
+        expected = small_preprocess.to_pixels(noise(row))
+        assert torch.equal(reader.read(data.classes[0], position), expected)
+    buffer = io.BytesIO()
+    noise(2).save(buffer, "PNG")
+    assert data.classes[0].stamps[1] == (len(buffer.getvalue()), 0)
+
+
+def test_images_that_are_files(datasets, monkeypatch, tmp_path):
+    paths = [str(tmp_path / f"{number}.png") for number in range(4)]
+    for number, path in enumerate(paths):
+        noise(number).save(path)
+    made = datasets.Dataset.from_dict(
+        {"image": paths, "label": [0, 1, 0, 1]},
+        features=datasets.Features(
+            {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+        ),
+    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split=None: made)
+    data = load_data("hf:some/one")
+    assert data.source.file("3") == tmp_path / "3.png"
+    pixels = ImageReader(data, small_preprocess).read(data.classes[1], 1)
+    assert torch.equal(pixels, small_preprocess.to_pixels(noise(3)))
+    (tmp_path / "0.png").unlink()
+    with pytest.raises(FewShotError, match=r"--data: hf:some/one .*No such file.*0\.png"):
+        load_data("hf:some/one")
+
+
+def test_fingerprint_and_cache_follow_the_content(make, tmp_path):
+    notices = []
+
+    def read(data):
+        cache = ImageCache(tmp_path / "cache", data.source, small_preprocess, notify=notices.append)
+        reader = ImageReader(data, small_preprocess, cache=cache)
+        return torch.stack([reader.read(data.classes[0], position) for position in range(3)])
+
+    one, again = load_data(make("one")), load_data(tmp_path / "one")
+    assert one.fingerprint == again.fingerprint
+    assert torch.equal(read(one), read(again))
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    # Bitmaps are all of one size.
+    encoded = []
+    for number in range(10):
+        buffer = io.BytesIO()
+        noise(number).save(buffer, "BMP")
+        encoded.append({"bytes": buffer.getvalue(), "path": None})
+    for name, content in (("two", encoded[:5]), ("two2", encoded[5:])):
+        data = load_data(make(name, encoded=content))
+        plain = ImageReader(data, small_preprocess)
+        for position, pixels in enumerate(read(data)):
+            assert torch.equal(pixels, plain.read(data.classes[0], position))
+    assert notices == []
+
+
+def test_an_unreadable_row_is_named(make):
+    encoded = [{"bytes": b"damaged", "path": None}] * 5
+    data = load_data(make(encoded=encoded))
+    with pytest.raises(FewShotError, match=r"can't read the image row 0 of .*--skip-unreadable"):
+        ImageReader(data, small_preprocess).read(data.classes[1], 0)
+
+
+def test_splits(datasets, make, tmp_path):
+    made = datasets.load_from_disk(make())
+    datasets.DatasetDict(train=made, test=made).save_to_disk(tmp_path / "two")
+    with pytest.raises(FewShotError, match=r"several splits \(train, test\); choose one: .*/SPLIT"):
+        load_data(tmp_path / "two")
+    assert len(load_data(tmp_path / "two" / "test").classes) == 2
+    datasets.DatasetDict(test=made).save_to_disk(tmp_path / "one")
+    assert len(load_data(tmp_path / "one").classes) == 2
+
+
+def test_hub_names(datasets, make, monkeypatch):
+    made, calls = datasets.load_from_disk(make()), []
+
+    def load_dataset(name, split=None):
+        calls.append((name, split))
+        return made if split else datasets.DatasetDict(train=made, test=made)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(load_data("hf:some/one:train").classes) == 2
+    with pytest.raises(FewShotError, match="choose one: hf:some/one:SPLIT"):
+        load_data("hf:some/one")
+    assert calls == [("some/one", "train"), ("some/one", None)]
+
+    def fail(name, split=None):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(FewShotError, match="can't load hf:some/one: ConnectionError: no route; "):
+        load_data("hf:some/one")
+
+
+def test_columns(datasets, make):
+    values = (datasets.ClassLabel(names=["x", "y"]), [0, 1, 0, 1, 0])
+    complaint = "has 2 columns of type ClassLabel, and none called 'label': it has picture"
+    with pytest.raises(FewShotError, match=complaint):
+        load_data(make("several", coarse=values))
+    data = load_data(make("named", label=values))
+    assert [entry.folder for entry in data.classes] == ["x", "y"]
+    with pytest.raises(FewShotError, match=r"row 1 of .* has no label"):
+        load_data(make("unlabelled", labels=[0, -1, 1, 1, 1]))
+    made = datasets.load_from_disk(make("plain")).remove_columns("kind")
+    made.save_to_disk(make("plain").with_name("bare"))
+    with pytest.raises(FewShotError, match="has no columns of type ClassLabel"):
+        load_data(make("plain").with_name("bare"))
+
+
+def test_damaged_folders(datasets, make):
+    folder = make()
+    (folder / "state.json").write_text("{")
+    with pytest.raises(FewShotError, match=r"--data: can't load .*save_to_disk wrote"):
+        load_data(folder)
+
+
+@pytest.mark.parametrize("data", ["hf:some/one", "folder"])
+def test_without_the_package(tmp_path, monkeypatch, data):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    if data == "folder":
+        (tmp_path / "dataset_info.json").write_text("{}")
+        data = tmp_path
+    with pytest.raises(FewShotError, match=r"needs the package datasets .*\[huggingface\]"):
+        load_data(data)

@@ -1,0 +1,69 @@
+"""A model's preprocessing in two halves: pixels from an image, and the model's input from pixels.
+
+The pixels are what is worth keeping: a quarter of the input's size, and the same for any mean.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import PIL
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import Compose
+from torchvision.transforms.functional import normalize
+
+# Goes up when the same settings give other pixels.
+_VERSION = 1
+
+
+class Preprocess:
+    """open_clip's preprocessing for evaluation.
+
+    Called with an RGB image it gives the model's (3, H, W) float32 input; the two halves of that
+    are ``to_pixels`` and ``normalise``.
+
+    Args:
+        config: Size, resizing and normalisation.
+
+    Attributes:
+        shape: (3, H, W) of an image.
+        version: Text that differs wherever the pixels of an image may differ.
+
+    Raises:
+        AssertionError: A setting that open_clip does not know.
+    """
+
+    def __init__(self, config: PreprocessCfg) -> None:
+        *resize, _to_tensor, normalize_ = image_transform_v2(config, is_train=False).transforms
+        self._mean, self._std = normalize_.mean, normalize_.std
+        self._resize = Compose(resize)
+        height, width = (
+            config.size if isinstance(config.size, (tuple, list)) else 2 * (config.size,)
+        )
+        self.shape = (3, height, width)
+        self.version = json.dumps([_VERSION, int(PIL.__version__.split(".")[0]), asdict(config)])
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """The model's input, (3, H, W) float32, of an RGB image."""
+        return self.normalise(self.to_pixels(image))
+
+    def to_pixels(self, image: Image.Image) -> Tensor:
+        """An RGB image resized and cropped, (3, H, W) uint8."""
+        # In NumPy, since PyTorch's threads would get into each other's way where several decode.
+        pixels = np.asarray(self._resize(image)).transpose(2, 0, 1)
+        return torch.from_numpy(pixels.copy())
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """The model's input, (..., 3, H, W) float32, of (..., 3, H, W) uint8 pixels.
+
+        On any device it has the bits that open_clip's own transform gives on the CPU.
+        """
+        # GPUs multiply by the reciprocal of a number, which rounds differently; not of a tensor.
+        scale = torch.full((), 255.0, device=pixels.device)
+        images = pixels.to(torch.float32).div_(scale)
+        return normalize(images, self._mean, self._std, inplace=True)
