@@ -9,7 +9,9 @@ from typing import Any
 from .counting import Cost
 from .timing import Call
 
-Measurement = dict[str, Any]  # "ms" or "mib", or "skipped" where measuring failed
+# "ms" or "mib", or "skipped" where measuring failed, or "wrong" where the result was; and what else
+# the record is to have.
+Measurement = dict[str, Any]
 
 
 class WrongResultError(AssertionError):

@@ -13,6 +13,9 @@ import click
 import torch
 from torch import Tensor, nn
 
+DEFAULT_MODEL = "ViT-B-16"
+CONFIG_NAME = "open_clip_config.json"
+
 
 @dataclass(frozen=True)
 class ClipSizes:
@@ -45,16 +48,28 @@ class ClipSizes:
     def text_layers(self) -> int:
         return self.model_cfg["text_cfg"]["layers"]
 
+    def shrunk(self) -> ClipSizes:
+        """The same kind of model with next to nothing in it."""
+        vision, text = self.model_cfg["vision_cfg"], self.model_cfg["text_cfg"]
+        side, width = 2 * vision["patch_size"], vision.get("head_width", 64)
+        return ClipSizes(
+            self.model_cfg
+            | {"vision_cfg": vision | {"image_size": side, "layers": 4, "width": width}}
+            | {"text_cfg": text | {"width": 16, "heads": 1, "layers": 2}}
+        )
+
 
 def load_sizes(model: str) -> ClipSizes:
-    """Of an open_clip architecture, or of a JSON file with a ``model_cfg``.
+    """Of an open_clip architecture, of a JSON file with a ``model_cfg``, or of a folder with one.
 
     Raises:
-        click.ClickException: There is no such architecture or file.
+        click.ClickException: There is no such architecture, file or folder.
     """
     import open_clip
 
     path = Path(model)
+    if path.is_dir():
+        path /= CONFIG_NAME
     if path.suffix == ".json":
         try:
             return ClipSizes(json.loads(path.read_text())["model_cfg"])
@@ -75,6 +90,16 @@ def make_model(sizes: ClipSizes, device: str) -> nn.Module:
     with torch.device(device):
         model = CLIP(**sizes.model_cfg)
     return model.to(device).eval().requires_grad_(False)
+
+
+def write_model(sizes: ClipSizes, folder: Path) -> None:
+    """Random weights, in float16 as CLIP's own are, and the configuration that open_clip reads."""
+    from safetensors.torch import save_file
+
+    model = make_model(sizes, "cpu")
+    weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    (folder / CONFIG_NAME).write_text(json.dumps({"model_cfg": sizes.model_cfg}))
+    save_file(weights, folder / "open_clip_model.safetensors")
 
 
 def make_tokenizer(sizes: ClipSizes) -> Callable[[list[str]], Tensor]:

@@ -15,13 +15,13 @@ import tir_kernels
 
 from .cases import Case, SuiteUnavailableError
 from .environment import environment
+from .findings import summary
 from .plot import plot
 from .records import Record, RecordFile
 from .runner import Outcome, Runner
 from .settings import BACKENDS_OF_DEVICE, DIRECTIONS, DTYPES, Settings
 from .suites import SUITES
 from .tables import print_sections, sections
-from .targets import summary
 
 INTERRUPTED = 130
 OUT_OF_TIME = 75  # sysexits' "try again later": the same command goes on
@@ -33,6 +33,7 @@ _SECONDS = {
     ("cuda", True): 0.03,
 }
 _NARROWEST_LOG = 140
+_BUSY_LOAD = 1.0  # from here on other work slows down what is measured
 
 
 class CommaSeparated(click.ParamType):
@@ -102,9 +103,37 @@ class CommaSeparated(click.ParamType):
 )
 @click.option(
     "--model",
-    default="ViT-B-16",
+    metavar="ARCH_OR_DIR",
+    help="Of step, memory and episodes: an open_clip architecture or a JSON file with a model_cfg, "
+    "either of which gets random weights, or a folder with open_clip_config.json and weights. "
+    "Default: ViT-B-16, but in episodes the demonstration's model.",
+)
+@click.option(
+    "--data",
+    metavar="DIR",
+    help="Of episodes: a folder with a folder of images per class, and class_names.json if the "
+    "folders' names are no words. Default: drawings.",
+)
+@click.option("--ways", default=5, show_default=True, type=click.IntRange(2), help="Classes.")
+@click.option("--shots", type=CommaSeparated(), help="Support images per class.")
+@click.option(
+    "--queries",
+    default=15,
     show_default=True,
-    help="open_clip architecture of the step suite, or a JSON file with its model_cfg.",
+    type=click.IntRange(1),
+    help="Query images per class.",
+)
+@click.option("--episodes", type=click.IntRange(1), help="Episodes of a whole run.")
+@click.option(
+    "--published-episodes",
+    type=click.IntRange(1),
+    help="How many of them the published program runs. Default: all, on cuda at most 2.",
+)
+@click.option("--steps", type=click.IntRange(1), help="Training steps of an episode.")
+@click.option(
+    "--parallel-episodes",
+    type=CommaSeparated(),
+    help="Episodes trained at once. Default: 1,2,4 in step; in episodes 1, and on cuda 8 too.",
 )
 @click.option(
     "--json",
@@ -130,7 +159,8 @@ def main(
 ) -> None:
     """Measure tir_kernels beside PyTorch, on the same tensors in the same process.
 
-    SUITES are some of attention, relevance, operator, step and memory; all of them by default. Exit
+    SUITES are some of attention, relevance, operator, step, memory and episodes; all of them by
+    default. "published" is a plain rendering of the method's published program, the baseline. Exit
     status: 1 if an implementation computes something wrong, 75 if the budget ran out (run the same
     command again), 130 after Ctrl-C.
     """
@@ -148,6 +178,7 @@ def main(
     records = RecordFile(json_path)
     facts = environment(device)
     _warn_of_other_environments(console, records, facts)
+    _warn_of_other_work(console, device)
 
     chosen = list(dict.fromkeys(suites)) or list(SUITES)
     cases = _cases(chosen, settings, console)
@@ -198,6 +229,16 @@ def _warn_of_other_environments(
         console.print(
             f"[yellow]{records.path} keeps records of another environment:[/] "
             f"{', '.join(differing)}. Choose another file to measure anew.",
+            highlight=False,
+        )
+
+
+def _warn_of_other_work(console: Console, device: str) -> None:
+    load, _, _ = os.getloadavg()
+    if device == "cpu" and load > _BUSY_LOAD:
+        console.print(
+            f"[yellow]The machine is busy (load {load:.1f}):[/] times say little and ratios less: "
+            "what waits for threads most often suffers most.",
             highlight=False,
         )
 

@@ -140,6 +140,17 @@ def step_cost(
     return Cost(2 * parameters * FLOAT32_BYTES, 2 * forward)
 
 
+def episode_cost(step: Cost, steps: int, step_on_queries: Cost) -> Cost:
+    """The training steps of an episode, and a forward pass with the query images.
+
+    A forward pass is half of a step.
+    """
+    return Cost(
+        steps * step.bytes + step_on_queries.bytes // 2,
+        steps * step.flops + step_on_queries.flops // 2,
+    )
+
+
 def fused_memory(
     batch: int,
     heads: int,

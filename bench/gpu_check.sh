@@ -16,7 +16,8 @@ usage() { sed -n '2,12s/^# \{0,1\}//p' "$0"; }
 
 python=${PYTHON:-python3}
 time_limit=525 # seconds for everything
-budget=200     # of these for the benchmarks
+budget=160     # of these for the benchmarks, but
+episodes=80    # for those of whole few-shot runs
 fresh=false
 folder=bench/results/work
 while (($#)); do
@@ -155,7 +156,13 @@ sanitizer() {
 }
 
 benchmarks() {
-    "$python" -m bench --device cuda --budget "$1" --json "$records"
+    "$python" -m bench attention relevance operator step memory --device cuda --budget "$1" \
+        --json "$records"
+}
+
+whole_runs() {
+    "$python" -m bench episodes --device cuda --model ViT-B-16 --episodes 8 \
+        --published-episodes 1 --budget "$1" --json "$records"
 }
 
 results() {
@@ -172,7 +179,7 @@ results() {
 
 # Stages are functions of this script: timeout starts commands, so it starts the script's bash.
 export -f environment_report build without_open_clip gpu_tests operator_tests sanitizer \
-    benchmarks results
+    benchmarks whole_runs results
 export python folder records
 
 stage environment 60 bash -c environment_report
@@ -180,10 +187,15 @@ stage build 200 bash -c build
 stage gpu-tests 120 bash -c gpu_tests
 stage operator-tests 120 bash -c operator_tests
 stage sanitizer 120 bash -c sanitizer
-# The budget ends before the stage does: a shape that was begun is finished.
-left=$(($(remaining) - 30))
-((budget > left)) && budget=$((left > 0 ? left : 0))
-stage benchmarks $((budget + 30)) bash -c "benchmarks $budget"
+# A budget ends before its stage does: a shape that was begun is finished.
+budgeted() {
+    local name=$1 seconds=$2 rest=$3 command=$4 left
+    left=$(($(remaining) - rest))
+    ((seconds > left)) && seconds=$((left > 0 ? left : 0))
+    stage "$name" $((seconds + rest)) bash -c "$command $seconds"
+}
+budgeted benchmarks "$budget" 30 benchmarks
+budgeted whole-runs "$episodes" 60 whole_runs
 rm -f "$folder/results.done"
 reserve=0
 stage results 30 bash -c results

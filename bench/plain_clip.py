@@ -1,11 +1,13 @@
-"""A fine-tuning step as a plain PyTorch program writes it: the peer of the few-shot engine.
+"""A fine-tuning step as a careful plain PyTorch program writes it: a peer of the few-shot engine.
 
 It shares the engine's settings and the model's weights and nothing of its code: LoRA on query, key
-and value of both towers, a learned prompt context, and re-weighted vision blocks.
+and value of both towers, a learned prompt context, and re-weighted vision blocks. What the method's
+published program does at greater length is in ``published.py``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 
@@ -37,6 +39,13 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Ten
     )
 
 
+def precision(config: FewShotConfig) -> contextlib.AbstractContextManager:
+    """Autocast as the settings say."""
+    if config.precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(config.device, dtype=getattr(torch, config.precision))
+
+
 class PlainStep:
     """Steps of an episode.
 
@@ -48,6 +57,10 @@ class PlainStep:
         attend: How attention is computed.
         trains: Without it there are no low-rank factors, and the first loss is what it would be
             with them, since they start as a change of nothing.
+
+    Attributes:
+        lora: Block -> its factors A (3, rank, width) and B (3, width, rank).
+        drops: Whether LoRA's dropout is on.
     """
 
     def __init__(
@@ -63,12 +76,13 @@ class PlainStep:
         self.model = model
         self.config = config
         self.attend = attend
+        self.drops = trains
         device = model.token_embedding.weight.device
         token_ids = tokenizer([f"{CONTEXT} {name}." for name in class_names]).to(device)
         self.ends = token_ids.argmax(-1)  # the end-of-text token has the largest id
         with torch.no_grad():
-            # No token sees the ones behind it: what follows the last end of a text is cut off.
-            embeddings = model.token_embedding(token_ids[:, : int(self.ends.max()) + 1])
+            embeddings = model.token_embedding(token_ids[:, : self._text_length(token_ids)])
+            embeddings = embeddings.half().to(embeddings.dtype)  # as published
         words = config.context_tokens
         self.before, self.after = embeddings[:, :1], embeddings[:, 1 + words :]
         self.context = nn.Parameter(embeddings[0, 1 : 1 + words].clone())
@@ -82,6 +96,10 @@ class PlainStep:
         self.reweighted = set(reweighted if config.method == "tir" else ())
         self.text_layer = len(model.transformer.resblocks) - 2
 
+    def _text_length(self, token_ids: Tensor) -> int:
+        """Tokens of each text; none sees the ones behind it, so the end of the last is enough."""
+        return int(self.ends.max()) + 1
+
     def _factors(self, block: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
         weight = block.attn.in_proj_weight
         width, rank = weight.shape[1], self.config.lora_rank
@@ -91,7 +109,11 @@ class PlainStep:
         return a, nn.Parameter(torch.zeros(3, width, rank, device=weight.device))
 
     def train(
-        self, images: Tensor, labels: Tensor, steps: int, on_step: Callable[[], None]
+        self,
+        images: Tensor,
+        labels: Tensor,
+        steps: int,
+        on_step: Callable[[], None] = lambda: None,
     ) -> list[float]:
         """Take some steps and return their losses; ``on_step`` is called after each."""
         config = self.config
@@ -113,10 +135,14 @@ class PlainStep:
         return losses
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(images), labels)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(S, 3, H, W) -> (S, C), with a pass through both towers."""
         classes, intermediate = self._encode_text()
         features = F.normalize(self._encode_images(images, intermediate.detach()), dim=-1)
         cosines = features @ F.normalize(classes, dim=-1).T
-        return F.cross_entropy(self.config.resolved_logit_scale * cosines, labels)
+        return self.config.resolved_logit_scale * cosines
 
     def _encode_text(self) -> tuple[Tensor, Tensor]:
         """(C, E) class embeddings of the last block, and of the block the relevance uses."""
@@ -166,6 +192,7 @@ class PlainStep:
             int((tokens.shape[1] - 1) * config.top_ratio),
             config.strength,
             (len(classes) + 1) / 2,
+            tower.ln_post.eps,
         )
 
     def _block(self, block: nn.Module, hidden: Tensor, bias: Tensor | None) -> Tensor:
@@ -175,16 +202,27 @@ class PlainStep:
     def _attention(self, block: nn.Module, tokens: Tensor, bias: Tensor | None) -> Tensor:
         attention = block.attn
         batch, length, width = tokens.shape
-        projected = F.linear(tokens, attention.in_proj_weight, attention.in_proj_bias)
-        parts = list(projected.chunk(3, -1))
-        if block in self.lora:
-            config = self.config
-            scaling = config.lora_alpha / math.sqrt(config.lora_rank)
-            rows = tokens.detach()  # as published: the branches pass no gradient on
-            for index, (a, b) in enumerate(zip(*self.lora[block], strict=True)):
-                low_rank = F.linear(F.dropout(rows, config.lora_dropout), a)
-                parts[index] = parts[index] + F.linear(low_rank, b) * scaling
         heads = (attention.num_heads, width // attention.num_heads)
+        parts = self._project(block, tokens)
         q, k, v = (part.view(batch, length, *heads).transpose(1, 2) for part in parts)
         attended = self.attend(q, k, v, bias)
         return attention.out_proj(attended.transpose(1, 2).reshape(batch, length, width))
+
+    def _project(self, block: nn.Module, tokens: Tensor) -> list[Tensor]:
+        """(B, L, D) -> queries, keys and values, each (B, L, D)."""
+        attention = block.attn
+        projected = F.linear(tokens, attention.in_proj_weight, attention.in_proj_bias)
+        parts = list(projected.chunk(3, -1))
+        if block in self.lora:
+            for index, (a, b) in enumerate(zip(*self.lora[block], strict=True)):
+                low_rank = F.linear(self._lora_input(tokens), a)
+                parts[index] = parts[index] + F.linear(low_rank, b) * self._lora_scaling
+        return parts
+
+    @property
+    def _lora_scaling(self) -> float:
+        return self.config.lora_alpha / math.sqrt(self.config.lora_rank)
+
+    def _lora_input(self, tokens: Tensor) -> Tensor:
+        # As published, the branches pass no gradient on.
+        return F.dropout(tokens.detach(), self.config.lora_dropout, self.drops)

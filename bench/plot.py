@@ -11,6 +11,7 @@ import click
 from .records import Record
 
 _MARKERS = "osv^Dp*hX<>d"
+_MODELS = ("step", "episodes")  # suites that measure one model, not a range of lengths
 
 
 def plot(records: Iterable[Record], path: Path) -> bool:
@@ -28,7 +29,7 @@ def plot(records: Iterable[Record], path: Path) -> bool:
         raise click.ClickException("--plot needs Matplotlib: pip install -e '.[bench]'") from error
     rows: dict[tuple, list[Record]] = {}
     for record in records:
-        if record["fraction_of_bound"] is not None and record["suite"] != "step":
+        if record["fraction_of_bound"] is not None and record["suite"] not in _MODELS:
             key = (record["operator"], record["direction"], record["dtype"], record["device"])
             rows.setdefault(key, []).append(record)
     if not rows:

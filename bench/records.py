@@ -29,7 +29,7 @@ KEYS = (
 )
 # Beside these a record has "environment", and where they apply "mib" (peak memory), "unavailable"
 # (why an implementation could not take part), "skipped" (why it was tried and left out) or "wrong"
-# (how its result was off).
+# (how its result was off). Those of whole runs have "episodes", "episodes_per_hour" and "accuracy".
 _IDENTITY = ("suite", "operator", "device", "dtype", "shape", "direction")
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import click
 
+from .findings import summary
 from .plot import plot
 from .records import Record, load_records
 from .suites import SUITES
 from .tables import markdown, sections
-from .targets import TARGETS, summary
+from .targets import TARGETS
 
 
 def report(records: list[Record]) -> str:

@@ -130,11 +130,18 @@ class Runner:
                 results[name] = {"skipped": str(left_out)}
                 self._say_once(case, name, str(left_out))
             except WrongResultError as error:
-                self.outcome.wrong += 1
                 results[name] = {"wrong": str(error)}
-                self._say(case, f"[bold red]WRONG: {name}[/]", str(error))
+                self._note_wrong(case, name, str(error))
         measurements = case.measure(list(calls.values()), self.settings.seconds)
-        return results | dict(zip(calls, measurements, strict=True))
+        for name, measurement in zip(calls, measurements, strict=True):
+            results[name] = measurement
+            if "wrong" in measurement:
+                self._note_wrong(case, name, measurement["wrong"])
+        return results
+
+    def _note_wrong(self, case: Case, name: str, how: str) -> None:
+        self.outcome.wrong += 1
+        self._say(case, f"[bold red]WRONG: {name}[/]", how)
 
     def _too_much(self, case: Case) -> str:
         """Why a case is not for this machine; empty if it is."""

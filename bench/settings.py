@@ -19,6 +19,7 @@ DIRECTIONS = ("forward", "backward", "forward+backward")
 # nothing.
 BACKENDS_OF_DEVICE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 OURS = "tir "  # in front of a backend's name
+PUBLISHED = "published "  # the method's published program, in front of the type it runs in
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,16 @@ class Settings:
         backends: Backends of tir_kernels, of those that serve the device.
         compiles: Whether implementations that need torch.compile take part.
         max_call_seconds: A case whose call is estimated to take longer is left out.
-        model: open_clip architecture of the step suite, or a JSON file with its ``model_cfg``.
+        model: open_clip architecture, JSON file with a ``model_cfg``, or folder with
+            ``open_clip_config.json`` and weights.
+        data: Folder with a folder of images per class.
+        ways: Classes of an episode.
+        shots: Support images per class, each number measured by itself.
+        queries: Query images per class.
+        episodes: Episodes of a whole run.
+        published_episodes: How many of them the published program runs.
+        steps: Training steps of an episode.
+        parallel_episodes: Episodes trained at once, each number measured by itself.
     """
 
     device: str = "cpu"
@@ -55,7 +65,15 @@ class Settings:
     backends: tuple[str, ...] | None = None
     compiles: bool = True
     max_call_seconds: float = 5.0
-    model: str = "ViT-B-16"
+    model: str | None = None
+    data: str | None = None
+    ways: int = 5
+    shots: tuple[int, ...] | None = None
+    queries: int = 15
+    episodes: int | None = None
+    published_episodes: int | None = None
+    steps: int | None = None
+    parallel_episodes: tuple[int, ...] | None = None
 
     @property
     def why_not_compiled(self) -> str:

@@ -94,7 +94,7 @@ _GRIDS: dict[tuple[str, str, bool], tuple[Grid, ...]] = {
     ("operator", "cpu", True): (Grid((197,), heads=(60,), dtypes=CPU_DTYPES),),
     ("step", "cuda", False): (Grid(heads=(60, 300), dtypes=("bfloat16", "float32")),),
     ("step", "cuda", True): (Grid(heads=(60,)),),
-    ("step", "cpu", False): (Grid(heads=(60, 300), dtypes=("float32",)),),
+    ("step", "cpu", False): (Grid(heads=(60, 300), dtypes=CPU_DTYPES),),
     ("step", "cpu", True): (Grid(heads=(24,), dtypes=("float32",)),),
     ("memory", "cuda", False): (Grid((197, 577), heads=(768,)),),
     ("memory", "cuda", True): (Grid((577,), heads=(300,)),),

@@ -13,6 +13,7 @@ from .records import Record, case_key
 from .settings import OURS
 
 _COLUMNS = ("shape", "implementation", "time", "/ ours", "GB/s", "TFLOP/s", "of bound", "note")
+_SECONDS_FROM = 10_000  # milliseconds
 _NUMBERS = frozenset(_COLUMNS[2:-1])
 
 
@@ -95,6 +96,8 @@ def _amount(record: Record) -> str:
         return f"{record['mib']:.1f} MiB"
     if record["ms"] is None:
         return "–"
+    if record["ms"] >= _SECONDS_FROM:
+        return f"{record['ms'] / 1e3:.2f} s"
     if record["ms"] < 0.1:
         return f"{record['ms'] * 1e3:.1f} µs"
     return f"{record['ms']:.3f} ms"
@@ -103,6 +106,11 @@ def _amount(record: Record) -> str:
 def _note(record: Record) -> str:
     if "wrong" in record:
         return f"WRONG: {record['wrong']}"
+    if "accuracy" in record:
+        return (
+            f"{record['episodes_per_hour']:.0f} episodes an hour; accuracy of "
+            f"{record['episodes']}: {record['accuracy']:.1%}"
+        )
     reason = record.get("skipped") or record.get("unavailable")
     return f"skipped: {reason}" if reason else ""
 

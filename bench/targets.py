@@ -1,8 +1,8 @@
-"""What the kernels are meant to reach, and how far the records are from it."""
+"""What the kernels and the few-shot engine are meant to reach."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .counting import fused_memory
@@ -10,18 +10,16 @@ from .memory_probe import MIB
 from .peers.attention import FLEX, MASKED, UNWEIGHTED
 from .peers.common import COMPILED, EAGER
 from .peers.operator import COMPILED_SDPA
-from .records import Record, case_key
-from .settings import DTYPES, OURS
+from .records import Record
+from .settings import DTYPES, OURS, PUBLISHED
 from .shapes import PREFIX_TOKENS
+from .suites.episodes import START_UP, WHOLE_RUN
 from .suites.operator import HOST_TIME
-from .tables import Section, shape_text
+from .suites.step import STEP
 
 Case = dict[str, Record]  # implementation -> record, of one case
 # Ours, and the case it belongs to -> the number a target limits; None where a peer is missing.
 Measure = Callable[[Record, Case], "float | None"]
-
-_READABLE = f"{OURS}reference"  # no target: it is there to be read
-_SHOWN_SHAPES = 4
 
 
 @dataclass(frozen=True)
@@ -37,90 +35,6 @@ class Target:
 
     def is_met(self, value: float) -> bool:
         return value <= self.limit if self.at_most else value >= self.limit
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A target and one implementation of ours: the value at each shape, the worst first."""
-
-    target: Target
-    implementation: str
-    values: list[tuple[float, Record]]
-
-    @property
-    def worst(self) -> tuple[float, Record]:
-        return self.values[0]
-
-    @property
-    def falls_short_at(self) -> list[Record]:
-        return [record for value, record in self.values if not self.target.is_met(value)]
-
-
-def findings(records: Iterable[Record], device: str) -> list[Finding | Target]:
-    """For each target a finding per backend that was measured, or the target itself if none was."""
-    cases: dict[tuple, Case] = {}
-    for record in records:
-        if record["device"] == device:
-            cases.setdefault(case_key(record), {})[record["implementation"]] = record
-    result: list[Finding | Target] = []
-    for target in TARGETS[device]:
-        values: dict[str, list[tuple[float, Record]]] = {}
-        for case in cases.values():
-            for name, record in case.items():
-                if not name.startswith(OURS) or name == _READABLE or not target.applies(record):
-                    continue
-                value = target.measure(record, case)
-                if value is not None:
-                    values.setdefault(name, []).append((value, record))
-        for name, found in values.items():
-            worst_first = sorted(found, key=lambda pair: pair[0], reverse=target.at_most)
-            result.append(Finding(target, name, worst_first))
-        if not values:
-            result.append(target)
-    return result
-
-
-def summary(records: Iterable[Record], device: str, *, only_measured: bool = False) -> Section:
-    """Each target, the worst value measured, and the shapes where it falls short."""
-    columns = ("target", "limit", "implementation", "worst", "at", "met", "falls short at")
-    found = findings(records, device)
-    rows = [_row(f) for f in found if isinstance(f, Finding) or not only_measured]
-    return Section(f"Targets on {device}", columns, blocks=[[row] for row in rows])
-
-
-def _row(finding: Finding | Target) -> tuple[str, ...]:
-    if isinstance(finding, Target):
-        return finding.what, _limit(finding), "–", "not measured", "", "", ""
-    target = finding.target
-    value, record = finding.worst
-    short = finding.falls_short_at
-    met = f"{len(finding.values) - len(short)} of {len(finding.values)}"
-    named = [_where(r) for r in short[:_SHOWN_SHAPES]]
-    if len(short) > _SHOWN_SHAPES:
-        named.append(f"and {len(short) - _SHOWN_SHAPES} more")
-    return (
-        target.what,
-        _limit(target),
-        finding.implementation,
-        _value(value, target),
-        _where(record),
-        met,
-        "; ".join(named) or "nowhere",
-    )
-
-
-def _limit(target: Target) -> str:
-    return f"{'≤' if target.at_most else '≥'} {_value(target.limit, target)}"
-
-
-def _value(value: float, target: Target) -> str:
-    if target.unit == "%":
-        return f"{100 * value:.0f} %"
-    return f"{value:.1f} {target.unit}" if target.unit == "µs" else f"{value:.2f}{target.unit}"
-
-
-def _where(record: Record) -> str:
-    return f"{record['operator']} {record['direction']} {record['dtype']} {shape_text(record)}"
 
 
 def _ms(record: Record | None) -> float | None:
@@ -165,6 +79,18 @@ def _fraction(record: Record, case: Case) -> float | None:
 
 def _microseconds(record: Record, case: Case) -> float | None:
     return None if record["ms"] is None else 1e3 * record["ms"]
+
+
+def _seconds(record: Record, case: Case) -> float | None:
+    return None if record["ms"] is None else record["ms"] / 1e3
+
+
+def _share_of_published_memory(record: Record, case: Case) -> float | None:
+    """Of the published program in its leanest type."""
+    peaks = [r.get("mib") for name, r in case.items() if name.startswith(PUBLISHED)]
+    found = [peak for peak in peaks if peak is not None]
+    ours = record.get("mib")
+    return None if ours is None or not found else ours / min(found)
 
 
 def _share_of_fused_memory(record: Record, case: Case) -> float | None:
@@ -236,6 +162,47 @@ def _host_time(record: Record) -> bool:
     return HOST_TIME in record["operator"]
 
 
+def _step_of_vit_b(dtype: str) -> Callable[[Record], bool]:
+    """Five images, one episode at a time."""
+    sizes = {"B": 5, "L": 197, "D": 768}
+
+    def applies(record: Record) -> bool:
+        return (
+            record["suite"] == "step"
+            and record["operator"] == f"{STEP}, placement tokens"
+            and record["dtype"] == dtype
+            and all(record["shape"][name] == size for name, size in sizes.items())
+        )
+
+    return applies
+
+
+def _whole_run(width: int, shots: int) -> Callable[[Record], bool]:
+    """Five-way episodes, at the method's settings, of a transformer with 197 tokens of a width."""
+    sizes = {"ways": 5, "shots": shots, "queries": 15, "steps": 100, "L": 197, "D": width}
+
+    def applies(record: Record) -> bool:
+        return (
+            record["suite"] == "episodes"
+            and record["operator"].startswith(WHOLE_RUN)
+            and all(record["shape"][name] == size for name, size in sizes.items())
+        )
+
+    return applies
+
+
+def _cpu_whole_run(record: Record) -> bool:
+    return _whole_run(192, 5)(record) and record["dtype"] == "float32"
+
+
+def _start_up(record: Record) -> bool:
+    return record["suite"] == "episodes" and record["operator"].startswith(START_UP)
+
+
+def _step_memory(record: Record) -> bool:
+    return record["suite"] == "memory" and record["operator"] == STEP
+
+
 def _fused(record: Record) -> bool:
     return record["suite"] == "memory" and record["operator"] == "reweighted_attention"
 
@@ -269,6 +236,19 @@ _BY_DIRECTION = tuple(
 )
 _TOKEN_WEIGHTS = "token_weights of ViT-B/16, against"
 _WHOLE = "reweighted_attention forward + backward, against"
+_OF_VIT_B = "ViT-B/16, 5 images, speed against the published program"
+_OF_A_RUN = "whole run, 5-way"
+
+_OF_EPISODES = (
+    Target(
+        "fine-tuning step, peak memory against the published program",
+        0.5,
+        True,
+        _step_memory,
+        _share_of_published_memory,
+    ),
+    Target("start-up to the first step, files in cache", 10.0, True, _start_up, _seconds, unit="s"),
+)
 
 TARGETS: dict[str, tuple[Target, ...]] = {
     "cuda": (
@@ -306,6 +286,29 @@ TARGETS: dict[str, tuple[Target, ...]] = {
             _fused,
             _share_of_fused_memory,
         ),
+        Target(
+            f"{_OF_A_RUN} 5-shot, ViT-B/16, speed against the published program",
+            10.0,
+            False,
+            _whole_run(768, 5),
+            speed_against(PUBLISHED),
+        ),
+        Target(
+            f"{_OF_A_RUN} 1-shot, ViT-B/16, speed against the published program",
+            20.0,
+            False,
+            _whole_run(768, 1),
+            speed_against(PUBLISHED),
+        ),
+        Target(
+            f"{_OF_A_RUN} 5-shot, ViT-B/16, model FLOPs over the rate of a large product",
+            0.4,
+            False,
+            _whole_run(768, 5),
+            _fraction,
+            unit="%",
+        ),
+        *_OF_EPISODES,
     ),
     "cpu": (
         Target(
@@ -350,5 +353,27 @@ TARGETS: dict[str, tuple[Target, ...]] = {
             _cpu_operators,
             speed_against_best,
         ),
+        Target(
+            f"step in float32, {_OF_VIT_B}",
+            2.2,
+            False,
+            _step_of_vit_b("float32"),
+            speed_against(f"{PUBLISHED}float32"),
+        ),
+        Target(
+            f"step in bfloat16, {_OF_VIT_B} in float32, which is what it runs in on a CPU",
+            4.0,
+            False,
+            _step_of_vit_b("bfloat16"),
+            speed_against(f"{PUBLISHED}float32"),
+        ),
+        Target(
+            f"{_OF_A_RUN} 5-shot, ViT-Ti/16 in float32, speed against the published program",
+            3.0,
+            False,
+            _cpu_whole_run,
+            speed_against(f"{PUBLISHED}float32"),
+        ),
+        *_OF_EPISODES,
     ),
 }

@@ -27,10 +27,15 @@ def token_weights_peers(settings: Settings) -> list[Peer]:
 
 
 def plain_relevance(
-    tokens: Tensor, classes: Tensor, gain: Tensor, offset: Tensor, proj: Tensor
+    tokens: Tensor,
+    classes: Tensor,
+    gain: Tensor,
+    offset: Tensor,
+    proj: Tensor,
+    eps: float = 1e-5,
 ) -> Tensor:
     """(B, C, N) cosines, every step in the type of the tokens."""
-    features = F.layer_norm(tokens[:, PREFIX_TOKENS:], gain.shape, gain, offset, 1e-5) @ proj
+    features = F.layer_norm(tokens[:, PREFIX_TOKENS:], gain.shape, gain, offset, eps) @ proj
     return F.normalize(classes, dim=-1) @ F.normalize(features, dim=-1).mT
 
 
@@ -43,9 +48,10 @@ def plain_token_weights(
     top_k: int,
     strength: float,
     center: float,
+    eps: float = 1e-5,
 ) -> Tensor:
     """(B, L) weights of the linear rule."""
-    relevance = plain_relevance(tokens, classes, gain, offset, proj)
+    relevance = plain_relevance(tokens, classes, gain, offset, proj, eps)
     chosen = relevance.topk(top_k, dim=-1).indices
     counts = torch.zeros_like(relevance, dtype=torch.float32).scatter_(-1, chosen, 1.0).sum(1)
     weights = torch.where(counts == 0, 1.0, 1.0 - strength * (counts - center))

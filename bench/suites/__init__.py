@@ -8,6 +8,7 @@ from bench.cases import Case
 from bench.settings import Settings
 
 from .attention import attention_cases
+from .episodes import episode_cases
 from .memory import memory_cases
 from .operator import operator_cases
 from .relevance import relevance_cases
@@ -19,4 +20,5 @@ SUITES: dict[str, Callable[[Settings], list[Case]]] = {
     "operator": operator_cases,
     "step": step_cases,
     "memory": memory_cases,
+    "episodes": episode_cases,
 }

@@ -1,4 +1,4 @@
-"""Peak extra memory of one call of each operator."""
+"""Peak extra memory of one call of each operator, and of fine-tuning steps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from bench.cases import Case, Measurement
+from bench.cases import Case, Implementation, Measurement
+from bench.clip_model import DEFAULT_MODEL, ClipSizes, load_sizes
 from bench.memory_probe import added_in_new_process, added_on_gpu
 from bench.operators import (
     OPERATORS,
@@ -21,19 +22,38 @@ from bench.settings import Settings
 from bench.shapes import Point, points
 from bench.timing import Call
 
-from .common import FIRST, competing
+from .common import FIRST, SECOND, competing
+from .step import (
+    STEP,
+    STEPS_OF_PEAK,
+    StepImplementation,
+    StepProblem,
+    has_open_clip,
+    implementations,
+    make_problem,
+    rebuild_step,
+    step_points,
+    step_shape,
+)
 
 _SIZES = ("lengths", "widths", "heads", "classes", "dtypes")
 _SMALL_LENGTH = 8
 
 
 def memory_cases(settings: Settings) -> list[Case]:
-    return [
+    operators = [
         _case(operator, point, direction, settings)
         for point in points("memory", settings, varies=_SIZES)
         for operator in (REWEIGHTED_ATTENTION, WEIGHTED_ATTENTION, TOKEN_WEIGHTS)
         for direction in _directions(operator, settings)
     ]
+    if not settings.wants("forward+backward") or not has_open_clip():
+        return operators
+    sizes = load_sizes(settings.model or DEFAULT_MODEL)
+    # The smallest batch: what is held grows with it, and takes as long as a step does.
+    smallest = min(point.images for point in step_points(settings))
+    found = [point for point in step_points(settings) if point.images == smallest]
+    return operators + [_step_case(point, sizes, settings) for point in found]
 
 
 def _directions(operator: Operator, settings: Settings) -> list[str]:
@@ -64,6 +84,34 @@ def _case(operator: Operator, point: Point, direction: str, settings: Settings) 
         measure=_measure,
         input_bytes=operator.tensor_bytes(point),
         priority=FIRST,
+    )
+
+
+def _step_case(point: Point, sizes: ClipSizes, settings: Settings) -> Case:
+    """Beside the model and the images."""
+
+    def implementation(each: StepImplementation) -> Implementation:
+        def prepare(problem: StepProblem) -> Call:
+            call = functools.partial(each.prepare(problem), STEPS_OF_PEAK[settings.device])
+            if settings.device == "cuda":
+                return functools.partial(added_on_gpu, call)
+            rebuild = functools.partial(rebuild_step, each.name, point, sizes, settings)
+            return functools.partial(added_in_new_process, rebuild, settings.threads)
+
+        return Implementation(each.name, prepare, each.unavailable)
+
+    chosen = implementations(point, "tokens", settings, only_targeted=True)
+    return Case(
+        suite="memory",
+        operator=STEP,
+        device=settings.device,
+        dtype=point.dtype,
+        shape=step_shape(point, sizes),
+        direction="forward+backward",
+        make_inputs=functools.partial(make_problem, point, sizes, settings.device),
+        implementations=[implementation(each) for each in chosen],
+        measure=_measure,
+        priority=SECOND,
     )
 
 

@@ -1,17 +1,14 @@
 """A whole fine-tuning step of a CLIP model with random weights: both towers, LoRA, prompt context.
 
-To add an implementation, write a function ``(episode, config, steps) -> StepRun`` and name it in
-:func:`_implementations`.
+To add an implementation, write a function ``(problem, config, steps) -> StepRun`` and name it in
+:func:`implementations`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import importlib.util
-import itertools
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,40 +17,40 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from bench.cases import Case, Implementation, Measurement, SuiteUnavailableError, WrongResultError
-from bench.clip_model import ClipSizes, load_sizes, make_model, make_tokenizer
-from bench.counting import step_cost
+from bench.cases import Case, Implementation, SuiteUnavailableError, WrongResultError
+from bench.clip_model import DEFAULT_MODEL, ClipSizes, load_sizes, make_model, make_tokenizer
+from bench.counting import Cost, step_cost
 from bench.peers.common import EAGER
-from bench.settings import OURS, Settings
+from bench.settings import OURS, PUBLISHED, Settings
 from bench.shapes import Point, points
 from bench.timing import Call
 
-from .common import THIRD
+from .common import SECOND, THIRD
+from .step_timing import StepRun, measure_for
 
 if TYPE_CHECKING:
     from tir_kernels.fewshot import FewShotConfig
 
+STEP = "fine-tuning step"
 UNWEIGHTED = "sdpa unweighted"
 CLASS_NAMES = ("annual crop", "forest", "highway", "river", "sea or lake")
 
-_ALLOWED_LOSS_ERROR = 0.02  # a share; rounding turns selections, and with them the loss a little
+# A share, of a loss at _CHECKED_SCALE; rounding turns selections, and with them the loss a little.
+_ALLOWED_LOSS_ERROR = {"float32": 0.01, "bfloat16": 0.04, "float16": 0.04}
+_CHECKED_SCALE = 100.0  # of the cosines; at the method's own all losses are near log(C)
+_AT_ONCE = (1, 2, 4)  # episodes
+# What optimisers keep is there from the second step on; a CUDA graph is made after the third.
+STEPS_OF_PEAK = {"cpu": 2, "cuda": 5}
 
 
 @dataclass(frozen=True)
-class StepRun:
-    """What some steps gave: a loss for each, and the seconds of each but the first."""
-
-    losses: list[float]
-    seconds: list[float]
-
-
-@dataclass(frozen=True)
-class Episode:
+class StepProblem:
     """What all implementations train on.
 
     Attributes:
-        model: open_clip's, with random weights, frozen, in evaluation mode.
+        model: open_clip's, frozen, in evaluation mode.
         tokenizer: Its tokenizer.
+        class_names: C names.
         images: (S, 3, H, W).
         labels: (S,).
         exact_losses: (method, placement) -> first loss in float64, as far as computed.
@@ -61,170 +58,289 @@ class Episode:
 
     model: nn.Module
     tokenizer: Callable[[list[str]], Tensor]
+    class_names: Sequence[str]
     images: Tensor
     labels: Tensor
     exact_losses: dict[tuple[str, str], float] = field(default_factory=dict)
 
 
-RunSteps = Callable[[Episode, "FewShotConfig", int], StepRun]
+RunSteps = Callable[[StepProblem, "FewShotConfig", int], StepRun]
+
+
+@dataclass(frozen=True)
+class StepImplementation:
+    """Name, settings, how it runs, and why it cannot if it cannot."""
+
+    name: str
+    config: FewShotConfig
+    run: RunSteps
+    unavailable: str = ""
+
+    def prepare(self, problem: StepProblem) -> Call:
+        """A call that takes a number of steps, once its first loss is found right."""
+        config = checked(self.config)
+        for loss in self.run(problem, config, 1).first_losses:
+            verify_first_loss(loss, problem, config)
+        return functools.partial(self.run, problem, self.config)
+
+    def competing(self) -> Implementation:
+        """As the runner wants it."""
+        return Implementation(self.name, self.prepare, self.unavailable)
 
 
 def step_cases(settings: Settings) -> list[Case]:
     if not settings.wants("forward+backward"):
         return []
-    if importlib.util.find_spec("open_clip") is None:
-        raise SuiteUnavailableError("it needs open_clip: pip install open_clip_torch")
-    sizes = load_sizes(settings.model)
+    require_open_clip()
+    sizes = load_sizes(settings.model or DEFAULT_MODEL)
+    found = step_points(settings)
     placements = ("tokens",) if settings.quick else ("tokens", "attention")
-    return [
-        _case(point, placement, sizes, settings)
-        for point in points("step", settings, varies=("heads", "dtypes"))
-        for placement in placements
+    cases = [
+        _case(point, placement, sizes, settings) for point in found for placement in placements
     ]
+    if settings.quick and settings.parallel_episodes is None:
+        return cases
+    return cases + [_case_at_once(point, sizes, settings) for point in found]
 
 
-def _implementations(
-    config: FewShotConfig, settings: Settings
-) -> list[tuple[str, FewShotConfig, RunSteps, str]]:
-    """Name, settings, how it runs, and why it cannot."""
-    from bench.plain_clip import fused_attention, materialised_attention
-
-    ours = [
-        (OURS + name, replace(config, backend=name), _run_engine, reason)
-        for name, reason in settings.our_backends()
-    ]
-    eager = functools.partial(_run_plain, materialised_attention)
-    unweighted = functools.partial(_run_plain, fused_attention)
-    return [
-        *ours,
-        (EAGER, config, eager, ""),
-        (UNWEIGHTED, replace(config, method="lora"), unweighted, ""),
-    ]
+def step_points(settings: Settings) -> list[Point]:
+    """Batches and types that the step is measured with."""
+    return points("step", settings, varies=("heads", "dtypes"))
 
 
-def _case(point: Point, placement: str, sizes: ClipSizes, settings: Settings) -> Case:
+def has_open_clip() -> bool:
+    return importlib.util.find_spec("open_clip") is not None
+
+
+def require_open_clip() -> None:
+    """Raise SuiteUnavailableError where it is missing."""
+    if not has_open_clip():
+        raise SuiteUnavailableError("it needs open_clip: pip install open_clip_torch")
+
+
+def published_precisions(device: str, dtype: str) -> list[str]:
+    """Of the published program: on a CPU it runs in float32, whatever ours does."""
+    return list(dict.fromkeys(["float32", dtype])) if device == "cpu" else [dtype]
+
+
+def implementations(
+    point: Point, placement: str, settings: Settings, *, only_targeted: bool = False
+) -> list[StepImplementation]:
+    """All that take a step.
+
+    Args:
+        point: The shape.
+        placement: Of the weights.
+        settings: Of the run.
+        only_targeted: Ours, without the readable backend, and what targets compare them with.
+    """
+    from bench.plain_clip import PlainStep, fused_attention, materialised_attention
+    from bench.published import PublishedStep
     from tir_kernels.fewshot import FewShotConfig
 
     config = FewShotConfig(placement=placement, precision=point.dtype, device=settings.device)
 
-    def implementation(name: str, config: FewShotConfig, run: RunSteps, reason: str):
-        def prepare(episode: Episode) -> Call:
-            _verify(run(episode, config, 1).losses[0], episode, config)
-            return functools.partial(run, episode, config)
+    def plain(attend: Callable[..., Tensor]) -> RunSteps:
+        return functools.partial(_run_plain, functools.partial(PlainStep, attend=attend))
 
-        return Implementation(name, prepare, reason)
+    found = [
+        StepImplementation(OURS + name, replace(config, backend=name), _run_engine, reason)
+        for name, reason in settings.our_backends()
+        if not (only_targeted and name == "reference")
+    ]
+    if placement == "tokens":
+        found += [
+            StepImplementation(
+                PUBLISHED + dtype,
+                replace(config, precision=dtype),
+                functools.partial(_run_plain, PublishedStep),
+            )
+            for dtype in published_precisions(settings.device, point.dtype)
+        ]
+    if not only_targeted:
+        unweighted = replace(config, method="lora")
+        found += [
+            StepImplementation(EAGER, config, plain(materialised_attention)),
+            StepImplementation(UNWEIGHTED, unweighted, plain(fused_attention)),
+        ]
+    return found
 
-    text_length = int(make_tokenizer(sizes)(prompts()).argmax(-1).max()) + 1
+
+def _case(point: Point, placement: str, sizes: ClipSizes, settings: Settings) -> Case:
+    competing = [each.competing() for each in implementations(point, placement, settings)]
     return Case(
         suite="step",
-        operator=f"fine-tuning step, placement {placement}",
+        operator=f"{STEP}, placement {placement}",
         device=settings.device,
         dtype=point.dtype,
-        shape={"B": point.images, "L": sizes.length, "C": len(CLASS_NAMES)},
+        shape=step_shape(point, sizes),
         direction="forward+backward",
-        make_inputs=functools.partial(_make_episode, point, sizes, settings.device),
-        implementations=[implementation(*parts) for parts in _implementations(config, settings)],
-        measure=_measure_quickly if settings.quick else _measure,
-        cost=step_cost(
-            point.images,
-            sizes.length,
-            sizes.width,
-            sizes.layers,
-            len(CLASS_NAMES),
-            text_length,
-            sizes.text_width,
-            sizes.text_layers,
-        ),
+        make_inputs=functools.partial(make_problem, point, sizes, settings.device),
+        implementations=competing,
+        measure=measure_for(settings),
+        cost=cost_of_step(point.images, CLASS_NAMES, sizes),
         slowdown=1.5,  # nearly all of it are matrix products
+        priority=SECOND if placement == "tokens" else THIRD,
+    )
+
+
+def _case_at_once(point: Point, sizes: ClipSizes, settings: Settings) -> Case:
+    """The time of a step per episode, where some are trained at once."""
+    from tir_kernels.fewshot import FewShotConfig
+
+    numbers = settings.parallel_episodes or _AT_ONCE
+    backend, reason = settings.our_backends()[0]
+    config = FewShotConfig(precision=point.dtype, device=settings.device, backend=backend)
+    competing = [
+        StepImplementation(
+            f"{OURS}{backend}, {number} at once",
+            config,
+            functools.partial(_run_engine_at_once, number),
+            reason,
+        ).competing()
+        for number in numbers
+    ]
+    return Case(
+        suite="step",
+        operator=f"{STEP} per episode",
+        device=settings.device,
+        dtype=point.dtype,
+        shape=step_shape(point, sizes),
+        direction="forward+backward",
+        make_inputs=functools.partial(make_problem, point, sizes, settings.device),
+        implementations=competing,
+        measure=measure_for(settings),
+        cost=cost_of_step(point.images, CLASS_NAMES, sizes),
+        slowdown=1.5 * max(numbers),
         priority=THIRD,
     )
 
 
-def prompts() -> list[str]:
-    return [f"a photo of a {name}." for name in CLASS_NAMES]
+def step_shape(point: Point, sizes: ClipSizes) -> dict[str, int]:
+    return {"B": point.images, "L": sizes.length, "D": sizes.width, "C": len(CLASS_NAMES)}
 
 
-def _make_episode(point: Point, sizes: ClipSizes, device: str) -> Episode:
+def cost_of_step(images: int, class_names: Sequence[str], sizes: ClipSizes) -> Cost:
+    token_ids = make_tokenizer(sizes)([f"a photo of a {name}." for name in class_names])
+    return step_cost(
+        images,
+        sizes.length,
+        sizes.width,
+        sizes.layers,
+        len(class_names),
+        int(token_ids.argmax(-1).max()) + 1,
+        sizes.text_width,
+        sizes.text_layers,
+    )
+
+
+def make_problem(point: Point, sizes: ClipSizes, device: str) -> StepProblem:
     side = sizes.image_size
     labels = torch.arange(point.images, device=device) % len(CLASS_NAMES)
     images = torch.randn(point.images, 3, side, side, device=device)
-    return Episode(make_model(sizes, device), make_tokenizer(sizes), images, labels)
+    model, tokenizer = make_model(sizes, device), make_tokenizer(sizes)
+    return StepProblem(model, tokenizer, CLASS_NAMES, images, labels)
 
 
-def _run_engine(episode: Episode, config: FewShotConfig, steps: int) -> StepRun:
+def _run_engine(problem: StepProblem, config: FewShotConfig, steps: int) -> StepRun:
     from tir_kernels.fewshot import finetune_episode
 
     ends: list[float] = []
     result = finetune_episode(
-        episode.model,
-        episode.tokenizer,
-        CLASS_NAMES,
-        episode.images,
-        episode.labels,
-        episode.images[:0],
+        problem.model,
+        problem.tokenizer,
+        problem.class_names,
+        problem.images,
+        problem.labels,
+        problem.images[:0],
         replace(config, steps=steps),
         on_step=lambda step, loss: ends.append(time.perf_counter()),
     )
-    return StepRun(result.losses, _intervals(ends))
+    return StepRun(result.losses[:1], ends)
+
+
+def _run_engine_at_once(
+    number: int, problem: StepProblem, config: FewShotConfig, steps: int
+) -> StepRun:
+    from tir_kernels.fewshot import Episode, finetune_episodes
+
+    images, labels = problem.images, problem.labels
+    names = list(problem.class_names)
+    episodes = [Episode(names, images, labels, images[:0], index) for index in range(number)]
+    ends: list[float] = []
+
+    def note(position: int, step: int, loss: float) -> None:
+        if position == number - 1:
+            ends.append(time.perf_counter())
+
+    results = finetune_episodes(
+        problem.model,
+        problem.tokenizer,
+        episodes,
+        replace(config, steps=steps),
+        parallel=number,
+        on_step=note,
+    )
+    first_losses = [result.losses[0] for result in results]  # an error has them too
+    return StepRun(first_losses, ends)
 
 
 def _run_plain(
-    attend: Callable[..., Tensor], episode: Episode, config: FewShotConfig, steps: int
+    build: Callable[..., object], problem: StepProblem, config: FewShotConfig, steps: int
 ) -> StepRun:
-    from bench.plain_clip import PlainStep
+    from bench.plain_clip import precision
 
     ends: list[float] = []
-    with _precision(config):
-        plain = PlainStep(episode.model, episode.tokenizer, CLASS_NAMES, config, attend)
+    with precision(config):
+        plain = build(problem.model, problem.tokenizer, problem.class_names, config)
         losses = plain.train(
-            episode.images, episode.labels, steps, lambda: ends.append(time.perf_counter())
+            problem.images, problem.labels, steps, lambda: ends.append(time.perf_counter())
         )
-    return StepRun(losses, _intervals(ends))
+    return StepRun(losses[:1], ends)
 
 
-def _precision(config: FewShotConfig) -> contextlib.AbstractContextManager:
-    if config.precision == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(config.device, dtype=getattr(torch, config.precision))
+def rebuild_step(
+    name: str, point: Point, sizes: ClipSizes, settings: Settings, is_small: bool
+) -> Call:
+    """A few steps of an implementation of placement "tokens", built anew in another process."""
+    if is_small:
+        sizes = sizes.shrunk()
+    (chosen,) = (each for each in implementations(point, "tokens", settings) if each.name == name)
+    problem = make_problem(point, sizes, settings.device)
+    return functools.partial(chosen.run, problem, chosen.config, STEPS_OF_PEAK[settings.device])
 
 
-def _intervals(ends: Sequence[float]) -> list[float]:
-    return [end - start for start, end in itertools.pairwise(ends)]
+def checked(config: FewShotConfig) -> FewShotConfig:
+    """The settings with which an implementation is checked."""
+    return replace(config, steps=1, logit_scale=_CHECKED_SCALE)
 
 
-def _verify(loss: float, episode: Episode, config: FewShotConfig) -> None:
-    """Compare the first loss, which LoRA does not change yet, with float64."""
+def verify_first_loss(loss: float, problem: StepProblem, config: FewShotConfig) -> None:
+    """Compare the first loss, which LoRA does not change yet, with float64.
+
+    Raises:
+        WrongResultError: They differ by more than rounding explains.
+    """
     key = (config.method, config.placement)
-    if key not in episode.exact_losses:
-        episode.exact_losses[key] = _exact_loss(episode, config)
-    exact = episode.exact_losses[key]
-    if not abs(loss - exact) <= _ALLOWED_LOSS_ERROR * abs(exact):
-        raise WrongResultError(f"the first loss is {loss:.5f}, in float64 it is {exact:.5f}")
+    if key not in problem.exact_losses:
+        problem.exact_losses[key] = _exact_loss(problem, config)
+    if wrong := wrong_first_loss(loss, problem.exact_losses[key], config.precision):
+        raise WrongResultError(f"{wrong} in float64")
+
+
+def wrong_first_loss(loss: float, expected: float, dtype: str) -> str:
+    """How a first loss is off; empty if rounding to the type explains it."""
+    if abs(loss - expected) <= _ALLOWED_LOSS_ERROR[dtype] * abs(expected):
+        return ""
+    return f"the first loss is {loss:.5f}, but {expected:.5f}"
 
 
 @torch.no_grad()
-def _exact_loss(episode: Episode, config: FewShotConfig) -> float:
+def _exact_loss(problem: StepProblem, config: FewShotConfig) -> float:
     from bench.plain_clip import PlainStep, materialised_attention
 
-    model = copy.deepcopy(episode.model).double()
+    model = copy.deepcopy(problem.model).double()
     plain = PlainStep(
-        model, episode.tokenizer, CLASS_NAMES, config, materialised_attention, trains=False
+        model, problem.tokenizer, problem.class_names, config, materialised_attention, trains=False
     )
-    return plain.loss(episode.images.double(), episode.labels).item()
-
-
-def _measure(
-    runs: Sequence[Callable[[int], StepRun]], seconds: float, *, steps: int = 4, min_rounds: int = 2
-) -> list[Measurement]:
-    """Median time of a step, of runs of a few steps that take turns."""
-    times: list[list[float]] = [[] for _ in runs]
-    start = time.perf_counter()
-    rounds = 0
-    while rounds < min_rounds or time.perf_counter() - start < seconds * len(runs):
-        for run, found in zip(runs, times, strict=True):
-            found += run(steps).seconds
-        rounds += 1
-    return [{"ms": statistics.median(found) * 1e3} for found in times]
-
-
-_measure_quickly = functools.partial(_measure, steps=2, min_rounds=1)
+    return plain.loss(problem.images.double(), problem.labels).item()

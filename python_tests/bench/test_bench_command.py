@@ -5,7 +5,9 @@ import json
 
 import pytest
 from click.testing import CliRunner
+from small_clip import write_small_clip
 
+from bench.clip_model import load_sizes
 from bench.command import INTERRUPTED, OUT_OF_TIME, main
 from bench.memory_probe import added_in_new_process
 from bench.records import KEYS
@@ -13,30 +15,13 @@ from bench.settings import Settings
 from bench.shapes import Point
 from bench.suites import SUITES, memory
 from bench.suites.memory import _rebuild
+from bench.suites.step import rebuild_step, step_points
 
 pytestmark = pytest.mark.usefixtures("low_ceilings")
 
 TINY = ["--device", "cpu", "--no-compile", "--threads", "1", "--seconds", "0"]
 TINY += ["--lengths", "9", "--heads", "4", "--widths", "8", "--classes", "2", "--dtypes", "float32"]
 ENOUGH = {"attention": 2, "relevance": 2, "operator": 5}  # cases
-
-SMALL_CLIP = {
-    "embed_dim": 512,
-    "vision_cfg": {
-        "image_size": 16,
-        "layers": 5,
-        "width": 32,
-        "head_width": 16,
-        "patch_size": 8,
-    },
-    "text_cfg": {
-        "context_length": 16,
-        "vocab_size": 49408,
-        "width": 32,
-        "heads": 2,
-        "layers": 3,
-    },
-}
 
 
 def run(*arguments, status=0):
@@ -90,13 +75,18 @@ def test_memory_suite(tmp_path, monkeypatch):
 
     monkeypatch.setattr(memory, "added_in_new_process", in_this_process)
     path = tmp_path / "records.json"
-    output = run("memory", *TINY, "--json", path)
+    model = write_small_clip(tmp_path)
+    output = run("memory", *TINY, "--json", path, "--model", model)
     records = json.loads(path.read_text())
     assert {r["operator"] for r in records} == {
         "reweighted_attention",
         "weighted_attention",
         "token_weights",
+        "fine-tuning step",
     }
+    of_steps = {r["implementation"] for r in records if r["operator"] == "fine-tuning step"}
+    assert "published float32" in of_steps
+    assert of_steps.isdisjoint({"tir reference", "eager"})
     assert all(r["mib"] == 1.5 and r["ms"] is None for r in records if "unavailable" not in r)
     assert "1.5 MiB" in output
 
@@ -110,17 +100,51 @@ def test_memory_of_a_process_of_its_own():
     assert scores <= added_in_new_process(prepare, 1) <= 4 * scores
 
 
-def test_step_suite(tmp_path):
+def test_memory_of_steps_in_a_process_of_their_own(tmp_path):
     pytest.importorskip("open_clip")
-    path, model = tmp_path / "records.json", tmp_path / "model.json"
-    model.write_text(json.dumps({"model_cfg": SMALL_CLIP}))
+    sizes = load_sizes(str(write_small_clip(tmp_path)))
+    settings = Settings(heads=(36,), dtypes=("float32",), model="small")
+    (point,) = step_points(settings)
+    prepare = functools.partial(rebuild_step, "published float32", point, sizes, settings)
+    assert 0 < added_in_new_process(prepare, 1) < 200
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_step_suite(tmp_path, dtype):
+    pytest.importorskip("open_clip")
+    path, model = tmp_path / "records.json", write_small_clip(tmp_path)
     arguments = ["--device", "cpu", "--threads", "1", "--seconds", "0", "--heads", "36"]
-    run("step", *arguments, "--model", model, "--json", path)
+    run("step", *arguments, "--dtypes", dtype, "--model", model, "--json", path)
     records = json.loads(path.read_text())
-    assert {r["operator"].split()[-1] for r in records} == {"tokens", "attention"}
-    assert {"eager", "sdpa unweighted", "tir reference"} <= {r["implementation"] for r in records}
-    assert records[0]["shape"] == {"B": 3, "L": 5, "C": 5}
-    assert all(r["ms"] > 0 for r in records if "unavailable" not in r)
+    names = {}
+    for record in records:
+        assert record["shape"] == {"B": 3, "L": 5, "D": 32, "C": 5}
+        assert "unavailable" in record or record["ms"] > 0
+        names.setdefault(record["operator"], set()).add(record["implementation"])
+    published = {"published float32", f"published {dtype}"}
+    others = {"eager", "sdpa unweighted", "tir cpu", "tir reference"}
+    assert names == {
+        "fine-tuning step, placement tokens": published | others,
+        "fine-tuning step, placement attention": others,
+        "fine-tuning step per episode": {f"tir cpu, {number} at once" for number in (1, 2, 4)},
+    }
+
+
+def test_a_wrong_step_is_not_timed(tmp_path, monkeypatch):
+    pytest.importorskip("open_clip")
+    from bench.published import PublishedStep
+
+    plain = PublishedStep._encode_images
+    monkeypatch.setattr(PublishedStep, "_encode_images", lambda *a: plain(*a).flip(0))
+    arguments = ["--device", "cpu", "--threads", "1", "--seconds", "0", "--heads", "36", "--quick"]
+    path = tmp_path / "records.json"
+    model = write_small_clip(tmp_path)
+    output = run("step", *arguments, "--model", model, "--json", path, status=1)
+    assert "WRONG: published float32" in output
+    of_published = [
+        r for r in json.loads(path.read_text()) if r["implementation"] == "published float32"
+    ]
+    assert [r["ms"] for r in of_published] == [None]
 
 
 def test_unknown_model_suggests_others():

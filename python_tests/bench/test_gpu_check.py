@@ -23,7 +23,15 @@ case "$*" in
     *"-m bench "*) name=--json; echo "[]" > "$(argument "$@")"; exit "${BENCH:-0}" ;;
 esac
 """
-STAGES = ["environment", "build", "gpu-tests", "operator-tests", "sanitizer", "benchmarks"]
+STAGES = [
+    "environment",
+    "build",
+    "gpu-tests",
+    "operator-tests",
+    "sanitizer",
+    "benchmarks",
+    "whole-runs",
+]
 
 
 @pytest.fixture
@@ -103,11 +111,12 @@ def test_a_failing_stage_stops_no_other_and_is_run_again(check):
 def test_benchmarks_go_on_in_the_next_call(check):
     status, output, _ = check("--budget", "7", BENCH="75")
     assert status == 0
-    assert "unfinished: benchmarks" in output
+    assert "unfinished: benchmarks whole-runs" in output
     status, output, calls = check()
     assert status == 0
     assert "unfinished: none" in output
-    assert any(call.startswith("-m bench --device cuda --budget") for call in calls)
+    assert any(call.startswith("-m bench attention") and "--budget" in call for call in calls)
+    assert any(call.startswith("-m bench episodes --device cuda") for call in calls)
 
 
 def test_sanitizer_findings_fail_its_stage(check, tmp_path):

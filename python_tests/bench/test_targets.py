@@ -4,9 +4,10 @@ import pytest
 from sample_records import ATTENTION_SHAPE, OPERATOR_SHAPE, case_of, records_of
 
 from bench.counting import fused_memory
+from bench.findings import Finding, findings, summary
 from bench.records import make_record
 from bench.report import report
-from bench.targets import TARGETS, Finding, findings, summary
+from bench.targets import TARGETS
 
 PEERS = {
     "sdpa unweighted flash": 1.0,
@@ -103,6 +104,90 @@ def test_cpu_targets():
     best = result["every operator, speed against the best peer", "tir cpu"]
     assert best.worst[0] == pytest.approx(0.8)  # the unweighted attention computes something else
     assert [r["shape"]["L"] for r in best.falls_short_at] == [50]
+
+
+STEP = {
+    "suite": "step",
+    "operator": "fine-tuning step, placement tokens",
+    "direction": "forward+backward",
+    "device": "cpu",
+    "shape": {"B": 5, "L": 197, "D": 768, "C": 5},
+}
+
+
+def test_steps_are_compared_with_the_published_program_as_it_runs_on_a_cpu():
+    times = {"tir cpu": 1.0, "published float32": 3.0}
+    records = records_of(case_of(**STEP, dtype="float32"), times)
+    records += records_of(
+        case_of(**STEP, dtype="bfloat16"), {**times, "tir cpu": 0.5, "published bfloat16": 1.5}
+    )
+    larger = STEP | {"shape": STEP["shape"] | {"B": 25}}
+    records += records_of(case_of(**larger, dtype="float32"), {"tir cpu": 9.0, **times})
+    values = {what: f.worst[0] for (what, _), f in found(records, "cpu").items()}
+    of_steps = {what: value for what, value in values.items() if what.startswith("step in")}
+    assert list(of_steps.values()) == [3.0, 6.0]
+    assert ["float32" in what for what in of_steps] == [True, True]
+    assert not any("eager" in what for what in of_steps)
+
+
+def test_memory_of_steps_is_compared_with_the_published_program():
+    case = case_of(**STEP | {"suite": "memory", "operator": "fine-tuning step"}, dtype="bfloat16")
+    peaks = {"tir cpu": 450.0, "published float32": 1600.0, "published bfloat16": 1000.0}
+    records = [make_record(case, name, mib=peak) for name, peak in peaks.items()]
+    ((what, name),) = found(records, "cpu")
+    assert (what, name) == (
+        "fine-tuning step, peak memory against the published program",
+        "tir cpu",
+    )
+    assert found(records, "cpu")[what, name].worst[0] == pytest.approx(0.45)
+    assert found(records[:1], "cpu") == {}
+    skipped = make_record(case, "published float32", skipped="the process died")
+    assert found([records[0], skipped], "cpu") == {}
+
+
+def run_of(**changes):
+    shape = {"ways": 5, "shots": 5, "L": 197, "D": 768, "queries": 15, "steps": 100}
+    return {
+        "suite": "episodes",
+        "operator": "whole run, tir (eurosat, ViT-B-16)",
+        "direction": "forward+backward",
+        "shape": shape | changes,
+    }
+
+
+def test_whole_runs_on_a_gpu():
+    times = {"tir auto": 900.0, "tir auto, 8 at once": 400.0, "published bfloat16": 9000.0}
+    records = records_of(case_of(**run_of()), times)
+    records += records_of(case_of(**run_of(shots=1)), times)
+    other = case_of(**run_of() | {"operator": "whole run, lora (eurosat, ViT-B-16)"})
+    records.append(make_record(other, "tir auto, 8 at once", ms=1.0, bound=0.5))
+    values = {key: f.worst[0] for key, f in found(records).items()}
+    speed = "whole run, 5-way {}-shot, ViT-B/16, speed against the published program"
+    share = "whole run, 5-way 5-shot, ViT-B/16, model FLOPs over the rate of a large product"
+    assert values == pytest.approx(
+        {
+            (speed.format(shots), name): value
+            for shots in (5, 1)
+            for name, value in (("tir auto", 10.0), ("tir auto, 8 at once", 22.5))
+        }
+        | {(share, "tir auto, 8 at once"): 0.5}
+    )
+    for changes in ({"D": 192}, {"steps": 10}, {"queries": 1}):
+        assert found(records_of(case_of(**run_of(**changes)), times)) == {}
+
+
+def test_whole_runs_and_the_start_on_a_cpu():
+    small = case_of(**run_of(D=192), device="cpu", dtype="float32")
+    records = records_of(small, {"tir auto": 1000.0, "published float32": 3500.0})
+    start = run_of() | {"operator": "start-up to the first step (drawings, demo)"}
+    records += records_of(case_of(**start, device="cpu"), {"tir auto": 12_000.0})
+    result = found(records, "cpu")
+    assert {what: f.worst[0] for (what, _), f in result.items()} == {
+        "whole run, 5-way 5-shot, ViT-Ti/16 in float32, speed against the published program": 3.5,
+        "start-up to the first step, files in cache": 12.0,
+    }
+    rows = [row for block in summary(records, "cpu", only_measured=True).blocks for row in block]
+    assert ("≤ 10.0 s", "tir auto", "12.0 s") in [row[1:4] for row in rows]
 
 
 def test_summary_names_shapes_and_what_was_not_measured():

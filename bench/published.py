@@ -1,0 +1,114 @@
+"""The baseline: how the method's published program computes a step and an episode.
+
+Plain PyTorch with the structure of the CLIP-LoRA family of programs, to which the method's (arXiv
+2605.25799) belongs. The mathematics are those of the few-shot engine. What the engine leaves out is
+done here: B·A is multiplied out, prompts fill the model's whole context, attention is materialised,
+every token passes every block, the stem runs at every step, each batch that is classified has a
+text pass of its own, and each episode reads its model from disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tir_kernels.fewshot import FewShotConfig
+
+from .plain_clip import PlainStep, materialised_attention, precision
+from .workload import EpisodeFiles, read_images
+
+IMAGES_PER_BATCH = 64  # when classifying; the engine's number
+
+
+class PublishedStep(PlainStep):
+    """As :class:`PlainStep`, with the work that the published program does."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Callable[[list[str]], Tensor],
+        class_names: Sequence[str],
+        config: FewShotConfig,
+    ) -> None:
+        super().__init__(model, tokenizer, class_names, config, materialised_attention)
+
+    def _text_length(self, token_ids: Tensor) -> int:
+        """The whole context, padding included."""
+        return token_ids.shape[1]
+
+    def _project(self, block: nn.Module, tokens: Tensor) -> list[Tensor]:
+        """Three projections, each with a product of its own for the change B·A of its weight."""
+        attention = block.attn
+        weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
+        parts = []
+        for weight, bias, a, b in zip(weights, biases, *self.lora[block], strict=True):
+            change = F.linear(self._lora_input(tokens), b @ a)
+            parts.append(F.linear(tokens, weight, bias) + change * self._lora_scaling)
+        return parts
+
+    @torch.no_grad()
+    def classify(self, images: Tensor) -> Tensor:
+        """(Q, 3, H, W) -> (Q, C) float32 logits in evaluation mode."""
+        self.drops = False
+        return torch.cat([self.logits(batch) for batch in images.split(IMAGES_PER_BATCH)]).float()
+
+
+@dataclass(frozen=True)
+class PublishedEpisode:
+    """What an episode came to.
+
+    Attributes:
+        losses: One per step.
+        accuracy: Share of the query images classified rightly.
+    """
+
+    losses: list[float]
+    accuracy: float
+
+
+def run_episode(folder: Path, files: EpisodeFiles, config: FewShotConfig) -> PublishedEpisode:
+    """Load the model and the images, train, classify.
+
+    Args:
+        folder: The model's, with ``open_clip_config.json`` and weights.
+        files: The episode.
+        config: Settings.
+    """
+    model, preprocess, tokenizer = _load(folder, config.device)
+    torch.manual_seed(files.index)
+    support, queries = (
+        read_images(names, preprocess, config.device) for names in (files.support, files.queries)
+    )
+    with precision(config):
+        step = PublishedStep(model, tokenizer, files.class_names, config)
+        losses = step.train(support, files.support_labels.to(config.device), config.steps)
+        guesses = step.classify(queries).argmax(1).cpu()
+    correct = guesses == files.query_labels
+    return PublishedEpisode(losses, correct.float().mean().item())
+
+
+def _load(folder: Path, device: str) -> tuple[nn.Module, Callable, Callable]:
+    name = f"local-dir:{folder}"
+    with _without_logging():
+        model, _, preprocess = open_clip.create_model_and_transforms(name, device=device)
+        tokenizer = open_clip.get_tokenizer(name)
+    return model.eval().requires_grad_(False), preprocess, tokenizer
+
+
+@contextlib.contextmanager
+def _without_logging() -> Iterator[None]:
+    # open_clip warns at each load which of one weights file it takes.
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,246 @@
+"""Whole runs of few-shot episodes beside the method's published program, and the start-up time."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from bench.cases import Case, Implementation, Measurement
+from bench.counting import episode_cost
+from bench.settings import OURS, PUBLISHED, Settings
+from bench.timing import Call
+
+from .common import FIRST, SECOND, THIRD
+from .step import (
+    StepProblem,
+    checked,
+    cost_of_step,
+    published_precisions,
+    require_open_clip,
+    verify_first_loss,
+    wrong_first_loss,
+)
+
+if TYPE_CHECKING:
+    from bench.whole_runs import RunOutcome
+    from bench.workload import Workload
+    from tir_kernels.fewshot import FewShotConfig
+
+WHOLE_RUN = "whole run"
+START_UP = "start-up to the first step"
+METHODS = ("tir", "lora")
+_AUTO = "auto"  # the backend that a run chooses by itself
+
+# (device, quick) -> sizes where none are given
+_STEPS = {False: 100, True: 10}
+_EPISODES = {("cpu", False): 4, ("cpu", True): 2, ("cuda", False): 16, ("cuda", True): 4}
+_PUBLISHED_ON_GPU = 2  # episodes: enough to time what takes as long each time
+_SHOTS = {("cpu", False): (5,), ("cpu", True): (5,), ("cuda", False): (5, 1), ("cuda", True): (5,)}
+_DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16",)}
+_AT_ONCE = {"cpu": (1,), "cuda": (1, 8)}
+_ALLOWED_ERRORS = 4  # standard errors between accuracies of programs with other random numbers
+
+Result = TypeVar("Result")
+# (settings, number of episodes, where lines of progress go)
+RunEpisodes = Callable[["FewShotConfig", int, Callable[[str], None]], "RunOutcome"]
+
+
+def episode_cases(settings: Settings) -> list[Case]:
+    if not settings.wants("forward+backward"):
+        return []
+    require_open_clip()
+    from bench.workload import Workload
+
+    dtypes = settings.dtypes or _DTYPES[settings.device]
+    chosen = settings.shots or _SHOTS[settings.device, settings.quick]
+    workload = Workload(settings, chosen)
+    cases = [
+        _whole_run(workload, method, shots, dtype, settings)
+        for dtype in dtypes
+        for shots in chosen
+        for method in METHODS
+    ]
+    return [_start_up(workload, dtypes[0], chosen[0], settings), *cases]
+
+
+def _config(dtype: str, settings: Settings, method: str, shots: int) -> FewShotConfig:
+    from tir_kernels.fewshot import FewShotConfig
+
+    return FewShotConfig(
+        method=method,
+        steps=settings.steps or _STEPS[settings.quick],
+        shots=shots,
+        precision=dtype,
+        device=settings.device,
+        backend=settings.backends[0] if settings.backends else _AUTO,
+    )
+
+
+def _shape(workload: Workload, shots: int, settings: Settings) -> dict[str, int]:
+    sizes = workload.sizes
+    shape = {"ways": settings.ways, "shots": shots}
+    return shape | {"L": sizes.length, "D": sizes.width}
+
+
+def _whole_run(workload: Workload, method: str, shots: int, dtype: str, settings: Settings) -> Case:
+    config = _config(dtype, settings, method, shots)
+    episodes = settings.episodes or _EPISODES[settings.device, settings.quick]
+    names = [f"class {number}" for number in range(settings.ways)]
+    sizes = workload.sizes
+    step, on_queries = (
+        cost_of_step(settings.ways * images, names, sizes) for images in (shots, settings.queries)
+    )
+    shape = _shape(workload, shots, settings) | {
+        "queries": settings.queries,
+        "steps": config.steps,
+    }
+    return Case(
+        suite="episodes",
+        operator=f"{WHOLE_RUN}, {method} ({workload.name})",
+        device=settings.device,
+        dtype=dtype,
+        shape=shape,
+        direction="forward+backward",
+        make_inputs=functools.partial(_problem, workload, shots, settings.device),
+        implementations=_implementations(workload, config, episodes, settings),
+        measure=functools.partial(_measure_runs, dtype),
+        cost=episode_cost(step, config.steps, on_queries),
+        slowdown=0.0,  # how long it takes is for the command line to say
+        priority=SECOND if method == "tir" else THIRD,
+    )
+
+
+def _problem(workload: Workload, shots: int, device: str) -> StepProblem:
+    """The first episode, for the check of the first loss."""
+    from bench.workload import read_images
+
+    model, files = workload.model, workload.draw(0, shots)
+    images = read_images(files.support, model.preprocess, device)
+    labels = files.support_labels.to(device)
+    return StepProblem(model.model, model.tokenizer, files.class_names, images, labels)
+
+
+def _implementations(
+    workload: Workload, config: FewShotConfig, episodes: int, settings: Settings
+) -> list[Implementation]:
+    from bench.whole_runs import run_ours, run_published
+
+    theirs = settings.published_episodes or (
+        episodes if settings.device == "cpu" else min(episodes, _PUBLISHED_ON_GPU)
+    )
+
+    def ours(at_once: int) -> RunEpisodes:
+        return lambda config, count, say: run_ours(workload, config, count, at_once, say)
+
+    found = []
+    for number in settings.parallel_episodes or _AT_ONCE[settings.device]:
+        name = f"{OURS}{config.backend}" + (f", {number} at once" if number > 1 else "")
+        found.append(_implementation(name, config, ours(number), episodes, min(number, episodes)))
+    for dtype in published_precisions(settings.device, config.precision):
+        theirs_config = replace(config, precision=dtype)
+        run = functools.partial(run_published, workload)
+        found.append(_implementation(PUBLISHED + dtype, theirs_config, run, theirs, 1))
+    return found
+
+
+def _implementation(
+    name: str, config: FewShotConfig, run: RunEpisodes, episodes: int, warm_up: int
+) -> Implementation:
+    def say(line: str) -> None:
+        print(f"{name}: {line}", file=sys.stderr, flush=True)
+
+    def prepare(problem: StepProblem) -> Call:
+        config_of_check = checked(config)
+        first = run(config_of_check, warm_up, lambda line: None)
+        verify_first_loss(first.first_losses[0], problem, config_of_check)
+        return lambda: (name, run(config, episodes, say))
+
+    return Implementation(name, prepare)
+
+
+def _measure_runs(dtype: str, runs: Sequence[Callable], seconds: float) -> list[Measurement]:
+    """Each run once: its episodes are the repetitions."""
+    found: list[tuple[str, RunOutcome] | str] = [_attempt(run) for run in runs]
+    finished = [each for each in found if not isinstance(each, str)]
+    theirs = [outcome for name, outcome in finished if name.startswith(PUBLISHED)]
+
+    def measured(name: str, outcome: RunOutcome) -> Measurement:
+        compared = theirs if name.startswith(OURS) else []
+        for wrong in filter(None, (disagreement(outcome, each, dtype) for each in compared)):
+            return {"wrong": wrong}
+        return {
+            "ms": 1e3 * outcome.seconds,
+            "episodes": len(outcome.accuracies),
+            "episodes_per_hour": 3600 / outcome.seconds,
+            "accuracy": statistics.fmean(outcome.accuracies),
+        }
+
+    return [{"skipped": each} if isinstance(each, str) else measured(*each) for each in found]
+
+
+def _attempt(run: Callable[[], Result]) -> Result | str:
+    """What it returns, or why it failed: a loss that is not finite, no memory, no first step."""
+    try:
+        return run()
+    except RuntimeError as error:
+        return str(error)
+
+
+def disagreement(ours: RunOutcome, theirs: RunOutcome, dtype: str) -> str:
+    """How the results of two programs differ by more than rounding and chance; empty if not.
+
+    Dropout draws other numbers in each program, so their accuracies over the episodes that both ran
+    agree up to chance.
+    """
+    losses = zip(ours.first_losses, theirs.first_losses, strict=False)
+    for index, (one, other) in enumerate(losses):
+        if wrong := wrong_first_loss(one, other, dtype):
+            return f"episode {index}: {wrong} with the published program"
+    both = min(len(ours.accuracies), len(theirs.accuracies))
+    one, other = (statistics.fmean(run.accuracies[:both]) for run in (ours, theirs))
+    mean = (one + other) / 2
+    error = math.sqrt(2 * mean * (1 - mean) / (both * ours.queries))
+    if abs(one - other) <= _ALLOWED_ERRORS * error:
+        return ""
+    return f"accuracy {one:.1%} over {both} episodes, but {other:.1%} with the published program"
+
+
+def _start_up(workload: Workload, dtype: str, shots: int, settings: Settings) -> Case:
+    from bench.whole_runs import start_up_seconds
+
+    config = _config(dtype, settings, "tir", shots)
+
+    def prepare(_: Workload) -> Call:
+        def start() -> float:
+            with tempfile.TemporaryDirectory() as folder:
+                return start_up_seconds(workload, config, settings.ways, Path(folder) / "run")
+
+        start()  # files and compiled kernels are in their caches from now on
+        return start
+
+    def median(start: Callable[[], float]) -> float:
+        return statistics.median(start() for _ in range(1 if settings.quick else 3))
+
+    def measure(starts: Sequence[Callable[[], float]], seconds: float) -> list[Measurement]:
+        found = [_attempt(functools.partial(median, start)) for start in starts]
+        return [{"skipped": t} if isinstance(t, str) else {"ms": 1e3 * t} for t in found]
+
+    return Case(
+        suite="episodes",
+        operator=f"{START_UP} ({workload.name})",
+        device=settings.device,
+        dtype=dtype,
+        shape=_shape(workload, shots, settings),
+        direction="forward+backward",
+        make_inputs=lambda: workload,
+        implementations=[Implementation(f"{OURS}{config.backend}", prepare)],
+        measure=measure,
+        priority=FIRST,
+    )
