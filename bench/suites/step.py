@@ -168,19 +168,9 @@ def implementations(
 
 def _case(point: Point, placement: str, sizes: ClipSizes, settings: Settings) -> Case:
     competing = [each.competing() for each in implementations(point, placement, settings)]
-    return Case(
-        suite="step",
-        operator=f"{STEP}, placement {placement}",
-        device=settings.device,
-        dtype=point.dtype,
-        shape=step_shape(point, sizes),
-        direction="forward+backward",
-        make_inputs=functools.partial(make_problem, point, sizes, settings.device),
-        implementations=competing,
-        measure=measure_for(settings),
-        cost=cost_of_step(point.images, CLASS_NAMES, sizes),
-        slowdown=1.5,  # nearly all of it are matrix products
-        priority=SECOND if placement == "tokens" else THIRD,
+    priority = SECOND if placement == "tokens" else THIRD
+    return _case_of(
+        point, sizes, settings, f"{STEP}, placement {placement}", competing, priority=priority
     )
 
 
@@ -200,9 +190,23 @@ def _case_at_once(point: Point, sizes: ClipSizes, settings: Settings) -> Case:
         ).competing()
         for number in numbers
     ]
+    operator = f"{STEP} per episode"
+    return _case_of(point, sizes, settings, operator, competing, at_once=max(numbers))
+
+
+def _case_of(
+    point: Point,
+    sizes: ClipSizes,
+    settings: Settings,
+    operator: str,
+    competing: list[Implementation],
+    *,
+    at_once: int = 1,
+    priority: int = THIRD,
+) -> Case:
     return Case(
         suite="step",
-        operator=f"{STEP} per episode",
+        operator=operator,
         device=settings.device,
         dtype=point.dtype,
         shape=step_shape(point, sizes),
@@ -211,8 +215,8 @@ def _case_at_once(point: Point, sizes: ClipSizes, settings: Settings) -> Case:
         implementations=competing,
         measure=measure_for(settings),
         cost=cost_of_step(point.images, CLASS_NAMES, sizes),
-        slowdown=1.5 * max(numbers),
-        priority=THIRD,
+        slowdown=1.5 * at_once,  # nearly all of it are matrix products
+        priority=priority,
     )
 
 
