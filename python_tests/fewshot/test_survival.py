@@ -1,6 +1,7 @@
 """Runs that are killed, starved or damaged lose nothing, and say what is wrong."""
 
 import errno
+import itertools
 import json
 import multiprocessing
 import os
@@ -16,7 +17,6 @@ from unittest import mock
 
 import fake_engine
 import pytest
-from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from tir_kernels.fewshot.command import main
@@ -99,8 +99,8 @@ def wait_until(condition, process=None, seconds=60):
         time.sleep(0.002)
 
 
-def start(function):
-    process = forking.Process(target=function)
+def start(function, *arguments):
+    process = forking.Process(target=function, args=arguments)
     process.start()
     return process
 
@@ -109,14 +109,19 @@ def test_killed_over_and_over(make_run):
     run = make_run(episodes=100)
     delays = random.Random(0)
 
-    def live():
-        with slow_disk():
+    def live(before):
+        def hang():
+            # Lest the run end before a late signal comes.
+            if run.lines() == before + 9:
+                time.sleep(600)
+
+        with slow_disk(hang):
             os._exit(fake_engine.run_main(run.arguments))
 
     torn = 0
     for _ in range(KILLS):
         before = run.lines()
-        process = start(live)
+        process = start(live, before)
         wait_until(lambda before=before: run.lines() > before, process)
         time.sleep(delays.uniform(0, 0.03))
         process.kill()
@@ -194,24 +199,30 @@ def test_the_living_run_what_the_dead_left(make_run):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_shared_run_is_interrupted(make_run, number, capfd):
+def test_shared_run_is_interrupted(make_run, number, tmp_path, capfd):
     run = make_run(episodes=60)
     capfd.readouterr()
 
-    def launch():
-        try:
-            fake_engine.run_shared(run.arguments, before=lambda: slow_disk().start())
-        except SignalException as error:
-            os._exit(error.sigval)
-        os._exit(0)
+    def work(rank):
+        writes = itertools.count()
 
-    launcher = start(launch)
-    wait_until(lambda: run.lines() >= 5, launcher)
-    os.kill(launcher.pid, number)
-    launcher.join(60)
-    assert launcher.exitcode == number
+        def hang():
+            if next(writes) == 30:
+                (tmp_path / f"hangs{rank}").touch()
+                time.sleep(600)
+
+        with in_group(rank, 3), slow_disk(hang):
+            os._exit(fake_engine.run_main(run.arguments))
+
+    workers = [start(work, rank) for rank in range(3)]
+    wait_until(lambda: len(list(tmp_path.glob("hangs*"))) == 3)
+    for worker in workers:
+        os.kill(worker.pid, number)
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 130
     assert capfd.readouterr().err.count("interrupted; what is finished is kept.") == 1
-    assert 5 <= len(read_run(run.folder)) < 120
+    assert 0 < len(read_run(run.folder)) < 120
     assert fake_engine.run_main(run.arguments) == 0
     run.assert_complete()
 
