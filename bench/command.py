@@ -104,9 +104,9 @@ class CommaSeparated(click.ParamType):
 @click.option(
     "--model",
     metavar="ARCH_OR_DIR",
-    help="Of step, memory and episodes: an open_clip architecture or a JSON file with a model_cfg, "
-    "either of which gets random weights, or a folder with open_clip_config.json and weights. "
-    "Default: ViT-B-16, but in episodes the demonstration's model.",
+    help="Of step, savings, memory and episodes: an open_clip architecture or a JSON file with a "
+    "model_cfg, either of which gets random weights, or a folder with open_clip_config.json and "
+    "weights. Default: ViT-B-16, but in episodes the demonstration's model.",
 )
 @click.option(
     "--data",
@@ -159,10 +159,10 @@ def main(
 ) -> None:
     """Measure tir_kernels beside PyTorch, on the same tensors in the same process.
 
-    SUITES are some of attention, relevance, operator, step, memory and episodes; all of them by
-    default. "published" is a plain rendering of the method's published program, the baseline. Exit
-    status: 1 if an implementation computes something wrong, 75 if the budget ran out (run the same
-    command again), 130 after Ctrl-C.
+    SUITES are some of attention, relevance, operator, step, savings, memory and episodes; all of
+    them by default. "published" is a plain rendering of the method's published program, the
+    baseline. Exit status: 1 if an implementation computes something wrong, 75 if the budget ran out
+    (run the same command again), 130 after Ctrl-C.
     """
     began = time.monotonic()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -156,7 +156,7 @@ sanitizer() {
 }
 
 benchmarks() {
-    "$python" -m bench attention relevance operator step memory --device cuda --budget "$1" \
+    "$python" -m bench attention relevance operator step memory savings --device cuda --budget "$1" \
         --json "$records"
 }
 

@@ -11,7 +11,7 @@ import click
 from .records import Record
 
 _MARKERS = "osv^Dp*hX<>d"
-_MODELS = ("step", "episodes")  # suites that measure one model, not a range of lengths
+_MODELS = ("step", "savings", "episodes")  # suites that measure one model, not a range of lengths
 
 
 def plot(records: Iterable[Record], path: Path) -> bool:

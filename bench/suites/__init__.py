@@ -12,6 +12,7 @@ from .episodes import episode_cases
 from .memory import memory_cases
 from .operator import operator_cases
 from .relevance import relevance_cases
+from .savings import savings_cases
 from .step import step_cases
 
 SUITES: dict[str, Callable[[Settings], list[Case]]] = {
@@ -19,6 +20,7 @@ SUITES: dict[str, Callable[[Settings], list[Case]]] = {
     "relevance": relevance_cases,
     "operator": operator_cases,
     "step": step_cases,
+    "savings": savings_cases,
     "memory": memory_cases,
     "episodes": episode_cases,
 }

@@ -32,7 +32,7 @@ from .step import (
     implementations,
     make_problem,
     rebuild_step,
-    step_points,
+    smallest_step_points,
     step_shape,
 )
 
@@ -50,10 +50,9 @@ def memory_cases(settings: Settings) -> list[Case]:
     if not settings.wants("forward+backward") or not has_open_clip():
         return operators
     sizes = load_sizes(settings.model or DEFAULT_MODEL)
-    # The smallest batch: what is held grows with it, and takes as long as a step does.
-    smallest = min(point.images for point in step_points(settings))
-    found = [point for point in step_points(settings) if point.images == smallest]
-    return operators + [_step_case(point, sizes, settings) for point in found]
+    return operators + [
+        _step_case(point, sizes, settings) for point in smallest_step_points(settings)
+    ]
 
 
 def _directions(operator: Operator, settings: Settings) -> list[str]:

@@ -29,7 +29,7 @@ from .common import SECOND, THIRD
 from .step_timing import StepRun, measure_for
 
 if TYPE_CHECKING:
-    from tir_kernels.fewshot import FewShotConfig
+    from tir_kernels.fewshot import FewShotConfig, Savings
 
 STEP = "fine-tuning step"
 UNWEIGHTED = "sdpa unweighted"
@@ -108,6 +108,13 @@ def step_points(settings: Settings) -> list[Point]:
     return points("step", settings, varies=("heads", "dtypes"))
 
 
+def smallest_step_points(settings: Settings) -> list[Point]:
+    """Those of the smallest batch, for what grows with it as the step does."""
+    found = step_points(settings)
+    smallest = min(point.images for point in found)
+    return [point for point in found if point.images == smallest]
+
+
 def has_open_clip() -> bool:
     return importlib.util.find_spec("open_clip") is not None
 
@@ -144,7 +151,7 @@ def implementations(
         return functools.partial(_run_plain, functools.partial(PlainStep, attend=attend))
 
     found = [
-        StepImplementation(OURS + name, replace(config, backend=name), _run_engine, reason)
+        StepImplementation(OURS + name, replace(config, backend=name), train, reason)
         for name, reason in settings.our_backends()
         if not (only_targeted and name == "reference")
     ]
@@ -246,8 +253,16 @@ def make_problem(point: Point, sizes: ClipSizes, device: str) -> StepProblem:
     return StepProblem(model, tokenizer, CLASS_NAMES, images, labels)
 
 
-def _run_engine(problem: StepProblem, config: FewShotConfig, steps: int) -> StepRun:
-    from tir_kernels.fewshot import finetune_episode
+def train(
+    problem: StepProblem,
+    config: FewShotConfig,
+    steps: int,
+    *,
+    savings: Savings | None = None,
+    query_images: Tensor | None = None,
+) -> StepRun:
+    """Steps of the few-shot engine, after which it classifies images if there are any."""
+    from tir_kernels.fewshot import Savings, finetune_episode
 
     ends: list[float] = []
     result = finetune_episode(
@@ -256,9 +271,10 @@ def _run_engine(problem: StepProblem, config: FewShotConfig, steps: int) -> Step
         problem.class_names,
         problem.images,
         problem.labels,
-        problem.images[:0],
+        problem.images[:0] if query_images is None else query_images,
         replace(config, steps=steps),
         on_step=lambda step, loss: ends.append(time.perf_counter()),
+        savings=savings or Savings(),
     )
     return StepRun(result.losses[:1], ends)
 

@@ -36,10 +36,10 @@ class StepRun:
 def measure_for(settings: Settings) -> Measure:
     if settings.device == "cuda":
         return _measure_on_gpu
-    return _measure_quickly if settings.quick else _measure
+    return _measure_quickly if settings.quick else measure_on_cpu
 
 
-def _measure(
+def measure_on_cpu(
     runs: Sequence[Callable[[int], StepRun]], seconds: float, *, steps: int = 4, min_rounds: int = 2
 ) -> list[Measurement]:
     """Median time of a step, of runs of a few steps that take turns."""
@@ -53,7 +53,7 @@ def _measure(
     return [{"ms": statistics.median(found) * 1e3} for found in times]
 
 
-_measure_quickly = functools.partial(_measure, steps=2, min_rounds=1)
+_measure_quickly = functools.partial(measure_on_cpu, steps=2, min_rounds=1)
 
 
 def _measure_on_gpu(

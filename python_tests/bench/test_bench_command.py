@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import fields
 
 import pytest
 from click.testing import CliRunner
@@ -128,6 +129,26 @@ def test_step_suite(tmp_path, dtype):
         "fine-tuning step, placement attention": others,
         "fine-tuning step per episode": {f"tir cpu, {number} at once" for number in (1, 2, 4)},
     }
+
+
+def test_savings_suite(tmp_path):
+    pytest.importorskip("open_clip")
+    from tir_kernels.fewshot import Savings
+
+    path, model = tmp_path / "records.json", write_small_clip(tmp_path)
+    arguments = ["--device", "cpu", "--threads", "1", "--seconds", "0", "--heads", "36,48"]
+    arguments += ["--dtypes", "float32", "--queries", "2"]
+    run("savings", *arguments, "--model", model, "--json", path)
+    records = json.loads(path.read_text())
+    assert all(record["ms"] > 0 for record in records)
+    names = {}
+    for record in records:
+        assert record["shape"]["B"] == 3
+        names.setdefault(record["operator"], set()).add(record["implementation"])
+    left_out = set().union(*names.values()) - {"tir cpu"}
+    assert left_out == {f"without {f.name}" for f in fields(Savings)} - {"without step_graph"}
+    assert {"tir cpu", "without image_batches"} <= names["classifying"]
+    assert {"tir cpu", "without low_rank_products"} <= names["fine-tuning step"]
 
 
 def test_a_wrong_step_is_not_timed(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ def test_steps_on_a_cpu_are_timed_one_by_one():
     def run(steps):
         return StepRun([1.0], [0.0, 0.3, 0.5, 0.8][:steps])
 
-    (found,) = step_timing._measure([run], 0.0)
+    (found,) = step_timing.measure_on_cpu([run], 0.0)
     assert found["ms"] == pytest.approx(300)
     (found,) = step_timing._measure_quickly([run], 0.0)
     assert found["ms"] == pytest.approx(300)

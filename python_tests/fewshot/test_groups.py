@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import open_clip
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from tir_kernels.demo import model_directory
 from tir_kernels.fewshot import (
@@ -41,17 +43,26 @@ NAMES = [
 CONFIG = FewShotConfig(steps=12, lora_lr=2e-3, lora_dropout=0.0, context_lr=0.02, strength=0.3)
 
 
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    torch.manual_seed(0)
+def make_model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
     vision = {"image_size": 32, "layers": 5, "width": 32, "head_width": 16, "patch_size": 8}
     text = {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3}
     return open_clip.CLIP(16, vision, text).eval()
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
+def model() -> nn.Module:
+    return make_model()
+
+
+@functools.cache
+def make_tokenizer() -> Any:
     return open_clip.SimpleTokenizer(context_length=20)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return make_tokenizer()
 
 
 def draw_episode(index: int, names: list[str], shots: int = 2, queries: int = 3) -> Episode:
@@ -65,6 +76,38 @@ def draw_episode(index: int, names: list[str], shots: int = 2, queries: int = 3)
 
 
 EPISODES = [draw_episode(index, names) for index, names in zip((3, 0, 8), NAMES, strict=True)]
+ATOL = 1e-4
+
+
+@functools.cache
+def steady_model(config: FewShotConfig) -> nn.Module:
+    """A model whose training does not hang on a last bit.
+
+    In some a token is selected by a hair, or a gradient is nothing but rounding, of which Adam
+    takes the sign: no two ways to compute those agree. Ten times what rounding does must not show
+    in the model that is compared.
+    """
+
+    def ends(model: nn.Module, change: float) -> list[Tensor]:
+        episodes = [
+            replace(e, support_images=e.support_images * (1 + change * noise))
+            for e, noise in zip(EPISODES, noises, strict=True)
+        ]
+        results = finetune_episodes(model, make_tokenizer(), episodes, config)
+        return [result.query_logits for result in results]
+
+    generator = torch.Generator().manual_seed(0)
+    noises = [torch.randn(e.support_images.shape, generator=generator) for e in EPISODES]
+    for seed in range(30):
+        model = make_model(seed)
+        expected = ends(model, 0.0)
+        if all(
+            torch.allclose(one, other, atol=ATOL, rtol=0)
+            for change in (1e-6, -1e-6)
+            for one, other in zip(ends(model, change), expected, strict=True)
+        ):
+            return model
+    raise AssertionError("every model's training hangs on a last bit")
 
 
 def alone(model: nn.Module, tokenizer: Any, episode: Episode, config: FewShotConfig):
@@ -79,7 +122,7 @@ def alone(model: nn.Module, tokenizer: Any, episode: Episode, config: FewShotCon
     )
 
 
-def assert_same(ours: EpisodeResult, theirs: EpisodeResult, atol: float = 1e-4) -> None:
+def assert_same(ours: EpisodeResult, theirs: EpisodeResult, atol: float = ATOL) -> None:
     assert isinstance(ours, EpisodeResult), ours
     torch.testing.assert_close(
         torch.tensor(ours.losses), torch.tensor(theirs.losses), atol=atol, rtol=0
@@ -98,8 +141,9 @@ def assert_same(ours: EpisodeResult, theirs: EpisodeResult, atol: float = 1e-4) 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("method", ["tir", "lora", "zero-shot"])
-def test_at_once_is_as_alone(model, tokenizer, method: str, dropout: float) -> None:
+def test_at_once_is_as_alone(tokenizer, method: str, dropout: float) -> None:
     config = replace(CONFIG, method=method, lora_dropout=dropout)
+    model = steady_model(config)
     together = finetune_episodes(model, tokenizer, EPISODES, config)
     for episode, result in zip(EPISODES, together, strict=True):
         expected = alone(model, tokenizer, episode, config)
@@ -110,16 +154,18 @@ def test_at_once_is_as_alone(model, tokenizer, method: str, dropout: float) -> N
 
 
 @pytest.mark.parametrize("placement", ["attention", "both"])
-def test_placements(model, tokenizer, placement: str) -> None:
+def test_placements(tokenizer, placement: str) -> None:
     config = replace(CONFIG, placement=placement, steps=5)
+    model = steady_model(config)
     together = finetune_episodes(model, tokenizer, EPISODES, config)
     for episode, result in zip(EPISODES, together, strict=True):
         assert_same(result, alone(model, tokenizer, episode, config))
 
 
 @pytest.mark.parametrize("context_tokens", [0, 7])
-def test_contexts(model, tokenizer, context_tokens: int) -> None:
+def test_contexts(tokenizer, context_tokens: int) -> None:
     config = replace(CONFIG, context_tokens=context_tokens, steps=5)
+    model = steady_model(config)
     together = finetune_episodes(model, tokenizer, EPISODES[1:], config)
     for episode, result in zip(EPISODES[1:], together, strict=True):
         assert_same(result, alone(model, tokenizer, episode, config))
@@ -188,7 +234,8 @@ def test_too_little_memory_halves_the_group_and_says_so(model, tokenizer, monkey
         finetune_episodes(model, tokenizer, EPISODES, config)
 
 
-def test_a_loss_that_is_not_finite_does_not_touch_the_others(model, tokenizer) -> None:
+def test_a_loss_that_is_not_finite_does_not_touch_the_others(tokenizer) -> None:
+    model = steady_model(CONFIG)
     broken = replace(EPISODES[1], support_images=EPISODES[1].support_images * math.nan)
     untouched = Untouched(model)
     results = finetune_episodes(model, tokenizer, [EPISODES[0], broken, EPISODES[2]], CONFIG)
@@ -211,17 +258,72 @@ def test_what_cannot_be_is_refused(model, tokenizer) -> None:
         finetune_episodes(model, tokenizer, [EPISODES[1], bad], CONFIG)
 
 
-@pytest.mark.parametrize("switched_off", ["cache_stem", "class_token_only"])
+# What a saving leaves out are products or, with "image_batches", passes; the other two are fused
+# layers and, on a GPU, launches.
+LESS_WORK = [
+    "cache_stem",
+    "class_token_only",
+    "cut_prompts",
+    "low_rank_products",
+    "frozen_weights",
+    "shared_text_pass",
+]
+
+
+@pytest.mark.parametrize("switched_off", [*LESS_WORK, "image_batches", "fused_layers"])
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
-def test_savings_are_exact(model, tokenizer, switched_off: str, dropout: float) -> None:
+def test_savings_are_exact(tokenizer, switched_off: str, dropout: float) -> None:
     config = replace(CONFIG, lora_dropout=dropout)
+    model = steady_model(config)
+    untouched = Untouched(model)
     whole = finetune_episodes(
         model, tokenizer, EPISODES, config, savings=Savings(**{switched_off: False})
     )
+    untouched.check()
     for ours, theirs in zip(
         finetune_episodes(model, tokenizer, EPISODES, config), whole, strict=True
     ):
         assert_same(ours, theirs)
+
+
+def test_every_saving_has_a_test() -> None:
+    tested = {*LESS_WORK, "image_batches", "fused_layers", "step_graph"}
+    assert tested == {field.name for field in fields(Savings)}
+
+
+@pytest.mark.parametrize("switched_off", LESS_WORK)
+def test_savings_save(model, tokenizer, switched_off: str) -> None:
+    def operations(savings: Savings) -> int:
+        # The fused layers multiply where the counter does not see it.
+        savings = replace(savings, fused_layers=False)
+        config = replace(CONFIG, steps=2, lora_rank=4)
+        # More than one batch of images: only then are there text passes to share.
+        episode = draw_episode(0, NAMES[0], queries=30)
+        with FlopCounterMode(display=False) as counter:
+            finetune_episodes(model, tokenizer, [episode], config, savings=savings)
+        return counter.get_total_flops()
+
+    assert operations(Savings()) < operations(Savings(**{switched_off: False}))
+
+
+def test_images_are_classified_in_batches(model, tokenizer) -> None:
+    sizes = []
+    handle = model.visual.conv1.register_forward_hook(
+        lambda module, inputs, output: sizes.append(len(output))
+    )
+    try:
+        for batches in (True, False):
+            finetune_episodes(
+                model,
+                tokenizer,
+                EPISODES[:2],
+                replace(CONFIG, steps=1),
+                savings=Savings(image_batches=batches),
+            )
+    finally:
+        handle.remove()
+    training, support, queries = 12, 12, 18
+    assert sizes == [training, support, queries] + [training] + [2] * ((support + queries) // 2)
 
 
 def test_the_last_block_does_less(model, tokenizer, monkeypatch) -> None:
@@ -264,17 +366,6 @@ def test_at_once_is_as_alone_over_a_whole_training() -> None:
         assert result.losses[-1] < result.losses[0] / 1.3
         torch.testing.assert_close(result.losses, expected.losses, atol=1e-4, rtol=0)
         assert torch.equal(result.query_logits.argmax(1), expected.query_logits.argmax(1))
-
-
-def test_fused_layers_change_nothing(model, tokenizer) -> None:
-    untouched = Untouched(model)
-    fused = finetune_episodes(model, tokenizer, EPISODES[:2], CONFIG)
-    untouched.check()
-    plain = finetune_episodes(
-        model, tokenizer, EPISODES[:2], CONFIG, savings=Savings(fused_layers=False)
-    )
-    for one, other in zip(fused, plain, strict=True):
-        assert_same(one, other)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])

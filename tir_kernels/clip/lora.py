@@ -126,6 +126,11 @@ class LoRA:
         """Let dropout, once seeded, draw anew."""
         self._step += 1
 
+    def form_products(self, mode: bool = True) -> None:
+        """Multiply with B A as one matrix, as the formula is written, only to measure that."""
+        for low_rank in self._low_ranks().values():
+            low_rank.forms_product = mode
+
     def train(self, mode: bool = True) -> None:
         """Switch LoRA's dropout on or off, without touching the mode of the model."""
         for low_rank in self._low_ranks().values():

@@ -34,8 +34,8 @@ class LowRank(nn.Module):
     """The low-rank change of the query, key and value projections of one attention module.
 
     ``delta = (dropout(x) A^T) B^T * alpha / sqrt(rank)`` for each of the three, each with dropout
-    of its own. Only products with the (rank, width) factors are formed, never B A. With groups,
-    the batch falls into that many equal parts, each with factors of its own.
+    of its own. With groups, the batch falls into that many equal parts, each with factors of its
+    own.
 
     Args:
         width: Width D of the tokens.
@@ -49,6 +49,7 @@ class LowRank(nn.Module):
         a: (3, rank, width) or (G, 3, rank, width), drawn as ``nn.Linear`` draws its weights.
         b: (3, width, rank) or (G, 3, width, rank), zero at first: the model starts unchanged.
         randomness: What drops; ``None``: PyTorch's own generator.
+        forms_product: Multiply with B A, (width, width), instead of with its factors in turn.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class LowRank(nn.Module):
         self.dropout = dropout
         self.passes_input_gradient = passes_input_gradient
         self.randomness: CountedRandomness | None = None
+        self.forms_product = False
         self.draw()
 
     @torch.no_grad()
@@ -97,12 +99,14 @@ class LowRank(nn.Module):
         # A model may be of low precision throughout; the factors stay in float32.
         a, b = self.a.to(rows.dtype), (self.b * self.scaling).to(rows.dtype)
         a, b = (factor.view(num_groups, *factor.shape[-3:]) for factor in (a, b))
-        if self._drops:
-            compressed = torch.matmul(self._drop(rows).flatten(2, 3), a.mT)
+        inputs = self._drop(rows).flatten(2, 3) if self._drops else rows.flatten(1, 2)[:, None]
+        if self.forms_product:
+            delta = torch.matmul(inputs, torch.matmul(b, a).mT)  # (G, 3, rows, D)
+        elif self._drops:
+            delta = torch.matmul(torch.matmul(inputs, a.mT), b.mT)
         else:  # one product serves all three
-            compressed = torch.matmul(rows.flatten(1, 2), a.flatten(1, 2).mT)
-            compressed = compressed.unflatten(2, (3, -1)).transpose(1, 2)
-        delta = torch.matmul(compressed, b.mT)  # (G, 3, rows, D)
+            compressed = torch.matmul(inputs[:, 0], a.flatten(1, 2).mT)
+            delta = torch.matmul(compressed.unflatten(2, (3, -1)).transpose(1, 2), b.mT)
         return delta.transpose(1, 2).reshape(*tokens.shape[:-1], -1)
 
     def _drop(self, rows: Tensor) -> Tensor:
@@ -141,7 +145,8 @@ class LowRank(nn.Module):
         weight, bias = weight[chosen], None if bias is None else bias[chosen]
         is_frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
         is_repeatable = not self._drops or self.randomness is not None
-        if is_frozen and is_repeatable and not self.passes_input_gradient:
+        is_fusible = is_frozen and is_repeatable and not self.passes_input_gradient
+        if is_fusible and not self.forms_product:
             branches = slice(first, first + count)
             return _FrozenProjection.apply(
                 tokens, weight, bias, self.a[..., branches, :, :], self.b[..., branches, :, :],

@@ -25,6 +25,7 @@ class PromptContext(nn.Module):
         class_names: C names, in words; at least one.
         num_vectors: Trained vectors; 0 leaves "a photo of a" as it is.
         generator: Draws the vectors in front; ``None``: PyTorch's own.
+        cut: Leave out what no prompt needs, in towers that are causal; off to measure it.
 
     Attributes:
         vectors: (num_vectors, W) parameter.
@@ -47,6 +48,7 @@ class PromptContext(nn.Module):
         class_names: Sequence[str],
         num_vectors: int = 4,
         generator: torch.Generator | None = None,
+        cut: bool = True,
     ) -> None:
         super().__init__()
         _check_arguments(class_names, num_vectors)
@@ -58,7 +60,7 @@ class PromptContext(nn.Module):
         token_ids = tokenizer(prompts).to(device)
         _require_room(tokenizer, token_ids, prompts, class_names, num_vectors)
         self.last_position = self.tower.last_position(token_ids)
-        if self.tower.is_causal:
+        if cut and self.tower.is_causal:
             # No token sees the ones behind it, so what follows the last end-of-text token is waste.
             token_ids = token_ids[:, : int(self.last_position.max()) + 1]
         with torch.no_grad():

@@ -299,7 +299,8 @@ def episodes_that_fit(
 def _prepare(stack: ExitStack, model: nn.Module, config: FewShotConfig, savings: Savings) -> None:
     """Bring the model into the state in which it is trained, until the stack unwinds."""
     device = torch.device(config.device)
-    stack.enter_context(_frozen(model))
+    stack.enter_context(_in_evaluation_mode(model))
+    stack.enter_context(_with_gradients(model, not savings.frozen_weights))
     cuda_devices = [device] if device.type == "cuda" else []
     stack.enter_context(torch.random.fork_rng(devices=cuda_devices))
     if savings.fused_layers:
@@ -338,17 +339,28 @@ def _check_episode(episode: Episode) -> None:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients for the model's own parameters, undone at the end."""
+def _in_evaluation_mode(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
-    trainable = [p for p in model.parameters() if p.requires_grad]
     model.eval()
-    for parameter in trainable:
-        parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def _with_gradients(model: nn.Module, has_gradients: bool) -> Iterator[None]:
+    """Let the model's own parameters have gradients or not; in the end all is as it was."""
+    before = [
+        (parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()
+    ]
+    for parameter, _, _ in before:
+        parameter.requires_grad_(has_gradients)
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, was_trainable, gradient in before:
+            parameter.requires_grad_(was_trainable)
+            parameter.grad = gradient

@@ -34,6 +34,11 @@ class Savings:
     Args:
         cache_stem: The stem of the image tower, which is frozen, runs once an episode.
         class_token_only: The last vision block computes its class token alone.
+        cut_prompts: Prompts end with the longest one's end-of-text token.
+        low_rank_products: LoRA multiplies with its two factors, and never forms B A.
+        frozen_weights: The model's own weights get no gradients.
+        shared_text_pass: Classifying takes one text pass, not one for each batch of images.
+        image_batches: Images are classified in batches, not one by one.
         fused_layers: Frozen layers run in the form that suits training best: one kernel for bias
             and activation on a CPU, and matrices that are kept in the type of ``precision``.
         step_graph: On CUDA, a training step is launched as one graph.
@@ -41,6 +46,11 @@ class Savings:
 
     cache_stem: bool = True
     class_token_only: bool = True
+    cut_prompts: bool = True
+    low_rank_products: bool = True
+    frozen_weights: bool = True
+    shared_text_pass: bool = True
+    image_batches: bool = True
     fused_layers: bool = True
     step_graph: bool = True
 
@@ -96,7 +106,9 @@ class Group:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.prompts = _Prompts(
             [
-                clip.PromptContext(model, tokenizer, names, num_vectors, generator)
+                clip.PromptContext(
+                    model, tokenizer, names, num_vectors, generator, savings.cut_prompts
+                )
                 for names, generator in zip(class_names, generators, strict=True)
             ]
         )
@@ -114,6 +126,7 @@ class Group:
             )
         )
         self.lora.seed(seeds)
+        self.lora.form_products(not savings.low_rank_products)
         if lora_init is not None:
             each = {name: a.expand(self.size, *a.shape) for name, a in lora_init.items()}
             self.lora.set_factors(a=each)
@@ -243,16 +256,17 @@ class Group:
     @torch.no_grad()
     def classify(self, *image_sets: Tensor) -> list[Tensor]:
         """(G, Q, C) float32 logits on the CPU of each set of images (G, Q, 3, H, W)."""
-        class_embeddings = self._class_embeddings()
-        size = max(1, QUERY_BATCH // self.size)
+        shared = self._class_embeddings()
+        size = max(1, QUERY_BATCH // self.size) if self.savings.image_batches else 1
+
+        def logits(images: Tensor) -> Tensor:
+            classes = shared if self.savings.shared_text_pass else self._class_embeddings()
+            return self._logits(self._stem(images), classes)
+
         return [
-            torch.cat(
-                [self._logits(self._stem(p), class_embeddings) for p in images.split(size, 1)], 1
-            )
-            .float()
-            .cpu()
+            torch.cat([logits(batch) for batch in images.split(size, 1)], 1).float().cpu()
             if images.shape[1]
-            else torch.empty(self.size, 0, class_embeddings.shape[1])
+            else torch.empty(self.size, 0, shared.shape[1])
             for images in image_sets
         ]
 

@@ -1,0 +1,117 @@
+"""What each saving of the few-shot engine is worth: a step, or classifying, without it."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+from bench.cases import Case
+from bench.clip_model import DEFAULT_MODEL, ClipSizes, load_sizes
+from bench.settings import OURS, Settings
+from bench.shapes import Point
+
+from .common import LAST, Measure
+from .step import (
+    StepImplementation,
+    StepProblem,
+    make_problem,
+    require_open_clip,
+    smallest_step_points,
+    step_shape,
+    train,
+)
+from .step_timing import StepRun, measure_for, measure_on_cpu
+
+if TYPE_CHECKING:
+    from tir_kernels.fewshot import FewShotConfig, Savings
+
+RunWith = Callable[["Savings", StepProblem, "FewShotConfig", int], StepRun]
+
+_ON_GPU_ONLY = ("step_graph",)
+_OF_CLASSIFYING = ("shared_text_pass", "image_batches")
+_OF_BOTH = ("cut_prompts", "class_token_only")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of an episode, and the savings that are left out of it one at a time."""
+
+    name: str
+    direction: str
+    run: RunWith
+    measure: Measure
+    savings: tuple[str, ...]
+    sizes: dict[str, int]
+
+
+def savings_cases(settings: Settings) -> list[Case]:
+    require_open_clip()
+    sizes = load_sizes(settings.model or DEFAULT_MODEL)
+    return [
+        _case(part, point, sizes, settings)
+        for point in smallest_step_points(settings)
+        for part in _parts(point, settings)
+        if settings.wants(part.direction)
+    ]
+
+
+def _parts(point: Point, settings: Settings) -> list[_Part]:
+    from tir_kernels.fewshot import Savings
+
+    left_out = _OF_CLASSIFYING if settings.device == "cuda" else _OF_CLASSIFYING + _ON_GPU_ONLY
+    of_steps = tuple(field.name for field in fields(Savings) if field.name not in left_out)
+    queries = settings.ways * settings.queries
+    return [
+        _Part("fine-tuning step", "forward+backward", _step, measure_for(settings), of_steps, {}),
+        _Part(
+            "classifying",
+            "forward",
+            functools.partial(_classify, queries),
+            measure_on_cpu,  # results are on the CPU in the end, so any device has finished
+            _OF_CLASSIFYING + _OF_BOTH,
+            {"Q": queries},
+        ),
+    ]
+
+
+def _case(part: _Part, point: Point, sizes: ClipSizes, settings: Settings) -> Case:
+    from tir_kernels.fewshot import FewShotConfig, Savings
+
+    backend, reason = settings.our_backends()[0]
+    config = FewShotConfig(precision=point.dtype, device=settings.device, backend=backend)
+    chosen = {f"{OURS}{backend}": Savings()}
+    chosen |= {f"without {name}": replace(Savings(), **{name: False}) for name in part.savings}
+    return Case(
+        suite="savings",
+        operator=part.name,
+        device=settings.device,
+        dtype=point.dtype,
+        shape=step_shape(point, sizes) | part.sizes,
+        direction=part.direction,
+        make_inputs=functools.partial(make_problem, point, sizes, settings.device),
+        implementations=[
+            StepImplementation(
+                name, config, functools.partial(part.run, savings), reason
+            ).competing()
+            for name, savings in chosen.items()
+        ],
+        measure=part.measure,
+        priority=LAST,
+    )
+
+
+def _step(savings: Savings, problem: StepProblem, config: FewShotConfig, steps: int) -> StepRun:
+    return train(problem, config, steps, savings=savings)
+
+
+def _classify(
+    queries: int, savings: Savings, problem: StepProblem, config: FewShotConfig, steps: int
+) -> StepRun:
+    """From the end of a training of one step to the logits of the support and query images."""
+    copies = -(-queries // len(problem.images))
+    images = problem.images.repeat(copies, 1, 1, 1)[:queries]
+    training = train(problem, config, 1, savings=savings, query_images=images)
+    return StepRun(training.first_losses, [training.ends[-1], time.perf_counter()])
