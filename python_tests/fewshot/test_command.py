@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import fake_engine
 import pytest
+import torch
 from small_images import write_images
 
 from tir_kernels.fewshot import command
@@ -394,6 +396,19 @@ print(sorted({"open_clip", "torchvision", "scipy", "rich"} & set(sys.modules)))
 @pytest.mark.parametrize("wrong", ["some", "0"])
 def test_parallel_episodes_are_a_number_or_auto(arguments, capsys, wrong):
     assert_refused(capsys, with_value(arguments, "--parallel-episodes", wrong), "parallel-episodes")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("is_supported", [True, False])
+def test_a_precision_that_slows_a_cpu_down_is_told(
+    arguments, capsys, monkeypatch, precision, is_supported
+):
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    for name in ("_is_avx512_bf16_supported", "_is_amx_fp16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: is_supported, raising=False)
+    assert fake_engine.run_main(with_value(arguments, "--precision", precision)) == 0
+    is_told = f"products of {precision} numbers" in capsys.readouterr().err
+    assert is_told == (precision != "float32" and not is_supported)
 
 
 def test_auto_and_checkpoints_leave_the_results_alone(make_images, tiny_model_folder, tmp_path):

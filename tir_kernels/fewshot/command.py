@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import platform
 import re
 import shlex
 import signal
@@ -317,6 +318,11 @@ def _run(
     with RunFolder(out, place) as folder:
         with messages.status("loading the model"):
             loaded = load_model(model, pretrained, device=own.device)
+        if _is_slow_precision(config):
+            notify(
+                f"this processor has no instructions for products of {config.precision} numbers: "
+                "--precision float32 would be faster"
+            )
         if own.device != config.device:
             # For what takes the current device unasked, as the capture of CUDA graphs does.
             torch.cuda.set_device(own.device)
@@ -367,6 +373,18 @@ def _run(
             f"{summary.failures}; the other episodes are finished and the means leave these out: "
             "lower --lora-lr or --context-lr, or use --precision float32, with another --out"
         )
+
+
+def _is_slow_precision(config: FewShotConfig) -> bool:
+    """Whether a CPU multiplies numbers of this type by converting them, which takes far longer."""
+    import torch
+
+    # Other kinds of processors can't be asked in this way.
+    if torch.device(config.device).type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    questions = {"bfloat16": "_is_avx512_bf16_supported", "float16": "_is_amx_fp16_supported"}
+    has_instructions = getattr(torch.cpu, questions.get(config.precision, ""), lambda: True)
+    return not has_instructions()
 
 
 def _with_option_name(message: str) -> str:
