@@ -115,8 +115,9 @@ def plain_relevance(tokens: Tensor, classes: Tensor, space: JointSpace, prefix: 
         features = features @ space.proj.to(dtype)
     classes = classes.to(dtype).reshape(-1, *classes.shape[-2:])
     classes = classes.repeat_interleave(len(tokens) // len(classes), 0)
-    features = features / (features.norm(dim=-1, keepdim=True) + 1e-8)
-    classes = classes / (classes.norm(dim=-1, keepdim=True) + 1e-8)
+    least = torch.finfo(dtype).tiny  # float16 has no 1e-8, and 0 / 0 would say nothing
+    features = features / (features.norm(dim=-1, keepdim=True) + 1e-8).clamp(min=least)
+    classes = classes / (classes.norm(dim=-1, keepdim=True) + 1e-8).clamp(min=least)
     return classes @ features.mT
 
 
@@ -137,7 +138,8 @@ def exact_relevance(
     if proj is not None:
         features, terms = normed @ proj, normed.abs() @ proj.abs()
     per_image = groups.repeat_interleave(len(tokens) // len(groups), 0)
-    norms = per_image.norm(dim=-1)[..., None] * features.norm(dim=-1)[:, None]
+    # As in the formula, so that a feature of nothing but zeros has a magnitude too.
+    norms = (per_image.norm(dim=-1) + 1e-8)[..., None] * (features.norm(dim=-1) + 1e-8)[:, None]
     return exact, per_image.abs() @ terms.mT / norms
 
 

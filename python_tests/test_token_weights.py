@@ -110,6 +110,19 @@ def test_random_inputs(backend: str, device: str, is_slow: bool) -> None:
     run()
 
 
+@pytest.mark.parametrize("kind", ["whole", "no affine", "none"])
+def test_tokens_of_one_value(backend: str, device: str, kind: str) -> None:
+    """LayerNorm leaves nothing of them but rounding, or its bias, and of zeros nothing is left."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(2, 20, 2, generator=generator)
+    tokens[0, 3:9] = torch.tensor([0.5, 0.5])
+    tokens[1, ::2] = 0.0
+    classes = torch.randn(3, 2, generator=generator)
+    space = on(device, draw_space(kind, 2, 2, generator))
+    for dtype in DTYPES:
+        check(tokens.to(device, dtype), classes.to(device, dtype), space, 1, 0.3, backend)
+
+
 @pytest.mark.parametrize("length", [50, 197, 257, 577])
 def test_lengths_that_matter(backend: str, device: str, length: int) -> None:
     generator = torch.Generator().manual_seed(length)
