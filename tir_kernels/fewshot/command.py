@@ -302,7 +302,6 @@ def _run(
         from tir_kernels.fewshot.images import ImageReader
         from tir_kernels.fewshot.models import load_model
         from tir_kernels.fewshot.progress import RunDisplay
-        from tir_kernels.fewshot.report import print_summary, summarise
         from tir_kernels.fewshot.run_folder import SUMMARY_NAME, RunFolder, read_run, write_json
         from tir_kernels.fewshot.runner import RunPlan, run_episodes
 
@@ -360,6 +359,9 @@ def _run(
                     display.finished(record)
         if not place.is_first:
             return
+        # Here, since it brings SciPy, which no training needs to wait for.
+        from tir_kernels.fewshot.report import print_summary, summarise
+
         if journal.repeats:
             notify(
                 f"{journal.repeats} results were in the journals more than once and count once: "
