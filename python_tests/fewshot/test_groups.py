@@ -447,6 +447,18 @@ def test_a_graph_of_the_step_changes_nothing(model, tokenizer, precision: str) -
     )
 
 
+@pytest.mark.parametrize("frozen_weights", [True, False])
+def test_a_users_gradients_are_left_alone(model, tokenizer, frozen_weights: bool) -> None:
+    model = copy.deepcopy(model)
+    weight = model.visual.proj
+    weight.grad = gradient = torch.ones_like(weight)
+    savings = Savings(frozen_weights=frozen_weights)
+    finetune_episodes(model, tokenizer, EPISODES[:1], replace(CONFIG, steps=2), savings=savings)
+    assert weight.grad is gradient
+    assert (gradient == 1).all()
+    assert all(p.grad is None for p in model.parameters() if p is not weight)
+
+
 def test_a_users_hook_is_still_called(model, tokenizer) -> None:
     calls = []
     mlp = model.visual.transformer.resblocks[0].mlp
