@@ -1,5 +1,7 @@
 """The one exception of the driver that is meant for the user."""
 
+from tir_kernels.fewshot.text import printable
+
 
 class FewShotError(Exception):
     """Something the user can put right.
@@ -10,7 +12,7 @@ class FewShotError(Exception):
 
     def __init__(self, message: str) -> None:
         # Messages may quote other libraries, whose texts run over several lines.
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(" ".join(message.split())))
 
 
 def first_line(error: BaseException) -> str:
