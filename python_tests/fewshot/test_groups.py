@@ -234,6 +234,37 @@ def test_too_little_memory_halves_the_group_and_says_so(model, tokenizer, monkey
         finetune_episodes(model, tokenizer, EPISODES, config)
 
 
+def test_lack_of_memory_on_a_cpu_halves_the_group_too(model, tokenizer, monkeypatch) -> None:
+    finetune_group = engine._finetune_group
+
+    def with_little_memory(model, tokenizer, episodes, *rest):
+        if len(episodes) > 1:
+            torch.empty(2**60)  # a RuntimeError of PyTorch's own
+        return finetune_group(model, tokenizer, episodes, *rest)
+
+    monkeypatch.setattr(engine, "_finetune_group", with_little_memory)
+    with pytest.warns(UserWarning, match="3 episodes at once do not fit"):
+        results = finetune_episodes(model, tokenizer, EPISODES, replace(CONFIG, steps=1))
+    assert all(isinstance(result, EpisodeResult) for result in results)
+    monkeypatch.setattr(engine, "_finetune_group", lambda *arguments: torch.empty(2**60))
+    with pytest.raises(torch.OutOfMemoryError, match="allocate"):
+        alone(model, tokenizer, EPISODES[0], CONFIG)
+
+
+@pytest.mark.parametrize("parallel", [None, "auto"])
+def test_an_overflow_in_float16_does_not_touch_the_others(model, tokenizer, parallel) -> None:
+    config = replace(CONFIG, precision="float16", steps=3)
+    huge = replace(EPISODES[1], support_images=EPISODES[1].support_images * 1e4)
+    episodes = [EPISODES[0], huge, EPISODES[2]]
+    results = finetune_episodes(model, tokenizer, episodes, config, parallel=parallel)
+    for index in (0, 2):
+        own = alone(model, tokenizer, episodes[index], config)
+        assert results[index].losses == own.losses
+        assert torch.equal(results[index].query_logits, own.query_logits)
+    with pytest.raises(ValueError, match=r"parallel must be 1 with precision='float16'.*got 2"):
+        finetune_episodes(model, tokenizer, episodes, config, parallel=2)
+
+
 def test_a_loss_that_is_not_finite_does_not_touch_the_others(tokenizer) -> None:
     model = steady_model(CONFIG)
     broken = replace(EPISODES[1], support_images=EPISODES[1].support_images * math.nan)

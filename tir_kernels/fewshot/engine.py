@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,7 +16,7 @@ from tir_kernels import clip
 
 from .config import FewShotConfig
 from .episodes import Episode, episode_seed
-from .memory import available_bytes
+from .memory import available_bytes, with_one_memory_error
 from .training import Group, Savings
 
 _ALL_SAVINGS = Savings()
@@ -101,6 +102,7 @@ def finetune_episode(
     Raises:
         ValueError, TypeError: Unsuitable images, labels, names or model.
         NonFiniteLossError: The loss became NaN or infinite.
+        torch.OutOfMemoryError: Memory does not suffice, on a CPU too.
     """
     episode = Episode(list(class_names), support_images, support_labels, query_images, index=0)
     _check_episode(episode)
@@ -109,17 +111,18 @@ def finetune_episode(
         if on_step is not None:
             on_step(step, loss)
 
-    (result,) = _finetune_group(
-        model,
-        tokenizer,
-        [episode],
-        [config.seed],
-        config,
-        lora_init,
-        None if on_step is None else note_step,
-        savings,
-        checkpoint,
-    )
+    with with_one_memory_error():
+        (result,) = _finetune_group(
+            model,
+            tokenizer,
+            [episode],
+            [config.seed],
+            config,
+            lora_init,
+            None if on_step is None else note_step,
+            savings,
+            checkpoint,
+        )
     if isinstance(result, NonFiniteLossError):
         raise result
     return result
@@ -148,7 +151,8 @@ def finetune_episodes(
         episodes: Their classes and images. Those of equal numbers of classes and images are
             trained together.
         parallel: Most episodes trained at once; "auto": as many as fit into memory; ``None``: all
-            that can be.
+            that can be. In float16 each is trained alone: a gradient that overflows makes a
+            training skip that step and lower its loss scale, which would touch the others.
         on_step: Called with the episode's position, the step from 0, and its loss.
 
     Returns:
@@ -159,11 +163,7 @@ def finetune_episodes(
         ValueError, TypeError: Unsuitable images, labels, names, model or ``parallel``.
         torch.OutOfMemoryError: Memory does not suffice for a single episode.
     """
-    if parallel not in (None, "auto"):
-        if isinstance(parallel, bool) or not isinstance(parallel, int):
-            raise TypeError(f"parallel must be an int, 'auto' or None; got {parallel!r}")
-        if parallel < 1:
-            raise ValueError(f"parallel must be at least 1; got {parallel}")
+    parallel = _resolve_parallel(parallel, config)
     groups: dict[tuple, list[int]] = {}
     for position, episode in enumerate(episodes):
         _check_episode(episode)
@@ -179,17 +179,18 @@ def finetune_episodes(
         chosen = [episodes[position] for position in positions]
         seeds = [episode_seed(config.seed, episode.index) for episode in chosen]
         try:
-            found = _finetune_group(
-                model,
-                tokenizer,
-                chosen,
-                seeds,
-                config,
-                lora_init,
-                None if on_step is None else note_step,
-                savings,
-                checkpoint,
-            )
+            with with_one_memory_error():
+                found = _finetune_group(
+                    model,
+                    tokenizer,
+                    chosen,
+                    seeds,
+                    config,
+                    lora_init,
+                    None if on_step is None else note_step,
+                    savings,
+                    checkpoint,
+                )
         except torch.OutOfMemoryError:
             if len(positions) == 1:
                 raise
@@ -217,6 +218,23 @@ def finetune_episodes(
         for first in range(0, len(positions), size):
             run(positions[first : first + size])
     return [results[position] for position in range(len(episodes))]
+
+
+def _resolve_parallel(parallel: int | str | None, config: FewShotConfig) -> int | str | None:
+    is_float16 = config.precision == "float16" and config.method != "zero-shot"
+    if parallel is None or parallel == "auto":
+        return 1 if is_float16 else parallel
+    if isinstance(parallel, (bool, str)) or not hasattr(parallel, "__index__"):
+        raise TypeError(f"parallel must be an int, 'auto' or None; got {parallel!r}")
+    number = operator.index(parallel)
+    if number < 1:
+        raise ValueError(f"parallel must be at least 1; got {number}")
+    if is_float16 and number > 1:
+        raise ValueError(
+            f"parallel must be 1 with precision='float16', whose loss scale episodes can't share; "
+            f"got {number}: use precision='bfloat16' to train several at once"
+        )
+    return number
 
 
 def _finetune_group(
@@ -278,13 +296,16 @@ def episodes_that_fit(
         As for :func:`finetune_episode`.
 
     Returns:
-        At least 1.
+        At least 1; in float16 1, see :func:`finetune_episodes`.
+
+    Raises:
+        torch.OutOfMemoryError: Memory does not suffice for this one.
     """
     _check_episode(episode)
-    if config.method == "zero-shot":
+    if config.method == "zero-shot" or config.precision == "float16":
         return 1
     device = torch.device(config.device)
-    with ExitStack() as stack:
+    with with_one_memory_error(), ExitStack() as stack:
         _prepare(stack, model, config, savings)
         names, seeds = [episode.class_names], [config.seed]
         group = Group(model, tokenizer, names, seeds, config, stack, None, savings, checkpoint)

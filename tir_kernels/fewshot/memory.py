@@ -1,7 +1,8 @@
-"""How much memory a training takes, and how much there is."""
+"""How much memory a training takes, how much there is, and how one learns that it ran out."""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,39 @@ from torch import Tensor
 _MEMORY_INFO = Path("/proc/meminfo")
 _GROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _GROUP_USE = Path("/sys/fs/cgroup/memory.current")
+
+# PyTorch has an error of its own for a GPU only; on a CPU it raises a RuntimeError that says so.
+_SAYINGS = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "std::bad_alloc",
+    "Cannot allocate memory",
+    "ALLOC_FAILED",
+)
+
+
+@contextmanager
+def with_one_memory_error() -> Iterator[None]:
+    """Raise ``torch.OutOfMemoryError`` for lack of memory of any kind, also a CPU's or NumPy's."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if not is_lack_of_memory(error):
+            raise
+        raise torch.OutOfMemoryError(str(error) or type(error).__name__) from error
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that memory ran out."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    is_runtime_error = isinstance(error, RuntimeError)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        is_runtime_error and any(saying in str(error) for saying in _SAYINGS)
+    )
 
 
 class SavedBytes:
