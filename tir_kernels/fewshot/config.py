@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tir_kernels.rules import RULE_KINDS, WeightRule
@@ -11,6 +14,16 @@ from tir_kernels.validation import require_backend
 METHODS = ("tir", "lora", "zero-shot")
 PLACEMENTS = ("tokens", "attention", "both")
 PRECISIONS = ("float32", "bfloat16", "float16")
+
+# Least and most of each whole number, and why not more.
+_BOUNDS = {
+    "steps": (1, 10**6, "no few-shot training takes as many"),
+    "shots": (1, 10**6, "no class has as many images"),
+    "lora_rank": (1, 8192, "no layer is as wide"),
+    "context_tokens": (0, 1024, "no text tower has as many positions"),
+    "seed": (0, 2**63 - 1, "generators take 63 bits"),
+}
+_REAL = ("top_ratio", "strength", "lora_alpha", "lora_dropout", "lora_lr", "context_lr")
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,8 @@ class FewShotConfig:
 
     Raises:
         ValueError: A value outside what is allowed.
+        TypeError: A value that is not of the field's kind. Any ``numbers.Real`` is a number, and
+            what ``operator.index`` takes is a whole one; they are kept as ``float`` and ``int``.
     """
 
     method: str = "tir"
@@ -66,16 +81,27 @@ class FewShotConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
+        for name in _BOUNDS:
+            self._set(name, _whole_number(name, getattr(self, name)))
+        for name in _REAL:
+            self._set(name, _real_number(name, getattr(self, name)))
+        if self.logit_scale is not None:
+            self._set("logit_scale", _real_number("logit_scale", self.logit_scale))
+        if self.text_layer is not None:
+            self._set("text_layer", _whole_number("text_layer", self.text_layer))
         if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
+            self._set("layers", _layers(self.layers))
         _require_choice("method", self.method, METHODS)
         _require_choice("placement", self.placement, PLACEMENTS)
         _require_choice("precision", self.precision, PRECISIONS)
         _require_choice("rule", self.rule, RULE_KINDS)
         require_backend(self.backend)
-        for name, least in (("steps", 1), ("shots", 1), ("lora_rank", 1), ("context_tokens", 0)):
-            _require_at_least(name, getattr(self, name), least)
-        _require_at_least("seed", self.seed, 0)
+        for name, (least, most, reason) in _BOUNDS.items():
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}; got {value}")
+            if value > most:
+                raise ValueError(f"{name} must be at most {most}, since {reason}; got {value}")
         for name in ("lora_lr", "context_lr", "lora_alpha"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -85,6 +111,9 @@ class FewShotConfig:
         if self.logit_scale is not None and not math.isfinite(self.logit_scale):
             raise ValueError(f"logit_scale must be finite; got {self.logit_scale}")
         WeightRule(self.rule, self.strength, top_ratio=self.top_ratio)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
     @property
     def resolved_logit_scale(self) -> float:
@@ -99,8 +128,20 @@ def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
-def _require_at_least(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} must be a whole number; got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}; got {value}")
+def _whole_number(name: str, value: object) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be a whole number; got {value!r}")
+    return operator.index(value)
+
+
+def _real_number(name: str, value: object) -> float | int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+    # An int stays one: it is written to a run's settings, where 8 and 8.0 would be two values.
+    return value if isinstance(value, int) else float(value)
+
+
+def _layers(layers: object) -> tuple[int, ...]:
+    if not isinstance(layers, Iterable):
+        raise TypeError(f"layers must be a list of whole numbers; got {layers!r}")
+    return tuple(_whole_number("layers", layer) for layer in layers)
