@@ -20,7 +20,7 @@ ALLOWED = {
     "adapters": {"dispatch"},
     "clip": {"__init__", "adapters"},
     "demo": set(),
-    "fewshot": {"__init__", "clip", "demo", "rules", "validation"},
+    "fewshot": {"__init__", "clip", "demo", "dispatch", "rules", "validation"},
 }
 
 

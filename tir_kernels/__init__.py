@@ -1,16 +1,25 @@
-"""Token re-weighted attention for few-shot adaptation of CLIP-like vision transformers."""
+"""Token re-weighted attention for few-shot adaptation of CLIP-like vision transformers.
 
-from .api import (
-    TokenWeights,
-    reweight_tokens,
-    reweighted_attention,
-    token_relevance,
-    token_weights,
-    weighted_attention,
-)
-from .autograd import ReweightedAttention
-from .dispatch import available_backends
-from .rules import JointSpace, WeightRule
+Where PyTorch is imported already, the operators are there at once; else they come with the first
+use of a name, so that a program's ``--help`` need not wait for PyTorch.
+"""
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import (
+        TokenWeights,
+        reweight_tokens,
+        reweighted_attention,
+        token_relevance,
+        token_weights,
+        weighted_attention,
+    )
+    from .autograd import ReweightedAttention
+    from .dispatch import available_backends
+    from .rules import JointSpace, WeightRule
 
 __version__ = "0.1.0"
 
@@ -26,3 +35,27 @@ __all__ = [
     "token_weights",
     "weighted_attention",
 ]
+
+_ELSEWHERE = {
+    "JointSpace": "rules",
+    "ReweightedAttention": "autograd",
+    "WeightRule": "rules",
+    "available_backends": "dispatch",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    for each in __all__:
+        home = importlib.import_module(f"{__name__}.{_ELSEWHERE.get(each, 'api')}")
+        globals()[each] = getattr(home, each)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if "torch" in sys.modules:
+    __getattr__(__all__[0])

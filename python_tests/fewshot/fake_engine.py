@@ -90,7 +90,12 @@ small_preprocess = Preprocess(
 
 
 def fake_model(name="fake", pretrained=None, *, device="cpu"):
-    return LoadedModel(torch.nn.Identity(), small_preprocess, lambda texts: None, name, name)
+    return LoadedModel(torch.nn.Identity(), small_preprocess, fake_tokenizer, name, name)
+
+
+def fake_tokenizer(texts):
+    """The characters of each text, without regard to case."""
+    return torch.tensor([[ord(char) for char in text.lower().ljust(40)] for text in texts])
 
 
 def run_main(arguments):

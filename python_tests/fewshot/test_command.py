@@ -20,7 +20,7 @@ from tir_kernels.fewshot.command import main
 from tir_kernels.fewshot.config import METHODS, FewShotConfig
 from tir_kernels.fewshot.journal import read_journal
 
-SMALL = "--ways=3 --shots=2 --queries=4 --episodes=3 --steps=2 --backend=reference"
+SMALL = "--ways=3 --shots=2 --queries=4 --episodes=3 --steps=2 --backend=reference --device=cpu"
 
 
 @pytest.fixture
@@ -199,9 +199,9 @@ def test_bad_models(arguments, tmp_path, capsys, tiny_model_folder):
         (["--layers", "8;10"], ["--layers", "8,10"]),
         (["--top-ratio", "1.5"], ["--top-ratio must lie in [0, 1]; got 1.5"]),
         (["--lora-dropout", "1"], ["--lora-dropout must lie in [0, 1)"]),
-        (["--rule", "cubic"], ["--rule must be one of linear, "]),
+        (["--rule", "cubic"], ["--rule", "'linear', "]),
         (["--method", "maple"], ["--method", "'zero-shot'"]),
-        (["--backend", "abacus"], ["--backend must be "]),
+        (["--backend", "abacus"], ["--backend", "'auto', 'reference', "]),
         (["--device", "cuda:77"], ["--device cuda:77 can't be used here"]),
         (["--lora-rnak", "3"], ["No such option", "--lora-rank"]),
         (["--out", "/proc/none"], ["--out: can't write in /proc/none"]),

@@ -3,9 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .config import FewShotConfig
-
 if TYPE_CHECKING:
+    from .config import FewShotConfig
     from .engine import (
         EpisodeResult,
         NonFiniteLossError,
@@ -30,11 +29,11 @@ __all__ = [
 ]
 
 
-_ELSEWHERE = {"Episode": "episodes", "read_run": "run_folder"}
+_ELSEWHERE = {"Episode": "episodes", "FewShotConfig": "config", "read_run": "run_folder"}
 
 
 def __getattr__(name: str) -> Any:
-    # The engine imports open_clip, which takes seconds that a command line's --help should not.
+    # PyTorch and open_clip take seconds that a command line's --help should not.
     if name in __all__:
         module = importlib.import_module(f"{__name__}.{_ELSEWHERE.get(name, 'engine')}")
         return getattr(module, name)

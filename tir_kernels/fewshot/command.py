@@ -5,38 +5,80 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import inspect
-import platform
+import io
+import os
 import re
 import shlex
-import signal
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import click
 
+from tir_kernels.dispatch import BACKENDS
 from tir_kernels.fewshot.config import METHODS, PLACEMENTS, PRECISIONS, FewShotConfig
 from tir_kernels.fewshot.errors import FewShotError
+from tir_kernels.fewshot.interrupts import INTERRUPTED, PROGRAM, leaving_at_once, terminable
+from tir_kernels.fewshot.text import printable
+from tir_kernels.fewshot.unforeseen import UnforeseenError, describe_unforeseen
 from tir_kernels.fewshot.words import KNOWN_SETS
 from tir_kernels.fewshot.workers import Place
+from tir_kernels.rules import RULE_KINDS
 
-PROGRAM = "tir-finetune"
 BAD_INPUT = 2
-INTERRUPTED = 130
+UNFORESEEN = 1
 
 
-class _Parallel(click.ParamType):
+class _Count(click.IntRange):
+    """A whole number with an upper bound, which is told with its reason."""
+
+    def __init__(self, least: int, most: int, reason: str) -> None:
+        super().__init__(least)
+        self._most, self._reason = most, reason
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number = super().convert(value, param, ctx)
+        if number > self._most:
+            self.fail(f"{number} is more than {self._most}: {self._reason}", param, ctx)
+        return number
+
+
+class _Parallel(_Count):
     """A number of episodes, or "auto"."""
 
     name = "integer|auto"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | str:
-        return value if value == "auto" else click.IntRange(1).convert(value, param, ctx)
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == "auto" else super().convert(value, param, ctx)
+
+
+class _Name(click.ParamType):
+    """The name of a file, a folder or something else, which can't be empty.
+
+    An empty one is what a shell makes of a variable that is not set, and would otherwise stand for
+    the current folder.
+    """
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not value.strip():
+            self.fail("it is empty; is a shell variable not set?", param, ctx)
+        if "\0" in value:
+            self.fail("a name can't hold a NUL byte", param, ctx)
+        try:
+            os.stat(value)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                self.fail(f"a name of {len(value)} characters is too long for files", param, ctx)
+        return value
+
+
+_NAME = _Name()
 
 
 class _WholeNumbers(click.ParamType):
@@ -55,7 +97,12 @@ class _WholeNumbers(click.ParamType):
             self.fail(f"{value!r} is not a list of whole numbers such as 8,10", param, ctx)
 
 
-_CHOICES = {"placement": PLACEMENTS, "precision": PRECISIONS}
+_CHOICES = {
+    "placement": PLACEMENTS,
+    "precision": PRECISIONS,
+    "rule": RULE_KINDS,
+    "backend": ("auto", *BACKENDS),
+}
 
 
 def _config_options(**defaults: Any) -> Callable[[Callable], Callable]:
@@ -71,6 +118,8 @@ def _config_options(**defaults: Any) -> Callable[[Callable], Callable]:
         for field in reversed(dataclasses.fields(FewShotConfig)):
             if field.name == "method":
                 continue
+            # A library's caller says where the model is; a command takes the GPU that is there.
+            defaults.setdefault("device", "auto")
             default = defaults.get(field.name, field.default)
             command = click.option(
                 f"--{field.name.replace('_', '-')}",
@@ -102,6 +151,10 @@ def _field_texts(docstring: str) -> dict[str, str]:
         # reStructuredText's quotes are for readers of the source, None for those of Python.
         texts[name] = " ".join(text.replace("``", "").replace("None", "unset").split())
     texts["seed"] = "Of the choice of episodes, and of LoRA's initialisation and dropout."
+    texts["device"] = (
+        "Device of the model and all tensors: cpu, cuda, cuda:1, ...; auto is cuda where PyTorch "
+        "sees a GPU, else cpu."
+    )
     return texts
 
 
@@ -114,13 +167,13 @@ def _protocol_options(*, episodes: int) -> Callable[[Callable], Callable]:
         ),
         click.option(
             "--episodes",
-            type=click.IntRange(1),
+            type=_Count(1, 10**6, "the interval of a mean does not get narrower in any sense"),
             default=episodes,
             help="Episodes; a run may be continued with more.",
         ),
         click.option(
             "--augment",
-            type=click.IntRange(0),
+            type=_Count(0, 1000, "so many views of one image are the same views again"),
             default=0,
             help="Train on this many views of each support image beside the image itself; 0 for "
             "none. The cross-domain few-shot benchmark takes 4. A view is a part of the image of "
@@ -131,7 +184,7 @@ def _protocol_options(*, episodes: int) -> Callable[[Callable], Callable]:
         ),
         click.option(
             "--parallel-episodes",
-            type=_Parallel(),
+            type=_Parallel(1, 4096, "no device's memory holds so many"),
             default=1,
             help="Episodes trained at once, which a GPU needs to be busy: a number, or auto for as "
             "many as fit into memory. The results are the same up to rounding. Where memory runs "
@@ -167,6 +220,7 @@ def cli() -> None:
 @cli.command()
 @click.option(
     "--data",
+    type=_NAME,
     required=True,
     metavar="SOURCE",
     help="Folder with a sub-folder of images per class; a list of images: JSON with image_names, "
@@ -175,22 +229,26 @@ def cli() -> None:
 )
 @click.option(
     "--images",
+    type=_NAME,
     metavar="DIR",
     help="Folder of the images that a list names, also deep in it; by default the list's own.",
 )
 @click.option(
     "--model",
+    type=_NAME,
     required=True,
     metavar="ARCH_OR_DIR",
     help="An open_clip architecture, or a folder with open_clip_config.json and weights.",
 )
 @click.option(
     "--pretrained",
+    type=_NAME,
     metavar="TAG_OR_FILE",
     help="Weights of the architecture: a tag of open_clip, or a checkpoint file.",
 )
 @click.option(
     "--out",
+    type=_NAME,
     required=True,
     metavar="RUN_DIR",
     help="Folder of the run. The same command continues a run that was stopped.",
@@ -205,6 +263,7 @@ def cli() -> None:
 )
 @click.option(
     "--class-names",
+    type=_NAME,
     metavar="FILE_OR_SET",
     help=f"JSON or CSV file: class -> words, or the names of a data set: {', '.join(KNOWN_SETS)}. "
     "Without it, the words are those of such a set if it has all classes, or else come from the "
@@ -212,12 +271,19 @@ def cli() -> None:
 )
 @click.option(
     "--cache",
+    type=_NAME,
     metavar="DIR",
     help="Folder in which the images of a class are kept, decoded and resized, when it is first "
     "needed; by default tir_kernels/images in $XDG_CACHE_HOME or ~/.cache. It may be shared, and "
     "deleted at any time. Without room in it, the run goes on without.",
 )
 @click.option("--no-cache", is_flag=True, help="Decode images in each run, and keep none.")
+@click.option(
+    "--max-pixels",
+    type=_Count(1, 2**40, "no machine decodes such an image"),
+    help="Largest image that is decoded, in pixels; by default Pillow's limit against "
+    "decompression bombs, about 179 million.",
+)
 @click.option(
     "--skip-unreadable",
     is_flag=True,
@@ -227,11 +293,14 @@ def cli() -> None:
 @_config_options()
 def run(**options: Any) -> None:
     """Fine-tune and score methods on few-shot episodes drawn from classes of images."""
-    _run(**options)
+    with _without_tracebacks(options["out"]):
+        _run(**options)
 
 
 @cli.command()
-@click.option("--out", default="runs/demo", metavar="RUN_DIR", help="Folder of the run.")
+@click.option(
+    "--out", type=_NAME, default="runs/demo", metavar="RUN_DIR", help="Folder of the run."
+)
 @_protocol_options(episodes=6)
 @_config_options(steps=40, lora_lr=1e-3)  # a small model learns little at the method's rate
 def demo(out: str, **options: Any) -> None:
@@ -239,6 +308,11 @@ def demo(out: str, **options: Any) -> None:
 
     Needs no network and no data: the images are drawn into the run's folder.
     """
+    with _without_tracebacks(out):
+        _demo(out, options)
+
+
+def _demo(out: str, options: dict[str, Any]) -> None:
     from tir_kernels.demo import model_directory, write_image_folder
     from tir_kernels.fewshot.errors import first_line
 
@@ -257,6 +331,7 @@ def demo(out: str, **options: Any) -> None:
         images=None,
         cache=None,
         no_cache=True,
+        max_pixels=None,
         skip_unreadable=False,
         **options,
     )
@@ -273,6 +348,7 @@ def _run(
     images: str | None,
     cache: str | None,
     no_cache: bool,
+    max_pixels: int | None,
     skip_unreadable: bool,
     ways: int,
     queries: int,
@@ -294,17 +370,28 @@ def _run(
         config = FewShotConfig(**config_values)
     except (ValueError, TypeError) as error:
         raise FewShotError(_with_option_name(str(error))) from error
-    with messages.status("loading libraries"):
+    with leaving_at_once(), messages.status("loading libraries"):
         import torch
 
         from tir_kernels.fewshot.data import load_data
+        from tir_kernels.fewshot.devices import is_slow_at, resolve_device
         from tir_kernels.fewshot.image_cache import ImageCache, default_cache_folder
         from tir_kernels.fewshot.images import ImageReader
         from tir_kernels.fewshot.models import load_model
         from tir_kernels.fewshot.progress import RunDisplay
         from tir_kernels.fewshot.run_folder import SUMMARY_NAME, RunFolder, read_run, write_json
-        from tir_kernels.fewshot.runner import RunPlan, run_episodes
+        from tir_kernels.fewshot.runner import RunPlan, require_distinct_prompts, run_episodes
 
+    if config.precision == "float16" and parallel_episodes not in ("auto", 1):
+        raise FewShotError(
+            f"--parallel-episodes {parallel_episodes} does not go with --precision float16, whose "
+            "loss scale episodes can't share; leave it out, or use --precision bfloat16"
+        )
+    device, note = resolve_device(config.device)
+    if note:
+        notify(note)
+    config = dataclasses.replace(config, device=device)
+    _require_backend(config)
     # A method named twice is still one method.
     names = tuple(dict.fromkeys(methods))
     own = dataclasses.replace(config, device=place.own_device(config.device))
@@ -317,7 +404,8 @@ def _run(
     with RunFolder(out, place) as folder:
         with messages.status("loading the model"):
             loaded = load_model(model, pretrained, device=own.device)
-        if _is_slow_precision(config):
+        require_distinct_prompts(source, loaded.tokenizer)
+        if is_slow_at(config.precision, own.device):
             notify(
                 f"this processor has no instructions for products of {config.precision} numbers: "
                 "--precision float32 would be faster"
@@ -377,16 +465,34 @@ def _run(
         )
 
 
-def _is_slow_precision(config: FewShotConfig) -> bool:
-    """Whether a CPU multiplies numbers of this type by converting them, which takes far longer."""
+@contextlib.contextmanager
+def _without_tracebacks(out: str) -> Iterator[None]:
+    """Turn what nobody foresaw into a sentence, and a file in the run's folder."""
+    try:
+        yield
+    except (FewShotError, click.ClickException, click.Abort):
+        raise
+    except Exception as error:
+        from tir_kernels.fewshot.memory import is_lack_of_memory
+
+        if is_lack_of_memory(error):
+            raise FewShotError(
+                "out of memory; what is finished is kept: use a smaller model, a machine with more "
+                "memory, or end other programs, and give the same command again"
+            ) from error
+        raise describe_unforeseen(error, Path(out)) from error
+
+
+def _require_backend(config: FewShotConfig) -> None:
+    if config.backend == "auto":
+        return
     import torch
 
-    # Other kinds of processors can't be asked in this way.
-    if torch.device(config.device).type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    questions = {"bfloat16": "_is_avx512_bf16_supported", "float16": "_is_amx_fp16_supported"}
-    has_instructions = getattr(torch.cpu, questions.get(config.precision, ""), lambda: True)
-    return not has_instructions()
+    from tir_kernels.dispatch import refusal
+
+    error = refusal(config.backend, torch.device(config.device).type, False)
+    if error is not None:
+        raise FewShotError(f"--{str(error).replace('=', ' ', 1)}")
 
 
 def _with_option_name(message: str) -> str:
@@ -417,39 +523,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Instead of those of the process.
 
     Returns:
-        The exit status: 0, 2 after bad input, 130 after Ctrl-C or SIGTERM.
+        The exit status: 0, 1 after an error that nobody foresaw, 2 after bad input, 130 after
+        Ctrl-C or SIGTERM.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     place = Place.of_this_process()
-    try:
-        with _terminable():
-            # Without a command, help is an answer and not an error.
-            status = cli.main(words or ["--help"], prog_name=PROGRAM, standalone_mode=False)
-        return status if isinstance(status, int) else 0
-    except (FewShotError, click.ClickException) as error:
-        text = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        place.let_others_speak()
-        print(f"{PROGRAM}{place.label}: error: {' '.join(text.split())}", file=sys.stderr)
-        return BAD_INPUT
-    except (KeyboardInterrupt, click.Abort):
-        if place.is_first:
-            command = "the same command" if place.count > 1 else f"{PROGRAM} {shlex.join(words)}"
-            print(
-                f"{PROGRAM}: interrupted; what is finished is kept. To continue: {command}",
-                file=sys.stderr,
-            )
-        return INTERRUPTED
+    with _any_encoding():
+        try:
+            with terminable():
+                # Without a command, help is an answer and not an error.
+                status = cli.main(words or ["--help"], prog_name=PROGRAM, standalone_mode=False)
+            status = status if isinstance(status, int) else 0
+        except (FewShotError, click.ClickException) as error:
+            status = _tell(error, place)
+        except (KeyboardInterrupt, click.Abort):
+            status = INTERRUPTED
+            if place.is_first:
+                command = "the same command" if place.count > 1 else f"{PROGRAM} {_quoted(words)}"
+                _say(f"{PROGRAM}: interrupted; what is finished is kept. To continue: {command}")
+        except Exception as error:
+            status = _tell(describe_unforeseen(error, None), place)
+    return status
+
+
+def _tell(error: FewShotError | click.ClickException, place: Place) -> int:
+    """Tell an error in a line, and return the exit status for it."""
+    text = error.format_message() if isinstance(error, click.ClickException) else str(error)
+    place.let_others_speak()
+    _say(f"{PROGRAM}{place.label}: error: {printable(' '.join(text.split()))}")
+    return UNFORESEEN if isinstance(error, UnforeseenError) else BAD_INPUT
+
+
+def _say(text: str) -> None:
+    # Where nothing can be written there is nobody to tell.
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _quoted(words: Sequence[str]) -> str:
+    return printable(shlex.join(words))
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Treat SIGTERM, which batch systems send, like Ctrl-C."""
-
-    def interrupt(number: int, frame: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+def _any_encoding() -> Iterator[None]:
+    """Write what an output's encoding lacks as Python would escape it, rather than fail."""
+    streams = [each for each in (sys.stdout, sys.stderr) if isinstance(each, io.TextIOWrapper)]
+    before = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for stream, errors in zip(streams, before, strict=True):
+            stream.reconfigure(errors=errors)

@@ -11,13 +11,15 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from tir_kernels.fewshot.config import FewShotConfig
-from tir_kernels.fewshot.data import ImageData
+from tir_kernels.fewshot.data import ImageClass, ImageData
 from tir_kernels.fewshot.episodes import Episode, load_episode, plan_episode
 from tir_kernels.fewshot.errors import FewShotError, first_line
 from tir_kernels.fewshot.images import ImageReader
 from tir_kernels.fewshot.journal import OK, Journal, Record
+from tir_kernels.fewshot.memory import with_one_memory_error
 from tir_kernels.fewshot.models import LoadedModel
 from tir_kernels.fewshot.run_folder import RunFolder
 
@@ -117,16 +119,17 @@ def run_episodes(
     sizes = [len(entry.files) for entry in data.classes]
 
     def load(index: int) -> Episode:
-        return load_episode(
-            plan_episode(plan.config.seed, index, sizes, plan.ways),
-            data,
-            images,
-            shots=plan.config.shots,
-            queries=plan.queries,
-            device=plan.config.device,
-            augment=plan.augment,
-            seed=plan.config.seed,
-        )
+        with _explained(f"episode {index}", plan.config):
+            return load_episode(
+                plan_episode(plan.config.seed, index, sizes, plan.ways),
+                data,
+                images,
+                shots=plan.config.shots,
+                queries=plan.queries,
+                device=plan.config.device,
+                augment=plan.augment,
+                seed=plan.config.seed,
+            )
 
     unfinished = _unfinished(plan, journal)
     if not unfinished:
@@ -150,6 +153,24 @@ def run_episodes(
                     yield from journal.news()
         if not held:
             time.sleep(_LOOK_SECONDS)
+
+
+def require_distinct_prompts(data: ImageData, tokenizer: Callable[[list[str]], Tensor]) -> None:
+    """Check that a model's tokenizer tells the words of all classes apart.
+
+    Raises:
+        FewShotError: Two classes have the same tokens, as words have that differ in case only, or
+            in characters that the tokenizer leaves out.
+    """
+    owners: dict[tuple[int, ...], ImageClass] = {}
+    for entry, tokens in zip(data.classes, tokenizer([c.words for c in data.classes]), strict=True):
+        other = owners.setdefault(tuple(tokens.tolist()), entry)
+        if other is not entry:
+            raise FewShotError(
+                f"classes {other.folder!r} and {entry.folder!r} have the words {other.words!r} and "
+                f"{entry.words!r}, which the model's tokenizer does not tell apart; give them "
+                "others with --class-names FILE"
+            )
 
 
 def _is_unfinished(plan: RunPlan, journal: Journal, index: int) -> bool:
@@ -182,7 +203,8 @@ def _fitting(episode: Episode, plan: RunPlan, model: LoadedModel) -> int:
 @contextmanager
 def _explained(where: str, config: FewShotConfig) -> Iterator[None]:
     try:
-        yield
+        with with_one_memory_error():
+            yield
     except torch.OutOfMemoryError as error:
         raise FewShotError(
             f"{where}: out of memory on {config.device}; lower --queries, --shots or --ways, or "
