@@ -528,7 +528,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     place = Place.of_this_process()
-    with _any_encoding():
+    with _forgiving_output():
         try:
             with terminable():
                 # Without a command, help is an answer and not an error.
@@ -565,8 +565,12 @@ def _quoted(words: Sequence[str]) -> str:
 
 
 @contextlib.contextmanager
-def _any_encoding() -> Iterator[None]:
-    """Write what an output's encoding lacks as Python would escape it, rather than fail."""
+def _forgiving_output() -> Iterator[None]:
+    """Let no output fail: neither for its encoding nor because nobody can be written to.
+
+    What an encoding lacks is written as Python would escape it. What is left over in the end and
+    can't be written is dropped, of which Python itself would complain while it shuts down.
+    """
     streams = [each for each in (sys.stdout, sys.stderr) if isinstance(each, io.TextIOWrapper)]
     before = [stream.errors for stream in streams]
     for stream in streams:
@@ -575,4 +579,9 @@ def _any_encoding() -> Iterator[None]:
         yield
     finally:
         for stream, errors in zip(streams, before, strict=True):
-            stream.reconfigure(errors=errors)
+            try:
+                stream.reconfigure(errors=errors)  # which writes what is left over
+            except OSError:
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, stream.fileno())
+                os.close(null)
