@@ -161,6 +161,136 @@ def test_float16_trains_one_episode_at_a_time(arguments, capsys, tiny_model_fold
     assert_refused(capsys, wrong, "--parallel-episodes", "float16", "bfloat16")
 
 
+def test_a_finished_run_is_shown_from_a_folder_that_is_read_only(
+    arguments, tmp_path, capsys, monkeypatch
+):
+    assert fake_engine.run_main(arguments) == 0
+    table = capsys.readouterr().out
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    # Root may write anywhere but on a medium that is read-only, which is what is played here.
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+
+    def refuse(*positional, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for name in ("ftruncate", "pwrite", "replace", "unlink", "mkdir"):
+        monkeypatch.setattr(os, name, refuse)
+    assert fake_engine.run_main(arguments) == 0
+    assert capsys.readouterr().out == table
+    more = with_value(arguments, "--episodes", "4")
+    parts = ["can't write in ", "2 results of the run are not there yet"]
+    assert_refused(capsys, more, *parts, program=fake_engine.run_main)
+    other = with_value(arguments, "--seed", "4")
+    assert_refused(capsys, other, "--seed was 0, is 4", program=fake_engine.run_main)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["summary.json", "settings.json", ".lock"])
+@pytest.mark.parametrize("content", ['{"accuracy": 3}', "not even JSON", "[1, 2]"])
+def test_files_of_others_are_left_alone(arguments, tmp_path, capsys, name, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text(content)
+    assert_refused(capsys, arguments, str(tmp_path / "out" / name), "choose another folder")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+    assert (tmp_path / "out" / name).read_text() == content
+
+
+@pytest.mark.parametrize("name", ["summary.json", "settings.json", ".lock", "episodes.jsonl"])
+def test_links_in_a_run_folder_are_not_followed(arguments, tmp_path, capsys, name):
+    precious = tmp_path / "precious"
+    precious.write_text("")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).symlink_to(precious)
+    assert_refused(capsys, arguments, name, "a link", "choose another folder")
+    assert precious.read_text() == ""
+
+
+def test_other_files_in_a_run_folder_are_no_matter(arguments, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert fake_engine.run_main(arguments) == 0
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_a_journal_that_is_removed_ends_the_run(arguments, tmp_path, capsys, monkeypatch):
+    journal, finetune = tmp_path / "out" / "episodes.jsonl", fake_engine.fake_finetune
+    calls = []
+
+    def removing(*positional, **options):
+        calls.append(None)
+        if len(calls) == 3:
+            journal.rename(tmp_path / "moved")
+        return finetune(*positional, **options)
+
+    monkeypatch.setattr(fake_engine, "fake_finetune", removing)
+    assert fake_engine.run_main(arguments) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"{journal} was removed by another program while the run was on" in last
+    assert len(calls) == 3
+    # What it had written is whole, and the same command runs the rest.
+    journal.unlink(missing_ok=True)
+    (tmp_path / "moved").rename(journal)
+    assert len(results(tmp_path / "out")) == 2
+    assert fake_engine.run_main(arguments) == 0
+    assert len(results(tmp_path / "out")) == 6
+
+
+def test_a_class_folder_whose_name_is_not_utf_8(tmp_path, arguments, capsys):
+    images = Path(arguments[2])
+    name = os.fsdecode(b"for\xeat")
+    try:
+        (images / "ClassA").rename(images / name)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    words = {entry.name: f"kind {number}" for number, entry in enumerate(images.iterdir())}
+    (tmp_path / "names.json").write_text(json.dumps(words))
+    whole = [*arguments, "--class-names", str(tmp_path / "names.json"), "--ways", "6"]
+    assert fake_engine.run_main(whole) == 0
+    assert all(name in record.classes for record in results(tmp_path / "out"))
+    assert fake_engine.run_main(whole) == 0
+    capsys.readouterr()
+
+
+def test_control_characters_of_a_journal_are_not_printed(arguments, tmp_path, capsys):
+    assert fake_engine.run_main(arguments) == 0
+    capsys.readouterr()
+    path = tmp_path / "out" / "episodes.jsonl"
+    first, *rest = path.read_text().splitlines()
+    values = json.loads(first) | {"correct": None, "accuracy": None, "status": "\x1b[2J[red]:x:"}
+    values["skipped"] = ["a\x07[bold]b"]
+    path.write_text("\n".join([json.dumps(values), *rest]) + "\n")
+    assert fake_engine.run_main(arguments) == 2
+    captured = capsys.readouterr()
+    assert "\x1b" not in captured.out + captured.err
+    assert "\x07" not in captured.out
+    assert "a\\x07[bold]b" in captured.out
+    assert "\\x1b[2J[red]:x:" in captured.err
+
+
+class FullDisk(io.StringIO):
+    """An output on a disk without room."""
+
+    def flush(self):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+@pytest.mark.parametrize("kind", [FullDisk, None])
+def test_an_output_that_cannot_be_written(arguments, tmp_path, capsys, monkeypatch, name, kind):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, name, kind() if kind else None)
+        status = fake_engine.run_main(arguments)
+    captured = capsys.readouterr()
+    assert len(results(tmp_path / "out")) == 6
+    assert (tmp_path / "out" / "summary.json").exists()
+    if name == "stdout":
+        assert status == 2
+        assert "standard output can't be written: " in captured.err.splitlines()[-1]
+    else:
+        assert status == 0
+        assert "Accuracy" in captured.out
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_an_encoding_that_lacks_a_character(make_images, tmp_path, monkeypatch, encoding):
     images = write_images(tmp_path / "images", {f"森{letter}": 8 for letter in "abc"})
@@ -182,13 +312,16 @@ def test_an_encoding_that_lacks_a_character(make_images, tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize(
     ("seconds", "number"),
-    [(0.05, signal.SIGINT), (0.4, signal.SIGINT), (1.2, signal.SIGINT), (0.4, signal.SIGTERM)],
+    [(0.3, signal.SIGINT), (0.8, signal.SIGINT), (1.5, signal.SIGINT), (0.5, signal.SIGTERM)],
 )
 def test_interrupted_in_the_first_seconds(tmp_path, seconds, number):
     write_images(tmp_path / "images", {"a": 8, "b": 8})
     arguments = ["run", "--data", "images", "--model", "ViT-B-32", "--pretrained=none.pt"]
-    # What comes before the module is Python's own start.
-    started = "import sys, runpy; sys.stdout.write('!'); sys.stdout.flush(); "
+    # What comes before is Python's own start.
+    started = (
+        "import sys, runpy, tir_kernels.fewshot.interrupts; "
+        "sys.stdout.write('!'); sys.stdout.flush(); "
+    )
     process = subprocess.Popen(
         [
             sys.executable,

@@ -97,13 +97,13 @@ def test_a_killed_process_leaves_the_folder(tmp_path):
 
 
 def test_a_run_is_read_from_all_its_journals(tmp_path):
-    settings = {"settings": {"method": ["tir", "lora"]}, "episodes": 2}
+    settings = {"settings": {"method": ["tir", "lora"]}, "episodes": 3}
     write_json(tmp_path / "settings.json", settings)
     written = {
         0: [record(1, "lora"), record(2)],
         1: [record(0, "lora"), record(0)],
-        2: [record(1), record(2, correct=1)],
-        10: [record(2, correct=2)],
+        2: [record(1), record(2, correct=1, accuracy=0.25)],
+        10: [record(2, correct=2, accuracy=0.5)],
     }
     for number, records in written.items():
         journal = Journal(tmp_path / journal_name(number))
@@ -158,15 +158,29 @@ def test_settings_are_kept_and_compared(tmp_path):
             folder.claim(SETTINGS, 11, {})
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"settings": 1, "episodes": 2}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        '{"settings": 1, "episodes": 2}',
+        '{"settings": {}, "episodes": 0}',
+        '{"settings": {}, "episodes": 1e999}',
+        '{"settings": {"method": "tir"}, "episodes": 1}',
+        '{"settings": {"method": [1]}, "episodes": 1}',
+        '{"settings": {"ways": "5"}, "episodes": 1}',
+        '{"settings": {"lora_lr": NaN}, "episodes": 1}',
+    ],
+)
 def test_damaged_settings(tmp_path, text):
     (tmp_path / "settings.json").write_text(text)
-    for act in (lambda: folder.claim(SETTINGS, 1, {}), lambda: read_run(tmp_path)):
-        with (
-            RunFolder(tmp_path) as folder,
-            pytest.raises(FewShotError, match=r"settings.json is damag"),
-        ):
-            act()
+    for act in (RunFolder, read_run):
+        with pytest.raises(FewShotError, match=r"settings.json is damaged, or not of a run \("):
+            act(tmp_path)
+    assert (tmp_path / "settings.json").read_text() == text
 
 
 def test_journal_without_settings_is_refused(tmp_path):
@@ -179,3 +193,46 @@ def test_json_is_strict(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "x.json", {"a": float("nan")})
     assert not (tmp_path / "x.json").exists()
+
+
+def test_json_keeps_any_name(tmp_path):
+    content = {os.fsdecode(b"for\xeat"): "森"}
+    write_json(tmp_path / "x.json", content)
+    assert json.loads((tmp_path / "x.json").read_text()) == content
+
+
+def test_a_planted_link_leads_nowhere(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / f".x.json.{os.getpid()}.partial").symlink_to(tmp_path / "precious")
+    (tmp_path / ".x.json.partial").symlink_to(tmp_path / "precious")
+    write_json(tmp_path / "x.json", {})
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["", "  ", "a\0b", "x" * 300])
+def test_names_that_no_folder_can_have(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FewShotError, match="--out"):
+        RunFolder(name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_file_that_is_removed_is_noticed(tmp_path):
+    with RunFolder(tmp_path) as folder:
+        with folder.episodes(range(3), 1) as held:
+            assert held == [0]
+        (tmp_path / ".lock").unlink()
+        RunFolder(tmp_path).__exit__(None, None, None)
+        with (
+            pytest.raises(FewShotError, match=r"\.lock was removed or replaced"),
+            folder.episodes(range(3), 1),
+        ):
+            pass
+
+
+def test_a_record_beyond_the_run_is_named(tmp_path):
+    settings = {"settings": {"method": ["tir"], "ways": 2, "queries": 2}, "episodes": 1}
+    write_json(tmp_path / "settings.json", settings)
+    (tmp_path / "episodes.jsonl").write_bytes(record(0).to_line() + record(1).to_line())
+    with pytest.raises(FewShotError, match=r"line 2 of .*'episode' is 1 in a run of 1"):
+        read_run(tmp_path)

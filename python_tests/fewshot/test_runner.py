@@ -17,8 +17,9 @@ from tir_kernels.fewshot.engine import NonFiniteLossError
 from tir_kernels.fewshot.episodes import episode_seed
 from tir_kernels.fewshot.errors import FewShotError
 from tir_kernels.fewshot.images import ImageReader
-from tir_kernels.fewshot.journal import Record, read_journal
+from tir_kernels.fewshot.journal import read_journal
 from tir_kernels.fewshot.models import load_model
+from tir_kernels.fewshot.records import Record
 from tir_kernels.fewshot.report import Estimate, print_summary, summarise
 from tir_kernels.fewshot.run_folder import RunFolder
 from tir_kernels.fewshot.runner import RunPlan, run_episodes

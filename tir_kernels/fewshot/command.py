@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import errno
 import inspect
-import io
 import os
 import re
 import shlex
@@ -15,7 +14,7 @@ import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -23,11 +22,17 @@ from tir_kernels.dispatch import BACKENDS
 from tir_kernels.fewshot.config import METHODS, PLACEMENTS, PRECISIONS, FewShotConfig
 from tir_kernels.fewshot.errors import FewShotError
 from tir_kernels.fewshot.interrupts import INTERRUPTED, PROGRAM, leaving_at_once, terminable
+from tir_kernels.fewshot.streams import forgiving_output
 from tir_kernels.fewshot.text import printable
 from tir_kernels.fewshot.unforeseen import UnforeseenError, describe_unforeseen
 from tir_kernels.fewshot.words import KNOWN_SETS
 from tir_kernels.fewshot.workers import Place
 from tir_kernels.rules import RULE_KINDS
+
+if TYPE_CHECKING:
+    from tir_kernels.fewshot.models import LoadedModel
+    from tir_kernels.fewshot.records import Record
+    from tir_kernels.fewshot.report import Summary
 
 BAD_INPUT = 2
 UNFORESEEN = 1
@@ -379,7 +384,14 @@ def _run(
         from tir_kernels.fewshot.images import ImageReader
         from tir_kernels.fewshot.models import load_model
         from tir_kernels.fewshot.progress import RunDisplay
-        from tir_kernels.fewshot.run_folder import SUMMARY_NAME, RunFolder, read_run, write_json
+        from tir_kernels.fewshot.run_folder import (
+            SUMMARY_NAME,
+            RunFolder,
+            finished_records,
+            is_read_only,
+            read_run,
+            write_json,
+        )
         from tir_kernels.fewshot.runner import RunPlan, require_distinct_prompts, run_episodes
 
     if config.precision == "float16" and parallel_episodes not in ("auto", 1):
@@ -401,10 +413,21 @@ def _run(
     for note in source.notes:
         notify(note)
     source.require(ways=ways, shots=config.shots, queries=queries)
-    with RunFolder(out, place) as folder:
+
+    def load() -> tuple[LoadedModel, dict[str, Any]]:
+        """The model, and all settings of the run."""
         with messages.status("loading the model"):
             loaded = load_model(model, pretrained, device=own.device)
         require_distinct_prompts(source, loaded.tokenizer)
+        # Another number of processes, on other devices, may continue the run.
+        return loaded, plan.settings(source, loaded) | {"device": config.device}
+
+    if is_read_only(out):
+        _, settings = load()
+        _show(finished_records(out, settings, episodes), plan.methods, place)
+        return
+    with RunFolder(out, place) as folder:
+        loaded, settings = load()
         if is_slow_at(config.precision, own.device):
             notify(
                 f"this processor has no instructions for products of {config.precision} numbers: "
@@ -414,8 +437,6 @@ def _run(
             # For what takes the current device unasked, as the capture of CUDA graphs does.
             torch.cuda.set_device(own.device)
         about = {"data": source.name, "model": loaded.description, **_versions()}
-        # Another number of processes, on other devices, may continue the run.
-        settings = plan.settings(source, loaded) | {"device": config.device}
         folder.claim(settings, episodes, about)
         with folder.journal() as journal:
             if journal.note:
@@ -445,18 +466,34 @@ def _run(
                     plan, source, reader, loaded, folder, journal, on_step=display.step
                 ):
                     display.finished(record)
-        if not place.is_first:
-            return
-        # Here, since it brings SciPy, which no training needs to wait for.
-        from tir_kernels.fewshot.report import print_summary, summarise
-
         if journal.repeats:
             notify(
                 f"{journal.repeats} results were in the journals more than once and count once: "
                 f"locks in {folder.path} may not reach all machines"
             )
-        summary = summarise(read_run(folder.path), plan.methods)
-        write_json(folder.path / SUMMARY_NAME, summary.to_json())
+
+        def keep(summary: Summary) -> None:
+            write_json(folder.path / SUMMARY_NAME, summary.to_json())
+
+        _show(read_run(folder.path), plan.methods, place, keep)
+
+
+def _show(
+    records: Sequence[Record],
+    methods: Sequence[str],
+    place: Place,
+    keep: Callable[[Summary], None] = lambda summary: None,
+) -> None:
+    """Print a finished run's tables, once the summary is kept."""
+    if not place.is_first:
+        return
+    # Here, since it brings SciPy, which no training needs to wait for.
+    from rich.console import Console
+
+    from tir_kernels.fewshot.report import print_summary, summarise
+
+    summary = summarise(records, methods)
+    keep(summary)
     print_summary(summary, Console())
     if summary.failures:
         raise FewShotError(
@@ -528,22 +565,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     place = Place.of_this_process()
-    with _forgiving_output():
-        try:
-            with terminable():
-                # Without a command, help is an answer and not an error.
-                status = cli.main(words or ["--help"], prog_name=PROGRAM, standalone_mode=False)
-            status = status if isinstance(status, int) else 0
-        except (FewShotError, click.ClickException) as error:
-            status = _tell(error, place)
-        except (KeyboardInterrupt, click.Abort):
-            status = INTERRUPTED
-            if place.is_first:
-                command = "the same command" if place.count > 1 else f"{PROGRAM} {_quoted(words)}"
-                _say(f"{PROGRAM}: interrupted; what is finished is kept. To continue: {command}")
-        except Exception as error:
-            status = _tell(describe_unforeseen(error, None), place)
+    with forgiving_output() as output:
+        status = _answer(words, place)
+        output.flush()
+        if output.failure and status == 0:
+            _say(f"{PROGRAM}: error: standard output can't be written: {output.failure}")
+            status = BAD_INPUT
     return status
+
+
+def _answer(words: list[str], place: Place) -> int:
+    try:
+        with terminable():
+            # Without a command, help is an answer and not an error.
+            status = cli.main(words or ["--help"], prog_name=PROGRAM, standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except (FewShotError, click.ClickException) as error:
+        return _tell(error, place)
+    except (KeyboardInterrupt, click.Abort):
+        if place.is_first:
+            command = "the same command"
+            if place.count == 1:
+                command = f"{PROGRAM} {printable(shlex.join(words))}"
+            _say(f"{PROGRAM}: interrupted; what is finished is kept. To continue: {command}")
+        return INTERRUPTED
+    except Exception as error:
+        return _tell(describe_unforeseen(error, None), place)
 
 
 def _tell(error: FewShotError | click.ClickException, place: Place) -> int:
@@ -555,33 +602,4 @@ def _tell(error: FewShotError | click.ClickException, place: Place) -> int:
 
 
 def _say(text: str) -> None:
-    # Where nothing can be written there is nobody to tell.
-    with contextlib.suppress(OSError, ValueError):
-        print(text, file=sys.stderr, flush=True)
-
-
-def _quoted(words: Sequence[str]) -> str:
-    return printable(shlex.join(words))
-
-
-@contextlib.contextmanager
-def _forgiving_output() -> Iterator[None]:
-    """Let no output fail: neither for its encoding nor because nobody can be written to.
-
-    What an encoding lacks is written as Python would escape it. What is left over in the end and
-    can't be written is dropped, of which Python itself would complain while it shuts down.
-    """
-    streams = [each for each in (sys.stdout, sys.stderr) if isinstance(each, io.TextIOWrapper)]
-    before = [stream.errors for stream in streams]
-    for stream in streams:
-        stream.reconfigure(errors="backslashreplace")
-    try:
-        yield
-    finally:
-        for stream, errors in zip(streams, before, strict=True):
-            try:
-                stream.reconfigure(errors=errors)  # which writes what is left over
-            except OSError:
-                null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, stream.fileno())
-                os.close(null)
+    print(text, file=sys.stderr, flush=True)

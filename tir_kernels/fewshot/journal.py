@@ -3,108 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from fnmatch import fnmatch
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 from tir_kernels.fewshot.errors import FewShotError, first_line
+from tir_kernels.fewshot.files import open_regular
+from tir_kernels.fewshot.records import Record, RunShape
 
-OK = "ok"
-
-
-@dataclass(frozen=True)
-class Record:
-    """One finished (episode, method): a line of the journal.
-
-    Args:
-        episode: The episode's number.
-        method: The method's name.
-        classes: Folder names of the episode's classes.
-        correct: Queries answered correctly; ``None`` unless the status is "ok".
-        total: Queries.
-        accuracy: ``correct / total``; ``None`` unless the status is "ok".
-        final_loss: Loss of the last step; ``None`` without one, or if it was not finite.
-        seconds: Time of training and evaluation.
-        status: "ok", or why there is no result.
-        seconds_per_step: Of training alone; ``None`` without training.
-        support_accuracy: On the support images, after training.
-        skipped: Unreadable images that others replaced.
-    """
-
-    episode: int
-    method: str
-    classes: tuple[str, ...]
-    correct: int | None
-    total: int
-    accuracy: float | None
-    final_loss: float | None
-    seconds: float
-    status: str
-    seconds_per_step: float | None = None
-    support_accuracy: float | None = None
-    skipped: tuple[str, ...] = ()
-
-    @property
-    def key(self) -> tuple[int, str]:
-        """What a journal holds at most once."""
-        return self.episode, self.method
-
-    def to_line(self) -> bytes:
-        """The record as a line of JSON."""
-        text = json.dumps(asdict(self), allow_nan=False, ensure_ascii=False)
-        return text.encode() + b"\n"
-
-    @classmethod
-    def from_line(cls, line: bytes) -> Record:
-        """Parse a line. Keys that are not known are ignored.
-
-        Raises:
-            ValueError: The line is not a record; the text says why.
-        """
-        values = json.loads(line.decode(), parse_constant=_refuse_constant)
-        if not isinstance(values, dict):
-            raise ValueError("not a JSON object")
-        for name, types in _FIELD_TYPES.items():
-            if name not in values:
-                if name in _OPTIONAL:
-                    continue
-                raise ValueError(f"no {name!r}")
-            value = values[name]
-            if not isinstance(value, types) or isinstance(value, bool):
-                raise ValueError(f"{name!r} is {value!r}")
-        if values["status"] == OK and (values["correct"] is None or values["accuracy"] is None):
-            raise ValueError("status 'ok' without a result")
-        known = {name: values[name] for name in _FIELD_TYPES if name in values}
-        for name in ("classes", "skipped"):
-            known[name] = tuple(known.get(name, ()))
-        return cls(**known)
+# The names that journals are given, and no others: what a person or a program has put beside them,
+# such as a backup, is not part of the run.
+_NAME = re.compile(r"episodes(\.[1-9][0-9]*)?\.jsonl")
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+class _Line(NamedTuple):
+    """Where a record was read."""
+
+    path: Path
+    number: int
+    record: Record
+
+    def damaged(self, reason: str) -> FewShotError:
+        """The error of such a line."""
+        return _damaged(self.path, self.number, reason)
 
 
-_NUMBER = (int, float)
-_MAYBE_NUMBER = (int, float, type(None))
-_FIELD_TYPES: dict[str, tuple[type, ...]] = {
-    "episode": (int,),
-    "method": (str,),
-    "classes": (list,),
-    "correct": (int, type(None)),
-    "total": (int,),
-    "accuracy": _MAYBE_NUMBER,
-    "final_loss": _MAYBE_NUMBER,
-    "seconds": _NUMBER,
-    "status": (str,),
-    "seconds_per_step": _MAYBE_NUMBER,
-    "support_accuracy": _MAYBE_NUMBER,
-    "skipped": (list,),
-}
-_OPTIONAL = {"seconds_per_step", "support_accuracy", "skipped"}
-assert set(_FIELD_TYPES) == {field.name for field in fields(Record)}
+def _damaged(path: Path, number: int, reason: str) -> FewShotError:
+    return FewShotError(
+        f"line {number} of {path} is damaged ({reason}); delete that line and its episode is run "
+        "again"
+    )
 
 
 def read_journal(path: str | Path) -> list[Record]:
@@ -115,8 +44,9 @@ def read_journal(path: str | Path) -> list[Record]:
     """
     path = Path(path)
     records: dict[tuple[int, str], Record] = {}
-    for record in _parse(path, _whole_lines(_read_bytes(path)), lines_before=0):
-        records.setdefault(record.key, record)
+    content, _ = _read_bytes(path)
+    for line in _parse(path, _whole_lines(content), lines_before=0):
+        records.setdefault(line.record.key, line.record)
     return list(records.values())
 
 
@@ -132,17 +62,17 @@ def journal_paths(folder: Path) -> list[Path]:
         FewShotError: The folder can't be read.
     """
     try:
-        names = [name for name in os.listdir(folder) if fnmatch(name, "episodes*.jsonl")]
-    except OSError as error:
+        names = [name for name in os.listdir(folder) if _NAME.fullmatch(name)]
+    except (OSError, ValueError) as error:
         raise FewShotError(f"can't read {folder}: {first_line(error)}") from error
     return [folder / name for name in sorted(names, key=lambda name: (len(name), name))]
 
 
-def _read_bytes(path: Path, start: int = 0) -> bytes:
+def _read_bytes(path: Path, start: int = 0) -> tuple[bytes, os.stat_result]:
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             file.seek(start)
-            return file.read()
+            return file.read(), os.fstat(file.fileno())
     except OSError as error:
         raise FewShotError(f"can't read {path}: {first_line(error)}") from error
 
@@ -152,17 +82,22 @@ def _whole_lines(content: bytes) -> bytes:
     return content[: content.rfind(b"\n") + 1]
 
 
-def _parse(path: Path, content: bytes, lines_before: int) -> list[Record]:
-    records = []
+def _parse(path: Path, content: bytes, lines_before: int) -> list[_Line]:
+    lines = []
     for number, line in enumerate(content.split(b"\n")[:-1], start=lines_before + 1):
         try:
-            records.append(Record.from_line(line))
-        except (ValueError, RecursionError) as error:
-            raise FewShotError(
-                f"line {number} of {path} is damaged ({first_line(error)}); delete that line and "
-                "its episode is run again"
-            ) from error
-    return records
+            lines.append(_Line(path, number, Record.from_line(line)))
+        except ValueError as error:
+            raise _damaged(path, number, first_line(error)) from error
+    return lines
+
+
+class _Progress(NamedTuple):
+    """How far a journal was read, and which file that was."""
+
+    size: int
+    lines: int
+    file: tuple[int, int]
 
 
 class JournalReader:
@@ -170,44 +105,79 @@ class JournalReader:
 
     Args:
         folder: The run's folder.
+        shape: What the records must fit.
 
     Attributes:
         repeats: Lines that were left out because their (episode, method) was there already.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, shape: RunShape | None = None) -> None:
         self.repeats = 0
         self._folder = folder
-        self._done: dict[Path, tuple[int, int]] = {}  # bytes and lines read
-        self._records: dict[tuple[int, str], Record] = {}
+        self._shape = shape
+        self._done: dict[Path, _Progress] = {}
+        self._lines: dict[tuple[int, str], _Line] = {}
 
     def news(self) -> list[Record]:
         """The records that no earlier call returned.
 
         Raises:
-            FewShotError: A journal can't be read, or a whole line of it is not a record.
+            FewShotError: A journal can't be read, is not the file it was, or a whole line of it is
+                not a record of this run.
         """
         found = []
-        for path in journal_paths(self._folder):
-            size, lines = self._done.get(path, (0, 0))
-            content = _whole_lines(_read_bytes(path, size))
-            records = _parse(path, content, lines)
-            self._done[path] = size + len(content), lines + len(records)
-            for record in records:
-                if record.key in self._records:
-                    self.repeats += 1
+        paths = journal_paths(self._folder)
+        for path in self._done.keys() - set(paths):
+            raise _lost(path, "removed")
+        for path in paths:
+            done = self._done.get(path)
+            content, status = _read_bytes(path, done.size if done else 0)
+            file = (status.st_dev, status.st_ino)
+            if done and done.file != file:
+                raise _lost(path, "replaced")
+            if done and status.st_size < done.size:
+                raise _lost(path, "cut short")
+            whole = _whole_lines(content)
+            size, number = (done.size, done.lines) if done else (0, 0)
+            lines = _parse(path, whole, number)
+            self._done[path] = _Progress(size + len(whole), number + len(lines), file)
+            for line in lines:
+                self._require_fitting(line)
+                known = self._lines.setdefault(line.record.key, line)
+                if known is line:
+                    found.append(line.record)
                 else:
-                    self._records[record.key] = record
-                    found.append(record)
+                    self.repeats += 1
         return found
+
+    def require(self, shape: RunShape) -> None:
+        """Check that all records, read and to come, are of such a run.
+
+        Raises:
+            FewShotError: One of them is not.
+        """
+        self._shape = shape
+        for line in self._lines.values():
+            self._require_fitting(line)
+
+    def _require_fitting(self, line: _Line) -> None:
+        if self._shape is not None and (reason := self._shape.contradiction(line.record)):
+            raise line.damaged(reason)
 
     @property
     def records(self) -> list[Record]:
         """All records that were read."""
-        return list(self._records.values())
+        return [line.record for line in self._lines.values()]
 
     def __contains__(self, key: tuple[int, str]) -> bool:
-        return key in self._records
+        return key in self._lines
+
+
+def _lost(path: Path, what: str) -> FewShotError:
+    return FewShotError(
+        f"{path} was {what} by another program while the run was on; keep clean-up jobs, editors "
+        "and programs that synchronise folders away from it, and give the same command again"
+    )
 
 
 class Journal(JournalReader):
@@ -218,6 +188,7 @@ class Journal(JournalReader):
     Args:
         path: The file, which no other process may append to; it is created if missing, and a torn
             last line is cut off.
+        shape: What the records must fit.
 
     Attributes:
         note: What was repaired, or empty.
@@ -226,45 +197,74 @@ class Journal(JournalReader):
         FewShotError: A journal can't be read or written, or a line of it is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path.parent)
+    def __init__(self, path: Path, shape: RunShape | None = None) -> None:
+        super().__init__(path.parent, shape)
         self.path = path
         self.note = ""
-        self.news()
-        content = _read_bytes(path) if path.exists() else b""
+        self._file = -1
+        super().news()
+        content = _read_bytes(path)[0] if path.exists() else b""
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            whole = len(_whole_lines(content))
-            if whole < len(content):
-                os.ftruncate(self._file, whole)
+            self._file = os.open(path, flags, 0o644)
+            self._size = len(_whole_lines(content))
+            if self._size < len(content):
+                os.ftruncate(self._file, self._size)
                 self.note = f"the last line of {path} was torn; its episode is run again"
             sync_folder(path.parent)
         except OSError as error:
             raise FewShotError(f"can't write {path}: {first_line(error)}") from error
 
+    def news(self) -> list[Record]:
+        """The records that no earlier call returned; raises as ``append`` too."""
+        if self._file >= 0:
+            self.require_own_file()
+        return super().news()
+
     def append(self, record: Record) -> None:
         """Write a record; when this returns, the record is on the disk, and ``news`` will have it.
 
         Raises:
-            FewShotError: It can't be written. The records before it stay readable.
+            FewShotError: It can't be written, or the file is not the one in the run's folder any
+                more. The records before it stay readable.
         """
-        size = os.fstat(self._file).st_size
-        rest = record.to_line()
+        self.require_own_file()
+        line = rest = record.to_line()
         try:
             while rest:
                 rest = rest[os.write(self._file, rest) :]
             os.fsync(self._file)
         except OSError as error:
             with contextlib.suppress(OSError):
-                os.ftruncate(self._file, size)
+                os.ftruncate(self._file, self._size)
             raise FewShotError(
                 f"can't write {self.path}: {first_line(error)}; what is finished is kept: "
                 "make room and give the same command again"
             ) from error
+        self._size += len(line)
+        # What was written into a file that meanwhile lost its name is nowhere.
+        self.require_own_file()
+
+    def require_own_file(self) -> None:
+        """Check that what this process appends to is the file of that name, as it left it.
+
+        Raises:
+            FewShotError: It was removed, replaced or changed.
+        """
+        own = os.fstat(self._file)
+        try:
+            named = os.stat(self.path, follow_symlinks=False)
+        except OSError as error:
+            raise _lost(self.path, "removed") from error
+        if not os.path.samestat(own, named):
+            raise _lost(self.path, "replaced")
+        if own.st_size != self._size:
+            raise _lost(self.path, "cut short" if own.st_size < self._size else "written to")
 
     def close(self) -> None:
         """Close the file."""
         os.close(self._file)
+        self._file = -1
 
 
 def sync_folder(folder: Path) -> None:
@@ -276,8 +276,3 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def skipped_images(records: Sequence[Record]) -> list[str]:
-    """All unreadable images that the records name, sorted."""
-    return sorted({name for record in records for name in record.skipped})

@@ -15,7 +15,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from tir_kernels.fewshot.journal import Record
+from tir_kernels.fewshot.records import Record
+from tir_kernels.fewshot.text import printable
 
 
 class RunDisplay:
@@ -45,7 +46,7 @@ class RunDisplay:
         for record in finished:
             self._count(record)
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -73,7 +74,7 @@ class RunDisplay:
 
     def step(self, episode: int, method: str, step: int, loss: float) -> None:
         """A training step is done."""
-        description = f"episode {episode}, {method}, loss {loss:.3f}"
+        description = printable(f"episode {episode}, {method}, loss {loss:.3f}")
         self._bars.update(self._steps, completed=step + 1, description=description)
 
     def decoding(self, text: str, done: int, total: int) -> None:
@@ -96,7 +97,9 @@ class RunDisplay:
         )
         if not self._console.is_terminal:
             line += f" (so far {self._running()})"
-        self._console.print(line, soft_wrap=True, highlight=False)
+        self._console.print(
+            printable(line), soft_wrap=True, highlight=False, markup=False, emoji=False
+        )
 
     def _count(self, record: Record) -> None:
         self._done += 1
@@ -105,6 +108,8 @@ class RunDisplay:
 
     def _running(self) -> str:
         return ", ".join(
-            f"{method} {100 * sum(values) / len(values):.1f} %" if values else f"{method} -"
+            f"{printable(method)} {100 * sum(values) / len(values):.1f} %"
+            if values
+            else f"{printable(method)} -"
             for method, values in self._accuracies.items()
         )

@@ -10,9 +10,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from scipy import stats
 
-from tir_kernels.fewshot.journal import OK, Record, skipped_images
+from tir_kernels.fewshot.records import OK, Record, skipped_images
+from tir_kernels.fewshot.text import printable
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,11 @@ def _episodes(failed: dict[int, str], status: str, limit: int = 8) -> str:
 
 def print_summary(summary: Summary, console: Console) -> None:
     """Print the tables, and what the reader must know to read them."""
+
+    def say(text: str) -> None:
+        # Names come from files, and brackets in them are no markup.
+        console.print(printable(text), markup=False, emoji=False, highlight=False)
+
     table = Table(title="Accuracy, mean ± 95 % confidence interval over episodes")
     table.add_column("method")
     for heading in ("episodes", "accuracy %", "seconds per step"):
@@ -140,7 +147,7 @@ def print_summary(summary: Summary, console: Console) -> None:
     for entry in summary.methods:
         speed = "-" if entry.seconds_per_step is None else f"{entry.seconds_per_step:.3g}"
         accuracy = _percent(entry.accuracy, "")
-        table.add_row(entry.method, str(entry.accuracy.episodes), accuracy, speed)
+        table.add_row(_cell(entry.method), str(entry.accuracy.episodes), accuracy, speed)
     console.print(table)
     if summary.differences:
         table = Table(title="Paired difference, mean ± 95 % confidence interval over episodes")
@@ -149,12 +156,16 @@ def print_summary(summary: Summary, console: Console) -> None:
             table.add_column(heading, justify="right")
         for pair in summary.differences:
             names = f"{pair.first} − {pair.second}"
-            table.add_row(names, str(pair.accuracy.episodes), _percent(pair.accuracy, "+"))
+            table.add_row(_cell(names), str(pair.accuracy.episodes), _percent(pair.accuracy, "+"))
         console.print(table)
     if any(entry.accuracy.episodes == 1 for entry in summary.methods):
-        console.print("One episode gives no interval; raise --episodes for one.")
+        say("One episode gives no interval; raise --episodes for one.")
     if summary.skipped_images:
-        console.print(f"Unreadable images that were skipped: {', '.join(summary.skipped_images)}")
+        say(f"Unreadable images that were skipped: {', '.join(summary.skipped_images)}")
+
+
+def _cell(text: str) -> Text:
+    return Text(printable(text))
 
 
 def _percent(estimate: Estimate, sign: str) -> str:

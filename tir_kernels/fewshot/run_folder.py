@@ -5,25 +5,31 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tir_kernels.fewshot.errors import FewShotError, first_line
+from tir_kernels.fewshot.files import MIB, read_bytes
 from tir_kernels.fewshot.journal import (
     Journal,
     JournalReader,
-    Record,
     journal_name,
     journal_paths,
     sync_folder,
 )
-from tir_kernels.fewshot.workers import Place, RunLock
+from tir_kernels.fewshot.records import Record, RunShape, decode_json, encode_json
+from tir_kernels.fewshot.workers import GROUP_KINDS, Place, RunLock
 
 SETTINGS_NAME = "settings.json"
 SUMMARY_NAME = "summary.json"
 LOCK_NAME = ".lock"
+
+_LARGEST_JSON = 64 * MIB
+# What a summary of ours holds.
+_SUMMARY_KEYS = {"methods", "differences", "skipped_images"}
 
 
 def read_run(folder: str | Path) -> list[Record]:
@@ -41,9 +47,46 @@ def read_run(folder: str | Path) -> list[Record]:
     reader = JournalReader(folder)
     records = reader.news()
     settings_path = folder / SETTINGS_NAME
-    methods: list[str] = []
-    if settings_path.exists():
-        methods = _read_settings(settings_path)["settings"].get("method", [])
+    if not settings_path.exists():
+        return _sorted(records, ())
+    # Read after the journals: a run may be continued with more episodes, never with fewer.
+    shape = _shape(_read_settings(settings_path))
+    reader.require(shape)
+    return _sorted(records, shape.methods)
+
+
+def is_read_only(folder: str | Path) -> bool:
+    """Whether a folder holds a run that can be looked at but not continued."""
+    path = Path(folder).expanduser()
+    return (path / SETTINGS_NAME).exists() and not os.access(path, os.W_OK)
+
+
+def finished_records(
+    folder: str | Path, settings: Mapping[str, Any], episodes: int
+) -> list[Record]:
+    """The records of a run of which nothing is left to do; nothing is written.
+
+    Args:
+        folder, settings, episodes: As for ``RunFolder.claim``.
+
+    Raises:
+        FewShotError: The folder belongs to a run with other settings, can't be read, or the run is
+            not finished.
+    """
+    path = Path(folder).expanduser()
+    new = _as_json(settings, episodes)
+    _refuse_changes(path, _read_settings(path / SETTINGS_NAME), new)
+    records = read_run(path)
+    left = episodes * len(_shape(new).methods) - len(records)
+    if left > 0:
+        raise FewShotError(
+            f"--out: can't write in {path}, and {left} results of the run are not there yet; make "
+            "the folder writable, or choose another"
+        )
+    return records
+
+
+def _sorted(records: Iterable[Record], methods: Sequence[str]) -> list[Record]:
     order = {method: position for position, method in enumerate(methods)}
     return sorted(
         records,
@@ -63,12 +106,17 @@ class RunFolder:
         place: This process.
 
     Raises:
-        FewShotError: It can't be created or locked, or another run holds it.
+        FewShotError: It can't be created or locked, another run holds it, or what has the name of
+            one of a run's files was not written by one.
     """
 
     def __init__(self, path: str | Path, place: Place | None = None) -> None:
+        if not str(path).strip():
+            raise FewShotError("--out is empty; name a folder, or . for the current one")
         self.path = Path(path).expanduser()
         self.place = place or Place.of_this_process()
+        self._shape: RunShape | None = None
+        _refuse_others_files(self.path)
         self._lock = RunLock(self.path / LOCK_NAME, self.place)
 
     def __enter__(self) -> RunFolder:
@@ -93,14 +141,15 @@ class RunFolder:
         Raises:
             FewShotError: The folder belongs to a run with other settings, or can't be read.
         """
-        new = json.loads(json.dumps({"episodes": episodes, "settings": dict(settings)}))
+        new = _as_json(settings, episodes)
         with self._lock.door():
             self._record_settings(new, dict(about))
+        self._shape = _shape(new)
 
     @contextlib.contextmanager
     def journal(self) -> Iterator[Journal]:
         """The run's journal, with a file of its own that this process appends to."""
-        journal = Journal(self.path / journal_name(self._lock.journal_number()))
+        journal = Journal(self.path / journal_name(self._lock.journal_number()), self._shape)
         try:
             yield journal
         finally:
@@ -128,16 +177,92 @@ class RunFolder:
         write_json(path, {**new, "about": about})
 
 
+def _refuse_others_files(folder: Path) -> None:
+    """Refuse a folder in which something of another program's would be replaced or written to."""
+    try:
+        names = [LOCK_NAME, SETTINGS_NAME, SUMMARY_NAME]
+        names += [path.name for path in journal_paths(folder)] if folder.is_dir() else []
+        kinds = {name: _kind(folder / name) for name in names}
+    except (OSError, ValueError) as error:
+        raise FewShotError(f"--out: can't read {folder}: {first_line(error)}") from error
+    for name, kind in kinds.items():
+        if kind is not None and not stat.S_ISREG(kind):
+            raise FewShotError(
+                f"--out: {folder / name} is not a file of a run but "
+                f"{'a link' if stat.S_ISLNK(kind) else 'something else'}; choose another folder"
+            )
+    if kinds[SETTINGS_NAME] is not None:
+        _read_settings(folder / SETTINGS_NAME)
+    for name, is_ours in ((SUMMARY_NAME, _is_summary), (LOCK_NAME, _is_lock)):
+        if kinds[name] is not None and not is_ours(folder / name):
+            raise FewShotError(
+                f"--out: {folder / name} was not written by a run; choose another folder, or move "
+                "that file"
+            )
+
+
+def _kind(path: Path) -> int | None:
+    try:
+        return path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _is_summary(path: Path) -> bool:
+    try:
+        content = decode_json(read_bytes(path, at_most=_LARGEST_JSON))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.keys() >= _SUMMARY_KEYS
+
+
+def _is_lock(path: Path) -> bool:
+    try:
+        name = read_bytes(path, at_most=MIB).decode()
+    except (OSError, ValueError):
+        return False
+    return name.startswith(GROUP_KINDS) or name == ""  # of a process that was killed at once
+
+
+def _as_json(settings: Mapping[str, Any], episodes: int) -> dict[str, Any]:
+    return json.loads(json.dumps({"episodes": episodes, "settings": dict(settings)}))
+
+
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        old = json.loads(path.read_bytes())
-        if isinstance(old["settings"], dict) and isinstance(old["episodes"], int):
-            return old
+        content = read_bytes(path, at_most=_LARGEST_JSON)
     except OSError as error:
         raise FewShotError(f"can't read {path}: {first_line(error)}") from error
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise FewShotError(f"--out: {path} is damaged; choose another folder")
+    try:
+        old = decode_json(content)
+        _shape(old)
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
+        raise FewShotError(
+            f"--out: {path} is damaged, or not of a run ({reason}); choose another folder"
+        ) from error
+    return old
+
+
+def _shape(settings: Any) -> RunShape:
+    """The shape of a run with these settings.
+
+    Raises:
+        KeyError, TypeError, ValueError: They are not those of a run.
+    """
+    if not isinstance(settings, dict) or not isinstance(settings["settings"], dict):
+        raise TypeError("'settings' is not an object")
+    episodes, own = settings["episodes"], settings["settings"]
+    if type(episodes) is not int or episodes < 1:
+        raise ValueError(f"'episodes' is {episodes!r}")
+    methods = own.get("method", [])
+    if not isinstance(methods, list) or not all(isinstance(method, str) for method in methods):
+        raise TypeError(f"'method' is {methods!r}")
+    counts = [own.get(name) for name in ("ways", "queries")]
+    for count in counts:
+        if count is not None and (type(count) is not int or count < 1):
+            raise ValueError(f"'ways' or 'queries' is {count!r}")
+    return RunShape(episodes, tuple(methods), *counts)
 
 
 def _refuse_changes(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -171,14 +296,22 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         FewShotError: The file can't be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    text = encode_json(content, indent=2) + b"\n"
+    # A name of this process's own, which is never opened if it is there: a link would lead away.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, allow_nan=False, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with contextlib.suppress(FileNotFoundError):
+            partial.unlink()  # of a killed process that had this number
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink()
+            raise
         sync_folder(path.parent)
     except OSError as error:
         raise FewShotError(f"can't write {path}: {first_line(error)}") from error

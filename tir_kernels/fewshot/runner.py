@@ -18,9 +18,10 @@ from tir_kernels.fewshot.data import ImageClass, ImageData
 from tir_kernels.fewshot.episodes import Episode, load_episode, plan_episode
 from tir_kernels.fewshot.errors import FewShotError, first_line
 from tir_kernels.fewshot.images import ImageReader
-from tir_kernels.fewshot.journal import OK, Journal, Record
+from tir_kernels.fewshot.journal import Journal
 from tir_kernels.fewshot.memory import with_one_memory_error
 from tir_kernels.fewshot.models import LoadedModel
+from tir_kernels.fewshot.records import OK, Record
 from tir_kernels.fewshot.run_folder import RunFolder
 
 NON_FINITE_LOSS = "non-finite loss"

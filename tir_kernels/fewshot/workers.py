@@ -73,6 +73,9 @@ class Place:
 # Positions in the lock file. The journals' and the episodes' go on from there.
 _DOOR, _MEMBERS, _JOURNALS, _EPISODES = 0, 1, 1000, 2**32
 
+# How the names of groups begin, by which the lock file of a run is known.
+GROUP_KINDS = ("process ", "torchrun ")
+
 _FIRST_SECONDS = 300
 _LOOK_SECONDS = 0.2
 
@@ -116,8 +119,9 @@ class RunLock:
                 path.parent.mkdir(parents=True, exist_ok=True)
             else:
                 self._wait_for_file(deadline)
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._file = os.open(path, flags, 0o644)
+        except (OSError, ValueError) as error:
             raise FewShotError(
                 f"--out: can't write in {path.parent}: {first_line(error)}; choose another folder"
             ) from error
@@ -150,7 +154,13 @@ class RunLock:
 
     @contextlib.contextmanager
     def episodes(self, candidates: Iterable[int], at_most: int) -> Iterator[list[int]]:
-        """Hold the first of the candidates that no other process holds; there may be none."""
+        """Hold the first of the candidates that no other process holds; there may be none.
+
+        Raises:
+            FewShotError: The file is not the one in the folder any more, so that locks on it keep
+                nobody out.
+        """
+        self._require_own_file()
         taken: list[int] = []
         try:
             for index in candidates:
@@ -162,6 +172,20 @@ class RunLock:
         finally:
             for index in taken:
                 self._call(fcntl.LOCK_UN, _EPISODES + index)
+
+    def _require_own_file(self) -> None:
+        try:
+            is_own = os.path.samestat(
+                os.fstat(self._file), os.stat(self._path, follow_symlinks=False)
+            )
+        except OSError:
+            is_own = False
+        if not is_own:
+            raise FewShotError(
+                f"{self._path} was removed or replaced by another program while the run was on; "
+                "keep clean-up jobs and programs that synchronise folders away from it, and give "
+                "the same command again"
+            )
 
     def _enter_first(self) -> None:
         name = self._place.group.encode()
