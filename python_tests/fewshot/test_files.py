@@ -1,11 +1,13 @@
 """Reading the files that a user names."""
 
 import os
+import pwd
+from pathlib import Path
 
 import pytest
 
 from tir_kernels.fewshot.errors import FewShotError
-from tir_kernels.fewshot.files import open_regular, read_bytes, read_text
+from tir_kernels.fewshot.files import expand_user, open_regular, read_bytes, read_text
 from tir_kernels.fewshot.text import printable
 
 
@@ -60,3 +62,20 @@ def test_text_in_another_encoding_is_refused(tmp_path):
 def test_what_is_shown_is_printable(text, shown):
     assert printable(text) == shown
     assert str(FewShotError(text)) == shown
+
+
+def test_the_home_folder_in_a_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of")
+    assert expand_user("~/images") == Path("/home/of/images")
+    assert expand_user(Path("a/~/b")) == Path("a/~/b")
+    assert expand_user("~nobody-of-this-name/x") == Path("~nobody-of-this-name/x")
+
+    def unknown(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert expand_user("/images") == Path("/images")
+    for path in ("~", "~/images", Path("~/images")):
+        with pytest.raises(OSError, match="no home folder is known"):
+            expand_user(path)

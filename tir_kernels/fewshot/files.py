@@ -65,3 +65,17 @@ def read_text(path: str | Path, *, at_most: int) -> str:
         return read_bytes(path, at_most=at_most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text ({error}); save it as UTF-8") from error
+
+
+def expand_user(path: str | Path) -> Path:
+    """A path with the user's home folder in place of a leading ``~``.
+
+    ``~name`` of nobody on this machine stays as it is: a file may be called so.
+
+    Raises:
+        OSError: There is no home folder, as for an unknown user in a container.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded == "~" or expanded.startswith("~/"):
+        raise OSError(errno.ENOENT, "no home folder is known to put in place of ~", str(path))
+    return Path(expanded)
