@@ -1,5 +1,6 @@
 """Readers of one cache, which count what they decode."""
 
+import os
 import time
 
 import torch
@@ -32,16 +33,10 @@ class Setting:
         self.root, self.folder = root, folder
         self.notices = []
 
-    def reader(self, preprocess=None, on_decode=None, **options):
+    def reader(self, preprocess=None, **options):
         data = load_data(self.root)
         preprocess = preprocess or Counting()
-        cache = ImageCache(
-            self.folder,
-            data.source,
-            preprocess,
-            notify=self.notices.append,
-            on_decode=on_decode,
-        )
+        cache = ImageCache(self.folder, preprocess.shape, notify=self.notices.append)
         return Reading(data, ImageReader(data, preprocess, cache=cache, **options), preprocess)
 
     def without_cache(self):
@@ -49,8 +44,13 @@ class Setting:
         return Reading(data, ImageReader(data, preprocess), preprocess)
 
     @property
+    def own_folder(self):
+        """Where the cache has the files of this user."""
+        return self.folder / f"user-{os.geteuid()}"
+
+    @property
     def files(self):
-        return sorted(self.folder.iterdir())
+        return sorted(self.own_folder.iterdir()) if self.own_folder.exists() else []
 
 
 class Reading:
@@ -61,4 +61,5 @@ class Reading:
         return self.images.read(self.data.classes[class_number], position)
 
     def all(self):
-        return torch.stack([self(n) for n in range(len(self.data.classes[0].files))])
+        entry = self.data.classes[0]
+        return torch.stack(self.images.read_many([(entry, n) for n in range(len(entry.files))]))

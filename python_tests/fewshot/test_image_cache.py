@@ -1,9 +1,11 @@
-"""The cache of decoded images: same bits, built once, and trusted only as far as it is whole."""
+"""The cache of decoded images: same bits, decoded once, and trusted only as far as it is whole."""
 
 import contextlib
 import os
+import pwd
 import resource
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,14 @@ from cached_images import Counting, Setting
 from fake_engine import run_main
 from open_clip.transform import PreprocessCfg
 from PIL import Image
+from small_images import write_images
 
 from tir_kernels.fewshot import image_cache
 from tir_kernels.fewshot.data import load_data
+from tir_kernels.fewshot.decoding import Decoding
 from tir_kernels.fewshot.episodes import load_episode, plan_episode
 from tir_kernels.fewshot.errors import FewShotError
-from tir_kernels.fewshot.image_cache import ImageCache, default_cache_folder
+from tir_kernels.fewshot.image_cache import default_cache_folder, open_cache
 from tir_kernels.fewshot.images import ImageReader
 from tir_kernels.fewshot.preprocess import Preprocess
 
@@ -28,18 +32,27 @@ def setting(make_images, tmp_path):
     return Setting(make_images({"a": 5, "b": 4}), tmp_path / "cache" / "deep")
 
 
-def test_a_class_is_decoded_once_and_gives_the_same_bits(setting):
+def test_only_what_is_asked_for_is_decoded_and_only_once(setting):
     first, plain = setting.reader(), setting.without_cache()
     assert first(2).dtype == torch.uint8
-    assert first.preprocess.decoded == 5  # all of the class, none of the other
+    assert first.preprocess.decoded == 1
     assert torch.equal(first.all(), plain.all())
     assert first.preprocess.decoded == 5
     again = setting.reader()
     assert torch.equal(again.all(), plain.all())
     assert torch.equal(again(3, 1), plain(3, 1))
-    assert again.preprocess.decoded == 4
-    assert [path.suffix for path in setting.files] == [".images"] * 2
+    assert again.preprocess.decoded == 1
+    assert [path.suffix for path in setting.files] == [".image"] * 6
     assert setting.notices == []
+
+
+def test_an_episode_decodes_its_own_images_alone(setting):
+    reader = setting.reader()
+    plan = plan_episode(0, 0, [5, 4], 2)
+    load_episode(plan, reader.data, reader.images, shots=1, queries=2)
+    assert reader.preprocess.decoded == len(setting.files) == 6
+    load_episode(plan, reader.data, reader.images, shots=1, queries=2)
+    assert reader.preprocess.decoded == 6
 
 
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
@@ -79,95 +92,120 @@ def test_all_kinds_of_images(tmp_path):
     assert torch.equal(setting.reader().all(), setting.without_cache().all())
 
 
-def test_other_images_or_preprocessing_get_another_file(setting):
-    setting.reader()(0)
+def test_other_images_or_preprocessing_get_other_files(setting):
+    def decoded(preprocess=None):
+        reader = setting.reader(preprocess)
+        assert torch.equal(reader.all(), setting.without_cache().all()) or preprocess
+        return reader.preprocess.decoded
+
+    assert decoded() == 5
     image = setting.root / "a" / "001.png"
     Image.effect_noise((24, 24), 90).convert("RGB").save(image)
-    changed = setting.reader()
-    assert torch.equal(changed.all(), setting.without_cache().all())
+    assert decoded() == 1
     status = image.stat()
     os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    setting.reader()(0)
-    assert len(setting.files) == 3
+    assert decoded() == 1
     for config in (PreprocessCfg(size=9), PreprocessCfg(size=8, interpolation="bilinear")):
-        setting.reader(Counting(config))(0)
-    assert len(setting.files) == 5
+        assert decoded(Counting(config)) == 5
+    white = setting.reader(decoding=Decoding(white_value=4095))
+    assert white.all().shape == (5, 3, 8, 8)
+    assert white.preprocess.decoded == 5
     # The same names, sizes and times in another folder need not be the same images.
     copy = setting.root.with_name("copy")
     shutil.copytree(setting.root, copy)
     setting.root = copy
-    setting.reader()(0)
-    assert len(setting.files) == 6
+    assert decoded() == 5
 
 
 def flip_bit(path, position):
     content = bytearray(path.read_bytes())
     content[position] ^= 4
-    # In place, as a failing disk does, so that who has it mapped sees it.
+    # In place, as a failing disk does, so that who has it open sees it.
     with open(path, "r+b") as file:
         file.write(content)
 
 
-PIXELS = 5 * 3 * 8 * 8
+HEAD, PIXELS = 80, 3 * 8 * 8
 DAMAGES = {
     "no end": lambda path: os.truncate(path, path.stat().st_size - 1),
-    "no description": lambda path: os.truncate(path, PIXELS),
+    "no pixels": lambda path: os.truncate(path, HEAD),
     "few pixels": lambda path: os.truncate(path, 100),
+    "no head": lambda path: os.truncate(path, 30),
     "empty": lambda path: os.truncate(path, 0),
     "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"),
-    "pixel": lambda path: flip_bit(path, 17),
-    "description": lambda path: flip_bit(path, PIXELS + 20),
-    "mark": lambda path: flip_bit(path, -1),
+    "pixel": lambda path: flip_bit(path, HEAD + 17),
+    "mark": lambda path: flip_bit(path, 0),
+    "key": lambda path: flip_bit(path, 8),
+    "whether there are pixels": lambda path: flip_bit(path, 72),
+    "conversions": lambda path: flip_bit(path, 75),
+    "checksum": lambda path: flip_bit(path, HEAD - 1),
     "other file": lambda path: path.write_bytes(b"hello" * 1000),
+    "zeros": lambda path: path.write_bytes(bytes(HEAD + PIXELS)),
+    "of another image": lambda path: shutil.copy(path.with_name("other"), path),
+    "unknown conversions": lambda path: path.write_bytes(
+        (head := image_cache._head(path.stem, 0, 1 << 14, b"")) + path.read_bytes()[len(head) :]
+    ),
+    "unreadable with pixels": lambda path: path.write_bytes(
+        image_cache._head(path.stem, 0, 0, path.read_bytes()[HEAD:]) + path.read_bytes()[HEAD:]
+    ),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_files_are_not_used(setting, damage):
+    setting.reader()(1)
+    (other,) = setting.files
+    other.rename(setting.own_folder / "other")
     setting.reader()(0)
-    (path,) = setting.files
+    path = next(path for path in setting.files if path.suffix)
     DAMAGES[damage](path)
     again = setting.reader()
-    assert torch.equal(again.all(), setting.without_cache().all())
-    assert again.preprocess.decoded == 5
-    assert setting.notices == [f"--cache: {path} is damaged; its images are decoded again"]
+    assert torch.equal(again(0), setting.without_cache()(0))
+    assert again.preprocess.decoded == 1
+    (notice,) = setting.notices
+    assert notice.startswith(f"--cache: {path} is damaged; its image is decoded again")
     last = setting.reader()
-    assert torch.equal(last.all(), setting.without_cache().all())
+    assert torch.equal(last(0), setting.without_cache()(0))
     assert last.preprocess.decoded == 0
 
 
-def test_a_file_damaged_while_in_use_is_not_used(setting):
+def test_files_damaged_while_in_use_are_not_used_and_told_once(setting):
     reader = setting.reader()
-    reader(0)
-    (path,) = setting.files
-    flip_bit(path, 4 * 3 * 8 * 8)
+    reader.all()
+    for path in setting.files[:3]:
+        os.truncate(path, 100)
     assert torch.equal(reader.all(), setting.without_cache().all())
-    assert reader.preprocess.decoded == 10
+    assert reader.preprocess.decoded == 8
     assert len(setting.notices) == 1
+    setting.files[0].unlink()
+    assert torch.equal(reader.all(), setting.without_cache().all())
+    assert reader.preprocess.decoded == 9
 
 
 def test_a_disk_that_damages_what_it_gets_is_given_up(setting, monkeypatch):
-    replace = os.replace
+    rename = os.rename
 
-    def replace_and_damage(old, new):
-        replace(old, new)
-        flip_bit(Path(new), 0)
+    def rename_and_damage(old, new, **folders):
+        rename(old, new, **folders)
+        flip_bit(setting.own_folder / new, HEAD)
 
-    monkeypatch.setattr(image_cache.os, "replace", replace_and_damage)
-    reader = setting.reader()
-    assert torch.equal(reader.all(), setting.without_cache().all())
-    assert torch.equal(reader(0, 1), setting.without_cache()(0, 1))
+    monkeypatch.setattr(image_cache.os, "rename", rename_and_damage)
+    reader, plain = setting.reader(), setting.without_cache()
+    for _ in range(4):
+        assert torch.equal(reader(0), plain(0))
+    assert torch.equal(reader(0, 1), plain(0, 1))
+    assert reader.preprocess.decoded == 4  # what can't be kept on the disk is kept in memory
     assert "what was just written is damaged; going on without" in setting.notices[-1]
-    assert len(setting.notices) == 3
+    assert len(setting.notices) == 2
 
 
 def test_images_may_vanish_once_they_are_in_the_cache(setting):
-    reader, fresh, plain = setting.reader(), setting.reader(), setting.without_cache().all()
-    reader(0)
+    plain = setting.without_cache().all()
+    setting.reader().all()
+    reader = setting.reader()
     (setting.root / "a" / "003.png").unlink()
     (setting.root / "b" / "001.png").unlink()
     assert torch.equal(reader.all(), plain)
-    assert torch.equal(fresh.all(), plain)
     complaint = r"can't read the image .*b/001\.png: .*No such file.*or pass --skip-unreadable"
     with pytest.raises(FewShotError, match=complaint):
         reader(1, 1)
@@ -181,25 +219,31 @@ def test_a_missing_image_is_not_remembered_as_unreadable(setting):
     assert lenient(2) is not None
     kept.rename(image)
     assert torch.equal(strict.all(), setting.without_cache().all())
-    assert strict.preprocess.decoded == 1
+    assert strict.preprocess.decoded == 4
 
 
 def test_an_image_that_changed_since_it_was_listed_is_not_kept(setting):
     reader = setting.reader()
-    listed = (setting.root / "a" / "003.png").stat()
+    path = setting.root / "a" / "003.png"
+    listed, content = path.stat(), path.read_bytes()
     old = setting.without_cache().all()
-    content = (setting.root / "a" / "003.png").read_bytes()
-    Image.effect_noise((24, 24), 90).convert("RGB").save(setting.root / "a" / "003.png")
-    reader(0)
-    (setting.root / "a" / "003.png").write_bytes(content)
-    os.utime(setting.root / "a" / "003.png", ns=(listed.st_atime_ns, listed.st_mtime_ns))
+    Image.effect_noise((24, 24), 90).convert("RGB").save(path)
+    reader.all()
+    path.write_bytes(content)
+    os.utime(path, ns=(listed.st_atime_ns, listed.st_mtime_ns))
     assert torch.equal(setting.reader().all(), old)
 
 
-def test_unreadable_images_are_told_or_skipped_as_without_cache(setting):
-    (setting.root / "a" / "001.png").write_bytes(b"damaged")
+def test_unreadable_images_are_told_or_skipped_as_without_cache(setting, monkeypatch):
+    image = setting.root / "a" / "001.png"
+    image.write_bytes(image.read_bytes()[:-300])
     with pytest.raises(FewShotError) as plain:
         setting.without_cache()(1)
+    assert "001.png" in str(plain.value)
+    decoded, decode = [], Decoding.decode
+    monkeypatch.setattr(
+        Decoding, "decode", lambda self, file: decoded.append(file.name) or decode(self, file)
+    )
     for _ in range(2):
         strict = setting.reader()
         assert strict(0) is not None
@@ -209,9 +253,17 @@ def test_unreadable_images_are_told_or_skipped_as_without_cache(setting):
         lenient = setting.reader(skip_unreadable=True)
         assert lenient(1) is None
         assert lenient(4) is not None
-        assert lenient.preprocess.decoded == 0
-    assert "001.png" in str(plain.value)
-    assert len(setting.files) == 1
+    assert decoded == ["000.png", "001.png", "004.png", "001.png"]
+    assert len(setting.files) == 3
+
+
+def test_what_other_settings_could_read_is_not_remembered(setting):
+    small = setting.reader(decoding=Decoding(max_pixels=9), skip_unreadable=True)
+    assert small(0) is None
+    assert setting.files == []
+    (setting.root / "a" / "000.png").write_bytes(b"of a kind to come")
+    assert setting.reader(skip_unreadable=True)(0) is None
+    assert setting.files == []
 
 
 def test_a_folder_that_cannot_be_written_is_told_once(setting, tmp_path):
@@ -221,9 +273,20 @@ def test_a_folder_that_cannot_be_written_is_told_once(setting, tmp_path):
     assert torch.equal(reader.all(), setting.without_cache().all())
     assert torch.equal(reader(0, 1), setting.without_cache()(0, 1))
     (notice,) = setting.notices
-    assert notice.startswith(f"--cache: can't keep images in {setting.folder}: ")
+    assert notice.startswith(f"--cache: can't keep images in {setting.own_folder}: ")
     assert "Not a directory" in notice
     assert "going on without" in notice
+    assert torch.equal(reader.all(), setting.without_cache().all())
+    assert reader.preprocess.decoded == 6
+
+
+@pytest.mark.parametrize("name", ["nul\0byte", "n" * 300])
+def test_a_folder_of_no_possible_name_is_told_once(setting, tmp_path, name):
+    setting.folder = tmp_path / name
+    assert torch.equal(setting.reader().all(), setting.without_cache().all())
+    (notice,) = setting.notices
+    assert "can't keep images in" in notice
+    assert "\0" not in notice
 
 
 @contextlib.contextmanager
@@ -239,7 +302,7 @@ def file_size_limit(size):
 def test_writing_fails_midway(setting):
     plain = setting.without_cache().all()
     reader = setting.reader()
-    with file_size_limit(500):
+    with file_size_limit(200):
         pixels = reader.all()
     assert torch.equal(pixels, plain)
     (notice,) = setting.notices
@@ -248,8 +311,7 @@ def test_writing_fails_midway(setting):
 
 
 def test_a_full_disk_is_not_filled_further(setting, monkeypatch):
-    usage = shutil.disk_usage(".")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=PIXELS - 1))
+    monkeypatch.setattr(image_cache, "_ROOM_BYTES", 2**80)
     reader = setting.reader()
     assert torch.equal(reader.all(), setting.without_cache().all())
     (notice,) = setting.notices
@@ -260,34 +322,76 @@ def test_a_full_disk_is_not_filled_further(setting, monkeypatch):
 
 def test_a_folder_that_can_only_be_read_serves(setting, monkeypatch):
     plain = setting.without_cache().all()
-    setting.reader()(0)
+    setting.reader().all()
+    open_, changes = os.open, os.O_CREAT | os.O_WRONLY | os.O_RDWR
 
-    def refuse(*arguments, **options):
-        raise PermissionError(13, "Permission denied")
+    def open_to_read(path, flags, *arguments, **options):
+        if flags & changes:
+            raise PermissionError(13, "Permission denied")
+        return open_(path, flags, *arguments, **options)
 
-    monkeypatch.setattr(image_cache.os, "open", refuse)
+    monkeypatch.setattr(image_cache.os, "open", open_to_read)
     reader = setting.reader()
     assert torch.equal(reader.all(), plain)
     assert reader.preprocess.decoded == 0
     assert setting.notices == []
+    assert torch.equal(reader(0, 1), setting.without_cache()(0, 1))
+    (notice,) = setting.notices
+    assert "Permission denied; going on without" in notice
 
 
-def test_an_interrupted_class_leaves_nothing(make_images, tmp_path):
-    data = load_data(make_images({"a": 40}))
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_was_decoded_before_an_interrupt_is_kept(setting, monkeypatch, threads):
+    setting.root = write_images(setting.root.with_name("many"), {"a": 40})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     preprocess = Counting(seconds=0.01)
+    reader = setting.reader(preprocess)
+    settled = reader.images._settled
 
-    def interrupt(text, done, total):
-        assert (text, total) == ("decoding a", 40)
-        if done == 3:
+    def interrupted(name, loaded):
+        if name == "a/003.png":
             raise KeyboardInterrupt
+        return settled(name, loaded)
 
-    cache = ImageCache(
-        tmp_path / "cache", data.source, preprocess, notify=print, on_decode=interrupt
-    )
+    monkeypatch.setattr(reader.images, "_settled", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        cache.read(data.classes[0], 0)
-    assert preprocess.decoded < 20
-    assert list((tmp_path / "cache").iterdir()) == []
+        reader.all()
+    assert 4 <= preprocess.decoded < 20
+    assert len(setting.files) == preprocess.decoded
+    rest = setting.reader()
+    assert torch.equal(rest.all(), setting.without_cache().all())
+    assert rest.preprocess.decoded == 40 - preprocess.decoded
+
+
+def test_images_are_decoded_side_by_side_in_the_order_asked_for(setting, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    together = threading.Barrier(3, timeout=60)
+
+    class Meeting(Counting):
+        def to_pixels(self, image):
+            together.wait()
+            return super().to_pixels(image)
+
+    reader, plain = setting.reader(Meeting()), setting.without_cache()
+    a, b = reader.data.classes
+    images = reader.images.read_many([(b, 2), (a, 4), (b, 0)])
+    for pixels, expected in zip(images, (plain(2, 1), plain(4), plain(0, 1)), strict=True):
+        assert torch.equal(pixels, expected)
+
+
+def test_what_images_lose_is_told_once_a_kind_also_from_the_cache(tmp_path):
+    folder = tmp_path / "images" / "a\x1b[1m"
+    folder.mkdir(parents=True)
+    for number in range(3):
+        Image.fromarray(np.full((8, 8), 20000, np.uint16)).save(folder / f"{number}.png")
+    setting = Setting(tmp_path / "images", tmp_path / "cache")
+    for decoded in (3, 0):
+        told = []
+        reader = setting.reader(notify=told.append)
+        reader.all()
+        assert reader.preprocess.decoded == decoded
+        (note,) = told
+        assert note.startswith(f"{tmp_path}/images/a\\x1b[1m/0.png has more than 8 bits per value")
 
 
 def test_default_folder(monkeypatch):
@@ -295,26 +399,68 @@ def test_default_folder(monkeypatch):
     assert default_cache_folder() == Path("/x/tir_kernels/images")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_cache_folder() == Path.home() / ".cache" / "tir_kernels" / "images"
+    for ignored in ("", "relative/path"):
+        monkeypatch.setenv("XDG_CACHE_HOME", ignored)
+        assert default_cache_folder() == Path.home() / ".cache" / "tir_kernels" / "images"
 
 
-def test_what_a_killed_process_left_is_overwritten(setting):
+@pytest.fixture
+def no_home(monkeypatch):
+    """As for a user number that no file names, in a container."""
+
+    def unknown(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+def test_without_a_home_folder_images_are_not_kept(no_home):
+    assert default_cache_folder() is None
+    notices = []
+    assert open_cache(None, (3, 8, 8), notify=notices.append) is None
+    (notice,) = notices
+    assert "no home folder is known" in notice
+    assert "pass --cache DIR" in notice
+    with pytest.raises(FewShotError, match=r"--cache: .*no home folder.*~/images.*a whole path"):
+        open_cache("~/images", (3, 8, 8), notify=notices.append)
+
+
+@pytest.mark.parametrize("options", [[], ["--no-cache"], ["--cache", "kept"]])
+def test_the_command_line_needs_no_home_folder(no_home, make_images, tmp_path, capsys, options):
+    options = [str(tmp_path / option) if option == "kept" else option for option in options]
+    assert run_main(command(make_images(), tmp_path / "run", *options)) == 0
+    assert ("no home folder is known" in capsys.readouterr().err) == (not options)
+    assert (tmp_path / "kept").exists() == (len(options) == 2)
+
+
+def test_what_killed_processes_left_is_deleted_in_time(setting):
     setting.reader()(0)
     (path,) = setting.files
-    path.rename(path.with_suffix(".partial"))
-    path.with_suffix(".partial").write_bytes(b"\xff" * 10**5)
-    assert torch.equal(setting.reader().all(), setting.without_cache().all())
-    assert setting.files == [path]
+    old, young = setting.own_folder / "0.partial", setting.own_folder / "1.partial"
+    for partial in (old, young):
+        partial.write_bytes(b"\xff" * 100)
+    os.utime(old, (0, 0))
+    setting.reader()(1)
+    assert not old.exists()
+    assert young.exists()
+    assert path.exists()
     assert setting.notices == []
+
+
+def command(root, out, *options):
+    arguments = ["run", "--data", str(root), "--model", "fake", "--method", "lora", "--steps=1"]
+    arguments += ["--ways=3", "--shots=2", "--queries=2", "--episodes=2", "--backend=reference"]
+    return [*arguments, "--out", str(out), *options]
 
 
 def test_the_command_line_keeps_images_or_not(make_images, tmp_path):
     root = make_images()
-    arguments = ["run", "--data", str(root), "--model", "fake", "--method", "lora", "--steps=1"]
-    arguments += ["--ways=3", "--shots=2", "--queries=2", "--episodes=2", "--backend=reference"]
-    assert run_main([*arguments, "--out", str(tmp_path / "1"), "--no-cache"]) == 0
+    assert run_main(command(root, tmp_path / "1", "--no-cache")) == 0
     assert not default_cache_folder().exists()
-    assert run_main([*arguments, "--out", str(tmp_path / "2")]) == 0
-    assert len(list(default_cache_folder().iterdir())) >= 3
-    kept = tmp_path / "kept"
-    assert run_main([*arguments, "--out", str(tmp_path / "3"), "--cache", str(kept)]) == 0
-    assert len(list(kept.iterdir())) == len(list(default_cache_folder().iterdir()))
+    assert run_main(command(root, tmp_path / "2")) == 0
+    kept = len(list(default_cache_folder().glob("*/*.image")))
+    assert 12 <= kept <= 24  # of 48: those of two episodes
+    assert run_main(command(root, tmp_path / "3", "--cache", str(tmp_path / "kept"))) == 0
+    assert len(list((tmp_path / "kept").glob("*/*.image"))) == kept

@@ -278,9 +278,10 @@ def cli() -> None:
     "--cache",
     type=_NAME,
     metavar="DIR",
-    help="Folder in which the images of a class are kept, decoded and resized, when it is first "
-    "needed; by default tir_kernels/images in $XDG_CACHE_HOME or ~/.cache. It may be shared, and "
-    "deleted at any time. Without room in it, the run goes on without.",
+    help="Folder in which images are kept, decoded and resized, once they were needed; by default "
+    "tir_kernels/images in $XDG_CACHE_HOME or ~/.cache. Each user has a sub-folder of their own in "
+    "it, which any number of runs may share, and which may be deleted at any time. Without room in "
+    "it, the run goes on without.",
 )
 @click.option("--no-cache", is_flag=True, help="Decode images in each run, and keep none.")
 @click.option(
@@ -380,7 +381,7 @@ def _run(
 
         from tir_kernels.fewshot.data import load_data
         from tir_kernels.fewshot.devices import is_slow_at, resolve_device
-        from tir_kernels.fewshot.image_cache import ImageCache, default_cache_folder
+        from tir_kernels.fewshot.image_cache import open_cache
         from tir_kernels.fewshot.images import ImageReader
         from tir_kernels.fewshot.models import load_model
         from tir_kernels.fewshot.progress import RunDisplay
@@ -448,18 +449,15 @@ def _run(
                 steps=config.steps,
                 finished=journal.records,
             )
-            kept = ImageCache(
-                cache or default_cache_folder(),
-                source.source,
-                loaded.preprocess,
-                notify=notify,
-                on_decode=display.decoding,
-            )
+            kept = None
+            if not no_cache:
+                kept = open_cache(cache, loaded.preprocess.shape, notify=notify)
             reader = ImageReader(
                 source,
                 loaded.preprocess,
-                cache=None if no_cache else kept,
+                cache=kept,
                 skip_unreadable=skip_unreadable,
+                notify=notify,
             )
             with display:
                 for record in run_episodes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -109,20 +110,31 @@ def load_episode(
     query: list[Tensor] = []
     skipped: list[str] = []
     classes = [data.classes[c] for c in plan.classes]
+    needed = shots + queries
+    # All that are needed if all are readable at once, so that they are decoded side by side.
+    first = images.read_many(
+        [
+            (entry, position)
+            for entry, order in zip(classes, plan.orders, strict=True)
+            for position in order[:needed]
+        ]
+    )
+    drawn = iter(first)
     for entry, order in zip(classes, plan.orders, strict=True):
         readable: list[Tensor] = []
-        for position in order:
-            if len(readable) == shots + queries:
+        drawn_of_class = list(itertools.islice(drawn, len(order[:needed])))
+        for number, position in enumerate(order):
+            if len(readable) == needed:
                 break
-            image = images.read(entry, position)
+            image = drawn_of_class[number] if number < needed else images.read(entry, position)
             if image is None:
                 skipped.append(entry.files[position])
             else:
                 readable.append(image)
-        if len(readable) < shots + queries:
+        if len(readable) < needed:
             raise FewShotError(
                 f"class {entry.folder!r} in {data.name} has {len(readable)} readable images but "
-                f"{shots + queries} are needed ({shots} shots + {queries} queries); "
+                f"{needed} are needed ({shots} shots + {queries} queries); "
                 "add images, or lower --shots or --queries"
             )
         support += readable[:shots]

@@ -1,280 +1,319 @@
-"""Decoded images on the disk: a file per class, written once and mapped into memory."""
+"""Decoded images on the disk: a file per image, in a folder that only its user can write."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import hashlib
-import json
 import math
 import os
-import shutil
+import secrets
+import stat
 import struct
+import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tir_kernels.fewshot.data import ImageClass, ImageSource
-from tir_kernels.fewshot.decoding import DECODE_ERRORS, decode
-from tir_kernels.fewshot.errors import first_line
-from tir_kernels.fewshot.preprocess import Preprocess
+from tir_kernels.fewshot.errors import FewShotError, first_line
+from tir_kernels.fewshot.files import expand_user
+from tir_kernels.fewshot.rgb import Conversion
+from tir_kernels.fewshot.text import printable
 
-# A file is the pixels of all images, (N, 3, H, W); a JSON object about them; and this: the length
-# and the checksum of the JSON, and a mark that the file is complete.
-_TAIL = struct.Struct("<QI8s")
-_MARK = b"tir_img1"
+# A file is this and, unless the image is unreadable, its pixels: a mark, the image's key, whether
+# there are pixels, what the image lost when it was converted, and the checksum of all the rest.
+_HEAD = struct.Struct("<8s64sHHI")
+_MARK = b"tir_img2"
+_SUFFIX, _PARTIAL = ".image", ".partial"
+
+# The disk is not filled beyond this: others need it too.
+_ROOM_BYTES = 64 * 2**20
+# A file that was not finished after this time belongs to a process that was killed.
+_PARTIAL_SECONDS = 3600
+
+
+class KeptImage(NamedTuple):
+    """An image in the cache.
+
+    Args:
+        pixels: (3, H, W) uint8, or ``None`` for an image that is known to be unreadable.
+        conversions: What it lost on its way to them.
+    """
+
+    pixels: Tensor | None
+    conversions: Conversion = Conversion(0)
 
 
 class _DamagedError(Exception):
     """A file of the cache is not as it was written."""
 
 
-def default_cache_folder() -> Path:
-    """``tir_kernels/images`` in the user's folder for caches."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+class _UntrustedError(Exception):
+    """Somebody else may have written this."""
+
+
+def default_cache_folder() -> Path | None:
+    """``tir_kernels/images`` in the user's folder for caches; ``None`` where there is no home."""
+    caches = os.environ.get("XDG_CACHE_HOME", "")
+    # The standard behind the variable says that relative paths are to be ignored.
+    if not os.path.isabs(caches):
+        try:
+            caches = str(expand_user("~/.cache"))
+        except OSError:
+            return None
     return Path(caches) / "tir_kernels" / "images"
 
 
-class ImageCache:
-    """Keeps the pixels of whole classes in a folder that any number of processes may share.
+def open_cache(
+    folder: str | Path | None, shape: tuple[int, int, int], *, notify: Callable[[str], None]
+) -> ImageCache | None:
+    """The cache in a folder, or in the default one; ``None``, and a note, where there is none.
 
-    A class is decoded when one of its images is first asked for. Its file appears under its name
-    only when it is complete; other processes that want it meanwhile wait for it, and one of them
-    takes over if the first is killed. The name depends on the preprocessing and on the names, sizes
-    and times of the images, so a file never goes out of date, and every image has a checksum that
-    is checked whenever it is read. Files may be deleted at any time.
+    Args:
+        folder: The folder, or ``None``.
+        shape: (3, H, W) of its images.
+        notify: Told of what is wrong with the cache.
+
+    Raises:
+        FewShotError: The folder's name starts with ``~``, and no home folder is known.
+    """
+    chosen = folder or default_cache_folder()
+    if chosen is None:
+        notify(
+            "--cache: no home folder is known to keep images in; going on without, so they are "
+            "decoded again in each run; pass --cache DIR, or --no-cache"
+        )
+        return None
+    return ImageCache(chosen, shape, notify=notify)
+
+
+class ImageCache:
+    """Keeps decoded images in a folder that any number of processes of a user may share.
+
+    An image's file appears under its name, its key, only when it is complete, and is checked
+    whenever it is read. Files may be deleted at any time. Several threads may use one cache.
+
+    A checksum does not tell who wrote a file. Therefore the images are in a sub-folder of the
+    user's own, ``user-`` and the user's number, and that folder and its files are used only if they
+    belong to this user or to root and nobody else may write them. Links are not followed, and files
+    of others are neither used nor replaced.
 
     Where the folder can't be used, the user is told once, and images are not kept from there on.
 
     Args:
         folder: The folder; it is created when something is to be kept.
-        source: The images.
-        preprocess: Makes pixels of them.
+        shape: (3, H, W) of its images.
         notify: Told, in a line, of what is wrong with the cache.
-        on_decode: Called with a text, the images done and all images while a class is decoded.
+
+    Raises:
+        FewShotError: The folder's name starts with the home folder of nobody.
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        source: ImageSource,
-        preprocess: Preprocess,
-        *,
-        notify: Callable[[str], None],
-        on_decode: Callable[[str, int, int], None] | None = None,
+        self, folder: str | Path, shape: tuple[int, int, int], *, notify: Callable[[str], None]
     ) -> None:
-        self.folder = Path(folder).expanduser()
-        self._source = source
-        self._preprocess = preprocess
-        self._notify = notify
-        self._on_decode = on_decode or (lambda text, done, total: None)
-        self._is_usable = True
-        self._classes: dict[str, _StoredClass | None] = {}
-
-    def read(self, entry: ImageClass, position: int) -> Tensor | None:
-        """An image of a class, (3, H, W) uint8, or ``None`` where the cache does not have it."""
-        for _ in range(2):
-            stored = self._stored(entry)
-            if stored is None:
-                return None
-            try:
-                return stored.read(position)
-            except _DamagedError:
-                self._remove_damaged(self._path(entry))
-                del self._classes[entry.folder]
-        self._give_up(OSError(errno.EIO, "what was just written is damaged"))
-        self._classes[entry.folder] = None
-        return None
-
-    def is_unreadable(self, entry: ImageClass, position: int) -> bool:
-        """Whether the image was found to be damaged or none when its class was decoded."""
-        stored = self._stored(entry)
-        return stored is not None and position in stored.unreadable
-
-    def _stored(self, entry: ImageClass) -> _StoredClass | None:
-        if entry.folder not in self._classes:
-            self._classes[entry.folder] = self._open_or_build(entry)
-        return self._classes[entry.folder]
-
-    def _open_or_build(self, entry: ImageClass) -> _StoredClass | None:
-        path = self._path(entry)
         try:
-            found = self._open(path, entry)
-            if found is None and self._is_usable:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                found = self._build(path, entry)
-            return found
+            root = expand_user(folder)
         except OSError as error:
-            self._give_up(error)
+            raise FewShotError(f"--cache: {first_line(error)}; pass a whole path") from error
+        self.folder = root / f"user-{os.geteuid()}"
+        self._shape = shape
+        self._notify = notify
+        self._lock = threading.Lock()
+        self._told: set[str] = set()
+        self._is_readable = self._is_writable = True
+        self._is_tidy = False
+        self._damaged: set[str] = set()
+        self._foreign: set[str] = set()
+
+    def read(self, key: str) -> KeptImage | None:
+        """The image of a key, or ``None`` where the cache does not have it.
+
+        Args:
+            key: 64 hexadecimal digits that differ wherever the pixels may differ.
+        """
+        if not self._is_readable:
             return None
-
-    def _give_up(self, error: OSError) -> None:
-        if self._is_usable:
-            self._notify(
-                f"--cache: can't keep images in {self.folder}: {first_line(error)}; going on "
-                "without, so they are decoded again in each run"
-            )
-        self._is_usable = False
-
-    def _path(self, entry: ImageClass) -> Path:
-        content = [
-            self._preprocess.version,
-            self._source.identity,
-            list(zip(entry.files, entry.stamps, strict=True)),
-        ]
-        return self.folder / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()}.images"
-
-    def _shape(self, entry: ImageClass) -> tuple[int, ...]:
-        return (len(entry.files), *self._preprocess.shape)
-
-    def _open(self, path: Path, entry: ImageClass) -> _StoredClass | None:
+        path = printable(str(self.folder / (key + _SUFFIX)))
         try:
-            return _StoredClass.open(path, self._shape(entry))
+            with self._opened_folder() as folder:
+                return self._read(folder, key)
         except FileNotFoundError:
             return None
+        except _UntrustedError as error:
+            self._foreign.add(key)
+            self._tell_once(
+                "foreign",
+                f"--cache: {path} {error}, so it is not used, nor any other such file; their "
+                "images are decoded again, and not kept",
+            )
         except _DamagedError:
-            self._remove_damaged(path)
-            return None
+            self._tell_once(
+                "damaged",
+                f"--cache: {path} is damaged; its image is decoded again, and so are those of "
+                "other damaged files",
+            )
+            if key in self._damaged:
+                self._give_up(OSError(errno.EIO, "what was just written is damaged"))
+            self._damaged.add(key)
+        except OSError as error:
+            self._give_up(error)
+        return None
 
-    def _remove_damaged(self, path: Path) -> None:
-        self._notify(f"--cache: {path} is damaged; its images are decoded again")
-        with contextlib.suppress(OSError):
-            path.unlink()
+    def store(self, key: str, image: KeptImage) -> bool:
+        """Keep an image; returns whether it was possible.
 
-    def _build(self, path: Path, entry: ImageClass) -> _StoredClass:
-        partial = path.with_suffix(".partial")
-        with self._alone_with(partial, entry) as descriptor:
-            found = self._open(path, entry)  # by the process that was waited for
-            try:
-                if found is None:
-                    self._write(descriptor, entry)
-                    os.replace(partial, path)
-            finally:
-                with contextlib.suppress(OSError):
-                    partial.unlink()
-        found = found or self._open(path, entry)
-        if found is None:
-            raise OSError(errno.EIO, "what was just written is damaged")
-        return found
+        Args:
+            key: As in ``read``.
+            image: Its pixels, or that it has none.
+        """
+        if not self._is_writable or key in self._foreign:
+            return False
+        try:
+            with contextlib.suppress(FileExistsError):
+                self.folder.parent.mkdir(parents=True)
+            with contextlib.suppress(FileExistsError):
+                self.folder.mkdir(mode=0o700)
+            with self._opened_folder() as folder:
+                self._tidy(folder)
+                self._write(folder, key, image)
+        except OSError as error:
+            self._give_up(error)
+        return self._is_writable
 
     @contextlib.contextmanager
-    def _alone_with(self, path: Path, entry: ImageClass) -> Iterator[int]:
-        """A file open for writing, once no other process has it open here."""
-        waiting = f"decoding {entry.folder} in another process"
-        while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    def _opened_folder(self) -> Iterator[int]:
+        """The folder's descriptor, through which alone its files are reached."""
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            folder = os.open(self.folder, flags)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            why = "the folder is a link" if self.folder.is_symlink() else error.strerror
+            raise OSError(error.errno, why, str(self.folder)) from error
+        except ValueError as error:  # a NUL byte in the name
+            raise OSError(errno.EINVAL, str(error), str(self.folder)) from error
+        try:
             try:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    self._on_decode(waiting, 0, len(entry.files))
-                    fcntl.flock(descriptor, fcntl.LOCK_EX)
-                    self._on_decode(waiting, len(entry.files), len(entry.files))
-                # Whoever had it may have given it its final name, or deleted it.
-                if _is_named(descriptor, path):
-                    yield descriptor
-                    return
-            finally:
-                os.close(descriptor)
+                _require_own(os.fstat(folder))
+            except _UntrustedError as error:
+                self._is_readable = False
+                raise OSError(errno.EPERM, f"the folder {error}", str(self.folder)) from None
+            yield folder
+        finally:
+            os.close(folder)
 
-    def _write(self, descriptor: int, entry: ImageClass) -> None:
-        shape = self._shape(entry)
-        image_bytes = math.prod(self._preprocess.shape)
-        if shutil.disk_usage(self.folder).free < math.prod(shape):
-            # Found out now, and not after an hour, nor by filling the disk for everyone.
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.ftruncate(descriptor, 0)  # what a process left that was killed
-        checksums: list[int | None] = [None] * shape[0]
-        unreadable: list[int] = []
+    def _read(self, folder: int, key: str) -> KeptImage:
+        # A pipe would otherwise be waited for.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            descriptor = os.open(key + _SUFFIX, flags, dir_fd=folder)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise _UntrustedError("is a link") from None
+            raise
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise _UntrustedError("is not a regular file")
+            _require_own(status)
+            # Read whole, and never mapped: a file cut short meanwhile would end the process.
+            content = bytearray(_HEAD.size + math.prod(self._shape))
+            with os.fdopen(descriptor, "rb", buffering=0, closefd=False) as file:
+                size = _read_into(file, content)
+                if size < _HEAD.size or file.read(1):
+                    raise _DamagedError
+        finally:
+            os.close(descriptor)
+        return self._parsed(key, content[:size])
 
-        def store(position: int) -> None:
-            name = entry.files[position]
-            try:
-                image = decode(self._source.file(name))
-                pixels = self._preprocess.to_pixels(image).numpy().tobytes()
-                if self._source.stamp(name) != entry.stamps[position]:
-                    return  # another image by now: it must not be kept under the old one's name
-            except DECODE_ERRORS as error:
-                # An image that is missing or locked today may be there tomorrow.
-                if getattr(error, "errno", None) is None:
-                    unreadable.append(position)
-                return
-            _write_at(descriptor, pixels, position * image_bytes)
-            checksums[position] = zlib.crc32(pixels)
-
-        text = f"decoding {entry.folder}"
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            # Leaving the loop early, as an interrupt does, cancels what has not begun.
-            for done, _ in enumerate(pool.map(store, range(shape[0])), start=1):
-                self._on_decode(text, done, shape[0])
-        about = json.dumps({"checksums": checksums, "unreadable": sorted(unreadable)}).encode()
-        tail = _TAIL.pack(len(about), zlib.crc32(about), _MARK)
-        _write_at(descriptor, about + tail, math.prod(shape))
-        os.fsync(descriptor)
-
-
-@dataclass(frozen=True)
-class _StoredClass:
-    """A file of the cache.
-
-    Args:
-        pixels: (N, 3, H, W) uint8, mapped into memory.
-        checksums: Of each image; ``None`` where it is not there.
-        unreadable: Images that can't be decoded.
-    """
-
-    pixels: np.ndarray
-    checksums: list[int | None]
-    unreadable: frozenset[int]
-
-    @classmethod
-    def open(cls, path: Path, shape: tuple[int, ...]) -> _StoredClass:
-        """Map a file; raises OSError where it can't be read and _DamagedError if it is damaged."""
-        start = math.prod(shape)
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size < start + _TAIL.size:
-                raise _DamagedError
-            file.seek(start)
-            about = file.read(size - start - _TAIL.size)
-            length, checksum, mark = _TAIL.unpack(file.read(_TAIL.size))
-            if (length, checksum, mark) != (len(about), zlib.crc32(about), _MARK):
-                raise _DamagedError
-            content = json.loads(about)
-            pixels = np.memmap(file, np.uint8, "r", shape=shape)
-        return cls(pixels, content["checksums"], frozenset(content["unreadable"]))
-
-    def read(self, position: int) -> Tensor | None:
-        """An image, (3, H, W) uint8, or ``None`` where it is not there.
-
-        Raises:
-            _DamagedError: It is not what was written.
-        """
-        checksum = self.checksums[position]
-        if checksum is None:
-            return None
-        pixels = np.array(self.pixels[position])
-        if zlib.crc32(pixels.data) != checksum:
+    def _parsed(self, key: str, content: bytearray) -> KeptImage:
+        _, _, has_pixels, lost, _ = _HEAD.unpack_from(content)
+        pixels = np.frombuffer(content, np.uint8, offset=_HEAD.size)
+        size = math.prod(self._shape) if has_pixels else 0
+        expected = _head(key, has_pixels, lost, pixels.data)
+        if content[: _HEAD.size] != expected or len(pixels) != size:
             raise _DamagedError
-        return torch.from_numpy(pixels)
+        try:
+            conversions = Conversion(lost)
+        except ValueError as error:
+            raise _DamagedError from error
+        if not has_pixels:
+            return KeptImage(None, conversions)
+        return KeptImage(torch.from_numpy(pixels.reshape(self._shape)), conversions)
+
+    def _write(self, folder: int, key: str, image: KeptImage) -> None:
+        pixels = b"" if image.pixels is None else image.pixels.numpy().tobytes()
+        content = _head(key, image.pixels is not None, image.conversions.value, pixels) + pixels
+        room = os.fstatvfs(folder)
+        # Some file systems answer with nothing but zeros.
+        if room.f_blocks and room.f_bavail * room.f_frsize < len(content) + _ROOM_BYTES:
+            # Found out now, and not by filling the disk for everyone.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        partial = f"{key}.{secrets.token_hex(8)}{_PARTIAL}"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(partial, flags, 0o600, dir_fd=folder)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+            os.rename(partial, key + _SUFFIX, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(partial, dir_fd=folder)
+            raise
+
+    def _tidy(self, folder: int) -> None:
+        """Delete, once, what processes left that were killed while they wrote."""
+        with self._lock:
+            if self._is_tidy:
+                return
+            self._is_tidy = True
+        oldest = time.time() - _PARTIAL_SECONDS
+        for name in os.listdir(folder):
+            if name.endswith(_PARTIAL):
+                with contextlib.suppress(OSError):
+                    status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                    if status.st_uid == os.geteuid() and status.st_mtime < oldest:
+                        os.unlink(name, dir_fd=folder)
+
+    def _give_up(self, error: OSError) -> None:
+        self._is_writable = False
+        self._tell_once(
+            "gave up",
+            f"--cache: can't keep images in {printable(str(self.folder))}: {first_line(error)}; "
+            "going on without, so they are decoded again in each run",
+        )
+
+    def _tell_once(self, kind: str, text: str) -> None:
+        with self._lock:
+            is_new = kind not in self._told
+            self._told.add(kind)
+        if is_new:
+            self._notify(text)
 
 
-def _is_named(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
+def _require_own(status: os.stat_result) -> None:
+    if status.st_uid not in (os.geteuid(), 0):
+        raise _UntrustedError("belongs to another user")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise _UntrustedError("can be written by other users")
 
 
-def _write_at(descriptor: int, content: bytes, offset: int) -> None:
-    rest = memoryview(content)
-    while rest:
-        written = os.pwrite(descriptor, rest, offset)
-        rest, offset = rest[written:], offset + written
+def _read_into(file: RawIOBase, content: bytearray) -> int:
+    """Fill the content from a file, and return how many bytes there were."""
+    size, view = 0, memoryview(content)
+    while count := file.readinto(view[size:]):
+        size += count
+    return size
+
+
+def _head(key: str, has_pixels: bool, lost: int, pixels: bytes | memoryview) -> bytes:
+    fields = _HEAD.pack(_MARK, key.encode(), has_pixels, lost, 0)
+    return _HEAD.pack(_MARK, key.encode(), has_pixels, lost, zlib.crc32(pixels, zlib.crc32(fields)))

@@ -10,7 +10,6 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
@@ -58,7 +57,6 @@ class RunDisplay:
             self._running(), total=self._total, completed=self._done
         )
         self._steps = self._bars.add_task("", total=steps)
-        self._decoding: TaskID | None = None
 
     def __enter__(self) -> RunDisplay:
         self._bars.start()
@@ -76,15 +74,6 @@ class RunDisplay:
         """A training step is done."""
         description = printable(f"episode {episode}, {method}, loss {loss:.3f}")
         self._bars.update(self._steps, completed=step + 1, description=description)
-
-    def decoding(self, text: str, done: int, total: int) -> None:
-        """Images of a class are decoded; the bar goes when all are."""
-        if self._decoding is None:
-            self._decoding = self._bars.add_task(text, total=total)
-        self._bars.update(self._decoding, completed=done, total=total, description=text)
-        if done == total:
-            self._bars.remove_task(self._decoding)
-            self._decoding = None
 
     def finished(self, record: Record) -> None:
         """A result is in the journal."""
