@@ -53,6 +53,14 @@ def test_pixels_are_left_as_they_are():
     assert torch.equal(pixels, before)
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.resize_mode)
+@pytest.mark.parametrize("size", [(1, 1001), (200_000, 2)])
+def test_a_strip_is_refused_before_it_fills_the_memory(config, size):
+    with pytest.raises(ValueError, match=rf"a strip of {size[0]} x {size[1]} pixels"):
+        Preprocess(config).to_pixels(Image.new("RGB", size))
+    assert Preprocess(PreprocessCfg(size=4)).to_pixels(Image.new("RGB", (1, 1000))).shape[0] == 3
+
+
 def test_every_setting_is_part_of_the_version():
     changes = {
         "size": 16,

@@ -17,6 +17,9 @@ from torch import Tensor
 from torchvision.transforms import Compose
 from torchvision.transforms.functional import normalize
 
+# Scaled to the model's size by its short side, a longer strip would fill the memory.
+_MOST_RATIO = 1000
+
 # Goes up when the same settings give other pixels.
 _VERSION = 1
 
@@ -53,7 +56,16 @@ class Preprocess:
         return self.normalise(self.to_pixels(image))
 
     def to_pixels(self, image: Image.Image) -> Tensor:
-        """An RGB image resized and cropped, (3, H, W) uint8."""
+        """An RGB image resized and cropped, (3, H, W) uint8.
+
+        Raises:
+            ValueError: One side is more than 1000 times the other.
+        """
+        if max(image.size) > _MOST_RATIO * min(image.size):
+            raise ValueError(
+                f"it is a strip of {image.width} x {image.height} pixels; one side may be at most "
+                f"{_MOST_RATIO} times the other"
+            )
         # In NumPy, since PyTorch's threads would get into each other's way where several decode.
         pixels = np.asarray(self._resize(image)).transpose(2, 0, 1)
         return torch.from_numpy(pixels.copy())
