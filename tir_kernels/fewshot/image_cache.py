@@ -205,7 +205,11 @@ class ImageCache:
                 _require_own(os.fstat(folder))
             except _UntrustedError as error:
                 self._is_readable = False
-                raise OSError(errno.EPERM, f"the folder {error}", str(self.folder)) from None
+                raise OSError(
+                    errno.EPERM,
+                    f"the folder {error}, so delete it or pass another",
+                    str(self.folder),
+                ) from None
             yield folder
         finally:
             os.close(folder)
