@@ -291,6 +291,12 @@ def cli() -> None:
     "decompression bombs, about 179 million.",
 )
 @click.option(
+    "--white-value",
+    type=float,
+    help="The value that is white in grey images of more than 8 bits, such as 4095 for 12 bits in "
+    "files of 16; 0 is black. By default the type's largest, and 1 for floating-point values.",
+)
+@click.option(
     "--skip-unreadable",
     is_flag=True,
     help="Replace images that can't be read by others of their class, and list them at the end.",
@@ -338,6 +344,7 @@ def _demo(out: str, options: dict[str, Any]) -> None:
         cache=None,
         no_cache=True,
         max_pixels=None,
+        white_value=None,
         skip_unreadable=False,
         **options,
     )
@@ -355,6 +362,7 @@ def _run(
     cache: str | None,
     no_cache: bool,
     max_pixels: int | None,
+    white_value: float | None,
     skip_unreadable: bool,
     ways: int,
     queries: int,
@@ -380,6 +388,7 @@ def _run(
         import torch
 
         from tir_kernels.fewshot.data import load_data
+        from tir_kernels.fewshot.decoding import Decoding
         from tir_kernels.fewshot.devices import is_slow_at, resolve_device
         from tir_kernels.fewshot.image_cache import open_cache
         from tir_kernels.fewshot.images import ImageReader
@@ -404,6 +413,10 @@ def _run(
     if note:
         notify(note)
     config = dataclasses.replace(config, device=device)
+    try:
+        decoding = Decoding(max_pixels, white_value)
+    except ValueError as error:
+        raise FewShotError(f"--{str(error).replace('_', '-', 1)}") from error
     _require_backend(config)
     # A method named twice is still one method.
     names = tuple(dict.fromkeys(methods))
@@ -421,7 +434,10 @@ def _run(
             loaded = load_model(model, pretrained, device=own.device)
         require_distinct_prompts(source, loaded.tokenizer)
         # Another number of processes, on other devices, may continue the run.
-        return loaded, plan.settings(source, loaded) | {"device": config.device}
+        settings = plan.settings(source, loaded) | {"device": config.device}
+        if white_value is not None:
+            settings["white_value"] = white_value
+        return loaded, settings
 
     if is_read_only(out):
         _, settings = load()
@@ -457,6 +473,7 @@ def _run(
                 loaded.preprocess,
                 cache=kept,
                 skip_unreadable=skip_unreadable,
+                decoding=decoding,
                 notify=notify,
             )
             with display:
