@@ -93,5 +93,6 @@ def test_what_is_refused_is_named_and_may_be_skipped(run, kind):
     assert f"bright/{name}: " in text
     assert reason in text
     assert "Traceback" not in text
+    assert "More samples per pixel" not in text
     status, text = run(images, *options, "--seed=3", "--episodes=8", "--skip-unreadable", out="two")
     assert status == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from tir_kernels.fewshot.files import open_regular
 from tir_kernels.fewshot.formats import RASTER_FORMATS
 from tir_kernels.fewshot.rgb import VERSION, Conversion, UnreadableImageError, to_rgb
 from tir_kernels.fewshot.unsupported import refusal
+
+# What it logs of a refused file is in the refusal, and without this it would go to stderr.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True)

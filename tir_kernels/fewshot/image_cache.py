@@ -112,7 +112,7 @@ class ImageCache:
         notify: Told, in a line, of what is wrong with the cache.
 
     Raises:
-        FewShotError: The folder's name starts with the home folder of nobody.
+        FewShotError: The folder's name starts with ``~``, and no home folder is known.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class ImageCache:
         except FileNotFoundError:
             raise
         except OSError as error:
-            why = "the folder is a link" if self.folder.is_symlink() else error.strerror
+            why = "the folder is a link" if os.path.islink(self.folder) else error.strerror
             raise OSError(error.errno, why, str(self.folder)) from error
         except ValueError as error:  # a NUL byte in the name
             raise OSError(errno.EINVAL, str(error), str(self.folder)) from error

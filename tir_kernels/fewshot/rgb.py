@@ -88,7 +88,7 @@ def to_rgb(
     Raises:
         UnreadableImageError: What its values mean can't be known, or it has too many bands.
     """
-    found = _check_samples(image)
+    lost_bands = _check_samples(image)
     raw_modes = tuple(_raw_modes(image))  # gone once the image is loaded
     stated_white = _stated_white(image, raw_modes)
     is_wide = _largest_of_ppm(image) > _WHITE or any(
@@ -110,7 +110,7 @@ def to_rgb(
     with suppress(Exception):  # the frames that follow may be damaged: they are not used
         if getattr(image, "is_animated", False):
             lost |= Conversion.FRAMES
-    return rgb, found | lost
+    return rgb, lost_bands | lost
 
 
 def _check_samples(image: ImageFile.ImageFile) -> Conversion:

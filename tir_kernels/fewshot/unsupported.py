@@ -74,7 +74,7 @@ def _refused_tiff(file: IO[bytes]) -> UnreadableImageError:
         kind = _KINDS_OF_NUMBERS.get(tags.get(_SAMPLE_FORMAT, (1,))[0], "")
         size = f"{bands} band{'s' if bands > 1 else ''} of {bits[0]} bits{kind}"
         return UnreadableImageError(
-            f"it is a TIFF image of {size}, stored in a way that Pillow does not read",
+            f"it is a TIFF image of {size}, which is damaged or of a kind that Pillow can't read",
             "convert it to a usual 8-bit RGB or grey image",
         )
     return UnreadableImageError("it is a damaged TIFF image")
