@@ -107,7 +107,7 @@ def test_other_images_or_preprocessing_get_other_files(setting):
     assert decoded() == 1
     for config in (PreprocessCfg(size=9), PreprocessCfg(size=8, interpolation="bilinear")):
         assert decoded(Counting(config)) == 5
-    white = setting.reader(decoding=Decoding(white_value=4095))
+    white = setting.reader(decoding=Decoding(white_value=np.float32(4095)))
     assert white.all().shape == (5, 3, 8, 8)
     assert white.preprocess.decoded == 5
     # The same names, sizes and times in another folder need not be the same images.

@@ -47,7 +47,7 @@ class Decoding:
     @property
     def version(self) -> tuple[int, float | None]:
         """What differs wherever an image's RGB values may differ."""
-        return VERSION, self.white_value
+        return VERSION, None if self.white_value is None else float(self.white_value)
 
     def decode(self, file: Path | IO[bytes]) -> tuple[Image.Image, Conversion]:
         """Decode an image as RGB, and say what it lost.
