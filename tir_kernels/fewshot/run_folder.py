@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from tir_kernels.fewshot.errors import FewShotError, first_line
-from tir_kernels.fewshot.files import MIB, read_bytes
+from tir_kernels.fewshot.files import MIB, expand_user, read_bytes
 from tir_kernels.fewshot.journal import (
     Journal,
     JournalReader,
@@ -43,7 +43,7 @@ def read_run(folder: str | Path) -> list[Record]:
     Raises:
         FewShotError: A file can't be read or is damaged.
     """
-    folder = Path(folder).expanduser()
+    folder = _expanded(folder)
     reader = JournalReader(folder)
     records = reader.news()
     settings_path = folder / SETTINGS_NAME
@@ -57,7 +57,7 @@ def read_run(folder: str | Path) -> list[Record]:
 
 def is_read_only(folder: str | Path) -> bool:
     """Whether a folder holds a run that can be looked at but not continued."""
-    path = Path(folder).expanduser()
+    path = _expanded(folder)
     return (path / SETTINGS_NAME).exists() and not os.access(path, os.W_OK)
 
 
@@ -73,7 +73,7 @@ def finished_records(
         FewShotError: The folder belongs to a run with other settings, can't be read, or the run is
             not finished.
     """
-    path = Path(folder).expanduser()
+    path = _expanded(folder)
     new = _as_json(settings, episodes)
     _refuse_changes(path, _read_settings(path / SETTINGS_NAME), new)
     records = read_run(path)
@@ -84,6 +84,16 @@ def finished_records(
             "the folder writable, or choose another"
         )
     return records
+
+
+def _expanded(folder: str | Path) -> Path:
+    # An empty name would be the current folder.
+    if not str(folder).strip():
+        raise FewShotError("--out is empty; name a folder, or . for the current one")
+    try:
+        return expand_user(folder)
+    except OSError as error:
+        raise FewShotError(f"--out {folder}: {first_line(error)}; name it in full") from error
 
 
 def _sorted(records: Iterable[Record], methods: Sequence[str]) -> list[Record]:
@@ -111,9 +121,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, place: Place | None = None) -> None:
-        if not str(path).strip():
-            raise FewShotError("--out is empty; name a folder, or . for the current one")
-        self.path = Path(path).expanduser()
+        self.path = _expanded(path)
         self.place = place or Place.of_this_process()
         self._shape: RunShape | None = None
         _refuse_others_files(self.path)
