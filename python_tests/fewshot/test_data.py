@@ -1,6 +1,8 @@
 """Image folders, and reading what is in them."""
 
 import hashlib
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -29,7 +31,8 @@ def test_scan_lists_classes_and_images_in_order(make_images):
 
 
 def test_fingerprint_follows_content_not_place(make_images):
-    one, other = make_images(name="one"), make_images(name="other")
+    one = make_images(name="one")
+    other = shutil.copytree(one, one.with_name("other"))  # with the times of its files
     before = load_data(one).fingerprint
     assert load_data(other).fingerprint == before
     names = {f"Class{c}": f"kind {c}" for c in "ABCDEF"}
@@ -43,8 +46,10 @@ def test_fingerprint_of_folders_never_changes(tmp_path):
     for name in ("ClassA/1.png", "ClassB/2.png"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes(b"12345")
+        os.utime(tmp_path / name, ns=(0, 67))
     expected = hashlib.sha256(
-        b'["ClassA", "class a", [["ClassA/1.png", 5]]]["ClassB", "class b", [["ClassB/2.png", 5]]]'
+        b'["ClassA", "class a", [["ClassA/1.png", 5, 67]]]'
+        b'["ClassB", "class b", [["ClassB/2.png", 5, 67]]]'
     )
     assert load_data(tmp_path).fingerprint == expected.hexdigest()
 
@@ -53,7 +58,9 @@ def test_unusable_folders(tmp_path, make_images):
     with pytest.raises(FewShotError, match="missing does not exist"):
         load_data(tmp_path / "missing")
     (tmp_path / "file").write_text("")
-    with pytest.raises(FewShotError, match=r"file is a file but does not end in \.json or \.csv"):
+    with pytest.raises(
+        FewShotError, match=r"file is a file but does not end in \.json, \.csv or \.tsv"
+    ):
         load_data(tmp_path / "file")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FewShotError, match="empty has no sub-folders"):

@@ -121,7 +121,7 @@ def test_bad_json_lists(folder, changes, complaint):
         ("a.json", b"{", "not valid JSON"),
         ("a.json", b"[]", "must hold an object with image_names"),
         ("a.json", b"\xff", "can't read .*a.json"),
-        ("a.txt", b"", r"does not end in \.json or \.csv"),
+        ("a.txt", b"", r"does not end in \.json, \.csv or \.tsv"),
         ("a.csv", b"", "has no column of files: .* it names nothing"),
         ("a.csv", b"file,what\n", "has no column of labels: .*class.* it names file, what"),
         ("a.csv", b"file,label\n1.png\n", "line 2 of .* has 1 columns, its header 2"),
@@ -169,7 +169,9 @@ def test_isic_ground_truth(folder):
     data = load_data(folder / "truth.csv", images=folder / "in")
     assert found(data) == {"MEL": ("ISIC_1.jpg",), "NV": ("ISIC_0.jpg", "ISIC_2.jpg")}
     assert [entry.words for entry in data.classes] == ["melanoma", "melanocytic nevus"]
-    assert "isic2018" in data.notes[0]
+    columns, words = data.notes
+    assert columns.endswith("of columns MEL, NV, BCC, AKIEC, BKL, DF, VASC")
+    assert "isic2018" in words
 
 
 @pytest.mark.parametrize("end", ["", ","])
@@ -183,9 +185,11 @@ def test_chestx_table(folder, end):
         "Mass": ("images_001/images/1_0.png", "images_002/images/3.png"),
         "Nodule": ("images_002/images/2_0.png",),
     }
-    assert "3 of 5 images kept" in data.notes[0]
-    assert "Pneumothorax" in data.notes[0]
-    assert "chestx" in data.notes[1]
+    columns, kept, words = data.notes
+    assert "of column Image Index, classes those of column Finding Labels" in columns
+    assert "3 of 5 images kept" in kept
+    assert "Pneumothorax" in kept
+    assert "chestx" in words
 
 
 def test_real_images_listed(real_data, tmp_path):

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
 from tir_kernels.fewshot.errors import FewShotError, first_line
+from tir_kernels.fewshot.folders import list_folders
 from tir_kernels.fewshot.huggingface import HUB_PREFIX, load_hugging_face
-from tir_kernels.fewshot.listings import list_folders, read_list
+from tir_kernels.fewshot.json_lists import read_json_list
+from tir_kernels.fewshot.listed_images import ImageFolder
+from tir_kernels.fewshot.listings import LIST_ENDINGS, Listing, class_name, shown_name
+from tir_kernels.fewshot.tables import read_table
+from tir_kernels.fewshot.text import printable
 from tir_kernels.fewshot.words import class_words
 
 # A file's size in bytes, and a number that changes when it is written: nanoseconds since 1970.
@@ -72,12 +79,14 @@ class ImageClass:
         words: The words a prompt uses.
         files: Its images' names in the data's source.
         stamps: Size and time of each, when the data was listed.
+        left_out: What else its folder holds, in words.
     """
 
     folder: str
     words: str
     files: tuple[str, ...]
     stamps: tuple[Stamp, ...]
+    left_out: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ class ImageData:
     Args:
         source: Where the images lie.
         classes: The classes.
-        fingerprint: Digest of class words, file names and file sizes.
+        fingerprint: Digest of class words, and of the names, sizes and times of images.
         notes: Lines for the user on how the data was understood.
     """
 
@@ -116,10 +125,11 @@ class ImageData:
         small = [entry for entry in self.classes if len(entry.files) < needed]
         if small:
             others = f" ({len(small) - 1} more classes have too few)" if len(small) > 1 else ""
+            left_out = f" (left out: {small[0].left_out})" if small[0].left_out else ""
             raise FewShotError(
-                f"class {small[0].folder!r} in {self.name} has {len(small[0].files)} images but "
-                f"{needed} are needed ({shots} shots + {queries} queries){others}; add images, "
-                "remove the class, or lower --shots or --queries"
+                f"class {small[0].folder!r} in {self.name} has {len(small[0].files)} images"
+                f"{left_out} but {needed} are needed ({shots} shots + {queries} queries){others}; "
+                "add images, remove the class, or lower --shots or --queries"
             )
 
 
@@ -132,37 +142,81 @@ def load_data(
     """List the classes and images of a data set; no image is decoded.
 
     Args:
-        data: A folder with a sub-folder of images per class, in which hidden files and folders are
-            left out; a JSON or CSV file that lists images (see ``read_json_list`` and
-            ``read_csv_list``); ``hf:NAME`` or ``hf:NAME:SPLIT``, a data set of Hugging Face; or a
-            folder into which such a data set was saved.
+        data: A folder with a sub-folder of images per class, see ``list_folders``; a file that
+            lists images, see ``read_json_list`` and ``read_table``; ``hf:NAME`` or
+            ``hf:NAME:SPLIT``, a data set of Hugging Face; or a folder into which such a data set
+            was saved.
         class_names: Words of each class, see ``class_words``.
         images: Folder of the images that a file lists; ``None``: the file's own.
 
     Raises:
         FewShotError: The data or the class names can't be used.
     """
-    path, is_on_hub = Path(data).expanduser(), str(data).startswith(HUB_PREFIX)
-    is_list = not is_on_hub and path.is_file()
+    for option, value in (("data", data), ("images", images), ("class-names", class_names)):
+        if value == "":
+            raise FewShotError(f"--{option} is empty; name what it should be, or leave it out")
+    is_on_hub, path = str(data).startswith(HUB_PREFIX), Path(os.path.expanduser(data))
+    is_list = not is_on_hub and _is_list(path)
     if images is not None and not is_list:
         raise FewShotError(f"--images goes with a JSON or CSV file; --data {data} is none")
     source: ImageSource
-    notes: tuple[str, ...] = ()
     if is_on_hub or _is_saved_data_set(path):
         source, files = load_hugging_face(str(data) if is_on_hub else path)
+        listing = Listing(files)
     elif is_list:
-        root = path.parent if images is None else Path(images).expanduser()
-        source = FileSource(root)
-        files, notes = read_list(path, root, is_given=images is not None)
+        root = path.parent if images is None else Path(os.path.expanduser(images))
+        source, listing = FileSource(root), _read_list(path, root, is_given=images is not None)
     else:
-        source, files = FileSource(path), list_folders(path)
-    words, note = class_words(list(files), class_names)
+        source, listing = FileSource(path), list_folders(path)
+    words, note = class_words(list(listing.files), class_names)
     classes = tuple(
-        ImageClass(name, words[name], tuple(names), _stamps(source, names))
-        for name, names in files.items()
+        ImageClass(
+            shown_name(name),
+            words[name],
+            tuple(names),
+            _stamps(source, names),
+            listing.left_out.get(name, ""),
+        )
+        for name, names in listing.files.items()
     )
-    notes += (note,) if note else ()
+    notes = (*listing.notes, note) if note else listing.notes
+    # What they quote may come from file names and other programs.
+    notes = tuple(printable(line) for line in notes)
     return ImageData(source, classes, _fingerprint(classes), notes)
+
+
+def _is_list(path: Path) -> bool:
+    """Whether the data is a file, and not a folder; refuses what is neither."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FewShotError(
+            f"--data: {path} does not exist; pass a folder with a sub-folder per class, or a JSON "
+            "or CSV file"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise FewShotError(f"--data: can't read {path}: {first_line(error)}") from error
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return stat.S_ISREG(mode)
+    raise FewShotError(
+        f"--data: {path} is neither a folder nor a regular file, but a pipe or device; pass a "
+        "folder with a sub-folder per class, or a JSON or CSV file"
+    )
+
+
+def _read_list(path: Path, root: Path, *, is_given: bool) -> Listing:
+    """The images that a file lists, below a root that the user gave or that is the file's own."""
+    if not os.path.isdir(root):
+        raise FewShotError(f"--images: there is no folder {root}")
+    # Where the user named a folder, absolute paths too are looked up in it.
+    images = ImageFolder(path, root, takes_absolute=not is_given)
+    ending = path.suffix.lower()
+    if ending not in LIST_ENDINGS:
+        raise FewShotError(
+            f"--data: {path} is a file but does not end in {', '.join(LIST_ENDINGS[:-1])} or "
+            f"{LIST_ENDINGS[-1]}; pass such a list, or a folder with a sub-folder per class"
+        )
+    return (read_json_list if ending == ".json" else read_table)(path, images)
 
 
 def _is_saved_data_set(path: Path) -> bool:
@@ -179,8 +233,11 @@ def _stamps(source: ImageSource, names: Sequence[str]) -> tuple[Stamp, ...]:
 def _fingerprint(classes: Sequence[ImageClass]) -> str:
     digest = hashlib.sha256()
     for entry in classes:
-        sizes = [(name, size) for name, (size, _) in zip(entry.files, entry.stamps, strict=True)]
-        digest.update(json.dumps([entry.folder, entry.words, sizes]).encode())
+        images = [
+            (class_name(name), *stamp)
+            for name, stamp in zip(entry.files, entry.stamps, strict=True)
+        ]
+        digest.update(json.dumps([entry.folder, entry.words, images]).encode())
     return digest.hexdigest()
 
 
