@@ -22,7 +22,10 @@ from tir_kernels.fewshot.words import (
         ("Spider_mites_Two-spotted_spider_mite", "spider mites two-spotted spider mite"),
         ("n03126707_crane", "crane"),
         ("n02504458_African_elephant", "african elephant"),
-        ("001.Black_footed_Albatross", "black footed albatross"),
+        ("001.Black_footed_Albatross", "001 black footed albatross"),
+        ("737-200", "737-200"),
+        ("2-door_sedan", "2-door sedan"),
+        ("grade_1.5", "grade 1.5"),
         ("No_Finding", "no finding"),
         ("RGBImage", "rgb image"),
         ("mel", "mel"),
@@ -150,4 +153,7 @@ def test_real_folders_have_known_names(real_data):
         assert f"those of {key}" in note
     (note,) = load_data(real_data / "chestx_64").notes
     assert "those of chestx" in note
-    assert load_data(real_data / "tinyimagenet").notes == ()
+    (note,) = load_data(real_data / "tinyimagenet").notes
+    assert "n03126707_crane" not in note  # one of twenty, of which six are shown
+    assert "n01742172_boa_constrictor is 'boa constrictor'" in note
+    assert note.endswith("(20 in all)")

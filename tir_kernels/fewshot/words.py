@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from tir_kernels.fewshot.errors import FewShotError, first_line
+from tir_kernels.fewshot.documents import NAMES_BYTES, parse_json, parse_rows, read_document
+from tir_kernels.fewshot.errors import FewShotError
+from tir_kernels.fewshot.listings import LIST_ENDINGS, class_name, shown_name
 
 _EUROSAT = {
     "AnnualCrop": "annual crop land",
@@ -88,6 +89,9 @@ _DISEASES = {
     "Spider_mites Two-spotted_spider_mite": "two-spotted spider mites",
 }
 
+# A number, and what parts it from the word behind it.
+_INDEX = re.compile(r"^(?P<number>\d+)(?P<separator>[\s._-]+)(?=[^\W\d_])")
+
 
 def _plant_words(folder: str) -> str:
     plant, _, state = folder.partition("___")
@@ -101,21 +105,58 @@ def _plant_words(folder: str) -> str:
     return f"{plant} leaf with {disease.removeprefix(f'{plant} ')}"
 
 
-def default_words(folder: str) -> str:
+def default_words(folder: str, *, has_index: bool = False) -> str:
     """The words of a class whose name is all that is known.
 
-    A leading index or WordNet id goes, camel case and underscores become spaces, all lower case:
-    ``AnnualCrop`` -> "annual crop", ``n03126707_crane`` -> "crane".
+    A leading WordNet id goes, camel case and underscores become spaces, all lower case:
+    ``AnnualCrop`` -> "annual crop", ``n03126707_crane`` -> "crane", ``737-200`` -> "737-200".
+
+    Args:
+        folder: The class's name.
+        has_index: Whether a number in front of it counts the classes, so that it goes, too.
     """
-    words = re.sub(r"^(n\d{8}|\d+)[\s._-]+", "", folder)
+    words = _without_id(folder, has_index)
     words = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", words)
-    words = re.sub(r"[\s._]+", " ", words).strip().lower()
+    # A dot within a number stays.
+    words = re.sub(r"([\s_]|(?<!\d)\.|\.(?!\d))+", " ", words).strip().lower()
     return words or folder
+
+
+def _without_id(name: str, has_index: bool) -> str:
+    name = re.sub(r"^n\d{8}[\s._-]+", "", name)
+    return _INDEX.sub("", name) if has_index else name
+
+
+def _have_indices(names: Sequence[str]) -> bool:
+    """Whether the numbers in front of names count the classes and say nothing about them.
+
+    They do if each name has one and a word after it, all differ, and all are written alike. After a
+    hyphen, which also makes words ("2-door sedan"), they must count up without a gap or have
+    leading zeros.
+    """
+    found = [match for name in names if (match := _INDEX.match(name))]
+    numbers = sorted({int(match["number"]) for match in found})
+    if len(names) < 2 or len(found) < len(names) or len(numbers) < len(names):
+        return False
+    separators = {match["separator"] for match in found}
+    is_counting = numbers[0] in (0, 1) and numbers[-1] - numbers[0] == len(numbers) - 1
+    is_padded = any(match["number"].startswith("0") and int(match["number"]) for match in found)
+    words = {_tokens(default_words(name, has_index=True)) for name in names}
+    return (
+        len(separators) == 1
+        and (separators != {"-"} or is_counting or is_padded)
+        and len(words) == len(names)
+    )
 
 
 def _spelling(name: str) -> str:
     """What copies of a data set, which differ in case, spaces and underscores, have in common."""
-    return re.sub(r"[\W_]+", " ", name).strip().lower()
+    return re.sub(r"[\W_]+", " ", class_name(name)).strip().lower()
+
+
+def _tokens(words: str) -> str:
+    """What tells words apart for a model, whose tokenizer ignores case and the kind of space."""
+    return " ".join(class_name(words).lower().split())
 
 
 _SETS: dict[str, Mapping[str, str]] = {
@@ -139,30 +180,65 @@ def class_words(
             such a set ``default_words``.
 
     Returns:
-        Name -> words, and a line for the user where a known set was recognised, else "".
+        Name -> words, and a line for the user where words were guessed, else "".
 
     Raises:
         FewShotError: A class has no words, or the same words as another.
     """
-    note = ""
     if given is None:
         known = next((key for key in KNOWN_SETS if len(_known(key, names)) == len(names)), None)
         if known is None:
-            return _distinct({name: default_words(name) for name in names}), note
-        given = known
+            return _default_words(names)
         note = f"class names are those of {known}: {_examples(_known(known, names))}"
+        return _checked(_known(known, names)), note
     if isinstance(given, str) and given in _SETS:
         # The set's own names stand beside those found, for the hint at a name that is not known.
         given = {**_SETS[given], **_known(given, names)}
     elif not isinstance(given, Mapping):
         given = read_class_names(given)
+    given = _in_one_form(given)
+    words = {}
     # Names that are not there are fine: one map may serve several subsets.
     for name in names:
-        if name not in given:
-            close = get_close_matches(name, given, n=1)
+        key = shown_name(class_name(name))
+        if key not in given:
+            close = get_close_matches(key, given, n=1)
             hint = f" (it has {close[0]!r})" if close else ""
-            raise FewShotError(f"--class-names: no words for class {name!r}{hint}; add them")
-    return _distinct({name: given[name] for name in names}), note
+            raise FewShotError(f"--class-names: no words for class '{key}'{hint}; add them")
+        words[name] = given[key]
+    return _checked(words), ""
+
+
+def _default_words(names: Sequence[str]) -> tuple[dict[str, str], str]:
+    """Words that come from the names alone, and what may not be as it was meant."""
+    for name in names:
+        if shown_name(name) != name:
+            raise FewShotError(
+                f"the name of class '{shown_name(name)}' is not UTF-8, so it gives no words for "
+                "prompts; rename it, or give words for all classes with --class-names FILE"
+            )
+    has_index = _have_indices(names)
+    words = _checked({name: default_words(name, has_index=has_index) for name in names})
+    if all(re.fullmatch(r"n\d{8}|[\d\W_]+", name) for name in names):
+        return words, (
+            f"the classes' names are numbers ({', '.join(names[:4])}, ...), which say nothing in a "
+            "prompt; give them words with --class-names FILE"
+        )
+    changed = {name: text for name, text in words.items() if _without_id(name, has_index) != name}
+    note = f"class names are without the numbers in front: {_examples(changed, limit=6)}"
+    return words, note if changed else ""
+
+
+def _in_one_form(given: Mapping[str, str]) -> dict[str, str]:
+    """A map whose names are in the form in which classes are looked up."""
+    words: dict[str, str] = {}
+    for name, text in given.items():
+        key = shown_name(class_name(name))
+        if words.setdefault(key, text) != text:
+            raise FewShotError(
+                f"--class-names: {key!r} is there twice, in different forms of Unicode; keep one"
+            )
+    return words
 
 
 def _known(key: str, names: Iterable[str]) -> dict[str, str]:
@@ -172,69 +248,71 @@ def _known(key: str, names: Iterable[str]) -> dict[str, str]:
 
 def _examples(words: Mapping[str, str], limit: int = 2) -> str:
     shown = [f"{name} is {text!r}" for name, text in words.items()][:limit]
-    return ", ".join(shown) + (", ..." if len(words) > limit else "")
+    return ", ".join(shown) + (f", ... ({len(words)} in all)" if len(words) > limit else "")
 
 
-def _distinct(words: dict[str, str]) -> dict[str, str]:
+def _checked(words: dict[str, str]) -> dict[str, str]:
+    """The words, if they can stand in prompts and each class has its own."""
     owner: dict[str, str] = {}
     for name, text in words.items():
-        if text in owner:
+        if not isinstance(text, str) or not text.strip() or shown_name(text) != text:
             raise FewShotError(
-                f"classes {owner[text]!r} and {name!r} have the same words {text!r}, so no prompt "
+                f"class '{shown_name(name)}' has no words that a prompt can hold; give it some "
+                "with --class-names FILE"
+            )
+        other = owner.setdefault(_tokens(text), name)
+        if other != name:
+            raise FewShotError(
+                f"classes {other!r} and {name!r} have the same words {text!r}, so no prompt "
                 "can tell them apart; give them different words with --class-names FILE"
             )
-        owner[text] = name
     return words
 
 
 def read_class_names(path: str | Path) -> dict[str, str]:
     """Read a class-name map: JSON (an object) or CSV (two columns), from folder name to words.
 
-    A CSV file may start with a header line whose first cell is ``folder``.
+    A CSV file, whose cells may also be parted by semicolons or tabs, may start with a header line
+    whose first cell is ``folder``.
 
     Raises:
         FewShotError: The file can't be read or is not such a map.
     """
-    path = Path(path).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FewShotError(f"--class-names: can't read {path}: {first_line(error)}") from error
-    if path.suffix.lower() == ".json":
-        try:
-            names = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise FewShotError(f"--class-names: {path} is not valid JSON: {error}") from error
-        if not isinstance(names, dict):
-            raise FewShotError(f'--class-names: {path} must hold an object {{"folder": "words"}}')
-    elif path.suffix.lower() == ".csv":
-        names = _read_csv(path, text)
-    else:
+    path = Path(os.path.expanduser(path))
+    ending = path.suffix.lower()
+    if ending not in LIST_ENDINGS:
         raise FewShotError(
             f"--class-names: {path} must end in .json or .csv, or be one of {', '.join(KNOWN_SETS)}"
         )
+    text = read_document(path, "--class-names", at_most=NAMES_BYTES)
+    if ending == ".json":
+        names = parse_json(path, text, "--class-names")
+        if not isinstance(names, dict):
+            raise FewShotError(f'--class-names: {path} must hold an object {{"folder": "words"}}')
+    else:
+        names = _read_table(path, text)
     for folder, words in names.items():
         if not isinstance(words, str) or not words.strip():
             raise FewShotError(f"--class-names: {path} has no words for {folder!r}; add them")
     return {folder: words.strip() for folder, words in names.items()}
 
 
-def _read_csv(path: Path, text: str) -> dict[str, str]:
+def _read_table(path: Path, text: str) -> dict[str, str]:
+    tables = [parse_rows(path, text, "--class-names", delimiter) for delimiter in ",;\t"]
+    # The first that gives two columns throughout; the one of commas is complained about.
+    rows = next((rows for rows in tables if all(len(cells) == 2 for _, cells in rows)), tables[0])
     names: dict[str, str] = {}
-    reader = csv.reader(text.splitlines())
-    for row in reader:
-        cells = [cell.strip() for cell in row]
-        is_header = reader.line_num == 1 and cells and cells[0].lower() == "folder"
-        if not any(cells) or is_header:
+    for number, (line, cells) in enumerate(rows):
+        if number == 0 and cells[0].lower() == "folder":
             continue
         if len(cells) != 2:
             raise FewShotError(
-                f"--class-names: line {reader.line_num} of {path} has {len(cells)} columns, not "
+                f"--class-names: line {line} of {path} has {len(cells)} columns, not "
                 "the 2 of 'folder,words'; put words that contain a comma in double quotes"
             )
         if cells[0] in names:
             raise FewShotError(
-                f"--class-names: line {reader.line_num} of {path} names {cells[0]!r} again; "
+                f"--class-names: line {line} of {path} names {cells[0]!r} again; "
                 "keep one line per folder"
             )
         names[cells[0]] = cells[1]
