@@ -1,6 +1,8 @@
 """Data sets of Hugging Face, as folders that save_to_disk wrote."""
 
 import io
+import os
+import shutil
 import sys
 
 import numpy as np
@@ -67,7 +69,7 @@ def test_saved_data_set(make):
         assert torch.equal(reader.read(data.classes[0], position), expected)
     buffer = io.BytesIO()
     noise(2).save(buffer, "PNG")
-    assert data.classes[0].stamps[1] == (len(buffer.getvalue()), 0)
+    assert data.classes[0].stamps[1][0] == len(buffer.getvalue())
 
 
 def test_images_that_are_files(datasets, monkeypatch, tmp_path):
@@ -85,9 +87,21 @@ def test_images_that_are_files(datasets, monkeypatch, tmp_path):
     assert data.source.file("3") == tmp_path / "3.png"
     pixels = ImageReader(data, small_preprocess).read(data.classes[1], 1)
     assert torch.equal(pixels, small_preprocess.to_pixels(noise(3)))
+    os.utime(tmp_path / "3.png", ns=(0, 5))  # as one written over it
+    assert load_data("hf:some/one").fingerprint != data.fingerprint
     (tmp_path / "0.png").unlink()
     with pytest.raises(FewShotError, match=r"--data: hf:some/one .*No such file.*0\.png"):
         load_data("hf:some/one")
+    os.mkfifo(tmp_path / "0.png")
+    with pytest.raises(FewShotError, match=r"0\.png of row 0 is not a regular file"):
+        load_data("hf:some/one")
+
+
+def test_rows_without_image_or_label(make):
+    with pytest.raises(FewShotError, match=r"row 2 of .* has no label"):
+        load_data(make("label", labels=[0, 1, None, 0, 1]))
+    with pytest.raises(FewShotError, match="row 0 has no image"):
+        load_data(make("image", encoded=[None] * 5))
 
 
 def test_fingerprint_and_cache_follow_the_content(make, tmp_path):
@@ -99,7 +113,8 @@ def test_fingerprint_and_cache_follow_the_content(make, tmp_path):
         return torch.stack([reader.read(data.classes[0], position) for position in range(3)])
 
     one, again = load_data(make("one")), load_data(tmp_path / "one")
-    assert one.fingerprint == again.fingerprint
+    copy = load_data(shutil.copytree(tmp_path / "one", tmp_path / "copy"))
+    assert one.fingerprint == again.fingerprint == copy.fingerprint
     assert torch.equal(read(one), read(again))
     assert len(list((tmp_path / "cache").glob("*/*"))) == 3
     # Bitmaps are all of one size.
@@ -113,6 +128,7 @@ def test_fingerprint_and_cache_follow_the_content(make, tmp_path):
         plain = ImageReader(data, small_preprocess)
         for position, pixels in enumerate(read(data)):
             assert torch.equal(pixels, plain.read(data.classes[0], position))
+    assert data.fingerprint != load_data(tmp_path / "two").fingerprint
     assert notices == []
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
+import stat
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tir_kernels.fewshot.errors import FewShotError, first_line
+from tir_kernels.fewshot.listings import class_name
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,13 +28,14 @@ class HuggingFaceSource:
         name: The data set in words.
         images: Its column of images alone, not decoded.
         identity: Text that differs wherever the images do.
+        version: Number that differs with the content of the data set, wherever it lies.
     """
 
-    def __init__(self, name: str, images: Dataset, identity: str) -> None:
+    def __init__(self, name: str, images: Dataset, identity: str, version: int) -> None:
         self._name = name
         self._images = images
         (self._column,) = images.column_names
-        self._sizes = _sizes(images, self._column)
+        self._stamps = _stamps(images, self._column, version)
         self.identity = identity
 
     def describe(self, name: str) -> str:
@@ -45,8 +50,8 @@ class HuggingFaceSource:
         return io.BytesIO(image["bytes"])
 
     def stamp(self, name: str) -> tuple[int, int]:
-        """The image's size, and 0: the data set's identity stands for its time."""
-        return self._sizes[int(name)], 0
+        """The image's size, and the data set's version or, of a file, its time."""
+        return self._stamps[int(name)]
 
 
 def load_hugging_face(data: str | Path) -> tuple[HuggingFaceSource, dict[str, list[str]]]:
@@ -73,16 +78,18 @@ def load_hugging_face(data: str | Path) -> tuple[HuggingFaceSource, dict[str, li
     names = loaded.features[label].names
     files: defaultdict[str, list[str]] = defaultdict(list)
     for row, number in enumerate(loaded.with_format("numpy")[label][:]):
-        if number < 0:
+        if not 0 <= number < len(names):  # nor is that so of the NaN that stands for none
             raise FewShotError(f"--data: row {row} of {data} has no label; choose another split")
-        files[names[number]].append(str(row))
+        files[class_name(names[int(number)])].append(str(row))
     if not files:
         raise FewShotError(f"--data: {data} has no rows")
     images = loaded.select_columns(image).cast_column(image, datasets.Image(decode=False))
-    # A data set on the hub may change under its name; the fingerprint is of its content.
+    # A data set on the hub may change under its name; the fingerprint is of its content. The one
+    # that was loaded is saved with it, that of ``images`` made anew by each release of datasets.
+    version = int(hashlib.sha256(loaded._fingerprint.encode()).hexdigest()[:15], 16)
     try:
-        source = HuggingFaceSource(str(data), images, f"{data} {images._fingerprint}")
-    except OSError as error:
+        source = HuggingFaceSource(str(data), images, f"{data} {images._fingerprint}", version)
+    except (OSError, ValueError) as error:
         raise FewShotError(f"--data: {data} names an image: {first_line(error)}") from error
     return source, {name: files[name] for name in sorted(files)}
 
@@ -122,16 +129,23 @@ def _column(data: str | Path, loaded: Dataset, kind: type, usual: str) -> str:
     )
 
 
-def _sizes(images: Dataset, column: str) -> list[int]:
+def _stamps(images: Dataset, column: str, version: int) -> list[tuple[int, int]]:
     import pyarrow.compute as pc
 
-    sizes: list[int] = []
+    stamps: list[tuple[int, int]] = []
     for table in images.with_format("arrow").iter(batch_size=_BATCH):
         cells = table[column].combine_chunks()
         lengths = pc.binary_length(pc.struct_field(cells, "bytes")).to_pylist()
         paths = pc.struct_field(cells, "path").to_pylist()
-        sizes += [
-            Path(path).stat().st_size if length is None else length
-            for length, path in zip(lengths, paths, strict=True)
-        ]
-    return sizes
+        for length, path in zip(lengths, paths, strict=True):
+            stamps.append(_file_stamp(path, len(stamps)) if length is None else (length, version))
+    return stamps
+
+
+def _file_stamp(path: str | None, row: int) -> tuple[int, int]:
+    if path is None:
+        raise ValueError(f"row {row} has no image")
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} of row {row} is not a regular file")
+    return status.st_size, status.st_mtime_ns
