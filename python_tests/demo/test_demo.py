@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,12 @@ def test_folder_is_complete_and_a_second_call_changes_nothing(tmp_path: Path) ->
     write_image_folder(root, images_per_class=3, seed=1)
     assert contents(root) == before
     assert [path.name for path in root.parent.iterdir()] == ["tissue"]
+    # Even drawn again they are the same files, so that a run can go on with them.
+    shutil.rmtree(root)
+    write_image_folder(root, images_per_class=3, seed=1)
+    assert {name: times for name, times in contents(root).items() if name.endswith("png")} == {
+        name: times for name, times in before.items() if name.endswith("png")
+    }
 
 
 def test_an_interrupted_call_leaves_nothing_that_looks_finished(

@@ -9,6 +9,7 @@ in any order, by any process.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import uuid
 from pathlib import Path
@@ -27,6 +28,9 @@ __all__ = [
 CLASS_NAMES_FILE = "class_names.json"
 _STAMP_FILE = "drawings.json"
 _DRAWING_VERSION = 2  # raise it when the drawings change: older folders are then not reused
+# Images are told from others of their name by their time, and these are always the same ones: those
+# drawn again are no other data to a run that is continued. In nanoseconds; the first of 2026.
+_TIME = 1_767_225_600_000_000_000
 
 
 def _holds(root: Path, stamp: dict[str, int]) -> bool:
@@ -80,7 +84,9 @@ def write_image_folder(root: str | Path, *, images_per_class: int = 40, seed: in
             (partial / name).mkdir(parents=True)
             for index in range(images_per_class):
                 pixels = draw_tissue(name, index, seed=seed)
-                Image.fromarray(pixels).save(partial / name / f"{index:03d}.png")
+                path = partial / name / f"{index:03d}.png"
+                Image.fromarray(pixels).save(path)
+                os.utime(path, ns=(_TIME, _TIME))
         words = {name: words for name, (words, _) in CLASSES.items()}
         for file, content in ((CLASS_NAMES_FILE, words), (_STAMP_FILE, stamp)):
             text = json.dumps(content, indent=2) + "\n"
