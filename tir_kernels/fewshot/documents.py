@@ -63,13 +63,27 @@ def parse_json(path: Path, text: str, option: str) -> Any:
         raise FewShotError(f"{option}: {path} is nested too deeply") from error
 
 
+def find_delimiter(text: str) -> str:
+    """The comma, semicolon or tab that divides a table's first line into most columns."""
+    first = next((line for line in text.splitlines() if line.strip()), "")
+
+    def columns(delimiter: str) -> int:
+        try:
+            return len(next(csv.reader([first], delimiter=delimiter), []))
+        except csv.Error:
+            return 0
+
+    return max(",;\t", key=columns)
+
+
 def parse_rows(path: Path, text: str, option: str, delimiter: str) -> list[Row]:
     """The rows of a table; empty lines are left out.
 
     Raises:
         FewShotError: The text is no such table.
     """
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    # Strict, since a quote that is never closed would make one cell of all that follows.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows = []
     try:
         for row in reader:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tir_kernels.fewshot.documents import LIST_BYTES, Row, parse_rows, read_document
+from tir_kernels.fewshot.documents import LIST_BYTES, Row, find_delimiter, parse_rows, read_document
 from tir_kernels.fewshot.errors import FewShotError
 from tir_kernels.fewshot.listed_images import ImageFolder, Pair
 from tir_kernels.fewshot.listings import Listing, class_name
@@ -114,13 +114,9 @@ def read_table(path: Path, images: ImageFolder) -> Listing:
 
 def _read(path: Path) -> _Table:
     text = read_document(path, "--data", at_most=LIST_BYTES)
-    first = next((line for line in text.splitlines() if line.strip()), "")
-    # The one that divides the header into most columns, which other characters hardly do.
-    headers = {each: parse_rows(path, first, "--data", each) for each in ",;\t"}
-    delimiter = max(headers, key=lambda each: sum(len(cells) for _, cells in headers[each]))
     header: list[str] = []
     rows: list[Row] = []
-    for line, cells in parse_rows(path, text, "--data", delimiter):
+    for line, cells in parse_rows(path, text, "--data", find_delimiter(text)):
         # Some tables, that of ChestX-ray8 among them, end lines with a comma.
         while len(cells) > len(header) and not cells[-1]:
             cells.pop()

@@ -56,7 +56,7 @@ class LeftOut(Counter[tuple[str, str]]):
     def __str__(self) -> str:
         kinds = [
             f"{count} {noun}{'' if count == 1 else 's'} {rest}".strip()
-            for (noun, rest), count in self.most_common()
+            for (noun, rest), count in sorted(self.items(), key=lambda item: (-item[1], item[0]))
         ]
         more = f" and {len(kinds) - 6} more kinds" if len(kinds) > 6 else ""
         return ", ".join(kinds[:6]) + more

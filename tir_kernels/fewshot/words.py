@@ -8,7 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from tir_kernels.fewshot.documents import NAMES_BYTES, parse_json, parse_rows, read_document
+from tir_kernels.fewshot.documents import (
+    NAMES_BYTES,
+    find_delimiter,
+    parse_json,
+    parse_rows,
+    read_document,
+)
 from tir_kernels.fewshot.errors import FewShotError
 from tir_kernels.fewshot.listings import LIST_ENDINGS, class_name, shown_name
 
@@ -221,8 +227,8 @@ def _default_words(names: Sequence[str]) -> tuple[dict[str, str], str]:
     words = _checked({name: default_words(name, has_index=has_index) for name in names})
     if all(re.fullmatch(r"n\d{8}|[\d\W_]+", name) for name in names):
         return words, (
-            f"the classes' names are numbers ({', '.join(names[:4])}, ...), which say nothing in a "
-            "prompt; give them words with --class-names FILE"
+            f"the classes' names are numbers such as {names[0]}, which say nothing in a prompt; "
+            "give them words with --class-names FILE"
         )
     changed = {name: text for name, text in words.items() if _without_id(name, has_index) != name}
     note = f"class names are without the numbers in front: {_examples(changed, limit=6)}"
@@ -272,8 +278,8 @@ def _checked(words: dict[str, str]) -> dict[str, str]:
 def read_class_names(path: str | Path) -> dict[str, str]:
     """Read a class-name map: JSON (an object) or CSV (two columns), from folder name to words.
 
-    A CSV file, whose cells may also be parted by semicolons or tabs, may start with a header line
-    whose first cell is ``folder``.
+    A CSV file may be one of semicolons or tabs, and start with a header line whose first cell is
+    ``folder``.
 
     Raises:
         FewShotError: The file can't be read or is not such a map.
@@ -298,9 +304,7 @@ def read_class_names(path: str | Path) -> dict[str, str]:
 
 
 def _read_table(path: Path, text: str) -> dict[str, str]:
-    tables = [parse_rows(path, text, "--class-names", delimiter) for delimiter in ",;\t"]
-    # The first that gives two columns throughout; the one of commas is complained about.
-    rows = next((rows for rows in tables if all(len(cells) == 2 for _, cells in rows)), tables[0])
+    rows = parse_rows(path, text, "--class-names", find_delimiter(text))
     names: dict[str, str] = {}
     for number, (line, cells) in enumerate(rows):
         if number == 0 and cells[0].lower() == "folder":
