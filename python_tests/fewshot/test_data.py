@@ -1,9 +1,11 @@
 """Image folders, and reading what is in them."""
 
+import functools
 import hashlib
 import os
 import shutil
 
+import fake_engine
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from fake_engine import small_preprocess
 from open_clip.transform import PreprocessCfg
 from PIL import Image
 
+from tir_kernels.demo import write_image_folder
 from tir_kernels.fewshot.data import load_data
 from tir_kernels.fewshot.errors import FewShotError
 from tir_kernels.fewshot.images import ImageReader
@@ -52,6 +55,17 @@ def test_fingerprint_of_folders_never_changes(tmp_path):
         b'["ClassB", "class b", [["ClassB/2.png", 5, 67]]]'
     )
     assert load_data(tmp_path).fingerprint == expected.hexdigest()
+
+
+def test_a_demo_goes_on_with_its_images(tmp_path, monkeypatch):
+    few = functools.partial(write_image_folder, images_per_class=2)
+    monkeypatch.setattr("tir_kernels.demo.write_image_folder", few)
+    options = ["--out", str(tmp_path / "out"), "--shots=1", "--queries=1", "--steps=1"]
+    for episodes in (1, 2):
+        assert fake_engine.run_main(["demo", *options, f"--episodes={episodes}"]) == 0
+        journal = (tmp_path / "out" / "episodes.jsonl").read_text()
+        assert journal.count('"accuracy"') == 3 * episodes
+        shutil.rmtree(tmp_path / "out" / "images")  # drawn again, and the same
 
 
 def test_unusable_folders(tmp_path, make_images):

@@ -1,5 +1,8 @@
 """The words of classes."""
 
+import os
+import unicodedata
+
 import pytest
 
 from tir_kernels.fewshot.data import load_data
@@ -157,3 +160,111 @@ def test_real_folders_have_known_names(real_data):
     assert "n03126707_crane" not in note  # one of twenty, of which six are shown
     assert "n01742172_boa_constrictor is 'boa constrictor'" in note
     assert note.endswith("(20 in all)")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("737-200", "747-100"),
+        ("707-320", "727-200", "737-200"),
+        ("2-door_sedan", "4-door_sedan"),
+        ("2-door_sedan", "4-wheel_drive"),
+        ("1_hump camel", "2_hump camel"),  # both would be "hump camel"
+        ("1_cat", "1_dog"),
+        ("1_cat", "dog"),
+        ("1_cat", "2-dog"),
+    ],
+)
+def test_numbers_that_belong_to_names_stay(names):
+    words, note = class_words(names)
+    assert words == {name: default_words(name) for name in names}
+    assert all(text[0] == name[0] for name, text in words.items())
+    assert note == ""
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("001.Black_cat", "002.Big_dog"),
+        ("017.Black_cat", "120.Big_dog"),
+        ("0-Black_cat", "1-Big_dog"),
+        ("05-Black_cat", "12-Big_dog"),
+        ("3 - BlackCat", "9 - BigDog"),
+    ],
+)
+def test_numbers_that_count_the_classes_go_and_are_shown(names):
+    words, note = class_words(names)
+    assert list(words.values()) == ["black cat", "big dog"]
+    assert note == (
+        f"class names are without the numbers in front: {names[0]} is 'black cat', {names[1]} is "
+        "'big dog'"
+    )
+
+
+@pytest.mark.parametrize("names", [("7", "11"), ("n03126707", "n02504458")])
+def test_names_that_say_nothing(names):
+    words, note = class_words(names)
+    assert list(words) == list(words.values()) == list(names)
+    assert f"names are numbers such as {names[0]}" in note
+    assert class_words(names, dict.fromkeys(names[:1], "cat") | {names[1]: "dog"})[1] == ""
+
+
+@pytest.mark.parametrize("other", ["Sea Lake", " sea  lake", "SEA\u00a0LAKE", "sea\tlake"])
+def test_words_that_a_tokenizer_takes_for_the_same(other):
+    with pytest.raises(FewShotError, match="'a' and 'b' have the same words"):
+        class_words(["a", "b"], {"a": "sea lake", "b": other})
+
+
+def test_forms_of_unicode_are_the_same():
+    composed, parted = (unicodedata.normalize(form, "forêt") for form in ("NFC", "NFD"))
+    assert class_words([composed], {parted: "forest"})[0] == {composed: "forest"}
+    assert class_words([parted], {composed: "forest"})[0] == {parted: "forest"}
+    with pytest.raises(FewShotError, match="have the same words"):
+        class_words(["a", "b"], {"a": composed, "b": parted})
+    with pytest.raises(FewShotError, match="is there twice, in different forms of Unicode"):
+        class_words(["a"], {composed: "wood", parted: "forest"})
+
+
+@pytest.mark.parametrize("text", ["", " ", "\ud800", 3, None])
+def test_words_that_no_prompt_can_hold(text):
+    with pytest.raises(FewShotError, match="class 'a' has no words that a prompt can hold"):
+        class_words(["a"], {"a": text})
+    if text == "":
+        with pytest.raises(FewShotError, match="class '' has no words that a prompt can hold"):
+            class_words([text])
+
+
+def test_class_names_by_semicolon_and_tab(tmp_path):
+    for name, delimiter in (("a.csv", ";"), ("a.tsv", "\t")):
+        (tmp_path / name).write_text(f"folder{delimiter}words\nnv{delimiter}mole, common\n")
+        assert read_class_names(tmp_path / name) == {"nv": "mole, common"}
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('{"a": "x", "a": "y"}', "has 'a' twice"),
+        ('{"a":' * 100_000, "nested too deeply"),
+        (f'{{"a": {"1" * 5000}}}', "not valid JSON: Exceeds the limit"),
+        (f'{{"a": "{"x" * 200}"}}', "larger than 100 bytes"),
+    ],
+)
+def test_class_names_are_read_within_bounds(tmp_path, monkeypatch, text, complaint):
+    if "larger" in complaint:
+        monkeypatch.setattr("tir_kernels.fewshot.words.NAMES_BYTES", 100)
+    (tmp_path / "names.json").write_text(text)
+    with pytest.raises(FewShotError, match=rf"--class-names: .*names\.json.*{complaint}"):
+        read_class_names(tmp_path / "names.json")
+
+
+def test_class_names_are_regular_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "endless.csv").symlink_to("/dev/zero")
+    (tmp_path / "long.csv").write_text("a," + "x" * 200_000)
+    for name in ("pipe.json", "endless.csv"):
+        with pytest.raises(FewShotError, match=f"--class-names: can't read .*{name}.*regular file"):
+            read_class_names(tmp_path / name)
+    with pytest.raises(FewShotError, match=r"--class-names: line 1 of .*: field larger than"):
+        read_class_names(tmp_path / "long.csv")
+    with pytest.raises(FewShotError, match=r"--class-names: can't read .*File name too long"):
+        read_class_names("long" * 1000 + ".csv")

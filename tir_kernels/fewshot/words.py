@@ -225,7 +225,7 @@ def _default_words(names: Sequence[str]) -> tuple[dict[str, str], str]:
             )
     has_index = _have_indices(names)
     words = _checked({name: default_words(name, has_index=has_index) for name in names})
-    if all(re.fullmatch(r"n\d{8}|[\d\W_]+", name) for name in names):
+    if all(re.fullmatch(r"n\d{8}|\d+([.,]\d*)?", name) for name in names):
         return words, (
             f"the classes' names are numbers such as {names[0]}, which say nothing in a prompt; "
             "give them words with --class-names FILE"
