@@ -90,6 +90,10 @@ def test_images_that_are_files(datasets, monkeypatch, tmp_path):
     os.utime(tmp_path / "3.png", ns=(0, 5))  # as one written over it
     assert load_data("hf:some/one").fingerprint != data.fingerprint
     (tmp_path / "0.png").unlink()
+    (tmp_path / "0.png").symlink_to("2.png")
+    with pytest.raises(FewShotError, match=r"rows 0 and 2 are the same file, .*2\.png"):
+        load_data("hf:some/one")
+    (tmp_path / "0.png").unlink()
     with pytest.raises(FewShotError, match=r"--data: hf:some/one .*No such file.*0\.png"):
         load_data("hf:some/one")
     os.mkfifo(tmp_path / "0.png")

@@ -66,7 +66,7 @@ class FileSource:
 
     def stamp(self, name: str) -> Stamp:
         """The file's size and time of modification."""
-        status = (self.root / name).stat()
+        status = os.stat(os.path.join(self.root, name))
         return status.st_size, status.st_mtime_ns
 
 

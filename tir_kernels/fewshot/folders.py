@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from tir_kernels.fewshot.errors import FewShotError, first_line
 from tir_kernels.fewshot.formats import image_endings, is_image_name
@@ -137,15 +137,15 @@ def _about_parts(root: Path, files: Files) -> tuple[str, ...]:
     if len(divided) == len(classes) and len(set(map(tuple, inside.values()))) == 1:
         return (
             f"all classes of {root} ({_some(list(classes))}) have the same folders in them "
-            f"({_some(inside[divided[0]])}): if those are the classes, pass "
-            f"--data {root / divided[0]}",
+            f"({_some(inside[divided[0]])}), whose images all count; if those are the classes, "
+            f"pass --data {root / divided[0]}",
         )
     return ()
 
 
 def _folders_inside(names: Sequence[str]) -> list[str]:
     """The folders that all images of a class lie in; none where some lie beside them."""
-    paths = [PurePosixPath(name).parts for name in names]
+    paths = [name.split("/", 2) for name in names]
     if any(len(parts) == 2 for parts in paths):
         return []
     return sorted({parts[1] for parts in paths})

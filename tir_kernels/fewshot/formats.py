@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
-from pathlib import PurePath
 
 from PIL import Image
 
@@ -34,4 +34,4 @@ def image_endings() -> frozenset[str]:
 
 def is_image_name(name: str) -> bool:
     """Whether a file of this name is taken for an image."""
-    return PurePath(name).suffix.lower() in image_endings()
+    return os.path.splitext(name)[1].lower() in image_endings()

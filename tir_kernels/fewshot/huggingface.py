@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tir_kernels.fewshot.errors import FewShotError, first_line
 from tir_kernels.fewshot.listings import class_name
+from tir_kernels.fewshot.walk import FileId, file_id
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -90,7 +91,7 @@ def load_hugging_face(data: str | Path) -> tuple[HuggingFaceSource, dict[str, li
     try:
         source = HuggingFaceSource(str(data), images, f"{data} {images._fingerprint}", version)
     except (OSError, ValueError) as error:
-        raise FewShotError(f"--data: {data} names an image: {first_line(error)}") from error
+        raise FewShotError(f"--data: {data} can't be read: {first_line(error)}") from error
     return source, {name: files[name] for name in sorted(files)}
 
 
@@ -133,19 +134,23 @@ def _stamps(images: Dataset, column: str, version: int) -> list[tuple[int, int]]
     import pyarrow.compute as pc
 
     stamps: list[tuple[int, int]] = []
+    owners: dict[FileId, int] = {}  # of files, the first row
     for table in images.with_format("arrow").iter(batch_size=_BATCH):
         cells = table[column].combine_chunks()
         lengths = pc.binary_length(pc.struct_field(cells, "bytes")).to_pylist()
         paths = pc.struct_field(cells, "path").to_pylist()
         for length, path in zip(lengths, paths, strict=True):
-            stamps.append(_file_stamp(path, len(stamps)) if length is None else (length, version))
+            row = len(stamps)
+            if length is not None:
+                stamps.append((length, version))
+                continue
+            if path is None:
+                raise ValueError(f"row {row} has no image")
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError(f"{path} of row {row} is not a regular file")
+            other = owners.setdefault(file_id(status), row)
+            if other != row:
+                raise ValueError(f"rows {other} and {row} are the same file, {path}")
+            stamps.append((status.st_size, status.st_mtime_ns))
     return stamps
-
-
-def _file_stamp(path: str | None, row: int) -> tuple[int, int]:
-    if path is None:
-        raise ValueError(f"row {row} has no image")
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{path} of row {row} is not a regular file")
-    return status.st_size, status.st_mtime_ns

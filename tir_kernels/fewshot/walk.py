@@ -7,7 +7,7 @@ import os
 import re
 import stat
 from collections import Counter
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from tir_kernels.fewshot.formats import is_image_name
@@ -50,7 +50,7 @@ class LeftOut(Counter[tuple[str, str]]):
 
     def file(self, name: str) -> None:
         """Count a file that is none of those read."""
-        ending = PurePath(name).suffix.lower()
+        ending = os.path.splitext(name)[1].lower()
         self["file", f"ending in {ending}" if ending else "without an ending"] += 1
 
     def __str__(self) -> str:
@@ -102,7 +102,8 @@ def find_images(root: Path, folder: str = "") -> FoundImages:
                 status = _status(entry, left_out)
                 if status is None:
                     continue
-                name = is_linked or entry.is_symlink(), str(PurePosixPath(here, entry.name))
+                path = f"{here}/{entry.name}" if here else entry.name
+                name = is_linked or entry.is_symlink(), path
                 if stat.S_ISDIR(status.st_mode):
                     heapq.heappush(waiting, name)
                     continue
@@ -118,9 +119,10 @@ def _status(entry: os.DirEntry[str], left_out: LeftOut) -> os.stat_result | None
     try:
         status = entry.stat()
     except OSError:
-        if not entry.is_symlink():
+        if entry.is_symlink():
+            left_out["link", "that can't be followed"] += 1
+        elif not is_left_by_tools(entry.name):
             raise
-        left_out["link", "that can't be followed"] += 1
         return None
     is_folder = stat.S_ISDIR(status.st_mode)
     if is_left_by_tools(entry.name):
