@@ -173,6 +173,7 @@ def test_real_folders_have_known_names(real_data):
         ("1_cat", "1_dog"),
         ("1_cat", "dog"),
         ("1_cat", "2-dog"),
+        ("1" * 5000 + "_cat", "2_dog"),
     ],
 )
 def test_numbers_that_belong_to_names_stay(names):

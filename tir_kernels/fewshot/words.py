@@ -95,8 +95,8 @@ _DISEASES = {
     "Spider_mites Two-spotted_spider_mite": "two-spotted spider mites",
 }
 
-# A number, and what parts it from the word behind it.
-_INDEX = re.compile(r"^(?P<number>\d+)(?P<separator>[\s._-]+)(?=[^\W\d_])")
+# A number that may count classes, and what parts it from the word behind it.
+_INDEX = re.compile(r"^(?P<number>\d{1,9})(?P<separator>[\s._-]+)(?=[^\W\d_])")
 
 
 def _plant_words(folder: str) -> str:
