@@ -102,7 +102,7 @@ def test_choice_among_weights_files(folder):
         ("{", "is not a model configuration"),
         ("{}", "is not a model configuration with 'model_cfg'"),
         ("[]", "is not a model configuration"),
-        ('{"model_cfg": {"embed_dim": 4}}', "open_clip can't build"),
+        ('{"model_cfg": {"embed_dim": 4}}', "has no vision_cfg"),
     ],
 )
 def test_bad_configurations(folder, config, complaint):

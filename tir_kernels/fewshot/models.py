@@ -6,24 +6,32 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from open_clip.factory import load_state_dict
 from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 
+from tir_kernels.clip.towers import text_tower, vision_tower
+from tir_kernels.fewshot.checkpoints import INDEX_ENDING, checkpoint_files, read_checkpoint
 from tir_kernels.fewshot.errors import FewShotError, first_line
+from tir_kernels.fewshot.files import open_regular
+from tir_kernels.fewshot.hub import download_weights, load_tokenizer, tokenizer_files
+from tir_kernels.fewshot.model_config import check_config, read_config, refuse_other_towers
 from tir_kernels.fewshot.preprocess import Preprocess
+from tir_kernels.fewshot.weights import StateDict, load_weights, state_dicts
 
-CONFIG_NAME = "open_clip_config.json"
 SAFETENSORS = (".safetensors",)
-PICKLES = (".pt", ".pth", ".bin")
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+# Whose published CLIP weights need QuickGELU, by what files and folders of them are called.
+_QUICK_GELU_MAKERS = re.compile(r"openai|dfn|metaclip(?!-?_?2)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,8 @@ class LoadedModel:
         preprocess: Makes the model's (3, H, W) float32 input from an RGB image.
         tokenizer: The model's tokenizer.
         description: The model in words.
-        fingerprint: Digest of its configuration, preprocessing and weights.
+        fingerprint: Digest of its configuration, preprocessing, weights and tokenizer.
+        notes: What of the weights was chosen, changed, left out or can't be known.
     """
 
     model: nn.Module
@@ -43,6 +52,7 @@ class LoadedModel:
     tokenizer: Callable[..., Tensor]
     description: str
     fingerprint: str
+    notes: tuple[str, ...] = ()
 
 
 def load_model(
@@ -54,27 +64,32 @@ def load_model(
         name: A folder with ``open_clip_config.json`` and weights, or an open_clip architecture.
         pretrained: Of an architecture: a tag, whose weights are downloaded unless they are in the
             cache, or a checkpoint file. Of a folder: which of its weights files to take, needed
-            only if there are several. Pickled checkpoints are read as tensors only.
+            only if there are several. A checkpoint is read as tensors only; it may wrap them in
+            containers and prefixes, and be a TorchScript archive.
         device: Where the model is put.
 
     Raises:
         FewShotError: The model, its weights or the device can't be had.
     """
     target = _usable_device(device)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        source = _from_folder(folder, pretrained)
-    elif name in open_clip.list_models():
-        source = _from_architecture(name, pretrained)
-    else:
-        raise FewShotError(_unknown_model(name))
-    model = source.model
-    _load_weights(model, source.weights, source.description)
+    source = _find(name, pretrained)
+    found = state_dicts(read_checkpoint(source.weights), source.weights)
+    if source.folder is not None:
+        check_config(source.config, found, source.description)
+    notes = _notes_on_activation(source, found)
+    model = _build(source)
+    notes += load_weights(model, found, source.weights, source.description.split(" with ")[0])
+    del found  # as large as the model
     model = model.float().eval().requires_grad_(False).to(target)
     preprocess_cfg = open_clip.get_model_preprocess_cfg(model)
     try:
         preprocess = Preprocess(PreprocessCfg(**preprocess_cfg))
-        tokenizer = open_clip.get_tokenizer(source.open_clip_name)
+        with _quiet():
+            tokenizer = load_tokenizer(
+                source.open_clip_name, source.config["text_cfg"], source.folder
+            )
+    except FewShotError:
+        raise
     except Exception as error:
         raise FewShotError(
             f"--model: {source.description} has no usable preprocessing or tokenizer: "
@@ -85,58 +100,97 @@ def load_model(
         preprocess,
         tokenizer,
         source.description,
-        _fingerprint(source.config, preprocess_cfg, source.weights),
+        _fingerprint(source, preprocess_cfg),
+        tuple(notes),
     )
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A model that is built but has no weights yet."""
+    """What a model is made of, before it is built.
 
-    model: nn.Module
+    Args:
+        config: open_clip's "model_cfg".
+        weights: The weights file, or the index of several.
+        open_clip_name: Name by which open_clip knows the model.
+        description: The model in words.
+        folder: Folder of a local model.
+        options: Further arguments for open_clip's ``create_model``.
+    """
+
     config: dict[str, Any]
     weights: Path
     open_clip_name: str
     description: str
+    folder: Path | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def _find(name: str, pretrained: str | None) -> _Source:
+    if not name.strip() or (pretrained is not None and not pretrained.strip()):
+        argument = "--model" if not name.strip() else "--pretrained"
+        raise FewShotError(f"{argument} is empty; pass a name or a path")
+    folder = _expanded(name)
+    try:
+        if os.path.isdir(folder):
+            return _from_folder(folder, pretrained)
+        # As open_clip does for the names that OpenAI gave its models, such as ViT-B/32.
+        architecture = name.strip().replace("/", "-")
+        if architecture in open_clip.list_models():
+            return _from_architecture(architecture, pretrained)
+    except OSError as error:
+        raise FewShotError(
+            f"--model: can't read {error.filename or name}: {error.strerror or first_line(error)}; "
+            "check its permissions"
+        ) from error
+    raise FewShotError(_unknown_model(name))
+
+
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # nobody knows whose home that is; then it is a name like any other
+        return Path(path)
 
 
 def _from_folder(folder: Path, pretrained: str | None) -> _Source:
-    path = folder / CONFIG_NAME
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
-    except FileNotFoundError as error:
-        raise FewShotError(
-            f"--model: {folder} has no {CONFIG_NAME}; pass a folder that has it beside the "
-            "weights, or an architecture name with --pretrained"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FewShotError(
-            f"--model: {path} is not a model configuration with 'model_cfg' ({first_line(error)})"
-        ) from error
+    config = read_config(folder)["model_cfg"]
+    refuse_other_towers(config, str(folder))
     weights = _weights_in(folder, pretrained)
-    name = f"local-dir:{folder}"
-    return _Source(_build(name), config, weights, name, str(folder))
+    return _Source(config, weights, f"local-dir:{folder}", str(folder), folder)
 
 
 def _weights_in(folder: Path, pretrained: str | None) -> Path:
     if pretrained is not None:
-        for path in (Path(pretrained), folder / pretrained):
-            if path.is_file():
+        for path in (_expanded(pretrained), folder / pretrained):
+            if os.path.isfile(path):
                 return path
         raise FewShotError(f"--pretrained: no file {pretrained} here or in {folder}")
-    for endings in (SAFETENSORS, PICKLES):
-        found = sorted(path for path in folder.iterdir() if path.suffix in endings)
+    for kind, found in _weights_files(folder):
         if len(found) == 1:
             return found[0]
         if found:
             names = ", ".join(path.name for path in found)
             raise FewShotError(
-                f"--model: {folder} has several weights files ({names}); "
-                "say which with --pretrained FILE"
+                f"--model: {folder} has several {kind} ({names}); say which with --pretrained FILE"
             )
     raise FewShotError(
         f"--model: {folder} has no weights; put a {' or '.join(SAFETENSORS + PICKLES)} file in it"
     )
+
+
+def _weights_files(folder: Path) -> Iterator[tuple[str, list[Path]]]:
+    """A folder's weights files by kind, the preferred kinds first."""
+    files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    for endings in (SAFETENSORS, PICKLES):
+        of_kind = [path for path in files if path.suffix in endings]
+        indices = [
+            path
+            for path in files
+            if path.name.endswith(tuple(f"{ending}{INDEX_ENDING}" for ending in endings))
+        ]
+        parts = {part for index in indices for part in checkpoint_files(index)}
+        yield "weights files", indices + [path for path in of_kind if path not in parts]
 
 
 def _from_architecture(name: str, pretrained: str | None) -> _Source:
@@ -148,93 +202,118 @@ def _from_architecture(name: str, pretrained: str | None) -> _Source:
         )
     description = f"{name} with {pretrained}"
     config = open_clip.get_model_config(name)
+    refuse_other_towers(config, name)
     tag = open_clip.get_pretrained_cfg(name, pretrained)
     if not tag:
-        if Path(pretrained).is_file():
-            return _Source(_build(name), config, Path(pretrained), name, description)
-        known = f"a tag of {name} ({', '.join(tags)})" if tags else f"a tag ({name} has none)"
-        raise FewShotError(f"--pretrained: {pretrained} is neither a file nor {known}")
+        return _Source(config, _weights_file(name, pretrained, tags), name, description)
     # The tag knows what its weights were trained with, down to the activation function.
     preprocess = {key: value for key, value in tag.items() if key in ("mean", "std")}
     for key in ("interpolation", "resize_mode"):
         if tag.get(key):
             preprocess[key] = tag[key]
     quick_gelu = bool(tag.get("quick_gelu"))
-    model = _build(name, force_quick_gelu=quick_gelu, force_preprocess_cfg=preprocess)
-    try:
-        with _quiet():
-            weights = Path(open_clip.download_pretrained(tag))
-    except Exception as error:
-        raise FewShotError(
-            f"--pretrained: can't download the weights of {name} {pretrained}: "
-            f"{first_line(error)}; check the network, or pass a checkpoint file instead"
-        ) from error
+    options = {"force_quick_gelu": quick_gelu, "force_preprocess_cfg": preprocess}
+    with _quiet():
+        weights = download_weights(tag, f"{name} {pretrained}")
     config = {**config, "quick_gelu": quick_gelu or config.get("quick_gelu", False)}
-    return _Source(model, config, weights, name, description)
+    return _Source(config, weights, name, description, options=options)
 
 
-def _build(name: str, **options: Any) -> nn.Module:
+def _weights_file(name: str, pretrained: str, tags: list[str]) -> Path:
+    path = _expanded(pretrained)
+    if os.path.isfile(path):
+        return path
+    if os.path.isdir(path):
+        found = [file.name for _, files in _weights_files(path) for file in files]
+        files = f"one of its files ({', '.join(found)})" if found else "a file; it has no weights"
+        raise FewShotError(f"--pretrained: {pretrained} is a folder; pass {files}")
+    if os.path.exists(path):
+        raise FewShotError(f"--pretrained: {pretrained} is not a regular file; pass a weights file")
+    known = f"a tag of {name} ({', '.join(tags)})" if tags else f"a tag ({name} has none)"
+    raise FewShotError(f"--pretrained: {pretrained} is neither a file nor {known}")
+
+
+def _notes_on_activation(source: _Source, found: list[StateDict]) -> list[str]:
+    """Tell where a model with GELU may get weights that were trained with QuickGELU.
+
+    No weights file says its activation function, but the archives that OpenAI published can be
+    told from others.
+
+    Raises:
+        FewShotError: The weights are OpenAI's and the model has GELU.
+    """
+    name = source.open_clip_name
+    if source.config.get("quick_gelu") or "force_quick_gelu" in source.options:
+        return []
+    if source.folder is not None:
+        remedy = 'set "quick_gelu": true in the "model_cfg" of its configuration'
+    elif f"{name}-quickgelu" in open_clip.list_models():
+        remedy = f"pass --model {name}-quickgelu"
+    else:
+        remedy = 'pass a folder whose configuration says "quick_gelu": true'
+    if any(state.is_openai for state in found):
+        raise FewShotError(
+            f"the weights {source.weights} are OpenAI's, which need QuickGELU, and "
+            f"{source.description.split(' with ')[0]} has GELU: {remedy}"
+        )
+    maker = _QUICK_GELU_MAKERS.search(f"{source.folder or ''} {source.weights}")
+    if maker:
+        return [
+            f"{source.weights} is taken with GELU; if it is {maker.group()}'s, which needs "
+            f"QuickGELU, {remedy}"
+        ]
+    if source.folder is None and f"{name}-quickgelu" in open_clip.list_models():
+        return [
+            f"{source.weights} does not say its activation function, so {name}'s GELU is taken; "
+            f"for weights of OpenAI, DFN or MetaCLIP {remedy}"
+        ]
+    return []
+
+
+def _build(source: _Source) -> nn.Module:
     try:
         with _quiet():
-            return open_clip.create_model(
-                name, load_weights=False, pretrained_text=False, device="cpu", **options
+            model = open_clip.create_model(
+                source.open_clip_name,
+                load_weights=False,
+                pretrained_text=False,
+                device="cpu",
+                **source.options,
             )
     except Exception as error:
         raise FewShotError(
-            f"--model: open_clip can't build {name.removeprefix('local-dir:')}: "
+            f"--model: open_clip can't build {source.description.split(' with ')[0]}: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
-
-
-def _load_weights(model: nn.Module, weights: Path, description: str) -> None:
     try:
-        with _quiet():
-            open_clip.load_checkpoint(model, str(weights), strict=True, weights_only=True)
-    except Exception as error:
-        # open_clip's reasons run over hundreds of lines, so the two usual ones get their own words.
-        try:
-            state = load_state_dict(str(weights), weights_only=True)
-            found = {key: tuple(value.shape) for key, value in state.items()}
-        except Exception as read_error:
-            raise FewShotError(
-                f"can't read the weights {weights}: {first_line(read_error)}; the file is damaged, "
-                "or holds more than tensors: pass a safetensors file or a plain state dict"
-            ) from error
-        expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-        raise FewShotError(
-            f"the weights {weights} are not of {description.split(' with ')[0]}: "
-            f"{_differences(expected, found) or first_line(error)}; "
-            "pass the architecture they were made for"
-        ) from error
-
-
-def _differences(
-    expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], limit: int = 3
-) -> str:
-    words = [
-        f"{key} is {found[key]} instead of {shape}"
-        for key, shape in expected.items()
-        if key in found and found[key] != shape
-    ]
-    words += [f"{key} is missing" for key in expected if key not in found]
-    words += [f"{key} is not part of it" for key in found if key not in expected]
-    more = f" and {len(words) - limit} more" if len(words) > limit else ""
-    return ", ".join(words[:limit]) + more
+        vision_tower(model)
+        text_tower(model)
+    except (TypeError, ValueError) as error:
+        raise FewShotError(f"--model: {source.description}: {first_line(error)}") from error
+    return model
 
 
 def _unknown_model(name: str) -> str:
     if name.startswith("hf-hub:"):
         return f"--model: download {name.removeprefix('hf-hub:')} and pass its folder"
-    path = Path(name)
-    if path.is_file():
+    if name.startswith("local-dir:"):
+        return f"--model: pass the folder {name.removeprefix('local-dir:')} without local-dir:"
+    if os.path.isfile(_expanded(name)):
         return f"--model: {name} is a file; pass its architecture and --pretrained {name}"
-    if len(path.parts) > 1:
+    # Case, separators and OpenAI's "@336px" are the usual slips, and would spoil the likeness.
+    names = {_plain(known): known for known in open_clip.list_models()}
+    close = get_close_matches(_plain(name), names, n=3, cutoff=0.5)
+    likely = names.get(_plain(name)) or names.get(_plain(name.split(":")[0]))
+    if len(Path(name).parts) > 1 and not likely:
         return f"--model: there is no folder {name}"
-    # Case is the usual slip, and it would spoil the likeness.
-    names = {known.lower(): known for known in open_clip.list_models()}
-    close = [names[key] for key in get_close_matches(name.lower(), names, n=3, cutoff=0.5)]
-    hint = f"; the nearest are {', '.join(close)}" if close else ""
+    known = f"nearest are {', '.join(names[key] for key in close)}" if close else ""
+    hint = f"; the {known}" if known else ""
     return f"--model: {name} is neither a folder nor an open_clip architecture{hint}"
+
+
+def _plain(name: str) -> str:
+    """A name without what people write in different ways."""
+    return re.sub(r"[^a-z0-9+]+", "-", name.lower().strip()).replace("336px", "336")
 
 
 def _usable_device(device: str | torch.device) -> torch.device:
@@ -248,11 +327,15 @@ def _usable_device(device: str | torch.device) -> torch.device:
     return target
 
 
-def _fingerprint(config: dict[str, Any], preprocess: dict[str, Any], weights: Path) -> str:
-    digest = hashlib.sha256(json.dumps([config, preprocess], sort_keys=True).encode())
-    with open(weights, "rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
+def _fingerprint(source: _Source, preprocess: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps([source.config, preprocess], sort_keys=True).encode())
+    files = checkpoint_files(source.weights)
+    if source.folder is not None and source.config["text_cfg"].get("hf_tokenizer_name"):
+        files += tokenizer_files(source.folder)
+    for path in files:
+        with open_regular(path) as file:
+            while chunk := file.read(2**20):
+                digest.update(chunk)
     return digest.hexdigest()
 
 

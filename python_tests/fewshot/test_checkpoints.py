@@ -1,0 +1,488 @@
+"""Weights files as people have them, and files that are none."""
+
+import argparse
+import io
+import json
+import os
+import pathlib
+import shutil
+import types
+import zipfile
+from collections import OrderedDict, defaultdict
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from tir_kernels.fewshot import models
+from tir_kernels.fewshot.errors import FewShotError
+from tir_kernels.fewshot.models import load_model
+
+CONFIG = {
+    "embed_dim": 8,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8},
+    "text_cfg": {"context_length": 12, "vocab_size": 60, "width": 16, "heads": 2, "layers": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return open_clip.CLIP(**CONFIG)
+
+
+@pytest.fixture
+def state(model):
+    """A state dict that a test may change."""
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+@pytest.fixture(autouse=True)
+def quick_tokenizer(monkeypatch):
+    """The tokenizer has tests of its own, and takes longer than all the rest."""
+    monkeypatch.setattr(models, "load_tokenizer", lambda *args: None)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model's folder that still lacks weights."""
+    write_config(tmp_path)
+    return tmp_path
+
+
+def write_config(folder, **changes):
+    config = json.loads(json.dumps(CONFIG))
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        if key:
+            config[section][key] = value
+        else:
+            config[section] = value
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+
+
+def load(folder, content, **options):
+    torch.save(content, folder / "weights.pt", **options)
+    return load_model(str(folder))
+
+
+def assert_loaded(loaded, model):
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[key], value), key
+
+
+def prefixed(state, prefix):
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["state_dict", "model", "model_state_dict", "model_state", "module", "net", "ema", "student"],
+)
+def test_training_checkpoints(folder, model, state, key):
+    optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
+    loaded = load(folder, {"epoch": 3, key: state, "optimizer": optimizer, "best": 0.5})
+    assert_loaded(loaded, model)
+    assert loaded.notes == (f"{folder / 'weights.pt'}: '{key}' taken as the model's weights",)
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "module.",
+        "_orig_mod.",
+        "_orig_mod.module.",
+        "module._orig_mod.",
+        "model.",
+        "clip.",
+        "module.clip_model.",
+        "model._orig_mod.backbone.",
+        "_fsdp_wrapped_module.net.",
+    ],
+)
+def test_prefixes_of_wrappers(folder, model, state, prefix):
+    loaded = load(folder, {"checkpoint": {"state_dict": prefixed(state, prefix)}})
+    assert_loaded(loaded, model)
+    assert "'checkpoint.state_dict' taken as" in " ".join(loaded.notes)
+
+
+def test_wrappers_of_single_modules(folder, model, state):
+    renamed = {key.replace("visual.", "visual._orig_mod."): value for key, value in state.items()}
+    renamed = {key.replace("attn.", "attn.module."): value for key, value in renamed.items()}
+    loaded = load(folder, renamed)
+    assert_loaded(loaded, model)
+    assert loaded.notes == ()
+
+
+def test_other_modules_beside_the_model_are_told(folder, model, state):
+    loaded = load(folder, {**prefixed(state, "clip."), "head.weight": torch.ones(2, 8)})
+    assert_loaded(loaded, model)
+    assert "'clip.…' taken as the model's weights; 1 other tensor left out" in loaded.notes[0]
+
+
+class Opaque:
+    """An object whose unpickling runs code."""
+
+    def __reduce__(self):
+        return (print, ("code from a checkpoint was run",))
+
+
+class SettingsDict(dict):
+    """A dictionary of a class that only the writer of a checkpoint has."""
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        argparse.Namespace(lr=0.1, nested=argparse.Namespace(a=[1])),
+        types.SimpleNamespace(a=1),
+        np.float64(0.5),
+        np.arange(3),
+        pathlib.PurePosixPath("a/b"),
+        defaultdict(list, a=[1]),
+        {1, 2},
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_objects_beside_the_tensors(folder, model, state, beside, is_zip):
+    content = {"args": beside, "state_dict": state}
+    assert_loaded(load(folder, content, _use_new_zipfile_serialization=is_zip), model)
+
+
+@pytest.mark.parametrize("beside", [Opaque(), SettingsDict(a=1), Opaque, torch.optim.Adam, print])
+def test_objects_of_any_class_beside_the_tensors(folder, model, state, beside, capsys):
+    assert_loaded(load(folder, {"args": [beside], "state_dict": state}), model)
+    # The names in a file of the older format can't be listed beforehand.
+    with pytest.raises(FewShotError, match="as tensors only"):
+        load(folder, {"args": beside, "net": state}, _use_new_zipfile_serialization=False)
+    assert "code from" not in capsys.readouterr().out
+
+
+def test_a_whole_pickled_model(folder, model):
+    loaded = load(folder, {"net": nn.Sequential(OrderedDict(clip=model))})
+    assert_loaded(loaded, model)
+    assert "'clip.…' in 'net' taken as" in loaded.notes[0]
+
+
+def test_buffers_of_old_checkpoints(folder, model, state):
+    old = {
+        "attn_mask": torch.full((12, 12), -torch.inf),
+        "text.embeddings.position_ids": torch.ones(3),
+    }
+    loaded = load(folder, {**state, **old})
+    assert_loaded(loaded, model)
+    assert "makes anew (attn_mask, text.embeddings.position_ids)" in loaded.notes[0]
+
+
+def test_custom_text_towers_take_flat_names(folder, model, state):
+    write_config(folder, custom_text=True)
+    loaded = load(folder, prefixed(state, "module."))
+    assert torch.equal(loaded.model.text.token_embedding.weight, model.token_embedding.weight)
+
+
+def test_scalars_of_one_dimension_and_a_missing_bias(folder, state):
+    write_config(folder, init_logit_bias=-10)
+    state["logit_scale"] = state["logit_scale"].reshape(1)
+    loaded = load(folder, state)
+    assert loaded.model.logit_scale.shape == ()
+    assert loaded.model.logit_bias == 0
+    assert "no logit_bias: 0 was taken" in loaded.notes[0]
+
+
+@pytest.mark.parametrize(("one", "other"), [("state_dict", "ema"), ("student", "teacher")])
+def test_models_that_fit_alike_are_not_guessed(folder, model, state, one, other):
+    changed = {**state, "logit_scale": state["logit_scale"] + 1}
+    with pytest.raises(FewShotError, match=f"several models .*'{one}' and '{other}'; save the one"):
+        load(folder, {one: state, other: changed})
+    with pytest.raises(FewShotError, match=rf"'{one}\.…' and .*'{other}\.…'; save the one"):
+        load(folder, {**prefixed(state, f"{one}."), **prefixed(changed, f"{other}.")})
+    assert_loaded(load(folder, {one: state, other: dict(state)}), model)  # the same twice
+
+
+def test_a_smaller_student_beside_its_teacher(folder, model, state):
+    config = {**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "layers": 3}}
+    teacher = open_clip.CLIP(**config).state_dict()
+    loaded = load(folder, {**prefixed(teacher, "teacher."), **prefixed(state, "student.")})
+    assert_loaded(loaded, model)
+    assert "'student.…' taken as" in loaded.notes[0]
+
+
+def test_half_precision_is_resized_in_float32(folder, state):
+    write_config(folder, vision_cfg__image_size=48, text_cfg__context_length=8)
+    halves = {key: value.half() for key, value in state.items()}
+    loaded = load(folder, halves)
+    start = f"the position embedding of {folder / 'weights.pt'} was resized from "
+    assert loaded.notes == (
+        f"{start}4 x 4 to 6 x 6 patches",
+        f"{start}12 to 8 positions of a text",
+    )
+    same = load(folder, {key: value.float() for key, value in halves.items()})
+    assert torch.equal(
+        loaded.model.visual.positional_embedding, same.model.visual.positional_embedding
+    )
+    assert loaded.model.visual.positional_embedding.dtype == torch.float32
+    # A grid that varies by column only stays one that does.
+    columns = torch.arange(4.0).repeat(4)[:, None].expand(16, 16)
+    halves["visual.positional_embedding"] = torch.cat([torch.zeros(1, 16), columns]).half()
+    resized = load(folder, halves).model.visual.positional_embedding[1:].unflatten(0, (6, 6))
+    torch.testing.assert_close(resized, resized[:1].expand_as(resized))
+    assert (resized.diff(dim=1) > 0).all()
+
+
+def test_positions_without_a_square_grid_are_refused(folder, state):
+    state["visual.positional_embedding"] = torch.zeros(1 + 15, 16)
+    with pytest.raises(FewShotError, match=r"positional_embedding is \(16, 16\) instead of \(17, "):
+        load(folder, state)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e300])
+def test_values_that_are_no_weights(folder, state, value):
+    state["visual.proj"] = state["visual.proj"].double()
+    state["visual.proj"][0, 0] = value
+    with pytest.raises(FewShotError, match=r"NaN or infinite values in visual\.proj: .*earlier"):
+        load(folder, {"model": state})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda value: value.to(torch.int8), "torch.int8 instead of torch.float32"),
+        (lambda value: value.to_sparse(), "torch.sparse_coo"),
+        (lambda value: value.to("meta"), "without values"),
+        (lambda value: value[:0], r"\(0, 8\) instead of \(16, 8\)"),
+        (lambda value: value[:1, :1].expand(10**9, 10**9), "1000000000, 1000000000"),
+    ],
+)
+def test_tensors_of_other_kinds(folder, state, change, words):
+    state["visual.proj"] = change(state["visual.proj"])
+    with pytest.raises(FewShotError, match=rf"are not of .*visual\.proj is .*{words}"):
+        load(folder, state)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"base_model.model.visual.lora_A.weight": torch.ones(2, 2)}, "LoRA factors; merge them"),
+        (
+            {"vision_model.encoder.layers.0.self_attn.k_proj.weight": torch.ones(2, 2)},
+            "Hugging Face's CLIPModel",
+        ),
+        ({"fc.weight": torch.ones(2)}, r"other tensors \(fc\.weight\); pass the architecture"),
+        ({"epoch": 3}, "holds a dict of epoch and no tensors"),
+        ({}, "holds a dict and no tensors"),
+        (argparse.Namespace(a=1), r"holds a argparse\.Namespace and no tensors"),
+    ],
+)
+def test_contents_of_other_kinds(folder, content, words):
+    with pytest.raises(FewShotError, match=words):
+        load(folder, content)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "it is empty"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
+            "Git LFS pointer.*git lfs pull",
+        ),
+        (b"<!DOCTYPE html><html>", "it is a web page"),
+        (b"\n<?xml version='1.0'?><Error/>", "it is a web page"),
+        (b'{"message": "Not Found"}', "it is JSON text"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5 file"),
+        (b"\x1f\x8b\x08" + bytes(100), "compressed by gzip"),
+        (b"PK\x03\x04 no archive", "it is cut short"),
+        (b"\xff" * 8 + b"{" + bytes(100), "no weights file"),
+        (b"\x80\x02}q\x00(", "cut short"),
+        (b"words", "as tensors only"),
+    ],
+)
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+def test_files_that_are_no_weights(folder, content, words, name):
+    (folder / name).write_bytes(content)
+    with pytest.raises(FewShotError, match=rf"can't read the weights .*{name}: .*{words}") as info:
+        load_model(str(folder))
+    assert "\n" not in str(info.value)
+
+
+def test_cut_files(folder, state):
+    whole = io.BytesIO()
+    torch.save(state, whole)
+    old = io.BytesIO()
+    torch.save(state, old, _use_new_zipfile_serialization=False)
+    save_file(state, folder / "whole")
+    size = (folder / "whole").stat().st_size
+    for content, words in (
+        (whole.getvalue(), "cut short"),
+        (old.getvalue(), "cut short"),
+        ((folder / "whole").read_bytes(), f"has {size // 2:,} of {size:,} bytes"),
+    ):
+        (folder / "weights.pt").write_bytes(content[: len(content) // 2])
+        with pytest.raises(FewShotError, match=words):
+            load_model(str(folder))
+
+
+def test_the_content_decides_not_the_ending(folder, model, state):
+    save_file(state, folder / "weights.bin")
+    assert_loaded(load_model(str(folder)), model)
+    torch.save(state, folder / "other.safetensors")
+    assert_loaded(load_model(str(folder)), model)
+
+
+def test_archives_of_other_things(folder):
+    np.savez(folder / "arrays.npz", a=np.ones(2))
+    shutil.move(folder / "arrays.npz", folder / "weights.pt")
+    with pytest.raises(FewShotError, match=r"NumPy archive .*it holds a\.npy"):
+        load_model(str(folder))
+
+
+def test_a_pipe_is_not_waited_for(folder):
+    os.mkfifo(folder / "weights.pt")
+    with pytest.raises(FewShotError, match="not a regular file"):
+        load_model(str(folder))
+
+
+def write_shards(folder, state):
+    names = sorted(state)
+    half = len(names) // 2
+    shards = {"w-1-of-2.safetensors": names[:half], "w-2-of-2.safetensors": names[half:]}
+    for shard, part in shards.items():
+        save_file({name: state[name] for name in part}, folder / shard)
+    places = {name: shard for shard, part in shards.items() for name in part}
+    (folder / "w.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+def test_weights_in_several_files(folder, model, state):
+    write_shards(folder, state)
+    loaded = load_model(str(folder))
+    assert_loaded(loaded, model)
+    shard = folder / "w-2-of-2.safetensors"
+    state["logit_scale"] += 1
+    write_shards(folder, {**state, "visual.proj": state["visual.proj"] + 1})
+    assert load_model(str(folder)).fingerprint != loaded.fingerprint
+    shard.unlink()
+    with pytest.raises(FewShotError, match=r"part w-2-of-2\.safetensors is missing"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("part", ["../w.safetensors", "/dev/zero", "w.index.json", 3])
+def test_indices_name_files_beside_them(folder, part):
+    (folder / "w.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": part}}))
+    with pytest.raises(FewShotError, match=r"which is no file beside it|not an index"):
+        load_model(str(folder))
+
+
+class Node(nn.Module):
+    """A module of nothing but parameters and children, for TorchScript."""
+
+    def forward(self):
+        return 1.702
+
+
+def script(state):
+    root = Node()
+    for key, value in state.items():
+        *path, name = key.split(".")
+        node = root
+        for part in path:
+            if not hasattr(node, part):
+                node.add_module(part, Node())
+            node = getattr(node, part)
+        if value.is_floating_point():
+            node.register_parameter(name, nn.Parameter(value))
+        else:
+            node.register_buffer(name, value)
+    with pytest.warns((FutureWarning, DeprecationWarning)):
+        return torch.jit.script(root)
+
+
+MARKS = {key: torch.tensor(5) for key in ("input_resolution", "context_length", "vocab_size")}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_archives(folder, model, state, monkeypatch):
+    script(state).save(str(folder / "weights.pt"))
+    monkeypatch.setattr(torch.jit, "load", None)  # which runs code of the archive
+    assert_loaded(load_model(str(folder)), model)
+    shutil.copy(folder / "weights.pt", folder / "whole")
+    with (
+        zipfile.ZipFile(folder / "whole") as old,
+        zipfile.ZipFile(folder / "weights.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    with pytest.raises(FewShotError, match="is compressed, which PyTorch never does"):
+        load_model(str(folder))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_openai_archives_need_quick_gelu(folder, model, state):
+    script({key: value.half() for key, value in state.items()} | MARKS).save(
+        str(folder / "weights.pt")
+    )
+    with pytest.raises(
+        FewShotError, match=r'are OpenAI\'s, .* has GELU: set "quick_gelu": true in'
+    ):
+        load_model(str(folder))
+    write_config(folder, quick_gelu=True)
+    loaded = load_model(str(folder))
+    assert torch.equal(loaded.model.visual.proj, model.visual.proj.half().float())
+    kinds = {type(module).__name__ for module in loaded.model.modules()}
+    assert "QuickGELU" in kinds
+    assert "GELU" not in kinds
+    write_config(folder)
+    with pytest.raises(FewShotError, match="are OpenAI's"):
+        load(folder, {**state, **MARKS})  # the archive's state dict, saved as such
+
+
+@pytest.fixture
+def architectures(folder, monkeypatch):
+    """A small architecture and its twin with QuickGELU, by name."""
+    own = {"ViT-x": CONFIG, "ViT-x-quickgelu": {**CONFIG, "quick_gelu": True}, "ViT-y": CONFIG}
+    known = open_clip.factory._MODEL_CONFIGS
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {**known, **own})
+
+
+def test_weights_do_not_say_their_activation(folder, state, architectures):
+    file = str(folder / "weights.pt")
+    torch.save(state, file)
+    (note,) = load_model("ViT-x", file).notes
+    assert note.endswith("for weights of OpenAI, DFN or MetaCLIP pass --model ViT-x-quickgelu")
+    assert load_model("ViT-x-quickgelu", file).notes == ()
+    assert load_model("ViT-y", file).notes == ()
+    named = str(shutil.copy(file, folder / "ViT-y-MetaCLIP.pt"))
+    (note,) = load_model("ViT-y", named).notes
+    assert "if it is MetaCLIP's, which needs QuickGELU, pass a folder whose" in note
+    torch.save({**state, **MARKS}, file)
+    with pytest.raises(FewShotError, match="ViT-x has GELU: pass --model ViT-x-quickgelu"):
+        load_model("ViT-x", file)
+    load_model("ViT-x-quickgelu", file)
+
+
+def test_odd_forms_of_names(folder, state, architectures):
+    torch.save(state, folder / "weights.pt")
+    assert load_model("ViT/y", str(folder / "weights.pt")).description.startswith("ViT-y with")
+    with pytest.raises(FewShotError, match=r"is a folder; pass one of its files \(weights\.pt\)"):
+        load_model("ViT-x", str(folder))
+    for name, likely in (
+        ("ViT-L/14@336px", "ViT-L-14-336"),
+        ("vit_b_32", "ViT-B-32"),
+        ("ViT-B-32:openai", "ViT-B-32"),
+    ):
+        with pytest.raises(FewShotError, match=rf"nearest are .*{likely}\b"):
+            load_model(name, "openai")
+    for name in ("", " "):
+        with pytest.raises(FewShotError, match="--model is empty"):
+            load_model(name)
+        with pytest.raises(FewShotError, match="--pretrained is empty"):
+            load_model("ViT-B-32", name)
+    for name in ("a\0b", "x" * 5000, "~nobody-of-that-name/model"):
+        with pytest.raises(FewShotError, match="--model"):
+            load_model(name, "openai")
+    os.mkfifo(folder / "pipe")
+    with pytest.raises(FewShotError, match="pipe is not a regular file"):
+        load_model("ViT-x", str(folder / "pipe"))
