@@ -27,6 +27,7 @@ _SLACK = 4
 _SMALL_MODEL = 10**8  # parameters
 _FEW_LAYERS = 2**8
 _SMALL_SIZE = 2**16
+_MAX_SIDE = 2**16  # pixels
 
 _SECTIONS: dict[str, Any] = {"vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg}
 _SIZES = {
@@ -107,7 +108,7 @@ def _bound(key: str, num_tensors: int, largest: int) -> int:
     bounds = {
         "layers": max(num_tensors, _FEW_LAYERS),
         "context_length": MAX_CONTEXT_LENGTH,
-        "image_size": sys.maxsize,
+        "image_size": _MAX_SIDE,
     }
     return bounds.get(key, largest)
 

@@ -1,0 +1,142 @@
+"""What of open_clip and Hugging Face comes from caches, folders and the network."""
+
+import json
+import os
+import pwd
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import open_clip
+import pytest
+
+from tir_kernels.fewshot import hub
+from tir_kernels.fewshot.errors import FewShotError
+from tir_kernels.fewshot.models import load_model
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a test of local things reached for the network")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+
+
+@pytest.fixture
+def folder(tiny_model_folder, tiny_config, tmp_path):
+    """A local model whose tokenizer is one of the transformers library."""
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    tiny_config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "someone/words"
+    (folder / "open_clip_config.json").write_text(json.dumps(tiny_config))
+    return folder
+
+
+def test_tokenizers_of_a_folder(folder, monkeypatch):
+    with pytest.raises(
+        FewShotError, match=r"no tokenizer; put tokenizer.json .* of 'someone/words'"
+    ):
+        load_model(str(folder))
+    tokenizers = pytest.importorskip("tokenizers")
+    pytest.importorskip("transformers")
+    words = tokenizers.models.WordLevel({"[PAD]": 0, "a": 1, "b": 2}, unk_token="[PAD]")
+    tokenizers.Tokenizer(words).save(str(folder / "tokenizer.json"))
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kind))
+    loaded = load_model(str(folder))
+    assert loaded.tokenizer(["b"])[0].tolist() == [2] + 15 * [0]
+    words = tokenizers.models.WordLevel({"[PAD]": 0, "a": 2, "b": 1}, unk_token="[PAD]")
+    tokenizers.Tokenizer(words).save(str(folder / "tokenizer.json"))
+    assert load_model(str(folder)).fingerprint != loaded.fingerprint
+    # Code that a folder brings along is never run, whatever its configuration asks for.
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": True}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    kind = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kind))
+    (folder / "own.py").write_text("raise SystemExit('code of a folder was run')")
+    with pytest.raises(FewShotError, match="no usable preprocessing or tokenizer"):
+        load_model(str(folder))
+
+
+def test_vocabularies_elsewhere_are_not_read(folder):
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"bpe_path": "/dev/zero"}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(FewShotError, match="tokenizer_kwargs must be an object without bpe_path"):
+        load_model(str(folder))
+
+
+def test_offline_is_for_its_scope_only(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with hub.offline():
+        assert huggingface_hub.constants.HF_HUB_OFFLINE
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_caches_come_before_the_network(monkeypatch, is_cached):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    tried = []
+
+    def get(*args, **kwargs):
+        tried.append(huggingface_hub.constants.HF_HUB_OFFLINE)
+        if not is_cached:
+            raise OSError("no route to host")
+        return "weights.pt"
+
+    monkeypatch.setattr(open_clip, "download_pretrained", get)
+    monkeypatch.setattr(open_clip, "get_tokenizer", get)
+    if is_cached:
+        assert hub.download_weights({"hf_hub": "a/b/"}, "ViT-x web") == Path("weights.pt")
+        assert hub.load_tokenizer("ViT-x", {"hf_tokenizer_name": "a/b"}, None) == "weights.pt"
+        assert tried == [True, True]
+        return
+    with pytest.raises(FewShotError, match="can't download the weights of ViT-x web: no route"):
+        hub.download_weights({"hf_hub": "a/b/"}, "ViT-x web")
+    with pytest.raises(
+        FewShotError, match=r"tokenizer 'a/b' of ViT-x is not in the cache.*tokeniz"
+    ):
+        hub.load_tokenizer("ViT-x", {"hf_tokenizer_name": "a/b"}, None)
+    assert tried == [True, False, True, False]
+
+
+@pytest.fixture
+def no_home(monkeypatch):
+    """A process of a user whom the machine does not know, as in many containers."""
+
+    def unknown(*args):
+        raise KeyError("unknown user")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(pwd, "getpwnam", unknown)
+    with pytest.raises(RuntimeError):
+        Path("~").expanduser()
+
+
+def test_a_local_model_needs_no_home(tiny_model_folder, tmp_path, no_home, monkeypatch):
+    loaded = load_model(str(tiny_model_folder))
+    assert loaded.tokenizer(["a"]).shape == (1, 16)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_model_folder, "~/model")
+    assert load_model("~/model").fingerprint == loaded.fingerprint  # a name like any other
+    with pytest.raises(FewShotError, match="there is no folder ~/other"):
+        load_model("~/other")
+    with pytest.raises(FewShotError, match="~/other is neither a file nor a tag"):
+        load_model("ViT-B-32", "~/other")
+
+
+def test_downloads_without_a_home_say_what_to_set(no_home, monkeypatch):
+    def never(*args, **kwargs):
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    monkeypatch.setattr(open_clip, "download_pretrained", never)
+    with pytest.raises(
+        FewShotError, match=r"no home directory .* set HOME or HF_HOME, or pass local"
+    ):
+        load_model("ViT-B-32", "openai")
+    with pytest.raises(FewShotError, match="no home directory to keep x in; set HOME, or"):
+        hub.download_weights({"url": "http://example.com/x.pt"}, "x")
+    assert not os.path.exists("~")

@@ -1,0 +1,155 @@
+"""Configurations of local models that are wrong, or made to fill the memory."""
+
+import json
+import os
+import time
+
+import open_clip
+import pytest
+
+from tir_kernels.fewshot.errors import FewShotError
+from tir_kernels.fewshot.models import load_model
+
+
+@pytest.fixture
+def folder(tiny_model_folder, tiny_config, tmp_path):
+    """A folder with the tiny model's weights, and a way to write its configuration."""
+    (tmp_path / "tiny.safetensors").symlink_to(tiny_model_folder / "tiny_fp16.safetensors")
+    return tmp_path
+
+
+def refuse(folder, config, words):
+    """Check that a configuration is refused quickly, in one line, before anything is built."""
+    text = config if isinstance(config, str) else json.dumps(config)
+    (folder / "open_clip_config.json").write_text(text)
+    start = time.monotonic()
+    with pytest.raises(FewShotError, match=words) as info:
+        load_model(str(folder))
+    assert time.monotonic() - start < 10  # building or a network would take minutes
+    assert "\n" not in str(info.value)
+
+
+@pytest.fixture
+def unbuilt(monkeypatch):
+    def build(*args, **kwargs):
+        raise AssertionError("was built")
+
+    monkeypatch.setattr(open_clip, "create_model", build)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "words"),
+    [
+        ("vision_cfg", "layers", 10_000_000, r"layers is 10,000,000, but .* can be 256 at most"),
+        ("text_cfg", "layers", 10_000_000, r"text_cfg\.layers is 10,000,000, but"),
+        ("vision_cfg", "width", 10**9, r"vision_cfg\.width is 1,000,000,000, but .* 65,536 at"),
+        (
+            "vision_cfg",
+            "width",
+            60_000,
+            r"describes a model of 2.*e\+11 parameters, but the weights",
+        ),
+        ("vision_cfg", "mlp_ratio", 60_000, r"describes a model of 6.*e\+08 parameters"),
+        ("vision_cfg", "mlp_ratio", 1e300, r"mlp_ratio is 1e\+300, but"),
+        (
+            "vision_cfg",
+            "image_size",
+            60_000,
+            r"60,000 x 60,000 pixels have more than 65,536 patches",
+        ),
+        (
+            "vision_cfg",
+            "image_size",
+            [32, 10**9],
+            "image_size is 1,000,000,000, but .* 65,536 at most",
+        ),
+        ("vision_cfg", "image_size", int("9" * 4000), "image_size is 9"),
+        ("vision_cfg", "attn_pooler_queries", 10**9, "attn_pooler_queries is 1,000,000,000"),
+        ("text_cfg", "vocab_size", 10**10, "vocab_size is 10,000,000,000"),
+        ("text_cfg", "heads", 10**7, "heads is 10,000,000"),
+        ("text_cfg", "context_length", 10**6, "context_length is 1,000,000, but .* 8,192 at most"),
+        ("model_cfg", "embed_dim", 10**9, "embed_dim is 1,000,000,000"),
+        ("vision_cfg", "layers", "5", "layers must be a whole number of at least 1; it is '5'"),
+        ("vision_cfg", "layers", True, "must be a whole number"),
+        ("vision_cfg", "width", 32.0, r"must be a whole number of at least 1; it is 32\.0"),
+        ("vision_cfg", "patch_size", 0, "patch_size must be a whole number"),
+        ("vision_cfg", "patch_size", [8, 8, 8], "patch_size must be a whole number"),
+        ("text_cfg", "width", None, "width must be a whole number"),
+        ("model_cfg", "embed_dim", {}, "embed_dim must be a whole number"),
+        ("model_cfg", "quick_gelu", "false", "quick_gelu must be true or false; it is 'false'"),
+        ("vision_cfg", "no_ln_pre", 1, "no_ln_pre must be true or false; it is 1"),
+        ("text_cfg", "layers", float("nan"), "must be a whole number"),
+        ("model_cfg", "vision_cfg", [], "has no vision_cfg"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_sizes_and_types(folder, tiny_config, unbuilt, section, key, value, words):
+    model = tiny_config["model_cfg"]
+    (model if section == "model_cfg" else model[section])[key] = value
+    refuse(folder, tiny_config, words)
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "words"),
+    [
+        ("text_cfg", {"hf_model_name": "roberta-base"}, "text tower is 'roberta-base' of the tr"),
+        (
+            "vision_cfg",
+            {"timm_model_name": "hf-hub:a/b"},
+            "image tower is 'hf-hub:a/b' of the timm",
+        ),
+        ("vision_cfg", {"layers": [3, 4, 6, 3]}, "image tower is a ResNet"),
+        ("vision_cfg", {"attentional_pool": True}, "pools by attention"),
+    ],
+)
+def test_towers_of_other_libraries(folder, tiny_config, unbuilt, section, settings, words):
+    tiny_config["model_cfg"][section] |= settings
+    refuse(folder, tiny_config, words + ".*only open_clip's own")
+
+
+def test_architectures_with_other_towers(unbuilt):
+    for name in ("roberta-ViT-B-32", "ViT-B-16-SigLIP", "RN50", "coca_ViT-B-32"):
+        with pytest.raises(FewShotError, match=f"--model: {name} can't be used: its "):
+            load_model(name, "weights.pt")
+
+
+def test_a_text_tower_that_no_method_can_use(folder, tiny_config):
+    tiny_config["model_cfg"] |= {"custom_text": True}
+    tiny_config["model_cfg"]["text_cfg"]["embed_cls"] = True
+    refuse(folder, tiny_config, "appends a class token|is missing")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("std", [0, 1, 1], r"std must be three numbers above 0; it is \[0, 1, 1\]"),
+        ("mean", [0.5, 0.5], "mean must be three numbers; it is"),
+        ("mean", 0.5, "mean must be three numbers"),
+        ("mean", [float("nan")] * 3, "mean must be three numbers"),
+        ("std", ["1", "1", "1"], "std must be three numbers above 0"),
+    ],
+)
+def test_normalisation(folder, tiny_config, unbuilt, name, value, words):
+    tiny_config["preprocess_cfg"][name] = value
+    refuse(folder, tiny_config, words)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, '{"model_cfg": ' * 50_000, "9" * 5000, '{"model_cfg": 3}', "\0", "é" * 9],
+)
+def test_texts_that_are_no_configuration(folder, text):
+    refuse(folder, text, "is not a model configuration")
+
+
+def test_configurations_are_regular_files_of_their_size(folder):
+    path = folder / "open_clip_config.json"
+    path.symlink_to("/dev/zero")
+    with pytest.raises(FewShotError, match="not a regular file"):
+        load_model(str(folder))
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(FewShotError, match="not a regular file"):
+        load_model(str(folder))
+    path.unlink()
+    refuse(folder, " " * 2**20 + "{}", "larger than 1 MiB")
