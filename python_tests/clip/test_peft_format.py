@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -298,7 +299,11 @@ def test_settings_beyond_plain_lora_are_refused(saved: Path, setting: dict[str, 
         ({"peft_type": "IA3"}, "peft_type 'LORA'; it says 'IA3'"),
         ({"r": 0}, "r must be a whole number of at least 1; it is 0"),
         ({"r": "9"}, "r must be a whole number"),
-        ({"lora_alpha": None}, "lora_alpha must be a number; it is None"),
+        ({"lora_alpha": None}, "lora_alpha must be a finite number; it is None"),
+        ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number; it is nan"),
+        ({"lora_alpha": 10**400}, "lora_alpha must be a finite number"),
+        ({"lora_dropout": float("inf")}, "lora_dropout must be a finite number; it is inf"),
+        ({"r": 10**9}, r"shape \(1000000000, 32\) for this model"),
         ({"r": 12}, r"shape \(12, 32\) for this model and r=12; it is torch.float32 of \(9, 32\)"),
     ],
 )
@@ -309,7 +314,7 @@ def test_wrong_configurations_are_refused(
     refuse(saved, message)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "\x00\x01"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "\x00\x01", "[" * 100_000])
 def test_damaged_configuration_is_refused(saved: Path, content: str) -> None:
     (saved / peft_format.CONFIG_FILE).write_text(content)
     refuse(saved, "adapter_config.json (is not readable as JSON|must describe an adapter)")
@@ -319,9 +324,40 @@ def test_damaged_weights_are_refused(saved: Path) -> None:
     path = saved / peft_format.WEIGHTS_FILE
     path.write_bytes(path.read_bytes()[:-10])
     refuse(saved, "adapter_model.safetensors is damaged")
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    refuse(saved, "is a Git LFS pointer, .* run 'git lfs pull'")
     path.unlink()
     with pytest.raises(FileNotFoundError, match="safe_serialization=True"):
         clip.load_lora(make_clip(), saved)
+    os.mkfifo(path)  # not waited for
+    with pytest.raises(FileNotFoundError, match="safe_serialization=True"):
+        clip.load_lora(make_clip(), saved)
+
+
+def test_values_that_are_no_weights_are_refused(saved: Path) -> None:
+    key = "base_model.model.visual.transformer.resblocks.4.attn.lora_B.weight"
+    edit_tensors(saved, lambda tensors: tensors[key].view(-1)[3:4].fill_(torch.nan))
+    refuse(saved, f"'{key}' holds NaN or infinite values")
+
+
+def test_adapters_of_compiled_models_load(saved: Path) -> None:
+    """PEFT saves the names that torch.compile and data parallelism give to modules."""
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for key in list(tensors):
+            tensors[key.replace("model.model.", "model.model._orig_mod.module.")] = tensors.pop(key)
+
+    with clip.load_lora(make_clip(), saved) as lora:
+        factors = {name: (a.clone(), b.clone()) for name, (a, b) in lora.factors().items()}
+    edit_tensors(saved, rename)
+    with clip.load_lora(make_clip(), saved) as lora:
+        assert_same_lora(lora, factors)
+
+
+def test_large_configurations_are_refused(saved: Path) -> None:
+    with (saved / peft_format.CONFIG_FILE).open("r+b") as file:
+        file.truncate(2**30)  # takes no space on the disk
+    refuse(saved, "too large for a configuration")
 
 
 def test_an_adapted_output_projection_is_refused(saved: Path) -> None:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,11 @@ from .lora import PROJECTIONS, TOWERS, LoRA, add_lora, tower_transformer
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
+_MAX_CONFIG_BYTES = 16 * 2**20
+
 _PREFIX = "base_model.model."
+# Modules that torch.compile and data parallelism put around another.
+_WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module"})
 _PARTS = {
     "a": "lora_A.weight",
     "b": "lora_B.weight",
@@ -197,11 +202,13 @@ def _replace_file(path: Path, content: bytes) -> None:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not path.is_file():  # a pipe or a device neither
         raise FileNotFoundError(f"{path.parent} holds no PEFT adapter: {path.name} is missing")
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise ValueError(f"{path} is too large for a configuration; save the adapter anew")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is not readable as JSON ({error}); save the adapter anew"
         ) from None
@@ -214,8 +221,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: r must be a whole number of at least 1; it is {rank!r}")
     for name in ("lora_alpha", "lora_dropout"):
         value = config.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{path}: {name} must be a number; it is {value!r}")
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is None or not is_number or not abs(value) < sys.float_info.max:
+            raise ValueError(f"{path}: {name} must be a finite number; it is {value!r}")
     active = {name: value for name, value in config.items() if name not in _UNDERSTOOD and value}
     if config.get("bias", "none") != "none":
         active["bias"] = config["bias"]
@@ -237,10 +245,21 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path} is missing; save the adapter with save_lora(), or with PEFT's "
             "save_pretrained(safe_serialization=True)"
         )
+    with path.open("rb") as file:
+        if file.read(23) == b"version https://git-lfs":
+            raise ValueError(
+                f"{path} is a Git LFS pointer, not the weights; run 'git lfs pull' in its folder"
+            )
     try:
-        return safetensors.torch.load_file(path)
+        tensors = safetensors.torch.load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); save the adapter anew") from None
+    renamed = {_without_wrappers(key): tensor for key, tensor in tensors.items()}
+    return renamed if len(renamed) == len(tensors) else tensors
+
+
+def _without_wrappers(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
 
 
 def _attention_places(model: nn.Module) -> dict[str, tuple[str, int]]:
@@ -298,6 +317,11 @@ def _check_tensors(
                 raise ValueError(
                     f"{directory}: {_key(path, part)!r} must be floating point of shape {shape} "
                     f"for this model and r={rank}; it is {tensor.dtype} of {tuple(tensor.shape)}"
+                )
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(
+                    f"{directory}: {_key(path, part)!r} holds NaN or infinite values; the training "
+                    "that wrote them diverged, so train the adapter anew"
                 )
         if tensors[_key(path, "out_a")].any() and tensors[_key(path, "out_b")].any():
             raise ValueError(
