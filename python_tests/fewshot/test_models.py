@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from tir_kernels.fewshot import models
 from tir_kernels.fewshot.config import FewShotConfig
 from tir_kernels.fewshot.data import load_data
 from tir_kernels.fewshot.engine import finetune_episode
@@ -85,6 +86,7 @@ def test_fingerprint_follows_weights_and_configuration(folder, tmp_path):
 def test_choice_among_weights_files(folder):
     torch.save(load_file(folder / "tiny_fp16.safetensors"), folder / "other.bin")
     (folder / "optimizer.txt").write_text("no weights")
+    (folder / "._tiny_fp16.safetensors").write_text("what macOS leaves on other file systems")
     load_model(str(folder))  # the safetensors file is taken, whatever lies beside it
     shutil.copy(folder / "tiny_fp16.safetensors", folder / "second.safetensors")
     with pytest.raises(FewShotError, match=r"several .*\(second.safetensors, tiny_fp16.*--pretrai"):
@@ -245,6 +247,17 @@ def test_failed_download(tag, tiny_architecture, monkeypatch):
 def test_unusable_device(folder, device):
     with pytest.raises(FewShotError, match=f"--device {device} can't be used here: "):
         load_model(str(folder), device=device)
+
+
+def test_a_device_without_room(folder, monkeypatch):
+    class Large(torch.nn.Module):
+        def to(self, device):
+            raise torch.OutOfMemoryError(f"{device} out of memory.\nmany\nlines")
+
+    monkeypatch.setattr(models, "_build", lambda source: Large())
+    monkeypatch.setattr(models, "load_weights", lambda *args: [])
+    with pytest.raises(FewShotError, match=r"--device cpu can't take the model: cpu out of mem"):
+        load_model(str(folder))
 
 
 def test_nothing_is_logged(folder, caplog):

@@ -136,6 +136,9 @@ def _read_zip(file: BinaryIO, path: Path) -> Any:
                 f"it is a {kind} archive without PyTorch's weights (it holds {', '.join(names[:3])}"
                 f"{', …' if len(names) > 3 else ''}); pass a safetensors or PyTorch file",
             )
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            # Of any size once it is unpacked.
+            raise _unreadable(path, f"it is compressed, which PyTorch never does; {_DAMAGED}")
     file.seek(0)
     unknown = get_unsafe_globals_in_checkpoint(file)
     file.seek(0)

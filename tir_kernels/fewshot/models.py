@@ -78,9 +78,9 @@ def load_model(
         check_config(source.config, found, source.description)
     notes = _notes_on_activation(source, found)
     model = _build(source)
-    notes += load_weights(model, found, source.weights, source.description.split(" with ")[0])
+    notes += load_weights(model, found, source.weights, source.architecture)
     del found  # as large as the model
-    model = model.float().eval().requires_grad_(False).to(target)
+    model = _move(model.float().eval().requires_grad_(False), target)
     preprocess_cfg = open_clip.get_model_preprocess_cfg(model)
     try:
         preprocess = Preprocess(PreprocessCfg(**preprocess_cfg))
@@ -124,6 +124,11 @@ class _Source:
     description: str
     folder: Path | None = None
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def architecture(self) -> str:
+        """The model in words, without its weights."""
+        return self.open_clip_name if self.folder is None else str(self.folder)
 
 
 def _find(name: str, pretrained: str | None) -> _Source:
@@ -254,7 +259,7 @@ def _notes_on_activation(source: _Source, found: list[StateDict]) -> list[str]:
     if any(state.is_openai for state in found):
         raise FewShotError(
             f"the weights {source.weights} are OpenAI's, which need QuickGELU, and "
-            f"{source.description.split(' with ')[0]} has GELU: {remedy}"
+            f"{source.architecture} has GELU: {remedy}"
         )
     maker = _QUICK_GELU_MAKERS.search(f"{source.folder or ''} {source.weights}")
     if maker:
@@ -282,7 +287,7 @@ def _build(source: _Source) -> nn.Module:
             )
     except Exception as error:
         raise FewShotError(
-            f"--model: open_clip can't build {source.description.split(' with ')[0]}: "
+            f"--model: open_clip can't build {source.architecture}: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
     try:
@@ -325,6 +330,16 @@ def _usable_device(device: str | torch.device) -> torch.device:
             f"--device {device} can't be used here: {first_line(error)}; --device cpu always works"
         ) from error
     return target
+
+
+def _move(model: nn.Module, device: torch.device) -> nn.Module:
+    try:
+        return model.to(device)
+    except RuntimeError as error:  # of which running out of memory is one
+        raise FewShotError(
+            f"--device {device} can't take the model: {first_line(error)}; free its memory, or "
+            "pass another device"
+        ) from error
 
 
 def _fingerprint(source: _Source, preprocess: dict[str, Any]) -> str:

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-# Modules within modules; a file made to hurt can nest one module many times.
-MAX_MODULES = 100_000
+# A file made to hurt can nest a module in itself. The largest CLIP models have some 2,000 modules.
+_MAX_MODULES = 20_000
+_MAX_DEPTH = 50
 
 
 class StandIn:
@@ -54,17 +55,19 @@ def module_tensors(module: StandIn) -> dict[str, Tensor] | None:
     if not isinstance(module.state, dict):
         return None
     tensors: dict[str, Tensor] = {}
-    waiting = [("", module)]
-    for _ in range(MAX_MODULES):
+    waiting = [("", 0, module)]
+    for _ in range(_MAX_MODULES):
         if not waiting:
             return tensors or None
-        prefix, current = waiting.pop()
+        prefix, depth, current = waiting.pop()
         for name, value in _members(current.state):
             if isinstance(value, Tensor):
                 tensors[f"{prefix}{name}"] = value
             elif isinstance(value, StandIn) and isinstance(value.state, dict):
-                waiting.append((f"{prefix}{name}.", value))
-    raise ValueError(f"it has more than {MAX_MODULES} modules")
+                if depth == _MAX_DEPTH:
+                    raise ValueError(f"its modules are nested more than {_MAX_DEPTH} deep")
+                waiting.append((f"{prefix}{name}.", depth + 1, value))
+    raise ValueError(f"it has more than {_MAX_MODULES:,} modules")
 
 
 def _members(state: dict[Any, Any]) -> Iterator[tuple[str, Any]]:

@@ -173,7 +173,7 @@ def load_weights(
             "save the one that is meant as a file of its own"
         )
     notes = _notes(taken, path)
-    state = {name: tensor.detach().to(torch.float32) for name, tensor in taken.tensors.items()}
+    state = {name: tensor.detach() for name, tensor in taken.tensors.items()}
     _check_finite(state, path)
     notes += _fit_positions(state, model, path)
     for name in _SCALARS:
@@ -313,7 +313,11 @@ def _notes(taken: _Reading, path: Path) -> list[str]:
 
 
 def _check_finite(state: dict[str, Tensor], path: Path) -> None:
-    bad = [name for name, value in state.items() if not bool(torch.isfinite(value).all())]
+    bad = [
+        name
+        for name, value in state.items()
+        if not bool(torch.isfinite(value.to(torch.float32)).all())
+    ]
     if bad:
         more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
         raise FewShotError(
@@ -327,6 +331,9 @@ def _fit_positions(state: dict[str, Tensor], model: nn.Module, path: Path) -> li
     before = {
         name: len(state[name]) for name in (_IMAGE_POSITIONS, *_TEXT_POSITIONS) if name in state
     }
+    for name in before:
+        # In half precision the interpolation loses digits, or can't be had at all.
+        state[name] = state[name].to(torch.float32)
     resize_pos_embed(state, model)
     resize_text_pos_embed(state, model)
     notes = []
