@@ -25,6 +25,7 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tokenizer.model",
 )
+_LOCAL_MODEL = "a folder with open_clip_config.json, weights and tokenizer.json"
 
 
 @contextlib.contextmanager
@@ -59,6 +60,8 @@ def download_weights(tag: dict[str, Any], name: str) -> Path:
         with contextlib.suppress(Exception), offline():
             return Path(open_clip.download_pretrained(tag))
     _require_cache(bool(tag.get("hf_hub")), name)
+    if tag.get("hf_hub"):
+        _require_network(f"--pretrained: the weights of {name}", "a checkpoint file")
     try:
         return Path(open_clip.download_pretrained(tag))
     except Exception as error:
@@ -106,13 +109,13 @@ def load_tokenizer(
     with contextlib.suppress(Exception), offline():
         return load()
     _require_cache(True, f"the tokenizer {source}")
+    _require_network(f"--model: the tokenizer {source!r} of {open_clip_name}", _LOCAL_MODEL)
     try:
         return load()
     except Exception as error:
         raise FewShotError(
             f"--model: the tokenizer {source!r} of {open_clip_name} is not in the cache and can't "
-            f"be downloaded ({first_line(error)}); connect to the network once, or pass a folder "
-            "with open_clip_config.json, weights and tokenizer.json"
+            f"be downloaded ({first_line(error)}); check the network, or pass {_LOCAL_MODEL}"
         ) from error
 
 
@@ -129,3 +132,19 @@ def _require_cache(is_hub: bool, name: str) -> None:
             f"there is no home directory to keep {name} in; set HOME{' or HF_HOME' * is_hub}, "
             "or pass local files"
         )
+
+
+def _require_network(what: str, instead: str) -> None:
+    """Ask the hub once before a download, which without a network tries for most of a minute."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise FewShotError(f"{what}: not in the cache; unset HF_HUB_OFFLINE, or pass {instead}")
+    hub = huggingface_hub.constants.ENDPOINT
+    try:
+        huggingface_hub.utils.get_session().head(
+            hub, timeout=huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT
+        )
+    except Exception as error:
+        raise FewShotError(
+            f"{what}: not in the cache, and {hub} can't be reached ({first_line(error)}); "
+            f"check the network, or pass {instead}"
+        ) from error

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tir_kernels.clip.towers import text_tower, vision_tower
 from tir_kernels.fewshot.checkpoints import INDEX_ENDING, checkpoint_files, read_checkpoint
 from tir_kernels.fewshot.errors import FewShotError, first_line
-from tir_kernels.fewshot.files import open_regular
+from tir_kernels.fewshot.files import expand_user, open_regular
 from tir_kernels.fewshot.hub import download_weights, load_tokenizer, tokenizer_files
 from tir_kernels.fewshot.model_config import check_config, read_config, refuse_other_towers
 from tir_kernels.fewshot.preprocess import Preprocess
@@ -135,8 +135,8 @@ def _find(name: str, pretrained: str | None) -> _Source:
     if not name.strip() or (pretrained is not None and not pretrained.strip()):
         argument = "--model" if not name.strip() else "--pretrained"
         raise FewShotError(f"{argument} is empty; pass a name or a path")
-    folder = _expanded(name)
     try:
+        folder = expand_user(name)
         if os.path.isdir(folder):
             return _from_folder(folder, pretrained)
         # As open_clip does for the names that OpenAI gave its models, such as ViT-B/32.
@@ -146,16 +146,9 @@ def _find(name: str, pretrained: str | None) -> _Source:
     except OSError as error:
         raise FewShotError(
             f"--model: can't read {error.filename or name}: {error.strerror or first_line(error)}; "
-            "check its permissions"
+            "pass a path that can be read"
         ) from error
     raise FewShotError(_unknown_model(name))
-
-
-def _expanded(path: str) -> Path:
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:  # nobody knows whose home that is; then it is a name like any other
-        return Path(path)
 
 
 def _from_folder(folder: Path, pretrained: str | None) -> _Source:
@@ -167,7 +160,7 @@ def _from_folder(folder: Path, pretrained: str | None) -> _Source:
 
 def _weights_in(folder: Path, pretrained: str | None) -> Path:
     if pretrained is not None:
-        for path in (_expanded(pretrained), folder / pretrained):
+        for path in (expand_user(pretrained), folder / pretrained):
             if os.path.isfile(path):
                 return path
         raise FewShotError(f"--pretrained: no file {pretrained} here or in {folder}")
@@ -225,7 +218,7 @@ def _from_architecture(name: str, pretrained: str | None) -> _Source:
 
 
 def _weights_file(name: str, pretrained: str, tags: list[str]) -> Path:
-    path = _expanded(pretrained)
+    path = expand_user(pretrained)
     if os.path.isfile(path):
         return path
     if os.path.isdir(path):
@@ -303,7 +296,7 @@ def _unknown_model(name: str) -> str:
         return f"--model: download {name.removeprefix('hf-hub:')} and pass its folder"
     if name.startswith("local-dir:"):
         return f"--model: pass the folder {name.removeprefix('local-dir:')} without local-dir:"
-    if os.path.isfile(_expanded(name)):
+    if os.path.isfile(name):
         return f"--model: {name} is a file; pass its architecture and --pretrained {name}"
     # Case, separators and OpenAI's "@336px" are the usual slips, and would spoil the likeness.
     names = {_plain(known): known for known in open_clip.list_models()}
