@@ -168,6 +168,14 @@ def test_a_whole_pickled_model(folder, model):
     assert "'clip.…' in 'net' taken as" in loaded.notes[0]
 
 
+def test_names_made_to_take_long(folder):
+    one = torch.ones(1)
+    with pytest.raises(FewShotError, match="are not of"):
+        load(folder, {f"{index}.visual.proj": one for index in range(3000)})
+    with pytest.raises(FewShotError, match="they hold other tensors"):
+        load(folder, {200_000 * "." + "visual.proj": one})
+
+
 def test_modules_nested_in_themselves(folder):
     own = nn.Linear(2, 2)
     own._modules["again"] = own
@@ -288,9 +296,9 @@ def test_tensors_of_other_kinds(folder, state, change, words):
             "Hugging Face's CLIPModel",
         ),
         ({"fc.weight": torch.ones(2)}, r"other tensors \(fc\.weight\); pass the architecture"),
-        ({"epoch": 3}, "holds a dict of epoch and no tensors"),
-        ({}, "holds a dict and no tensors"),
-        (argparse.Namespace(a=1), r"holds a argparse\.Namespace and no tensors"),
+        ({"epoch": 3}, r"holds an object of type dict \(epoch\) and no tensors"),
+        ({}, "holds an object of type dict and no tensors"),
+        (argparse.Namespace(a=1), r"holds an object of type argparse\.Namespace and no"),
     ],
 )
 def test_contents_of_other_kinds(folder, content, words):

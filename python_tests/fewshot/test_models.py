@@ -59,6 +59,22 @@ def test_folder_with_half_precision_weights(folder):
     assert loaded.description == str(folder)
 
 
+def test_the_callers_modes_do_not_matter(folder):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)
+    try:
+        with torch.inference_mode(), torch.device("meta"):
+            model = load_model(str(folder)).model
+    finally:
+        torch.set_default_dtype(before)
+    expected = load_model(str(folder)).model
+    for name, value in [*expected.named_parameters(), *expected.named_buffers()]:
+        own = model.get_parameter(name) if name in model.state_dict() else model.get_buffer(name)
+        assert own.dtype == torch.float32
+        assert not own.is_inference()
+        assert torch.equal(own, value)
+
+
 def test_preprocessing_follows_the_folder(folder):
     image = Image.fromarray(np.full((50, 90, 3), 255, np.uint8))
     result = load_model(str(folder)).preprocess(image)
@@ -247,6 +263,8 @@ def test_failed_download(tag, tiny_architecture, monkeypatch):
 def test_unusable_device(folder, device):
     with pytest.raises(FewShotError, match=f"--device {device} can't be used here: "):
         load_model(str(folder), device=device)
+    with pytest.raises(FewShotError, match="--device meta holds no values"):
+        load_model(str(folder), device="meta")
 
 
 def test_a_device_without_room(folder, monkeypatch):

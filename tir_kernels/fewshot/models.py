@@ -72,7 +72,12 @@ def load_model(
         FewShotError: The model, its weights or the device can't be had.
     """
     target = _usable_device(device)
-    source = _find(name, pretrained)
+    # Whatever the caller's default device and modes are: the model is to be trained on.
+    with torch.device("cpu"), torch.inference_mode(False):
+        return _load(_find(name, pretrained), target)
+
+
+def _load(source: _Source, target: torch.device) -> LoadedModel:
     found = state_dicts(read_checkpoint(source.weights), source.weights)
     if source.folder is not None:
         check_config(source.config, found, source.description)
@@ -80,7 +85,7 @@ def load_model(
     model = _build(source)
     notes += load_weights(model, found, source.weights, source.architecture)
     del found  # as large as the model
-    model = _move(model.float().eval().requires_grad_(False), target)
+    model = _move(model.eval().requires_grad_(False), target)
     preprocess_cfg = open_clip.get_model_preprocess_cfg(model)
     try:
         preprocess = Preprocess(PreprocessCfg(**preprocess_cfg))
@@ -164,21 +169,22 @@ def _weights_in(folder: Path, pretrained: str | None) -> Path:
             if os.path.isfile(path):
                 return path
         raise FewShotError(f"--pretrained: no file {pretrained} here or in {folder}")
-    for kind, found in _weights_files(folder):
+    for found in _weights_files(folder):
         if len(found) == 1:
             return found[0]
         if found:
             names = ", ".join(path.name for path in found)
             raise FewShotError(
-                f"--model: {folder} has several {kind} ({names}); say which with --pretrained FILE"
+                f"--model: {folder} has several weights files ({names}); "
+                "say which with --pretrained FILE"
             )
     raise FewShotError(
         f"--model: {folder} has no weights; put a {' or '.join(SAFETENSORS + PICKLES)} file in it"
     )
 
 
-def _weights_files(folder: Path) -> Iterator[tuple[str, list[Path]]]:
-    """A folder's weights files by kind, the preferred kinds first."""
+def _weights_files(folder: Path) -> Iterator[list[Path]]:
+    """A folder's weights files, the preferred kinds first."""
     files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     for endings in (SAFETENSORS, PICKLES):
         of_kind = [path for path in files if path.suffix in endings]
@@ -188,7 +194,7 @@ def _weights_files(folder: Path) -> Iterator[tuple[str, list[Path]]]:
             if path.name.endswith(tuple(f"{ending}{INDEX_ENDING}" for ending in endings))
         ]
         parts = {part for index in indices for part in checkpoint_files(index)}
-        yield "weights files", indices + [path for path in of_kind if path not in parts]
+        yield indices + [path for path in of_kind if path not in parts]
 
 
 def _from_architecture(name: str, pretrained: str | None) -> _Source:
@@ -222,7 +228,7 @@ def _weights_file(name: str, pretrained: str, tags: list[str]) -> Path:
     if os.path.isfile(path):
         return path
     if os.path.isdir(path):
-        found = [file.name for _, files in _weights_files(path) for file in files]
+        found = [file.name for files in _weights_files(path) for file in files]
         files = f"one of its files ({', '.join(found)})" if found else "a file; it has no weights"
         raise FewShotError(f"--pretrained: {pretrained} is a folder; pass {files}")
     if os.path.exists(path):
@@ -288,7 +294,7 @@ def _build(source: _Source) -> nn.Module:
         text_tower(model)
     except (TypeError, ValueError) as error:
         raise FewShotError(f"--model: {source.description}: {first_line(error)}") from error
-    return model
+    return model.float()  # built in the default dtype, which may be another
 
 
 def _unknown_model(name: str) -> str:
@@ -304,8 +310,7 @@ def _unknown_model(name: str) -> str:
     likely = names.get(_plain(name)) or names.get(_plain(name.split(":")[0]))
     if len(Path(name).parts) > 1 and not likely:
         return f"--model: there is no folder {name}"
-    known = f"nearest are {', '.join(names[key] for key in close)}" if close else ""
-    hint = f"; the {known}" if known else ""
+    hint = f"; the nearest are {', '.join(names[key] for key in close)}" if close else ""
     return f"--model: {name} is neither a folder nor an open_clip architecture{hint}"
 
 
@@ -322,6 +327,8 @@ def _usable_device(device: str | torch.device) -> torch.device:
         raise FewShotError(
             f"--device {device} can't be used here: {first_line(error)}; --device cpu always works"
         ) from error
+    if target.type == "meta":
+        raise FewShotError("--device meta holds no values; pass cpu or another device")
     return target
 
 

@@ -24,6 +24,9 @@ from tir_kernels.fewshot.stand_ins import StandIn, module_tensors
 
 # Containers in containers: the deepest known are three ("checkpoint", "model", "state_dict").
 _MAX_DEPTH = 6
+# Bounds on the work that a file made to hurt can cause.
+_MAX_PREFIXES = 8
+_MAX_NAME_LENGTH = 1000
 # Modules that hold another and nothing else. Each may stand anywhere in a name.
 _WRAPPERS = frozenset(
     {
@@ -79,8 +82,8 @@ def state_dicts(content: Any, path: Path) -> list[StateDict]:
         raise FewShotError(f"can't read the weights {path}: {first_line(error)}") from error
     if not found:
         kind = getattr(content, "full_name", "") or type(content).__name__
-        keys = [str(key) for key in content] if isinstance(content, Mapping) else []
-        holds = f"a {kind}" + (f" of {', '.join(keys[:3])}" if keys else "")
+        keys = ", ".join(str(key) for key in [*content][:3]) if isinstance(content, Mapping) else ""
+        holds = f"an object of type {kind}" + (f" ({keys})" if keys else "")
         raise FewShotError(
             f"can't read the weights {path}: it holds {holds} and no tensors by name; "
             "pass a safetensors file or a plain state dict"
@@ -202,7 +205,7 @@ def _readings(
     if not known:
         return
     most = max(known.values())
-    prefixes = [prefix for prefix, count in known.items() if 2 * count > most]
+    prefixes = [prefix for prefix, count in known.most_common(_MAX_PREFIXES) if 2 * count > most]
     for prefix in prefixes:
         own: dict[str, Tensor] = {}
         unknown, left_out = [], []
@@ -238,8 +241,9 @@ def _names_in_files(expected: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _splits(name: str) -> Iterator[tuple[str, str]]:
+    """Every way to take a name for a prefix and a name."""
     yield "", name
-    for position, character in enumerate(name):
+    for position, character in enumerate(name[:_MAX_NAME_LENGTH]):
         if character == ".":
             yield name[: position + 1], name[position + 1 :]
 
