@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+from torch import Tensor
 
 from tir_kernels.fewshot.errors import FewShotError, first_line
 from tir_kernels.fewshot.files import MIB, read_text
@@ -22,17 +23,22 @@ _MAX_CONFIG_BYTES = MIB
 # Attention takes memory by the square of these: 2**16 patches are 4096 x 4096 pixels by 16 x 16.
 MAX_PATCHES = 2**16
 MAX_CONTEXT_LENGTH = 2**13
-# A model of another size than its weights is built to say where it differs, unless it is too large.
-_SLACK = 4
-_SMALL_MODEL = 10**8  # parameters
-_FEW_LAYERS = 2**8
-_SMALL_SIZE = 2**16
+# The largest of open_clip's models has 56 layers, and every layer takes time to build.
+MAX_LAYERS = 2**10
 _MAX_SIDE = 2**16  # pixels
+# A model of other sizes than its weights is built to say where it differs, unless it is too large.
+_SMALL_MODEL = 10**8  # parameters
+_SMALL_SIZE = 2**16
 
 _SECTIONS: dict[str, Any] = {"vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg}
 _SIZES = {
     "vision_cfg": ("layers", "width", "head_width", "patch_size", "image_size"),
     "text_cfg": ("layers", "width", "heads", "context_length", "vocab_size"),
+}
+_BOUNDS = {
+    "layers": MAX_LAYERS,
+    "context_length": MAX_CONTEXT_LENGTH,
+    "image_size": _MAX_SIDE,
 }
 _PAIRS = ("image_size", "patch_size")
 
@@ -78,8 +84,8 @@ def check_config(config: dict[str, Any], found: list[StateDict], source: str) ->
     """
     refuse_other_towers(config, source)
     _check_flags(config, ("quick_gelu", "custom_text", "nonscalar_logit_scale"), source)
-    shapes = [tensor.shape for state in found for tensor in state.tensors.values()]
-    largest = max(_SMALL_SIZE, *(max(shape, default=1) for shape in shapes))
+    tensors = [tensor for state in found for tensor in state.tensors.values()]
+    largest = max(_SMALL_SIZE, *(max(tensor.shape, default=1) for tensor in tensors))
     _check_size(config.get("embed_dim"), "embed_dim", largest, source)
     for name, kind in _SECTIONS.items():
         section = config.get(name)
@@ -92,25 +98,15 @@ def check_config(config: dict[str, Any], found: list[StateDict], source: str) ->
         _check_numbers(section, name, largest, source)
         for key in _SIZES[name]:
             if key in section:
-                bound = _bound(key, len(shapes), largest)
+                bound = _BOUNDS.get(key, largest)
                 _check_size(section[key], f"{name}.{key}", bound, source, pair=key in _PAIRS)
     _check_patches(config["vision_cfg"], source)
-    held = sum(math.prod(shape) for shape in shapes)
-    wanted = _num_parameters(config)
-    if wanted > max(_SLACK * held, _SMALL_MODEL):
+    held, wanted = _num_bytes(tensors), _num_parameters(config)
+    if wanted > max(held, _SMALL_MODEL):  # no weights take less than a byte for a parameter
         raise FewShotError(
-            f"--model: {source} describes a model of {wanted:.2g} parameters, but the weights hold "
-            f"{held:.2g} numbers; pass the configuration that belongs to them"
+            f"--model: {source} describes a model of {wanted:.2g} parameters, but the weights are "
+            f"{held:.2g} bytes; pass the configuration that belongs to them"
         )
-
-
-def _bound(key: str, num_tensors: int, largest: int) -> int:
-    bounds = {
-        "layers": max(num_tensors, _FEW_LAYERS),
-        "context_length": MAX_CONTEXT_LENGTH,
-        "image_size": _MAX_SIDE,
-    }
-    return bounds.get(key, largest)
 
 
 def refuse_other_towers(config: dict[str, Any], source: str) -> None:
@@ -149,8 +145,8 @@ def _check_numbers(section: dict[str, Any], name: str, largest: int, source: str
             continue
         if not abs(value) <= largest:
             raise FewShotError(
-                f"--model: {source}: {name}.{key} is {_short(value)}, but for these weights it "
-                f"can be {largest:,} at most; pass the configuration that belongs to them"
+                f"--model: {source}: {name}.{key} is {_short(value)}, but for these weights "
+                f"{largest:,} is the most; pass the configuration that belongs to them"
             )
 
 
@@ -164,8 +160,8 @@ def _check_size(value: Any, name: str, bound: int, source: str, *, pair: bool = 
             )
         if size > bound:
             raise FewShotError(
-                f"--model: {source}: {name} is {_short(size)}, but for these weights it can be "
-                f"{bound:,} at most; pass the configuration that belongs to them"
+                f"--model: {source}: {name} is {_short(size)}, but {bound:,} is the most that "
+                "is built; pass the configuration that belongs to the weights"
             )
 
 
@@ -179,6 +175,16 @@ def _check_patches(vision: dict[str, Any], source: str) -> None:
             f"more than {MAX_PATCHES:,} patches, the most that attention can take; choose a "
             "smaller vision_cfg.image_size"
         )
+
+
+def _num_bytes(tensors: list[Tensor]) -> int:
+    """How much is stored, however often and in however large a shape it is seen."""
+    storages = [
+        tensor.untyped_storage()
+        for tensor in tensors
+        if tensor.layout == torch.strided and not tensor.is_meta
+    ]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _num_parameters(config: dict[str, Any]) -> float:
