@@ -48,6 +48,9 @@ def test_tokenizers_of_a_folder(folder, monkeypatch):
     words = tokenizers.models.WordLevel({"[PAD]": 0, "a": 2, "b": 1}, unk_token="[PAD]")
     tokenizers.Tokenizer(words).save(str(folder / "tokenizer.json"))
     assert load_model(str(folder)).fingerprint != loaded.fingerprint
+    before = load_model(str(folder)).fingerprint
+    (folder / "tokenizer_config.json").write_text(json.dumps({**kind, "padding_side": "left"}))
+    assert load_model(str(folder)).fingerprint != before
     # Code that a folder brings along is never run, whatever its configuration asks for.
     config = json.loads((folder / "open_clip_config.json").read_text())
     config["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": True}
@@ -100,6 +103,7 @@ def downloads(monkeypatch):
     monkeypatch.setattr(huggingface_hub.utils, "get_session", lambda: own)
     monkeypatch.setattr(open_clip, "download_pretrained", own.get)
     monkeypatch.setattr(open_clip, "get_tokenizer", own.get)
+    monkeypatch.setattr(hub, "_has_transformers", lambda: True)
     return own
 
 
@@ -133,6 +137,13 @@ def test_a_start_without_network_does_not_wait(downloads, load, monkeypatch):
     with pytest.raises(FewShotError, match="not in the cache; unset HF_HUB_OFFLINE, or pass a"):
         load()
     assert downloads.tried == ["offline"]
+
+
+def test_tokenizers_of_a_library_that_is_not_installed(downloads, monkeypatch):
+    monkeypatch.setattr(hub, "_has_transformers", lambda: False)
+    with pytest.raises(FewShotError, match=r"'a/b' of ViT-x needs .*: pip install transformers"):
+        tokenizer()
+    assert downloads.tried == []
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,12 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
     "tokenizer.model",
+)
+_COMPANIONS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
 )
 _LOCAL_MODEL = "a folder with open_clip_config.json, weights and tokenizer.json"
 
@@ -99,6 +106,12 @@ def load_tokenizer(
             f"{source!r} into it"
         )
 
+    if not _has_transformers():
+        raise FewShotError(
+            f"--model: the tokenizer {source!r} of {folder or open_clip_name} needs the "
+            "transformers library: pip install transformers"
+        )
+
     def load() -> Callable[..., Tensor]:
         # Code in a folder or repository is not run, whatever its configuration asks for.
         return open_clip.get_tokenizer(open_clip_name, trust_remote_code=False)
@@ -120,8 +133,15 @@ def load_tokenizer(
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The tokenizer's files in a local model's folder."""
-    return [path for name in TOKENIZER_FILES if (path := folder / name).is_file()]
+    """The tokenizer's files in a local model's folder; empty if there is no tokenizer."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return []
+    names = TOKENIZER_FILES + _COMPANIONS
+    return [path for name in names if (path := folder / name).is_file()]
+
+
+def _has_transformers() -> bool:
+    return importlib.util.find_spec("transformers") is not None
 
 
 def _require_cache(is_hub: bool, name: str) -> None:
