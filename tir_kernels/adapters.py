@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import AUTO_ORDER, load_backend, refusal
+from .scalars import real_number, whole_number
+from .validation import require_same_device, require_tensor
 
 ACTIVATIONS = ("gelu", "quick_gelu")
 
@@ -101,19 +103,28 @@ def counted_dropout(
     Raises:
         ValueError, TypeError: A shape, type or number outside these.
     """
-    if rows.dim() != 4 or seeds.shape != rows.shape[:1] or step.shape != (1,):
-        raise ValueError(
-            "rows must have shape (G, S, T, D), seeds (G,) and step (1,); got "
-            f"{tuple(rows.shape)}, {tuple(seeds.shape)} and {tuple(step.shape)}"
-        )
-    if seeds.dtype != torch.int64 or step.dtype != torch.int64:
-        raise TypeError(f"seeds and step must be int64; got {seeds.dtype} and {step.dtype}")
+    require_tensor("rows", rows, "(G, S, T, D)")
+    for name, tensor, shape in (("seeds", seeds, rows.shape[:1]), ("step", step, (1,))):
+        if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64:
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be an int64 tensor; got {kind}")
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} must have shape {tuple(shape)} beside rows of shape {tuple(rows.shape)}; "
+                f"got {tuple(tensor.shape)}"
+            )
+        require_same_device(name, tensor, "rows", rows)
+    probability = real_number("probability", probability)
     if not 0 <= probability < 1:
         raise ValueError(f"probability must lie in [0, 1); got {probability}")
-    if not (0 <= stream < 256 and first_branch >= 0 and first_branch + num_branches <= 256):
+    stream = whole_number("stream", stream)
+    first_branch = whole_number("first_branch", first_branch)
+    num_branches = whole_number("num_branches", num_branches)
+    end_branch = first_branch + num_branches
+    if not (0 <= stream < 256 and 0 <= first_branch <= end_branch <= 256):
         raise ValueError(
             f"stream and branches must lie in [0, 256); got stream {stream}, branches "
-            f"{first_branch} to {first_branch + num_branches - 1}"
+            f"{first_branch} to {end_branch - 1}"
         )
     return torch.ops.tir_kernels.counted_dropout(
         rows.detach(),
@@ -177,6 +188,8 @@ def biased_activation(hidden: Tensor, bias: Tensor | None, kind: str = "gelu") -
         raise ValueError(f"kind must be one of {', '.join(ACTIVATIONS)}; got {kind!r}")
     if bias is not None and bias.shape != hidden.shape[-1:]:
         raise ValueError(f"bias must have shape ({hidden.shape[-1]},); got {tuple(bias.shape)}")
+    if bias is not None:
+        require_same_device("bias", bias, "hidden", hidden)
     if bias is not None and bias.requires_grad:
         raise ValueError("bias must be frozen: no gradient flows to it; detach it")
     return _BiasedActivation.apply(hidden, bias, kind)

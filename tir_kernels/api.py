@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import ops  # noqa: F401  (registers the operators)
 from .autograd import ReweightedAttention, TokenWeightsFunction, WeightedAttention
+from .precision import autocast_dtype
 from .rules import JointSpace, WeightRule
 from .validation import (
     check_attention_inputs,
@@ -63,7 +64,7 @@ def token_relevance(
         ValueError, TypeError: A wrong rank, shape, dtype, device or group count.
         RuntimeError: A backend that cannot run here.
     """
-    class_embeddings, space = check_relevance_inputs(
+    class_embeddings, space, num_prefix_tokens = check_relevance_inputs(
         tokens, class_embeddings, joint_space, num_prefix_tokens, backend
     )
     with torch.no_grad():
@@ -108,7 +109,7 @@ def token_weights(
         ValueError, TypeError: A wrong rank, shape, dtype, device, group count or table length.
         RuntimeError: A backend that cannot run here.
     """
-    class_embeddings, space = check_relevance_inputs(
+    class_embeddings, space, num_prefix_tokens = check_relevance_inputs(
         tokens, class_embeddings, joint_space, num_prefix_tokens, backend
     )
     table = resolve_table(rule, table, tokens, class_embeddings.shape[1])
@@ -117,7 +118,7 @@ def token_weights(
         class_embeddings.detach(),
         *_joint_space_parts(space),
         table,
-        float(rule.top_ratio),
+        float(rule.top_ratio),  # a constant of a compiled graph, as no attribute is
         num_prefix_tokens,
         backend,
     )
@@ -215,7 +216,7 @@ def reweighted_attention(
     """
     q, k, v = _autocast(q, k, v)
     scale = check_attention_inputs(q, k, v, scale, backend)
-    class_embeddings, space = check_relevance_inputs(
+    class_embeddings, space, num_prefix_tokens = check_relevance_inputs(
         tokens, class_embeddings, joint_space, num_prefix_tokens, backend
     )
     require_same_device("tokens", tokens, "q", q)
@@ -232,7 +233,7 @@ def reweighted_attention(
         class_embeddings.detach(),
         *_joint_space_parts(space),
         table,
-        float(rule.top_ratio),
+        float(rule.top_ratio),  # a constant of a compiled graph, as no attribute is
         num_prefix_tokens,
     )
     if return_weights:
@@ -260,9 +261,9 @@ def _weights_dtype(query: Tensor) -> torch.dtype:
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as PyTorch's own attention is cast inside an autocast region."""
     device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device_type):
+    dtype = autocast_dtype(device_type)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device_type)
     return tuple(
         t.to(dtype)
         if isinstance(t, Tensor) and t.dtype in (torch.float32, torch.float16, torch.bfloat16)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .scalars import finite_number, real_number, whole_number
+
 RULE_KINDS = ("linear", "extremes", "suppress", "amplify", "none")
+LARGEST_WEIGHT = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,12 @@ class WeightRule:
 
     Args:
         kind: One of the names above. "linear" is the published method (arXiv 2605.25799).
-        strength: β, any finite number.
+        strength: β, any finite number that leaves the weights finite in float32.
         center: μ; ``None`` means (C + 1) / 2, which is 3 for the usual five classes.
         top_ratio: Each class selects its ``int(N * top_ratio)`` most relevant of N patch tokens;
             a number in [0, 1].
+
+    Numbers may be any real ones, NumPy's too; they are kept as floats.
 
     Raises:
         ValueError: A kind, strength, center or ratio outside what is allowed.
@@ -47,10 +51,11 @@ class WeightRule:
     def __post_init__(self) -> None:
         if self.kind not in RULE_KINDS:
             raise ValueError(f"kind must be one of {', '.join(RULE_KINDS)}; got {self.kind!r}")
-        _require_finite("strength", self.strength)
+        # The class is frozen: this is how its fields are set.
+        object.__setattr__(self, "strength", finite_number("strength", self.strength))
         if self.center is not None:
-            _require_finite("center", self.center)
-        require_ratio(self.top_ratio)
+            object.__setattr__(self, "center", finite_number("center", self.center))
+        object.__setattr__(self, "top_ratio", ratio("top_ratio", self.top_ratio))
 
     def table(self, num_classes: int) -> Tensor:
         """The weight of each count.
@@ -60,12 +65,22 @@ class WeightRule:
 
         Returns:
             (C + 1,) float32 on the CPU; entry s is the weight of a token that s classes select.
+
+        Raises:
+            TypeError: A number of classes that is not a whole number.
+            ValueError: One below 1, or for which a weight is beyond float32.
         """
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int):
-            raise TypeError(f"num_classes must be an int; got {type(num_classes).__name__}")
+        num_classes = whole_number("num_classes", num_classes)
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1; got {num_classes}")
-        return torch.tensor([self._weight(s, num_classes) for s in range(num_classes + 1)])
+        weights = [self._weight(s, num_classes) for s in range(num_classes + 1)]
+        if max(map(abs, weights)) > LARGEST_WEIGHT:
+            raise ValueError(
+                f"strength={self.strength} and center={self.center} give {num_classes} classes "
+                "weights beyond float32; choose a smaller strength"
+            )
+        # Neither the process's default dtype nor its default device may decide.
+        return torch.tensor(weights, dtype=torch.float32, device="cpu")
 
     def _weight(self, count: int, num_classes: int) -> float:
         center = (num_classes + 1) / 2 if self.center is None else self.center
@@ -128,21 +143,15 @@ class JointSpace:
                     "None too; pass a positive norm_eps to use them"
                 )
         else:
-            _require_finite("norm_eps", self.norm_eps)
-            if self.norm_eps < 0:
-                raise ValueError(f"norm_eps must not be negative; got {self.norm_eps}")
+            norm_eps = finite_number("norm_eps", self.norm_eps)
+            if norm_eps < 0:
+                raise ValueError(f"norm_eps must not be negative; got {norm_eps}")
+            object.__setattr__(self, "norm_eps", norm_eps)
 
 
-def require_ratio(top_ratio: object) -> None:
-    """Refuse a selection ratio that is not a number in [0, 1]."""
-    if isinstance(top_ratio, bool) or not isinstance(top_ratio, (int, float)):
-        raise TypeError(f"top_ratio must be a number in [0, 1]; got {type(top_ratio).__name__}")
-    if not 0.0 <= top_ratio <= 1.0:
-        raise ValueError(f"top_ratio must lie in [0, 1]; got {top_ratio}")
-
-
-def _require_finite(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite; got {value}")
+def ratio(name: str, value: object) -> float:
+    """A number in [0, 1] as a float; refuses any other."""
+    number = real_number(name, value, "a number in [0, 1]")
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"{name} must lie in [0, 1]; got {value}")
+    return number

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from .dispatch import backend_names
 from .rules import JointSpace, WeightRule
+from .scalars import finite_number, whole_number
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -43,14 +42,14 @@ def require_backend(backend: object) -> None:
         )
 
 
-def check_num_prefix_tokens(num_prefix_tokens: object, length: int) -> None:
-    if isinstance(num_prefix_tokens, bool) or not isinstance(num_prefix_tokens, int):
-        raise TypeError(f"num_prefix_tokens must be an int; got {type(num_prefix_tokens).__name__}")
-    if num_prefix_tokens < 0 or num_prefix_tokens > length:
+def check_num_prefix_tokens(num_prefix_tokens: object, length: int) -> int:
+    number = whole_number("num_prefix_tokens", num_prefix_tokens)
+    if number < 0 or number > length:
         raise ValueError(
             f"num_prefix_tokens must lie between 0 and the number of tokens L = {length}; "
-            f"got {num_prefix_tokens}"
+            f"got {number}"
         )
+    return number
 
 
 def check_relevance_inputs(
@@ -59,8 +58,8 @@ def check_relevance_inputs(
     joint_space: JointSpace | None,
     num_prefix_tokens: int,
     backend: str,
-) -> tuple[Tensor, JointSpace]:
-    """Returns class embeddings as (G, C, E) and the joint space, which is no map at all if None."""
+) -> tuple[Tensor, JointSpace, int]:
+    """Class embeddings as (G, C, E), the joint space (no map at all if None) and P as an int."""
     require_backend(backend)
     require_tensor("tokens", tokens, "(B, L, D)")
     if not isinstance(class_embeddings, Tensor) or class_embeddings.dim() != 3:
@@ -82,11 +81,11 @@ def check_relevance_inputs(
             f"class_embeddings of shape (G, C, E) need a number of groups G that divides the "
             f"{batch} images of tokens; got G = {num_groups}"
         )
-    check_num_prefix_tokens(num_prefix_tokens, length)
+    num_prefix_tokens = check_num_prefix_tokens(num_prefix_tokens, length)
     if joint_space is None:
         joint_space = JointSpace(norm_eps=None)
     _check_joint_space(joint_space, tokens, joint_width)
-    return class_embeddings, joint_space
+    return class_embeddings, joint_space, num_prefix_tokens
 
 
 def _check_joint_space(joint_space: JointSpace, tokens: Tensor, joint_width: int) -> None:
@@ -143,16 +142,22 @@ _tables: dict[tuple[WeightRule, int, torch.device], Tensor] = {}
 
 def _table_of(rule: WeightRule, num_classes: int, device: torch.device) -> Tensor:
     """A rule's table, kept: on a GPU, copying it there would be a call's slowest part."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _makes_other_tensors():
         return rule.table(num_classes).to(device)
     key = (rule, num_classes, device)
     table = _tables.get(key)
     if table is None:
-        table = rule.table(num_classes).to(device)
-        # Tracing makes other kinds of tensors, which are of no use afterwards.
-        if type(table) is Tensor and not table.is_inference() and len(_tables) < 1024:
+        # An inference tensor could not be saved for a backward pass later on.
+        with torch.inference_mode(False), torch.no_grad():
+            table = rule.table(num_classes).to(device)
+        if len(_tables) < 1024:
             _tables[key] = table
     return table
+
+
+def _makes_other_tensors() -> bool:
+    """Whether a mode or a transform is on under which a new tensor may be of use in there only."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
 
 
 def check_attention_inputs(
@@ -179,11 +184,7 @@ def check_attention_inputs(
             )
     if scale is None:
         return max(head_width, 1) ** -0.5
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number or None; got {type(scale).__name__}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite; got {scale}")
-    return float(scale)
+    return finite_number("scale", scale, "a number or None")
 
 
 def check_weights(weights: Tensor, batch: int, length: int, other_name: str) -> None:

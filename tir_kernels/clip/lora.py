@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tir_kernels.scalars import finite_number, real_number, whole_number
+
 from .attention import SelfAttention, close_attention, open_attention
 from .low_rank import CountedRandomness, LowRank
 from .towers import text_tower, vision_tower
@@ -40,7 +42,7 @@ class LoRA:
         self.dropout = dropout
         self.module_paths = module_paths
         self._blocks = blocks
-        self._step = torch.zeros(1, dtype=torch.int64)
+        self._step = torch.zeros(1, dtype=torch.int64, device="cpu")
         opened: list[Any] = []
         try:
             for block in blocks.values():
@@ -113,11 +115,13 @@ class LoRA:
         Args:
             seeds: One a group, each in [0, 2^63).
         """
+        seeds = [whole_number("seeds", seed, "whole numbers") for seed in seeds]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         low_ranks = self._low_ranks()
         device = next(iter(low_ranks.values())).a.device
-        on_device = torch.tensor(seeds, dtype=torch.int64, device=device)
-        self._step = torch.zeros(1, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # the step is changed in place, in training too
+            on_device = torch.tensor(seeds, dtype=torch.int64, device=device)
+            self._step = torch.zeros(1, dtype=torch.int64, device=device)
         for stream, low_rank in enumerate(low_ranks.values()):
             low_rank.draw(generators)
             low_rank.randomness = CountedRandomness(on_device, self._step, stream)
@@ -178,14 +182,14 @@ def add_lora(
     Args:
         model: An open_clip model with open_clip's own towers.
         rank: At least 1.
-        alpha: LoRA's alpha.
+        alpha: LoRA's alpha, any finite number.
         dropout: In [0, 1).
         towers: "visual", "text" or both.
         passes_input_gradient: Whether the low-rank branches pass a gradient on to earlier blocks.
             ``True`` is the gradient of the function; ``False`` is how the published few-shot
             program (arXiv 2605.25799) trains, where earlier blocks learn through the frozen
             projections alone.
-        num_groups: Train G sets of factors at once: the images, and the texts, of a forward pass
+        num_groups: At least 1, or ``None``. Train G sets of factors at once: the images, and the texts, of a forward pass
             fall into G equal parts, one after the other, each with factors of its own.
 
     Returns:
@@ -195,10 +199,14 @@ def add_lora(
         TypeError, ValueError: An unsuitable model or argument.
         RuntimeError: The model has LoRA already.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        raise TypeError(f"rank must be an int; got {type(rank).__name__}")
+    rank = whole_number("rank", rank)
     if rank < 1:
         raise ValueError(f"rank must be at least 1; got {rank}")
+    if num_groups is not None:
+        num_groups = whole_number("num_groups", num_groups, "an int or None")
+        if num_groups < 1:
+            raise ValueError(f"num_groups must be at least 1; got {num_groups}")
+    alpha, dropout = finite_number("alpha", alpha), real_number("dropout", dropout)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must lie in [0, 1); got {dropout}")
     unknown = set(towers) - set(TOWERS)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tir_kernels.adapters import counted_dropout
+from tir_kernels.precision import autocast_dtype
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class LowRank(nn.Module):
         rank, alpha, dropout: As in the formula.
         passes_input_gradient: Whether the branch passes a gradient on to the tokens. Without it,
             only the factors learn from the branch.
-        device: Of the factors.
+        device: Of the factors; ``None``: the CPU.
         num_groups: G; ``None``: one set of factors, without the leading dimension.
 
     Attributes:
@@ -64,8 +65,10 @@ class LowRank(nn.Module):
     ) -> None:
         super().__init__()
         groups = () if num_groups is None else (num_groups,)
-        self.a = nn.Parameter(torch.empty(*groups, 3, rank, width, device=device))
-        self.b = nn.Parameter(torch.zeros(*groups, 3, width, rank, device=device))
+        place: dict[str, Any] = {"dtype": torch.float32, "device": device or "cpu"}
+        with torch.inference_mode(False):  # where it is on, nothing could learn
+            self.a = nn.Parameter(torch.empty(*groups, 3, rank, width, **place))
+            self.b = nn.Parameter(torch.zeros(*groups, 3, width, rank, **place))
         self.scaling = alpha / math.sqrt(rank)
         self.dropout = dropout
         self.passes_input_gradient = passes_input_gradient
@@ -82,7 +85,7 @@ class LowRank(nn.Module):
                 if generators is None:
                     nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
                 else:  # the same numbers on every device
-                    drawn = torch.empty(factor.shape)
+                    drawn = torch.empty(factor.shape, dtype=torch.float32, device="cpu")
                     nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generators[index])
                     factor.copy_(drawn)
 
@@ -173,9 +176,7 @@ class _FrozenProjection(torch.autograd.Function):
         low_rank: LowRank,
         first: int,
     ) -> Tensor:
-        dtype = tokens.dtype
-        if torch.is_autocast_enabled(tokens.device.type):
-            dtype = torch.get_autocast_dtype(tokens.device.type)
+        dtype = autocast_dtype(tokens.device.type) or tokens.dtype
         tokens = tokens.to(dtype)
         projected = F.linear(tokens, weight, bias)
         num_groups = 1 if a.dim() == 3 else len(a)

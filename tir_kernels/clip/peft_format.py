@@ -333,4 +333,4 @@ def _check_tensors(
 def _is_block_diagonal(b: Tensor) -> bool:
     """Whether (3 W, 3 r) is zero outside its three (W, r) blocks."""
     blocks = b.unflatten(0, (3, -1)).unflatten(2, (3, -1)).transpose(1, 2)  # (3, 3, W, r)
-    return not blocks[~torch.eye(3, dtype=torch.bool)].any()
+    return not blocks[~torch.eye(3, dtype=torch.bool, device=b.device)].any()

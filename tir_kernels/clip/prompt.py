@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from tir_kernels.scalars import whole_number
+
 from .towers import text_tower
 
 CONTEXT_WORDS = "a photo of a"
@@ -51,19 +53,20 @@ class PromptContext(nn.Module):
         cut: bool = True,
     ) -> None:
         super().__init__()
-        _check_arguments(class_names, num_vectors)
+        num_vectors = _check_arguments(class_names, num_vectors)
         self.tower = text_tower(model)
         embedding = self.tower.token_embedding
         device = embedding.weight.device
         context = CONTEXT_WORDS if num_vectors == 0 else " ".join([_PLACEHOLDER] * num_vectors)
         prompts = [f"{context} {name}." for name in class_names]
-        token_ids = tokenizer(prompts).to(device)
-        _require_room(tokenizer, token_ids, prompts, class_names, num_vectors)
-        self.last_position = self.tower.last_position(token_ids)
-        if cut and self.tower.is_causal:
-            # No token sees the ones behind it, so what follows the last end-of-text token is waste.
-            token_ids = token_ids[:, : int(self.last_position.max()) + 1]
-        with torch.no_grad():
+        # Everything here lasts: made as inference tensors, none of it could take part in training.
+        with torch.inference_mode(False), torch.no_grad():
+            token_ids = _tokenize(tokenizer, prompts, device)
+            _require_room(tokenizer, token_ids, prompts, class_names, num_vectors)
+            self.last_position = self.tower.last_position(token_ids)
+            if cut and self.tower.is_causal:
+                # No token sees the ones behind it: what follows the last end-of-text is waste.
+                token_ids = token_ids[:, : int(self.last_position.max()) + 1]
             embeddings = _round(embedding(token_ids))
             self.register_buffer("embeddings", embeddings, persistent=False)
             self.vectors = nn.Parameter(
@@ -91,15 +94,24 @@ class PromptContext(nn.Module):
         return torch.cat([embeddings[:, :1], context, embeddings[:, 1 + num_vectors :]], dim=1)
 
 
-def _check_arguments(class_names: Sequence[str], num_vectors: int) -> None:
+def _check_arguments(class_names: Sequence[str], num_vectors: int) -> int:
+    """The number of vectors as an int."""
     if isinstance(class_names, str):  # a sequence of strings too, but of letters
         raise TypeError("class_names must be a sequence of strings; got str")
     if len(class_names) == 0:
         raise ValueError("class_names must hold at least one name")
-    if isinstance(num_vectors, bool) or not isinstance(num_vectors, int):
-        raise TypeError(f"num_vectors must be an int; got {type(num_vectors).__name__}")
+    num_vectors = whole_number("num_vectors", num_vectors)
     if num_vectors < 0:
         raise ValueError(f"num_vectors must be at least 0; got {num_vectors}")
+    return num_vectors
+
+
+def _tokenize(
+    tokenizer: Callable[[list[str]], Tensor], texts: list[str], device: torch.device
+) -> Tensor:
+    """(C, T) token ids, which tokenizers put on the process's default device."""
+    with torch.device("cpu"):
+        return tokenizer(texts).to(device)
 
 
 def _round(embeddings: Tensor) -> Tensor:
@@ -116,13 +128,13 @@ def _start(
     num_vectors: int,
     generator: torch.Generator | None,
 ) -> Tensor:
-    words = embedding(tokenizer([CONTEXT_WORDS]).to(embedding.weight.device))[0]
+    words = embedding(_tokenize(tokenizer, [CONTEXT_WORDS], embedding.weight.device))[0]
     words = words[1 : 1 + len(CONTEXT_WORDS.split())]  # the token in front is start-of-text
     if num_vectors <= len(words):
         return words[len(words) - num_vectors :].clone()
-    device = None if generator is None else generator.device
+    device = "cpu" if generator is None else generator.device
     shape = (num_vectors - len(words), words.shape[1])
-    drawn = torch.randn(shape, generator=generator, device=device) * 0.02
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device=device) * 0.02
     return torch.cat([drawn.to(words), words])
 
 

@@ -10,6 +10,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tir_kernels import WeightRule, reweight_tokens, token_weights
+from tir_kernels.scalars import whole_number
 
 from .attention import close_attention, open_attention
 from .towers import joint_space, vision_tower
@@ -221,8 +222,7 @@ def _resolve_layers(layers: Sequence[int] | None, depth: int) -> tuple[int, ...]
         return depth - 4, depth - 2
     resolved = []
     for layer in layers:
-        if isinstance(layer, bool) or not isinstance(layer, int):
-            raise TypeError(f"layers must be whole numbers; got {layer!r}")
+        layer = whole_number("layers", layer, "whole numbers")
         if not -depth <= layer < depth:
             raise ValueError(f"layers must lie between 0 and {depth - 1}; got {layer}")
         resolved.append(layer % depth)

@@ -10,6 +10,8 @@ from open_clip.transformer import TextTransformer, VisionTransformer, text_globa
 from torch import Tensor, nn
 
 from tir_kernels import JointSpace
+from tir_kernels.precision import autocast_dtype
+from tir_kernels.scalars import whole_number
 
 
 def vision_tower(model: nn.Module) -> VisionTransformer:
@@ -100,12 +102,14 @@ class TextTower:
             ValueError: There is no block ``layer``.
         """
         blocks = self.transformer.resblocks
-        if layer is not None and not 0 <= layer < len(blocks):
-            raise ValueError(f"layer must lie between 0 and {len(blocks) - 1}; got {layer}")
+        if layer is not None:
+            layer = whole_number("layer", layer, "a whole number or None")
+            if not 0 <= layer < len(blocks):
+                raise ValueError(f"layer must lie between 0 and {len(blocks) - 1}; got {layer}")
         length = embeddings.shape[1]
         mask = None if self.attention_mask is None else self.attention_mask[:length, :length]
         dtype = embeddings.dtype
-        if not torch.is_autocast_enabled(embeddings.device.type):
+        if autocast_dtype(embeddings.device.type) is None:
             dtype = self.transformer.get_cast_dtype()  # of the blocks; embeddings may have another
         hidden = embeddings.to(dtype) + self.positional_embedding[:length].to(dtype)
         intermediate = None

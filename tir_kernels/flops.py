@@ -1,0 +1,62 @@
+"""How many operations ours take, for ``torch.utils.flop_counter``; import it before counting.
+
+It is not imported with the package, because PyTorch's counter imports Triton.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+Shape = tuple[int, ...]
+_OPS = torch.ops.tir_kernels
+
+
+@register_flop_formula(_OPS.weighted_attention)
+def _weighted_attention(query: Shape, *rest: Any, **options: Any) -> int:
+    return _attention_products(query, 2)
+
+
+@register_flop_formula([_OPS.weighted_attention_backward, _OPS.reweighted_attention_backward])
+def _attention_backward(grad_output: Shape, query: Shape, *rest: Any, **options: Any) -> int:
+    return _attention_products(query, 5)  # the scores once more, and four gradients
+
+
+@register_flop_formula(_OPS.token_relevance)
+def _token_relevance(*inputs: Any, out_shape: Any, **options: Any) -> int:
+    return _relevance_products(inputs, num_patches=out_shape[-1])
+
+
+@register_flop_formula(_OPS.token_weights)
+def _token_weights(*inputs: Any, out_shape: Any, **options: Any) -> int:
+    return _relevance_products(inputs, num_patches=out_shape[1][-1])
+
+
+@register_flop_formula(_OPS.reweighted_attention)
+def _reweighted_attention(
+    query: Shape, key: Shape, value: Shape, *inputs: Any, out_shape: Any, **options: Any
+) -> int:
+    relevance = _relevance_products(inputs, num_patches=out_shape[2][-1])
+    return relevance + _attention_products(query, 2)
+
+
+def _attention_products(query: Shape, count: int) -> int:
+    """So many products between L x d and L x L matrices, as PyTorch counts its own attention."""
+    batch, heads, length, head_dim = query
+    return count * _product(batch * heads, length, head_dim, length)
+
+
+def _relevance_products(inputs: tuple[Any, ...], num_patches: int) -> int:
+    """The projection of the patch tokens, and their products with the classes."""
+    tokens, class_embeddings, _, _, _, proj = inputs[:6]
+    batch, _, model_dim = tokens
+    num_classes, joint_dim = class_embeddings[-2:]
+    projection = 0 if proj is None else _product(batch, num_patches, model_dim, joint_dim)
+    return projection + _product(batch, num_patches, joint_dim, num_classes)
+
+
+def _product(batch: int, rows: int, depth: int, columns: int) -> int:
+    """Operations of ``batch`` products of (rows, depth) and (depth, columns) matrices."""
+    return 2 * batch * rows * depth * columns
