@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .dispatch import AUTO_ORDER, load_backend, refusal
 from .scalars import real_number, whole_number
+from .second_derivative import differentiable_once
 from .validation import require_same_device, require_tensor
 
 ACTIVATIONS = ("gelu", "quick_gelu")
@@ -166,9 +166,9 @@ class _BiasedActivation(torch.autograd.Function):
         return torch.ops.tir_kernels.biased_activation(hidden, bias, kind, None)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        hidden, bias = ctx.saved_tensors
+    @differentiable_once("use torch.nn.functional.gelu(hidden + bias), or its like, instead")
+    def backward(ctx: Any, saved: tuple, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        hidden, bias = saved
         grad = torch.ops.tir_kernels.biased_activation(hidden, bias, ctx.kind, grad_output)
         return grad, None, None
 

@@ -6,9 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .second_derivative import differentiable_once
 
 _OPS = torch.ops.tir_kernels
+_WAY_OUT = (
+    "write this attention in plain PyTorch to differentiate its gradient, for a penalty on it say"
+)
 
 
 def table_gradient(grad_weights: Tensor, counts: Tensor, table: Tensor) -> Tensor:
@@ -95,9 +99,8 @@ class TokenWeightsFunction(_Operator):
         ctx.save_for_backward(inputs[6], counts)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_weights: Tensor, grad_counts: None) -> tuple:
-        table, counts = ctx.saved_tensors
+        table, counts = ctx.saved_tensors  # linear in both: differentiable as often as one likes
         grad_table = None
         if ctx.needs_input_grad[6]:
             grad_table = table_gradient(grad_weights, counts, table)
@@ -120,11 +123,11 @@ class WeightedAttention(_Operator):
         ctx.save_for_backward(query, key, value, weights, *output)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, grad_log_sum_exp: None) -> tuple:
+    @differentiable_once(_WAY_OUT)
+    def backward(ctx: Any, saved: tuple, grad_output: Tensor, grad_log_sum_exp: None) -> tuple:
         needs_weights_grad = ctx.needs_input_grad[3]
         *grads, grad_weights = _OPS.weighted_attention_backward(
-            grad_output, *ctx.saved_tensors, ctx.scale, needs_weights_grad, ctx.backend
+            grad_output, *saved, ctx.scale, needs_weights_grad, ctx.backend
         )
         return (*grads, grad_weights if needs_weights_grad else None, None, None)
 
@@ -182,9 +185,11 @@ class ReweightedAttention(_Operator):
         ctx.save_for_backward(query, key, value, counts, table, attended, log_sum_exp)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, grad_lse: None, grad_counts: None) -> tuple:
-        query, key, value, counts, table, attended, log_sum_exp = ctx.saved_tensors
+    @differentiable_once(_WAY_OUT)
+    def backward(
+        ctx: Any, saved: tuple, grad_output: Tensor, grad_lse: None, grad_counts: None
+    ) -> tuple:
+        query, key, value, counts, table, attended, log_sum_exp = saved
         needs_table_grad = ctx.needs_input_grad[9]
         *grads, grad_weights = _OPS.reweighted_attention_backward(
             grad_output,

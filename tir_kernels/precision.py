@@ -1,6 +1,9 @@
-"""The type that an autocast region asks for."""
+"""What an autocast region around a call asks for, and how not to follow it."""
 
 from __future__ import annotations
+
+import contextlib
+from typing import Any
 
 import torch
 
@@ -15,3 +18,10 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     if not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Keep an autocast region around the call from rounding the products inside."""
+    if autocast_dtype(device_type) is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)

@@ -456,3 +456,41 @@ def test_seeded_dropout_needs_a_next_step_to_change() -> None:
         assert torch.equal(model.encode_image(images), first)
     assert torch.equal(first, again)
     assert not torch.allclose(first, later)
+
+
+def make_projection(passes_input_gradient: bool) -> tuple[LowRank, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    low_rank = LowRank(24, 4, 8, 0.0, passes_input_gradient, None)
+    with torch.no_grad():
+        for parameter in low_rank.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    weight = torch.randn(72, 24, generator=generator) / 5
+    return low_rank, weight, torch.randn(4, 7, 24, generator=generator)
+
+
+def test_a_penalty_on_a_gradient_is_exact_or_refused() -> None:
+    def penalty(passes_input_gradient: bool) -> tuple[Tensor, Tensor]:
+        low_rank, weight, tokens = make_projection(passes_input_gradient)
+        projected = low_rank.project(tokens, weight, None)
+        (grad,) = torch.autograd.grad(projected.sum(), low_rank.a, create_graph=True)
+        return grad.square().sum() + low_rank.b.sum(), low_rank.b
+
+    with pytest.raises(RuntimeError, match="second derivative here: .*passes_input_gradient=True"):
+        torch.autograd.grad(*penalty(False))
+    (grad,) = torch.autograd.grad(*penalty(True))
+    assert (grad != 1).any()
+
+
+def test_a_backward_pass_inside_autocast_is_the_same() -> None:
+    low_rank, weight, tokens = make_projection(False)
+    inputs = [tokens.requires_grad_(), *low_rank.parameters()]
+
+    def loss() -> Tensor:
+        return low_rank.project(tokens, weight, None).square().sum()
+
+    expected = torch.autograd.grad(loss(), inputs)
+    outside = loss()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(outside, inputs)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

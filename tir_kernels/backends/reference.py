@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..precision import without_autocast
+
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
@@ -39,7 +41,7 @@ def _without_autocast(function: Callable[Parameters, Result]) -> Callable[Parame
     @functools.wraps(function)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         device_type = next(a.device.type for a in args if isinstance(a, Tensor))
-        with torch.autocast(device_type, enabled=False):
+        with without_autocast(device_type):
             return function(*args, **kwargs)
 
     return run

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from tir_kernels.adapters import counted_dropout
-from tir_kernels.precision import autocast_dtype
+from tir_kernels.precision import autocast_dtype, without_autocast
+from tir_kernels.second_derivative import differentiable_once
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,8 @@ class _FrozenProjection(torch.autograd.Function):
         compressed = [torch.bmm(own, factor_a[:, k].mT) for k, own in enumerate(dropped)]
         for k, own in enumerate(compressed):
             parts[:, :, k].baddbmm_(own, factor_b[:, k].mT)
-        ctx.save_for_backward(rows, weight, factor_b, step, *compressed)
+        # The parameters themselves: what a second derivative would be taken with respect to.
+        ctx.save_for_backward(a, b, rows, weight, factor_b, step, *compressed)
         return projected
 
     @staticmethod
@@ -215,22 +216,24 @@ class _FrozenProjection(torch.autograd.Function):
         return list(dropped.flatten(2, 3).unbind(1))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, factor_b, step, *compressed = ctx.saved_tensors
+    @differentiable_once("add LoRA with passes_input_gradient=True")
+    def backward(ctx: Any, saved: tuple, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _, _, rows, weight, factor_b, step, *compressed = saved
         shape, a_shape, b_shape = ctx.shapes
-        grad_tokens = None
-        if ctx.needs_input_grad[0]:
-            grad_tokens = torch.matmul(grad, weight.to(grad.dtype))
-        count = b_shape[-3]
-        parts = grad.reshape(len(rows), -1, count, shape[-1])
-        dropped = _FrozenProjection._dropped(rows, ctx.low_rank, ctx.first, count, step)
-        grads_a, grads_b = [], []
-        for k in range(count):
-            part = parts[:, :, k]
-            grads_b.append(torch.bmm(compressed[k].mT, part).mT)
-            grad_compressed = torch.bmm(part, factor_b[:, k])
-            grads_a.append(torch.bmm(grad_compressed.mT, dropped[k]))
-        grad_a = torch.stack(grads_a, 1).float().view(a_shape)
-        grad_b = torch.stack(grads_b, 1).float().mul_(ctx.low_rank.scaling).view(b_shape)
+        # All types are chosen here, whatever region the pass runs in.
+        with without_autocast(grad.device.type):
+            grad_tokens = None
+            if ctx.needs_input_grad[0]:
+                grad_tokens = torch.matmul(grad, weight.to(grad.dtype))
+            count = b_shape[-3]
+            parts = grad.reshape(len(rows), -1, count, shape[-1])
+            dropped = _FrozenProjection._dropped(rows, ctx.low_rank, ctx.first, count, step)
+            grads_a, grads_b = [], []
+            for k in range(count):
+                part = parts[:, :, k]
+                grads_b.append(torch.bmm(compressed[k].mT, part).mT)
+                grad_compressed = torch.bmm(part, factor_b[:, k])
+                grads_a.append(torch.bmm(grad_compressed.mT, dropped[k]))
+            grad_a = torch.stack(grads_a, 1).float().view(a_shape)
+            grad_b = torch.stack(grads_b, 1).float().mul_(ctx.low_rank.scaling).view(b_shape)
         return grad_tokens, None, None, grad_a, grad_b, None, None
