@@ -58,7 +58,9 @@ def token_relevance(
         backend: "auto", or a name of :func:`available_backends`.
 
     Returns:
-        (B, C, N) float32, without gradient: selection is piecewise constant.
+        (B, C, N) float32, without gradient: selection is piecewise constant. Finite tokens and
+        classes of any magnitude have one on the backends "reference" and "cpu"; GPU kernels sum
+        squares in float32, so tokens, features and classes must have norms below 2^63 there.
 
     Raises:
         ValueError, TypeError: A wrong rank, shape, dtype, device or group count.
@@ -162,13 +164,15 @@ def weighted_attention(
     Args:
         q, k, v: (B, H, L, d) of one dtype, with unit stride in d and any other strides, so that
             slices of a packed (B, L, 3, H, d) projection cost no copy.
-        weights: (B, L); computed with in float32.
+        weights: (B, L), finite; computed with in float32. GPU kernels take those below 2^-126,
+            which are not normal numbers, for 0.
         scale: ``None`` means ``d ** -0.5``.
         backend: "auto", or a name of :func:`available_backends`.
 
     Returns:
         (B, H, L, d) in the dtype of q, or in autocast's. Gradients flow to q, k, v and the weights:
-        that of a weight of 0 is its one-sided limit, that of a negative weight is 0.
+        that of a weight of 0 is its one-sided limit, that of a negative weight is 0. A second
+        derivative is an error.
 
     Raises:
         ValueError, TypeError: A wrong rank, shape, dtype, device or stride.

@@ -9,8 +9,11 @@ namespace tir::cpu {
 struct KeyList {
   int64_t count;
   const int32_t* index;
-  const float* weight;       // 0 beyond `count`, up to a multiple of KeyLists::padding
-  const float* log2_weight;  // -inf beyond `count`
+  const float* scaled_weight;  // weight / 2^exponent; 0 beyond `count`, up to a multiple of padding
+  const float* log2_weight;    // of the weight itself; -inf beyond `count`
+  // 0, unless the image's largest weight is so large or small that a probability divided by it
+  // leaves float32's range.
+  int exponent;
 };
 
 class KeyLists {
@@ -31,7 +34,8 @@ class KeyLists {
   int64_t stride_;
   int64_t* counts_;
   int32_t* index_;
-  float* weight_;
+  int32_t* exponents_;
+  float* scaled_weight_;
   float* log2_weight_;
 };
 

@@ -47,6 +47,28 @@ def _without_autocast(function: Callable[Parameters, Result]) -> Callable[Parame
     return run
 
 
+def _within_range(rows: Tensor, tiny_too: bool = False) -> tuple[Tensor, Tensor]:
+    """Rows whose squares would leave the type's range, scaled by powers of two; all powers (..., 1).
+
+    A row of ordinary magnitude is scaled by 1, and no scaling rounds anything.
+    """
+    limit, wanted = 50, 40  # exponents of two
+    highest = 1000 if rows.dtype == torch.float64 else 120
+    largest = rows.abs().amax(-1, keepdim=True)
+    is_extreme = (largest > 2.0**limit) & largest.isfinite()
+    if tiny_too:
+        is_extreme |= largest < 2.0**-limit
+    power = (wanted - torch.frexp(largest)[1]).clamp(max=highest).to(rows.dtype).exp2()
+    factor = torch.where(is_extreme, power, 1.0)
+    return rows * factor, factor
+
+
+def _normalize(rows: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+    """``rows / (|rows| + NORM_EPS)`` for rows that come multiplied by ``scale``, (..., 1)."""
+    rows, factor = _within_range(rows, tiny_too=True)
+    return rows / (rows.norm(dim=-1, keepdim=True) + NORM_EPS * (factor * scale))
+
+
 @_without_autocast
 def exact_relevance(
     tokens: Tensor,
@@ -59,7 +81,8 @@ def exact_relevance(
 ) -> Tensor:
     """Relevance in the type it is computed in, so that float64 inputs give a float64 oracle."""
     dtype = compute_dtype(tokens, class_embeddings, norm_weight, norm_bias, proj)
-    features = tokens[:, num_prefix_tokens:].to(dtype)
+    features, factor = _within_range(tokens[:, num_prefix_tokens:].to(dtype))
+    scale: Tensor | float = factor
     if norm_eps is not None:
         features = F.layer_norm(
             features,
@@ -68,11 +91,11 @@ def exact_relevance(
             None if norm_bias is None else norm_bias.to(dtype),
             norm_eps,
         )
+        scale = 1.0  # LayerNorm forgets it; beside huge tokens, eps is nothing
     if proj is not None:
         features = features @ proj.to(dtype)
     classes = class_embeddings.to(dtype)
-    features = features / (features.norm(dim=-1, keepdim=True) + NORM_EPS)
-    classes = classes / (classes.norm(dim=-1, keepdim=True) + NORM_EPS)
+    features, classes = _normalize(features, scale), _normalize(classes)
     batch, num_groups = tokens.shape[0], classes.shape[0]
     grouped = features.reshape(num_groups, batch // num_groups, *features.shape[1:])
     cosines = torch.matmul(classes[:, None], grouped.mT)
@@ -176,21 +199,27 @@ def attention_backward(
     empty_row = log_sum_exp.isneginf()[..., None]
     log_sums = log_sum_exp.to(dtype)[..., None]
 
+    # Weights that are all huge, or all tiny, are scaled by a power of two, (B, 1): a probability
+    # divided by its weight would leave float32's range.
+    scaled, scale_of_weights = _within_range(weights.to(dtype).clamp(min=0), tiny_too=True)
+    log_sums = log_sums + scale_of_weights.log()[..., None, None]
+    scaled = scaled[:, None, None, :]
     exponents = (queries @ keys.mT * scale - log_sums).clamp(max=MAX_EXPONENT)
-    per_weight = exponents.exp().masked_fill(empty_row, 0.0)  # probability / weight
+    per_weight = exponents.exp().masked_fill(empty_row, 0.0)  # probability / scaled weight
     grad_probabilities = grads @ values.mT
     delta = (grads * output.to(dtype)).sum(-1, keepdim=True)
     grad_per_weight = per_weight * (grad_probabilities - delta)
 
     ignored = (weights <= 0)[:, None, None, :]
-    probabilities = (per_weight * weights.to(dtype)[:, None, None, :]).masked_fill(ignored, 0.0)
-    grad_scores = (grad_per_weight * weights.to(dtype)[:, None, None, :]).masked_fill(ignored, 0.0)
+    probabilities = (per_weight * scaled).masked_fill(ignored, 0.0)
+    grad_scores = (grad_per_weight * scaled).masked_fill(ignored, 0.0)
     grad_query = grad_scores @ _drop_unattended(key, weights, dtype) * scale
     grad_key = grad_scores.mT @ queries * scale
     grad_value = probabilities.mT @ grads
     grad_weights = weights.new_empty(0)
     if needs_weights_grad:
-        grad_weights = grad_per_weight.sum((1, 2)).masked_fill(weights < 0, 0.0).to(weights.dtype)
+        grad_weights = grad_per_weight.sum((1, 2)).masked_fill(weights < 0, 0.0) * scale_of_weights
+        grad_weights = grad_weights.to(weights.dtype)
     return (
         grad_query.to(query.dtype),
         grad_key.to(query.dtype),

@@ -135,7 +135,8 @@ class BackwardWorker {
       deltas_[i] = delta_of(first + i);
       // Minus infinity makes the probabilities of a row that attends to nothing 0.
       float log_sum = problem_.log_sum_exp[place + i];
-      exponent_offsets_[i] = log_sum == -infinity ? -infinity : -log_sum * log2_e;
+      float exponent = static_cast<float>(keys_.exponent);
+      exponent_offsets_[i] = log_sum == -infinity ? -infinity : exponent - log_sum * log2_e;
     }
     if (count % 2 != 0) {
       deltas_[count] = 0;
@@ -201,7 +202,7 @@ class BackwardWorker {
   // probabilities and gradients of scores.
   template <bool WantsWeights>
   void differentiate(int64_t first_key, int64_t column, int64_t count) {
-    Vec weights = load(keys_.weight + first_key + column);
+    Vec weights = load(keys_.scaled_weight + first_key + column);
     Vec scale = broadcast(shape_.scale * log2_e);
     Vec weight_sum = zero();
     for (int64_t row = 0; row < count; row += 2) {
@@ -213,7 +214,7 @@ class BackwardWorker {
         Vec exponents = smaller(broadcast(max_exponent),
                                 multiply_add(load(scores_ + place), scale,
                                              broadcast(exponent_offsets_[row + i])));
-        Vec per_weight = exp2(exponents);
+        Vec per_weight = exp2(exponents);  // probability / scaled weight
         Vec grads = load(grad_probabilities_ + place) - broadcast(deltas_[row + i]);
         probabilities[i] = per_weight * weights;
         grad_scores[i] = probabilities[i] * grads;
@@ -300,7 +301,7 @@ struct Job {
   const AttentionBackward& problem;
   const KeyLists& attended;
   const KeyLists* ignored;  // keys of weight 0, where the gradient of their weight is wanted
-  float* head_grads;        // [B, H, L] gradients of the weights per head, or null
+  float* head_grads;        // [B, H, L] gradients of the scaled weights per head, or null
   Pass pass;
   int64_t num_parts;  // of each (batch, head)
 };
@@ -316,7 +317,8 @@ KeyPart part_of(const KeyList& keys, int64_t part, int64_t num_parts, int64_t le
   int64_t first = smaller_of(num_panels * part / num_parts * panel_width, keys.count);
   int64_t end = smaller_of(num_panels * (part + 1) / num_parts * panel_width, keys.count);
   auto row_of = [&](int64_t key) { return key < keys.count ? keys.index[key] : length; };
-  return {{end - first, keys.index + first, keys.weight + first, keys.log2_weight + first},
+  return {{end - first, keys.index + first, keys.scaled_weight + first,
+           keys.log2_weight + first, keys.exponent},
           part == 0 ? 0 : row_of(first),
           part == num_parts - 1 ? length : row_of(end)};
 }
@@ -363,8 +365,10 @@ void work(void* data, ItemQueue& items) {
   }
 }
 
-// The heads' gradients in the order of the heads.
-void sum_over_heads(const AttentionShape& shape, const float* head_grads, float* grad_weights) {
+// The heads' gradients in the order of the heads. The power of two that weights were scaled by comes
+// last: with it, two heads' gradients could be infinities of opposite sign.
+void sum_over_heads(const AttentionShape& shape, const float* head_grads, const KeyLists& keys,
+                    float* grad_weights) {
   for (int64_t b = 0; b < shape.batch; ++b) {
     float* sums = grad_weights + b * shape.length;
     for (int64_t i = 0; i < shape.length; ++i) sums[i] = 0;
@@ -372,6 +376,8 @@ void sum_over_heads(const AttentionShape& shape, const float* head_grads, float*
       const float* grads = head_grads + (b * shape.heads + h) * shape.length;
       for (int64_t i = 0; i < shape.length; ++i) sums[i] += grads[i];
     }
+    float factor = __builtin_ldexpf(1.0f, -keys.of(b).exponent);
+    for (int64_t i = 0; i < shape.length; ++i) sums[i] *= factor;
   }
 }
 
@@ -407,7 +413,7 @@ void attention_backward(const AttentionBackward& problem, int threads) {
     job.num_parts = parts_per_head(shape, threads, divide_up(shape.length, tile_queries));
     run_workers(threads, num_heads * job.num_parts, worker, &job);
   }
-  if (wants_weights) sum_over_heads(shape, head_grads, problem.grad_weights);
+  if (wants_weights) sum_over_heads(shape, head_grads, attended, problem.grad_weights);
 }
 
 }  // namespace tir::cpu::TIR_ARCH

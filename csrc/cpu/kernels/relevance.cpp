@@ -31,12 +31,55 @@ float norm_of(const float* values, int64_t count) {
   return __builtin_sqrtf(sum_of(squares));
 }
 
+// The largest magnitude; infinite or NaN where a value is.
+float largest_magnitude(const float* values, int64_t count) {
+  float largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    float magnitude = __builtin_fabsf(values[i]);
+    if (magnitude != magnitude) return magnitude;
+    if (magnitude > largest) largest = magnitude;
+  }
+  return largest;
+}
+
+// Scales values, of which `largest` is the largest magnitude, to where the sum of their squares
+// fits float32 with room to spare: by a power of two, which is returned and rounds nothing.
+float rescale(float* values, int64_t count, float largest) {
+  constexpr int wanted_exponent = 40, largest_exponent = 120;
+  uint32_t bits;
+  memcpy(&bits, &largest, sizeof bits);
+  int64_t exponent = wanted_exponent - (static_cast<int64_t>(bits >> 23) - 127);
+  uint32_t factor_bits = static_cast<uint32_t>(smaller_of(exponent, largest_exponent) + 127) << 23;
+  float factor = load_bits<float>(&factor_bits);
+  for (int64_t i = 0; i < count; ++i) values[i] *= factor;
+  return factor;
+}
+
+// Tokens of which more than this is the largest magnitude are scaled before they are projected.
+constexpr float huge_token = 1.125899906842624e15f;  // 2^50
+
+// |values| + norm_eps: what the cosine divides by, for values multiplied by `factor`. Values
+// whose squares leave float32's range are scaled in place, and the result with them.
+float cosine_divisor(float* values, int64_t count, float factor) {
+  constexpr float smallest = 8.8817841970012523e-16f;  // 2^-50
+  constexpr float largest = 1.125899906842624e15f;      // 2^50
+  float norm = norm_of(values, count);
+  if (!(norm > smallest && norm < largest)) {
+    float magnitude = largest_magnitude(values, count);
+    if (magnitude > 0 && magnitude < __builtin_inff()) {
+      factor *= rescale(values, count, magnitude);
+      norm = norm_of(values, count);
+    }
+  }
+  return norm + norm_eps * factor;
+}
+
 template <class Math>
 struct Job {
   const Relevance& problem;
   typename Math::Unit* projection;  // packed: D values, E columns
   float* classes;                   // packed per group: E values, C columns
-  float* class_norms;               // [G, C]
+  float* class_divisors;            // [G, C]
   int64_t class_panels;             // units of one group of `classes`
   int64_t chunks_per_group;
 };
@@ -78,14 +121,17 @@ void pack_classes(const Job<Math>& job) {
   const Relevance& problem = job.problem;
   int64_t width = problem.joint_width;
   Buffer<float> workspace(lanes * row_units<Float32Math>(width));
+  Buffer<float> classes(problem.num_classes * width);
+  auto row_at = [&](int64_t i) { return classes + i * width; };
   for (int64_t g = 0; g < problem.num_groups; ++g) {
-    const float* classes = problem.class_embeddings + g * problem.num_classes * width;
-    auto row_at = [&](int64_t i) { return classes + i * width; };
+    int64_t first = g * problem.num_classes;
+    memcpy(classes, problem.class_embeddings + first * width,
+           problem.num_classes * width * sizeof(float));
+    for (int64_t c = 0; c < problem.num_classes; ++c) {
+      job.class_divisors[first + c] = cosine_divisor(row_at(c), width, 1.0f);
+    }
     pack_columns<Float32Math>(job.classes + g * job.class_panels, row_at, Type::float32,
                               problem.num_classes, width, workspace);
-    for (int64_t c = 0; c < problem.num_classes; ++c) {
-      job.class_norms[g * problem.num_classes + c] = norm_of(row_at(c), width);
-    }
   }
 }
 
@@ -117,7 +163,7 @@ class RelevanceWorker {
     // Rows are multiplied in pairs.
     if (count % 2 != 0) memset(left_rows_ + count * row_stride(), 0, row_stride() * sizeof(Unit));
 
-    const float* features;
+    float* features;
     if (problem_.proj != nullptr) {
       multiply_in_parts<Math>(count, problem_.joint_width, steps_of<Math>(problem_.width),
                               {left_rows_, row_stride(), 1},
@@ -127,20 +173,24 @@ class RelevanceWorker {
     } else if constexpr (Math::values_per_unit == 1) {
       features = left_rows_;
     }
+    float divisors[chunk_tokens];
+    for (int64_t i = 0; i < count; ++i) {
+      divisors[i] = cosine_divisor(features + i * feature_stride_, problem_.joint_width,
+                                   token_factors_[i]);
+    }
     int64_t class_panel_stride = round_up(problem_.joint_width, lanes) * panel_width;
     multiply_in_parts<Float32Math>(count, problem_.num_classes, problem_.joint_width,
                                    {features, feature_stride_, 1},
                                    {job_.classes + group * job_.class_panels, class_panel_stride},
                                    dots_, dot_stride_);
-    const float* class_norms = job_.class_norms + group * problem_.num_classes;
+    const float* class_divisors = job_.class_divisors + group * problem_.num_classes;
     for (int64_t i = 0; i < count; ++i) {
-      float norm = norm_of(features + i * feature_stride_, problem_.joint_width);
       int64_t image = first_image + (first + i) / num_patches;
       int64_t patch = (first + i) % num_patches;
       float* relevance = problem_.relevance + image * problem_.num_classes * num_patches + patch;
       for (int64_t c = 0; c < problem_.num_classes; ++c) {
         relevance[c * num_patches] =
-            dots_[i * dot_stride_ + c] / (norm + norm_eps) / (class_norms[c] + norm_eps);
+            dots_[i * dot_stride_ + c] / divisors[i] / class_divisors[c];
       }
     }
   }
@@ -158,7 +208,15 @@ class RelevanceWorker {
     }
     int64_t width = problem_.width, padded = round_up(width, lanes);
     read_row(values, source, problem_.token_type, width);
-    if (problem_.has_norm) normalise(values);
+    token_factors_[i] = 1.0f;
+    if (problem_.has_norm) {
+      normalise(values);
+    } else if (problem_.proj != nullptr) {
+      float largest = largest_magnitude(values, width);
+      if (largest > huge_token && largest < __builtin_inff()) {
+        token_factors_[i] = rescale(values, width, largest);
+      }
+    }
     for (int64_t k = padded; k < token_stride_; ++k) values[k] = 0;
     if constexpr (Math::values_per_unit == 2) {
       auto* bits = reinterpret_cast<uint16_t*>(target);
@@ -169,9 +227,14 @@ class RelevanceWorker {
     }
   }
 
-  // LayerNorm in place. The variance is taken around the mean: tokens of a deep block may lie far
-  // from zero, where the mean of the squares would lose it.
-  void normalise(float* values) {
+  struct Moments {
+    Vec mean;  // in every lane
+    float variance;
+  };
+
+  // The variance is taken around the mean: tokens of a deep block may lie far from zero, where the
+  // mean of the squares would lose it.
+  Moments moments_of(const float* values) const {
     int64_t width = problem_.width;
     float inverse_width = 1.0f / static_cast<float>(width);
     Vec sum = zero();
@@ -185,8 +248,22 @@ class RelevanceWorker {
     }
     float rest = 0;
     for (; k < width; ++k) rest += (values[k] - mean[0]) * (values[k] - mean[0]);
-    float variance = (sum_of(squares) + rest) * inverse_width;
-    Vec factor = broadcast(1.0f / __builtin_sqrtf(variance + problem_.norm_eps));
+    return {mean, (sum_of(squares) + rest) * inverse_width};
+  }
+
+  // LayerNorm in place.
+  void normalise(float* values) const {
+    int64_t width = problem_.width, k;
+    Moments moments = moments_of(values);
+    if (!(moments.variance < __builtin_inff())) {
+      float largest = largest_magnitude(values, width);
+      if (largest < __builtin_inff()) {  // LayerNorm forgets the scale; beside it, eps is nothing
+        rescale(values, width, largest);
+        moments = moments_of(values);
+      }
+    }
+    Vec mean = moments.mean;
+    Vec factor = broadcast(1.0f / __builtin_sqrtf(moments.variance + problem_.norm_eps));
     for (k = 0; k < width; k += lanes) {
       int64_t count = smaller_of(lanes, width - k);
       Vec value = (load(values + k) - mean) * factor;
@@ -204,6 +281,7 @@ class RelevanceWorker {
   Buffer<Unit> left_rows_;  // normalised tokens
   Buffer<float> features_;
   Buffer<float> dots_;
+  float token_factors_[chunk_tokens];  // what each token was multiplied by
 };
 
 template <class Math>
@@ -229,8 +307,8 @@ void run(const Relevance& problem, int threads) {
   Buffer<typename Math::Unit> projection(
       problem.proj ? packed_units(row_units<Math>(problem.width), problem.joint_width) : 0);
   Buffer<float> classes(problem.num_groups * class_panels);
-  Buffer<float> class_norms(problem.num_groups * problem.num_classes);
-  Job<Math> job{problem,      projection, classes, class_norms, class_panels,
+  Buffer<float> class_divisors(problem.num_groups * problem.num_classes);
+  Job<Math> job{problem,      projection, classes, class_divisors, class_panels,
                 divide_up(tokens_per_group, chunk_tokens)};
   double columns = problem.proj ? problem.joint_width : problem.num_classes;
   double work_per_token = columns * problem.width;
