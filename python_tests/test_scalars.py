@@ -85,7 +85,7 @@ def test_what_is_no_real_number_is_refused(call: Callable, value: object) -> Non
     "value", [True, np.True_, "1", 1.0, np.float32(1), torch.tensor(1), np.array([1, 2])]
 )
 def test_what_is_no_whole_number_is_refused(call: Callable, value: object) -> None:
-    with pytest.raises(TypeError, match="must be an int; got"):
+    with pytest.raises(TypeError, match=r"must be an int; got"):
         call(value)
 
 
@@ -93,9 +93,9 @@ def test_probabilities() -> None:
     for half in (np.float32(0.5), Fraction(1, 2)):
         assert torch.equal(drop(probability=half), drop(probability=0.5))
     for value in (True, "0.5", Decimal("0.5"), torch.tensor(0.5)):
-        with pytest.raises(TypeError, match="^probability must be a number"):
+        with pytest.raises(TypeError, match=r"^probability must be a number"):
             drop(probability=value)
-    with pytest.raises(ValueError, match="^probability must lie in"):
+    with pytest.raises(ValueError, match=r"^probability must lie in"):
         drop(probability=np.nan)
 
 
@@ -109,9 +109,9 @@ def test_a_rule_keeps_pythons_own_numbers() -> None:
 
 @pytest.mark.parametrize("value", [10**400, Fraction(-(10**400)), np.longdouble("inf"), np.nan])
 def test_what_no_float_can_hold_is_refused(value: object) -> None:
-    with pytest.raises(ValueError, match="^scale must be finite"):
+    with pytest.raises(ValueError, match=r"^scale must be finite"):
         attend(value)
-    with pytest.raises(ValueError, match="^strength must be finite"):
+    with pytest.raises(ValueError, match=r"^strength must be finite"):
         WeightRule(strength=value)
 
 
@@ -119,12 +119,12 @@ def test_conversions() -> None:
     assert real_number("x", 10**400) == float("inf")
     assert type(finite_number("x", np.float32(0.1))) is float
     assert type(whole_number("n", np.uint8(200))) is int
-    with pytest.raises(TypeError, match="^x must be a number in meters; got str"):
+    with pytest.raises(TypeError, match=r"^x must be a number in meters; got str"):
         finite_number("x", "1", "a number in meters")
 
 
 def test_weights_beyond_float32_are_refused() -> None:
-    with pytest.raises(ValueError, match="strength=1e[+]?39.*5 classes weights beyond float32"):
+    with pytest.raises(ValueError, match=r"strength=1e[+]?39.*5 classes weights beyond float32"):
         WeightRule(strength=1e39).table(5)
     assert WeightRule(strength=1e37).table(5).isfinite().all()
 

@@ -125,6 +125,7 @@ def test_compiled_functions_refuse_too() -> None:
 
     q = torch.randn(1, 2, 6, 8, requires_grad=True)
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    (grad,) = torch.autograd.grad(compiled(q).sum(), q, create_graph=True)
+    loss = grad.square().sum() + attend(q).sum()
     with pytest.raises(RuntimeError, match="double backward"):
-        (grad,) = torch.autograd.grad(compiled(q).sum(), q, create_graph=True)
-        torch.autograd.grad(grad.square().sum() + attend(q).sum(), q)
+        torch.autograd.grad(loss, q)

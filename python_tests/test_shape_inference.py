@@ -86,9 +86,9 @@ def test_fake_tensors_before_and_after_real_ones() -> None:
 
 def test_checks_are_the_same() -> None:
     q = torch.empty(1, 2, 6, 8, device="meta")
-    with pytest.raises(ValueError, match="^weights must have shape"):
+    with pytest.raises(ValueError, match=r"^weights must have shape"):
         tir_kernels.weighted_attention(q, q, q, torch.empty(1, 5, device="meta"))
-    with pytest.raises(ValueError, match="^weights must be on the device of q, meta"):
+    with pytest.raises(ValueError, match=r"^weights must be on the device of q, meta"):
         tir_kernels.weighted_attention(q, q, q, torch.empty(1, 6))
 
 
@@ -96,7 +96,7 @@ def test_checks_are_the_same() -> None:
 def test_flops_are_counted(device: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    import tir_kernels.flops  # noqa: F401
+    import tir_kernels.flops
 
     q = torch.randn(2, 3, 10, 16, device=device, requires_grad=True)
     k, v = (torch.randn(2, 3, 10, 16, device=device) for _ in range(2))

@@ -21,8 +21,8 @@ def real_number(name: str, value: object, expected: str = "a number") -> float:
         TypeError: It is of another type. A tensor is, too: reading it would wait for its device.
     """
     # Python's own come first: they are what torch.compile traces.
-    is_number = isinstance(value, (int, float)) or isinstance(value, numbers.Real)
-    if isinstance(value, bool) or not is_number:
+    is_pythons = isinstance(value, (int, float))
+    if isinstance(value, bool) or not (is_pythons or isinstance(value, numbers.Real)):
         raise TypeError(f"{name} must be {expected}; got {type(value).__name__}")
     try:
         return float(value)  # type: ignore[arg-type]

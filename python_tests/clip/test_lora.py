@@ -475,7 +475,7 @@ def test_a_penalty_on_a_gradient_is_exact_or_refused() -> None:
         (grad,) = torch.autograd.grad(projected.sum(), low_rank.a, create_graph=True)
         return grad.square().sum() + low_rank.b.sum(), low_rank.b
 
-    with pytest.raises(RuntimeError, match="second derivative here: .*passes_input_gradient=True"):
+    with pytest.raises(RuntimeError, match=r"second derivative here: .*passes_input_gradient=True"):
         torch.autograd.grad(*penalty(False))
     (grad,) = torch.autograd.grad(*penalty(True))
     assert (grad != 1).any()

@@ -96,7 +96,8 @@ def test_adapters_are_read_and_written_under_any_setting(setting: str, tmp_path)
     with SETTINGS[setting]():
         loaded = clip.load_lora(model, tmp_path)
     for name, (a, b) in loaded.factors().items():
-        assert torch.equal(a, expected[name][0]) and torch.equal(b, expected[name][1])
+        assert torch.equal(a, expected[name][0])
+        assert torch.equal(b, expected[name][1])
 
 
 @pytest.mark.parametrize(

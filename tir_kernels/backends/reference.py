@@ -48,9 +48,10 @@ def _without_autocast(function: Callable[Parameters, Result]) -> Callable[Parame
 
 
 def _within_range(rows: Tensor, tiny_too: bool = False) -> tuple[Tensor, Tensor]:
-    """Rows whose squares would leave the type's range, scaled by powers of two; all powers (..., 1).
+    """Rows scaled by powers of two where their squares might overflow; and the powers, (..., 1).
 
-    A row of ordinary magnitude is scaled by 1, and no scaling rounds anything.
+    A row of ordinary magnitude is scaled by 1, and no scaling rounds anything. ``tiny_too``: rows
+    whose squares might vanish are scaled as well.
     """
     limit, wanted = 50, 40  # exponents of two
     highest = 1000 if rows.dtype == torch.float64 else 120

@@ -189,7 +189,7 @@ def add_lora(
             ``True`` is the gradient of the function; ``False`` is how the published few-shot
             program (arXiv 2605.25799) trains, where earlier blocks learn through the frozen
             projections alone.
-        num_groups: At least 1, or ``None``. Train G sets of factors at once: the images, and the texts, of a forward pass
+        num_groups: Train G sets of factors at once: the images, and the texts, of a forward pass
             fall into G equal parts, one after the other, each with factors of its own.
 
     Returns:
