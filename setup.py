@@ -40,7 +40,7 @@ CUDA = Path("csrc/cuda")
 # Each of these is compiled once for every type of elements, so that the work is shared out.
 CUDA_KERNELS = [CUDA / f"{name}.cu" for name in KERNEL_NAMES]
 CUDA_ELEMENTS = ("float", "float16", "bfloat16")
-CUDA_COMMON = [CUDA / "selection.cu"]
+CUDA_COMMON = [CUDA / "runtime.cu", CUDA / "selection.cu"]
 CUDA_HOST = [CUDA / "launchers.cpp", CUDA / "bindings.cpp"]
 CUDA_ARCHITECTURES = (80, 90, 100)  # where no GPU says which are wanted
 

@@ -3,29 +3,13 @@
 // A block serves query rows of one head, 16 or 32 a warp at a time. Keys and values stay in shared memory
 // where they fit, so that they are read once; otherwise chunks of them pass through. The softmax is
 // an online one over the chunks.
-#include <algorithm>
-
-#include "cuda/heads.h"
+#include "cuda/forward_plan.h"
 
 namespace tir::cuda {
 namespace {
 
-// 16-row groups of queries that a warp takes at a time. With two, each fragment of keys and values
-// that is read from shared memory serves twice: with one, reading them would take longer than the
-// products. Wider heads leave no registers for it.
-template <class T, int D>
-constexpr int kGroups = kHasTensorCores<T> && D <= 80 ? 2 : 1;
-
-template <class T, int D>
-constexpr int kChunk = kHasTensorCores<T> && D <= 64 ? 64 : 32;  // keys taken at a time
-
-struct ForwardPlan {
-  int blocks_per_head;
-  int slot_rows;  // rows of keys, and of values, that have room in shared memory
-  bool resident;  // all rows have: each chunk stays where it was loaded
-  bool select;    // the block finds the counts itself
-  bool is_aligned;
-};
+using forward::kChunk;
+using forward::kGroups;
 
 // Turns a chunk's scores into powers of two relative to the largest score so far, adds them up, and
 // brings what was summed before to the same scale. Lane t's biases begin at column 2 t.
@@ -72,7 +56,7 @@ TIR_DEVICE void absorb(float (&scores)[N][4], const float* biases, float scale,
 
 template <class T, int D>
 __global__ void __launch_bounds__(128, 2)
-    attention_forward_kernel(AttentionForward arguments, KeyWeights derived, ForwardPlan plan) {
+    attention_forward_kernel(AttentionForward arguments, KeyWeights derived, forward::Plan plan) {
   constexpr int kTiles = kChunk<T, D> / 8, kHeld = kGroups<T, D>;
   const AttentionShape& shape = arguments.shape;
   int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
@@ -207,39 +191,14 @@ template <class T, int D>
 void launch_forward(const AttentionForward& arguments, const KeyWeights& derived,
                     Stream stream) {
   constexpr const char* kName = "weighted_attention";
-  constexpr int64_t kRowBytes = kPitch<T, D> * sizeof(T);
   const AttentionShape& shape = arguments.shape;
-  Device gpu = device(kName);
-  int64_t heads = shape.batch * shape.heads;
-  int length = static_cast<int>(shape.length), all_rows = round_up(length, kRows);
-  constexpr int kOwnRows = kGroups<T, D> * kRows;
-  int tiles = (length + kOwnRows - 1) / kOwnRows;
-  int chunks = (length + kChunk<T, D> - 1) / kChunk<T, D>;
-
-  ForwardPlan plan{};
-  auto bytes = [&](int warps) {
-    return chunks * kChunk<T, D> * int64_t{4} +
-           warps * (kOwnRows * kRowBytes + kStaging<T, kChunk<T, D> / 8> * int64_t{sizeof(T)}) +
-           plan.slot_rows * 2 * kRowBytes;
-  };
-  // Fewer warps a block while the blocks would leave multiprocessors without one.
-  int warps = std::min(tiles, 4);
-  while (warps > 1 && heads * ((tiles + warps - 1) / warps) < gpu.multiprocessors) --warps;
-  // Two blocks shall fit on a multiprocessor, so that one computes while the other loads.
-  plan.slot_rows = all_rows;
-  plan.resident = chunks <= 2 || bytes(warps) <= gpu.shared_memory / 2;
-  if (!plan.resident) plan.slot_rows = 2 * kChunk<T, D>;
-  warps = fitting_warps(kName, warps, gpu.shared_memory, bytes);
-  // A block goes through all rows where there are heads enough: keys and values are then read once.
-  int64_t wanted = (2 * gpu.multiprocessors + heads - 1) / heads;
-  plan.blocks_per_head =
-      static_cast<int>(std::clamp<int64_t>(wanted, 1, (tiles + warps - 1) / warps));
-  plan.select = derived.relevance != nullptr;
+  forward::Plan plan = forward::plan<T, D>(kName, shape, derived, device(kName));
   plan.is_aligned = rows_are_aligned(shape, arguments.query) &&
                     rows_are_aligned(shape, arguments.key) &&
                     rows_are_aligned(shape, arguments.value);
-  launch<&attention_forward_kernel<T, D>>(kName, heads * plan.blocks_per_head, warps * kWarp,
-                                          bytes(warps), stream, arguments, derived, plan);
+  launch<&attention_forward_kernel<T, D>>(
+      kName, shape.batch * shape.heads * plan.blocks_per_head, plan.warps * kWarp,
+      plan.shared_bytes, stream, arguments, derived, plan);
 }
 
 }  // namespace

@@ -90,6 +90,14 @@ void bind(py::module_& module) {
              py::arg("stream"));
   module.def("select_tokens", select, py::arg("sizes"), py::arg("top_k"), py::arg("relevance"),
              py::arg("table"), py::arg("counts"), py::arg("weights"), py::arg("stream"));
+  module.def(
+      "runtime",
+      [] {
+        Runtime found = runtime();
+        return std::make_tuple(found.version, found.driver_version, found.error);
+      },
+      "version of the linked CUDA runtime, version that the driver serves, and why no devices are "
+      "found or an empty string");
 }
 
 }  // namespace tir::cuda

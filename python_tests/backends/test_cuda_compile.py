@@ -52,7 +52,7 @@ def spills(report: str) -> list[str]:
 
 
 def test_every_architecture_is_reported(folder: Path) -> None:
-    for report in folder.glob("cuda-*.o.log"):
+    for report in set(folder.glob("cuda-*.o.log")) - {folder / "cuda-runtime.o.log"}:
         functions = re.findall(r"Compiling entry function '(\w+)' for '(\w+)'", report.read_text())
         by_architecture: dict[str, int] = {}
         for _, architecture in functions:

@@ -274,7 +274,7 @@ def test_under_address_and_undefined_behaviour_sanitizers() -> None:
     if cuda_emulation.is_sanitized():
         pytest.skip("this is such a run")
     tests = ["test_attention.py", "test_token_weights.py"]
-    tests += ["backends/test_cuda_emulated.py", "backends/test_cuda_relevance.py"]
+    tests += [f"backends/test_cuda_{name}.py" for name in ("emulated", "relevance", "room")]
     chosen = "(cuda-emulated or test_cuda) and not mistakes and not order and not stray"
     done = run_sanitized(
         ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]

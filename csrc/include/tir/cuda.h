@@ -2,6 +2,8 @@
 // std::runtime_error, naming the operator, where CUDA refuses.
 #pragma once
 
+#include <string>
+
 #include "tir/attention.h"
 #include "tir/relevance.h"
 
@@ -21,6 +23,15 @@ struct KeyWeights {
   int64_t num_classes;        // C
   int64_t top_k;
 };
+
+// The CUDA runtime that the kernels were linked with, which need not be PyTorch's.
+struct Runtime {
+  int version;         // 13000 for CUDA 13.0
+  int driver_version;  // the newest CUDA that the driver serves; 0 without a driver
+  std::string error;   // why it finds no devices, or empty
+};
+
+Runtime runtime();
 
 // Whether attention_forward can itself select from relevance; if not, it needs counts.
 bool can_select(int64_t num_patches, int64_t num_classes);
