@@ -20,7 +20,7 @@ class RepeatedStep:
     Args:
         step: Takes a step and returns its losses; it must do the same work each time, on the same
             tensors, and never wait for the device.
-        device: Where it runs.
+        device: Where it runs; it need not be the current device.
         as_graph: Whether it may become a graph.
     """
 
@@ -40,12 +40,43 @@ class RepeatedStep:
         if self._steps_taken <= _WARM_UP_STEPS:
             return self._off_the_main_stream()
         if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._losses = self._step()
+            self._graph = self._capture()
         self._graph.replay()
         assert self._losses is not None
         return self._losses
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """The step as a graph; capturing runs nothing.
+
+        Raises:
+            torch.OutOfMemoryError: The step or its graph has too little memory.
+        """
+        assert self._side_stream is not None
+        device, graph = self._side_stream.device, torch.cuda.CUDAGraph()
+        shortage = ""
+        try:
+            with (
+                torch.cuda.device(device),
+                # A capture that fails leaves its own stream current; this one puts it back.
+                torch.cuda.stream(torch.cuda.current_stream(device)),
+                # Other threads of the process may do what a capture forbids, on their streams.
+                torch.cuda.graph(
+                    graph, stream=self._side_stream, capture_error_mode="thread_local"
+                ),
+            ):
+                try:
+                    self._losses = self._step()
+                except torch.OutOfMemoryError as error:
+                    shortage = str(error)
+                    raise
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            # Ending a capture that memory did not suffice for can fail in turn, and hide why.
+            if not shortage and "out of memory" not in str(error):
+                raise
+            raise torch.OutOfMemoryError(shortage or str(error)) from error
+        return graph
 
     def _off_the_main_stream(self) -> Tensor:
         # What will be captured must have run on another stream before.
