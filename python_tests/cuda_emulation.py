@@ -19,6 +19,8 @@ import sysconfig
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 from tir_kernels import dispatch
 from tir_kernels.backends.cuda import Launcher
 
@@ -139,8 +141,8 @@ class EmulatedBackend(Launcher):
     def unavailable_reason(self) -> str:
         return ""
 
-    def device_reason(self, device_type: str) -> str:
-        return "" if device_type == "cpu" else "emulation is for tensors on the CPU"
+    def device_reason(self, device: torch.device) -> str:
+        return "" if device.type == "cpu" else "emulation is for tensors on the CPU"
 
 
 def register() -> EmulatedBackend:

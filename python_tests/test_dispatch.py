@@ -46,5 +46,6 @@ def test_wide_heads_are_for_the_reference() -> None:
 
 def test_auto_prefers_the_kernels() -> None:
     expected = "reference" if tir_kernels.available_backends()["cpu"] else "cpu"
-    assert dispatch.choose_backend("auto", "cpu", False).__name__.endswith(expected)
-    assert dispatch.choose_backend("auto", "cpu", True).__name__.endswith("reference")
+    cpu = torch.device("cpu")
+    assert dispatch.choose_backend("auto", cpu, False).__name__.endswith(expected)
+    assert dispatch.choose_backend("auto", cpu, True).__name__.endswith("reference")

@@ -13,6 +13,7 @@ import torch
 
 import tir_kernels
 from tir_kernels.backends import cpu, cuda
+from tir_kernels.dispatch import choose_backend
 
 PACKAGES = ("torch", "triton", "open_clip_torch", "numpy", "torchvision", "safetensors", "peft")
 
@@ -62,8 +63,10 @@ def machine() -> dict[str, str]:
     }
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
+        chosen = choose_backend("auto", torch.device("cuda", index), is_double=False).__name__
         facts[f"GPU {index}"] = (
-            f"{device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB"
+            f"{device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} "
+            f"GiB; 'auto' takes {chosen.rpartition('.')[2]}"
         )
     return facts
 

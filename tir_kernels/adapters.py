@@ -29,10 +29,10 @@ _LIBRARY.define(
 
 def _serving(function: str, tensor: Tensor) -> Any:
     """The function of the fastest backend that has it and runs here."""
-    device_type, is_double = tensor.device.type, tensor.dtype == torch.float64
-    for name in AUTO_ORDER.get(device_type, ()):
+    device, is_double = tensor.device, tensor.dtype == torch.float64
+    for name in AUTO_ORDER.get(device.type, ()):
         backend = load_backend(name)
-        if hasattr(backend, function) and not refusal(name, device_type, is_double):
+        if hasattr(backend, function) and not refusal(name, device, is_double):
             return getattr(backend, function)
     return getattr(load_backend("reference"), function)
 

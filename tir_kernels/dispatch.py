@@ -45,14 +45,17 @@ def available_backends() -> dict[str, str]:
     """What each backend can do in this process.
 
     Returns:
-        Backend name -> empty string if it runs here, else why not and what to do about it.
+        Backend name -> empty string if it runs here, else why not and what to do about it. Of
+        several GPUs one that is served is enough; a call asks for that of its tensors.
     """
     return {name: load_backend(name).unavailable_reason() for name in BACKENDS}
 
 
 @functools.lru_cache(maxsize=64)
-def choose_backend(name: str, device_type: str, is_double: bool, head_width: int = 1) -> Any:
-    """The module that serves a call.
+def choose_backend(
+    name: str, device: torch.device, is_double: bool, head_width: int = 1
+) -> Any:
+    """The module that serves a call on tensors of a device; their ``device`` says which GPU.
 
     Raises:
         RuntimeError: The backend asked for cannot run in this process.
@@ -60,26 +63,26 @@ def choose_backend(name: str, device_type: str, is_double: bool, head_width: int
         TypeError: It cannot compute in float64.
     """
     if name == "auto":
-        for candidate in AUTO_ORDER.get(device_type, ()):
-            if not refusal(candidate, device_type, is_double, head_width):
+        for candidate in AUTO_ORDER.get(device.type, ()):
+            if not refusal(candidate, device, is_double, head_width):
                 return load_backend(candidate)
         return load_backend("reference")
     backend = load_backend(name)
-    error = refusal(name, device_type, is_double, head_width)
+    error = refusal(name, device, is_double, head_width)
     if error:
         raise error
     return backend
 
 
 def refusal(
-    name: str, device_type: str, is_double: bool, head_width: int = 1
+    name: str, device: torch.device, is_double: bool, head_width: int = 1
 ) -> RuntimeError | ValueError | TypeError | None:
     """Why a backend cannot serve such a call, as the error to raise; ``None`` if it can."""
     backend = load_backend(name)
     if reason := backend.unavailable_reason():
         return RuntimeError(f"backend={name!r} cannot run here: {reason}")
-    if reason := backend.device_reason(device_type):
-        return ValueError(f"backend={name!r} cannot take tensors on {device_type!r}: {reason}")
+    if reason := backend.device_reason(device):
+        return ValueError(f"backend={name!r} cannot take tensors on {str(device)!r}: {reason}")
     if name == "reference":
         return None
     if is_double:

@@ -29,12 +29,12 @@ def _define(schema: str):
 
 def _relevance_backend(backend: str, tokens: Tensor, *others: Tensor | None):
     is_double = any(t is not None and t.dtype == torch.float64 for t in (tokens, *others))
-    return choose_backend(backend, tokens.device.type, is_double)
+    return choose_backend(backend, tokens.device, is_double)
 
 
 def _attention_backend(backend: str, query: Tensor):
     is_double = query.dtype == torch.float64
-    return choose_backend(backend, query.device.type, is_double, query.shape[3])
+    return choose_backend(backend, query.device, is_double, query.shape[3])
 
 
 _RELEVANCE_ARGUMENTS = (

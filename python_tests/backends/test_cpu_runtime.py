@@ -152,8 +152,8 @@ def test_unavailable_without_the_compiled_module(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(cpu, "_kernels", missing)
     assert "install a C++17 compiler" in cpu.unavailable_reason()
-    assert cpu.device_reason("cpu") == ""
-    assert "cuda" in cpu.device_reason("cuda")
+    assert cpu.device_reason(torch.device("cpu")) == ""
+    assert "cuda" in cpu.device_reason(torch.device("cuda"))
 
 
 def bad_calls() -> list[tuple[str, Callable[[], object]]]:

@@ -537,19 +537,22 @@ def test_same_inputs_same_bits(device: str) -> None:
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert backend.unavailable_reason() == ""
-    assert backend.device_reason("cpu") == ""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert backend.device_reason(cpu) == backend.device_reason(gpu) == ""
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert backend.device_reason("cuda") == ""
-    assert "CUDA" in backend.device_reason("cpu")
+    assert "CUDA" in backend.device_reason(cpu)
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         assert "no CUDA device" in backend.unavailable_reason()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert backend.unavailable_reason() == ""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert "Old GPU has compute capability 7.5" in backend.unavailable_reason()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Old GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+    assert backend.unavailable_reason() == backend.device_reason(gpu) == ""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    for reason in (backend.unavailable_reason(), backend.device_reason(gpu)):
+        assert "Old GPU has compute capability 7.5" in reason
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install triton" in backend.unavailable_reason()
 
@@ -559,7 +562,7 @@ def test_importing_the_backend_does_not_import_triton() -> None:
         "import sys, torch\n"
         "before = 'triton' in sys.modules\n"
         "import tir_kernels.backends.triton as backend\n"
-        "backend.unavailable_reason(), backend.device_reason('cpu')\n"
+        "backend.unavailable_reason(), backend.device_reason(torch.device('cpu'))\n"
         "assert ('triton' in sys.modules) == before\n"
         "assert not before, 'PyTorch imports Triton itself: nothing shown'\n"
     )

@@ -4,9 +4,10 @@ A backend is a module with these functions over plain tensors, already validated
 It knows nothing of autograd, dispatch or the other backends:
 
 ``unavailable_reason() -> str``
-    Empty if the backend runs in this process, else why not and what to do about it.
-``device_reason(device_type) -> str``
-    Empty if it takes tensors on that type of device ("cpu", "cuda"), else why not.
+    Empty if the backend runs in this process, on some device, else why not and what to do about it.
+``device_reason(device) -> str``
+    Empty if it takes tensors on that device, of a backend that runs here; else why not. Two GPUs of
+    a machine may have two answers.
 ``relevance(tokens, class_embeddings, norm_weight, norm_bias, norm_eps, proj, num_prefix_tokens)``
     (B, L, D), (G, C, E), (D,) or None, (D,) or None, float or None, (D, E) or None, int
     -> (B, C, N) float32. ``norm_eps=None``: no LayerNorm. ``proj=None``: E = D.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,18 @@ def row_grid(tensor: Tensor) -> RowGrid:
 
 def with_contiguous_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def reason_of_all(reason_of: Callable[[int], str]) -> str:
+    """Empty if some GPU is served, else why the current one is not.
+
+    Args:
+        reason_of: Why a GPU, by its index, is not served; empty if it is.
+    """
+    reason = reason_of(torch.cuda.current_device())
+    if reason and any(not reason_of(index) for index in range(torch.cuda.device_count())):
+        return ""
+    return reason
 
 
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -37,8 +37,8 @@ def unavailable_reason() -> str:
     return ""
 
 
-def device_reason(device_type: str) -> str:
-    return "" if device_type == "cpu" else f"the cpu backend takes CPU tensors, not {device_type}"
+def device_reason(device: torch.device) -> str:
+    return "" if device.type == "cpu" else f"the cpu backend takes CPU tensors, not {device.type}"
 
 
 def description() -> str:

@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import TYPE_NAMES, address, device_guard, row_grid, with_contiguous_rows
+from .common import (
+    TYPE_NAMES,
+    address,
+    device_guard,
+    reason_of_all,
+    row_grid,
+    with_contiguous_rows,
+)
 
 MAX_HEAD_WIDTH = 128
 MIN_CAPABILITY = (8, 0)
@@ -311,17 +318,57 @@ def unavailable_reason() -> str:
         return _NOT_BUILT
     if not torch.cuda.is_available():
         return "no CUDA device is visible to PyTorch; use the cpu backend"
-    capability = torch.cuda.get_device_capability()
-    name = f"{torch.cuda.get_device_name()} (compute capability {capability[0]}.{capability[1]})"
+    if reason := _runtime_reason(kernels):
+        return reason
+    return reason_of_all(functools.partial(_card_reason, kernels))
+
+
+def device_reason(device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"the kernels run on a GPU, not on {device.type}"
+    kernels = _compiled()
+    return _NOT_BUILT if kernels is None else _card_reason(kernels, device.index)
+
+
+def _runtime_reason(kernels: Any) -> str:
+    """Why the CUDA runtime that the kernels were linked with, not PyTorch's, cannot work here."""
+    version, driver_version, error = kernels.runtime()
+    if not error:
+        return ""
+    return (
+        f"the kernels were built with CUDA {_release(version)}, whose runtime says {error!r}; the "
+        f"driver serves CUDA {_release(driver_version)}: update the driver, or install tir_kernels "
+        f"again with the nvcc of a CUDA toolkit that it serves, or use backend='triton'"
+    )
+
+
+def _card_reason(kernels: Any, index: int | None) -> str:
+    capability = torch.cuda.get_device_capability(index)
+    name = (
+        f"{torch.cuda.get_device_name(index)} (compute capability {capability[0]}.{capability[1]})"
+    )
     if capability < MIN_CAPABILITY:
         return f"{name} is older than 8.0, the oldest served; use the reference backend"
-    if not runs_on(kernels.architectures(), capability):
+    built = kernels.architectures()
+    rebuild = (
+        f"install tir_kernels again with TIR_CUDA_ARCHS={capability[0]}{capability[1]} in the "
+        "environment, or use backend='triton'"
+    )
+    if not runs_on(built, capability):
+        return f"the CUDA kernels were built for {built}, which {name} does not run: {rebuild}"
+    version, driver_version, _ = kernels.runtime()
+    if driver_version < version and not runs_on(built.replace("+PTX", ""), capability):
         return (
-            f"the CUDA kernels were built for {kernels.architectures()}, which {name} does not "
-            f"run: install tir_kernels again with TIR_CUDA_ARCHS={capability[0]}{capability[1]} in "
-            "the environment, or use backend='triton'"
+            f"the CUDA kernels hold no machine code for {name}, and the driver, which serves CUDA "
+            f"{_release(driver_version)}, cannot compile what CUDA {_release(version)} left for "
+            f"it: update the driver, or {rebuild}"
         )
     return ""
+
+
+def _release(version: int) -> str:
+    """As in "13.0", of a number that CUDA's runtime gives."""
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
@@ -339,17 +386,15 @@ def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
     return False
 
 
-def device_reason(device_type: str) -> str:
-    return "" if device_type == "cuda" else f"the kernels run on a GPU, not on {device_type}"
-
-
 def description() -> str:
     """What the kernels were built for, or nothing where they were not."""
     try:
         kernels = _compiled()
     except ImportError:
         return ""
-    return f"built for {kernels.architectures()}" if kernels is not None else ""
+    if kernels is None:
+        return ""
+    return f"built for {kernels.architectures()} with CUDA {_release(kernels.runtime()[0])}"
 
 
 def _compiled() -> ModuleType | None:

@@ -26,7 +26,7 @@ def unavailable_reason() -> str:
     return ""
 
 
-def device_reason(device_type: str) -> str:
+def device_reason(device: torch.device) -> str:
     return ""
 
 

@@ -12,6 +12,8 @@ import os
 import torch
 from torch import Tensor
 
+from ..common import reason_of_all
+
 MAX_HEAD_WIDTH = 256
 MIN_CAPABILITY = (8, 0)
 
@@ -31,20 +33,26 @@ def unavailable_reason() -> str:
             "no CUDA device is visible to PyTorch; use the cpu backend, or set TRITON_INTERPRET=1 "
             "to run the kernels slowly on the CPU"
         )
-    capability = torch.cuda.get_device_capability()
-    if capability < MIN_CAPABILITY:
-        return (
-            f"{torch.cuda.get_device_name()} has compute capability "
-            f"{capability[0]}.{capability[1]}, and at least "
-            f"{MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} is needed; use the reference backend"
-        )
-    return ""
+    return reason_of_all(_card_reason)
 
 
-def device_reason(device_type: str) -> str:
-    if device_type == "cuda" or (device_type == "cpu" and interpreter_is_on()):
+def device_reason(device: torch.device) -> str:
+    if interpreter_is_on() and device.type in ("cpu", "cuda"):
         return ""
-    return f"Triton kernels run on CUDA tensors, not on {device_type!r}; use another backend there"
+    if device.type == "cuda":
+        return _card_reason(device.index)
+    return f"Triton kernels run on CUDA tensors, not on {device.type!r}; use another backend there"
+
+
+def _card_reason(index: int | None) -> str:
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= MIN_CAPABILITY:
+        return ""
+    return (
+        f"{torch.cuda.get_device_name(index)} has compute capability "
+        f"{capability[0]}.{capability[1]}, and at least "
+        f"{MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} is needed; use the reference backend"
+    )
 
 
 def relevance(
