@@ -49,8 +49,12 @@ def test_every_plan_has_room_for_values_and_for_finding_counts(kernels, dtype: s
     assert {resident for _, resident in seen} == {True, False}
 
 
-# Chunks of keys and values pass by, and counts need more room than two chunks have.
-@pytest.mark.parametrize(("length", "width"), [(577, 80), (670, 96), (771, 112)])
+# Chunks of keys and values pass by, and counts need more room than two chunks have: once for each
+# compiled width, where stray accesses are seen.
+LONG_ROWS = [(577, 80), (670, 96), (771, 112)] if cuda_emulation.is_sanitized() else [(577, 80)]
+
+
+@pytest.mark.parametrize(("length", "width"), LONG_ROWS)
 def test_long_rows_of_wide_heads(kernels, length: int, width: int) -> None:
     backend = cuda_emulation.register()
     kernels.set_device(1, 227 * 1024)

@@ -1,0 +1,53 @@
+"""The cases that compute-sanitizer watches, on the CPU: what they compare, and what they notice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import sanitizer_cases
+from tir_kernels.backends import cpu, reference
+
+SHAPES = {
+    sanitizer_cases.run_attention: sanitizer_cases.ATTENTION_SHAPES[0],
+    sanitizer_cases.run_whole: (*sanitizer_cases.WHOLE_SHAPES[1], 96, 48, 5),
+}
+NAMES = {
+    sanitizer_cases.run_attention: "attention_backward",
+    sanitizer_cases.run_whole: "token_weights",
+}
+
+
+@pytest.fixture(autouse=True)
+def needs_cpu_kernels() -> None:
+    if reason := cpu.unavailable_reason():
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("dtype", sanitizer_cases.DTYPES)
+@pytest.mark.parametrize("run", SHAPES)
+def test_right_results_pass_and_wrong_ones_do_not(run, dtype, monkeypatch) -> None:
+    pairs = run("cpu", SHAPES[run], dtype, "cpu")
+    sanitizer_cases.compare("cpu", pairs, dtype)
+
+    def of_another_problem(*arguments):
+        return [2 * result for result in getattr(reference, NAMES[run])(*arguments)]
+
+    monkeypatch.setattr(cpu, NAMES[run], of_another_problem)
+    with pytest.raises(AssertionError, match="case: off by"):
+        sanitizer_cases.compare("case", run("cpu", SHAPES[run], dtype, "cpu"), dtype)
+
+
+def test_there_are_blocks_of_four_warps_for_wide_heads() -> None:
+    for batch, heads, length, width in sanitizer_cases.FOUR_WARPS:
+        rows = 32 * 4 if width <= 80 else 16 * 4
+        assert batch * heads * (length // rows) >= 132
+    assert any(length > 564 and width > 64 for *_, length, width in sanitizer_cases.FOUR_WARPS)
+
+
+def test_backends_that_are_not_there_are_refused(monkeypatch, capsys) -> None:
+    assert sanitizer_cases.main(["cdua"]) == 2
+    assert "'cdua' is none of cuda, triton" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert sanitizer_cases.main(["cuda"]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
