@@ -17,7 +17,7 @@ from .cases import Case, SuiteUnavailableError
 from .environment import environment
 from .findings import summary
 from .plot import plot
-from .records import Record, RecordFile
+from .records import Record, RecordFile, require_writable
 from .runner import Outcome, Runner
 from .settings import BACKENDS_OF_DEVICE, DIRECTIONS, DTYPES, Settings
 from .suites import SUITES
@@ -175,6 +175,8 @@ def main(
     console = Console(stderr=True)
     if not console.is_terminal:
         console = Console(stderr=True, width=_NARROWEST_LOG)
+    if plot_path is not None:
+        require_writable(plot_path)
     records = RecordFile(json_path)
     facts = environment(device)
     _warn_of_other_environments(console, records, facts)

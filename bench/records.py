@@ -10,9 +10,13 @@ from typing import Any
 
 import click
 
+from tir_kernels.fewshot import files
+
 from .counting import Cost
 
 Record = dict[str, Any]
+
+_MOST_BYTES = 256 * files.MIB  # a whole run has about one
 
 KEYS = (
     "suite",
@@ -78,14 +82,16 @@ class RecordFile:
     Every change replaces the file as a whole, so that an interrupted run leaves it readable.
 
     Raises:
-        click.ClickException: The file exists and is no list of records.
+        click.ClickException: The file holds something that is no list of records, or cannot be read
+            or written.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
-        self._records = [] if path is None else load_records(path, missing_ok=True)
+        self._records = [] if path is None else load_records(path, new_ok=True)
         if path is not None:
-            self._write()  # an unwritable place shows before anything is measured
+            require_writable(path)
+            self._write()  # what forbids it shows before anything is measured
 
     @property
     def records(self) -> list[Record]:
@@ -111,30 +117,82 @@ class RecordFile:
         if self.path is None:
             return
         lines = ",\n".join(json.dumps(record) for record in self._records)
-        unfinished = self.path.with_name(self.path.name + ".part")
+        target = self.path.resolve()  # a link stays one
+        unfinished = target.with_name(f"{target.name}.{os.getpid()}.part")
         try:
-            unfinished.write_text(f"[\n{lines}\n]\n")
-            os.replace(unfinished, self.path)
+            with open(unfinished, "x") as file:
+                file.write(f"[\n{lines}\n]\n")
+            os.replace(unfinished, target)
+        except FileExistsError as error:
+            raise click.ClickException(f"{unfinished} is in the way; remove it") from error
         except OSError as error:
-            raise click.ClickException(f"cannot write {self.path}: {error.strerror}") from error
+            unfinished.unlink(missing_ok=True)
+            raise _cannot("write", self.path, error) from error
 
 
-def load_records(path: Path, *, missing_ok: bool = False) -> list[Record]:
-    """The records of a file.
+def require_writable(path: Path) -> None:
+    """Make sure that a file can be written, or written anew, without touching it.
 
     Raises:
-        click.ClickException: There is no such file, or it holds something else.
+        click.ClickException: It cannot; the message says why.
     """
-    if missing_ok and not path.exists():
-        return []
+    target = path.resolve()
+    if target.exists() and not target.is_file():
+        kind = "a folder" if target.is_dir() else "not a regular file"
+        raise click.ClickException(f"cannot write {path}: it is {kind}; choose another file")
+    if not target.parent.is_dir():
+        raise click.ClickException(f"cannot write {path}: its folder does not exist; make it first")
+    for place in filter(os.path.exists, (target, target.parent)):
+        if not os.access(place, os.W_OK):
+            raise click.ClickException(
+                f"cannot write {path}: {place} is write-protected; choose another file"
+            )
+
+
+def load_records(path: Path, *, new_ok: bool = False) -> list[Record]:
+    """The records of a file.
+
+    Args:
+        path: The file.
+        new_ok: Whether it may be missing or empty, and then has none.
+
+    Raises:
+        click.ClickException: It cannot be read, or holds something else.
+    """
     try:
-        records = json.loads(path.read_text())
+        text = files.read_text(path, at_most=_MOST_BYTES)
+        if not text.strip():
+            if new_ok:
+                return []
+            raise click.ClickException(f"{path} is empty: it has no records yet")
+        records = json.loads(text)
+    except FileNotFoundError as error:
+        if new_ok:
+            return []
+        raise _cannot("read", path, error) from error
     except OSError as error:
-        raise click.ClickException(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise click.ClickException(f"{path} is not JSON: {error}") from error
-    if not isinstance(records, list) or not all(
-        isinstance(record, dict) and set(KEYS) <= set(record) for record in records
-    ):
+        raise _cannot("read", path, error) from error
+    except (ValueError, RecursionError) as error:
+        raise click.ClickException(
+            f"{path} is no JSON file of records ({error}); choose another file"
+        ) from error
+    if not isinstance(records, list) or not all(map(_is_record, records)):
         raise click.ClickException(f"{path} is no list of benchmark records; choose another file")
     return records
+
+
+def _is_record(record: Any) -> bool:
+    if not isinstance(record, dict) or not set(KEYS) <= set(record):
+        return False
+    words = ("suite", "operator", "implementation", "device", "dtype", "direction")
+    numbers = ("ms", "gbps", "tflops", "fraction_of_bound")
+    return (
+        all(isinstance(record[key], str) for key in words)
+        and all(record[key] is None or isinstance(record[key], int | float) for key in numbers)
+        and all(isinstance(record.get(key, {}), dict) for key in ("shape", "environment"))
+        and all(isinstance(size, int) for size in record["shape"].values())
+    )
+
+
+def _cannot(do: str, path: Path, error: OSError) -> click.ClickException:
+    return click.ClickException(f"cannot {do} {path}: {error.strerror}; choose another file")

@@ -8,7 +8,7 @@ import click
 
 from .findings import summary
 from .plot import plot
-from .records import Record, load_records
+from .records import Record, load_records, require_writable
 from .suites import SUITES
 from .tables import markdown, sections
 from .targets import TARGETS
@@ -17,7 +17,8 @@ from .targets import TARGETS
 def report(records: list[Record]) -> str:
     """Where it was measured, the targets of each device, then every table."""
     parts = ["# Benchmark results\n"]
-    environments = {tuple(r["environment"].items()): r["environment"] for r in records}
+    found = [record.get("environment", {}) for record in records]
+    environments = {tuple(sorted(facts.items())): facts for facts in found}
     for facts in environments.values():
         parts.append("\n".join(f"- {name}: {value}" for name, value in facts.items()) + "\n")
     parts.append(
@@ -39,6 +40,8 @@ def report(records: list[Record]) -> str:
 def main(results: Path, output: Path | None, plot_path: Path | None) -> None:
     """Write the tables and targets of a results file as Markdown."""
     records = load_records(results)
+    for path in filter(None, (output, plot_path)):
+        require_writable(path)
     text = report(records)
     if plot_path is not None:
         plot(records, plot_path)

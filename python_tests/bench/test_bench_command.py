@@ -2,7 +2,9 @@
 
 import functools
 import json
+import os
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -201,6 +203,76 @@ def test_interrupt_ends_cleanly(tmp_path, monkeypatch):
 def test_budget_that_runs_out_has_a_status_of_its_own():
     output = run("attention", *TINY, "--budget", "0", status=OUT_OF_TIME)
     assert "2 shapes left" in output
+
+
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_an_empty_results_file_is_a_new_one(tmp_path, content):
+    path = tmp_path / "records.json"
+    path.write_text(content)
+    run("relevance", *TINY, "--json", path)
+    assert len(json.loads(path.read_text())) > 0
+    assert [p.name for p in tmp_path.iterdir()] == ["records.json"]
+
+
+def test_a_link_to_a_results_file_stays_one(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    link, target = tmp_path / "link.json", tmp_path / "elsewhere" / "records.json"
+    link.symlink_to(target)
+    run("relevance", *TINY, "--json", link)
+    assert link.is_symlink()
+    assert json.loads(target.read_text())
+
+
+def unusable(tmp_path, kind):
+    """A path that no results can be written to, and what is said of it."""
+    path = tmp_path / "results"
+    if kind == "folder":
+        path.mkdir()
+        return path, "is a directory"
+    if kind == "pipe":
+        os.mkfifo(path)
+        return path, "not a regular file; choose another file"
+    if kind == "device":
+        return os.devnull, "not a regular file; choose another file"
+    if kind == "no folder":
+        return tmp_path / "missing" / "results", "its folder does not exist; make it first"
+    if kind == "below a file":
+        path.touch()
+        return path / "results", "choose another file"
+    if kind == "too deep":
+        path.write_text("[" * 100_000)
+        return path, "is no JSON file of records"
+    if kind == "not text":
+        path.write_bytes(b"\xff\xfe\x00")
+        return path, "not UTF-8 text"
+    path.write_text(json.dumps([dict.fromkeys(KEYS, 1)]))
+    return path, "is no list of benchmark records; choose another file"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["folder", "pipe", "device", "no folder", "below a file", "too deep", "not text", "other types"],
+)
+def test_results_files_that_cannot_serve_are_refused_at_once(tmp_path, kind, monkeypatch):
+    path, message = unusable(tmp_path, kind)
+    monkeypatch.setattr("bench.command.Runner", None)  # nothing is measured
+    before = Path(path).lstat() if Path(path).exists() else None
+    output = run("relevance", *TINY, "--json", path, status=2 if kind == "folder" else 1)
+    assert message in " ".join(output.split())
+    assert before is None or Path(path).lstat() == before
+    if kind in ("pipe", "device", "no folder"):
+        assert message.split(";")[0] in run("relevance", *TINY, "--plot", path, status=1)
+
+
+def test_write_protected_results_are_refused_at_once(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    path.write_text("[]")
+    monkeypatch.setattr("bench.command.Runner", None)
+    monkeypatch.setattr(os, "access", lambda place, mode: (Path(place), mode) != (path, os.W_OK))
+    for option in ("--json", "--plot"):
+        output = run("relevance", *TINY, option, path, status=1)
+        assert f"{path} is write-protected; choose another file" in " ".join(output.split())
+    assert path.read_text() == "[]"
 
 
 def test_records_of_another_environment_are_pointed_out(tmp_path):
