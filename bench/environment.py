@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 
 import tir_kernels
 from tir_kernels.__main__ import processor
+from tir_kernels.fewshot import files
 
 
 def environment(device: str) -> dict[str, str]:
@@ -34,12 +37,22 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _commit() -> str:
-    """Short hash, with "+" where the working tree has changes; "unknown" outside a checkout."""
-    root = str(Path(__file__).parents[1])
-    command = ["git", "-C", root, "describe", "--always", "--dirty=+", "--exclude=*"]
+def _commit(root: Path = Path(__file__).parents[1]) -> str:
+    """Short hash, with "+" where the working tree has changes.
+
+    Where a copy of the sources came without .git, what TIR_COMMIT or a file COMMIT beside them
+    says; else "unknown".
+    """
+    if (root / ".git").exists():  # a repository further up is another one
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
+        with contextlib.suppress(OSError):
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if found := result.stdout.strip():
+                return found
+    if told := os.environ.get("TIR_COMMIT", "").strip():
+        return told
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
+        lines = files.read_text(root / "COMMIT", at_most=1000).split()
+    except (OSError, ValueError):
         return "unknown"
-    return result.stdout.strip() or "unknown"
+    return lines[0] if lines else "unknown"

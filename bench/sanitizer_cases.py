@@ -76,9 +76,7 @@ def run_whole(backend: str, shape: Shape, dtype: torch.dtype, device: str = "cud
     # The reference's own relevance may round to other counts, so it goes on from ours.
     on_cpu = [t.detach().cpu() for t in (tokens, classes)]
     space = JointSpace(*(p.cpu() if isinstance(p, Tensor) else p for p in parts))
-    exact_relevance = tir_kernels.token_relevance(
-        *on_cpu, joint_space=space, backend="reference"
-    )
+    exact_relevance = tir_kernels.token_relevance(*on_cpu, joint_space=space, backend="reference")
     top_k = int((length - 1) * rule.top_ratio)
     exact_counts = torch.zeros(counts.shape)
     for chosen in relevance.cpu().topk(top_k).indices.unbind(1):

@@ -52,9 +52,7 @@ def available_backends() -> dict[str, str]:
 
 
 @functools.lru_cache(maxsize=64)
-def choose_backend(
-    name: str, device: torch.device, is_double: bool, head_width: int = 1
-) -> Any:
+def choose_backend(name: str, device: torch.device, is_double: bool, head_width: int = 1) -> Any:
     """The module that serves a call on tensors of a device; their ``device`` says which GPU.
 
     Raises:

@@ -85,9 +85,7 @@ def test_blocks_of_four_warps_find_weights(
     assert torch.equal(weights, expected_weights)
     expected = tir_kernels.weighted_attention(q, k, v, weights, backend="cuda")
     assert torch.equal(output, expected)
-    exact, _ = reference.attention_forward(
-        *(t.double() for t in (q, k, v, weights)), width**-0.5
-    )
+    exact, _ = reference.attention_forward(*(t.double() for t in (q, k, v, weights)), width**-0.5)
     plain = oracle.plain_attention(q, k, v, weights, width**-0.5)
     oracle.assert_as_accurate("output", output, plain, exact)
 

@@ -251,7 +251,16 @@ def unusable(tmp_path, kind):
 
 @pytest.mark.parametrize(
     "kind",
-    ["folder", "pipe", "device", "no folder", "below a file", "too deep", "not text", "other types"],
+    [
+        "folder",
+        "pipe",
+        "device",
+        "no folder",
+        "below a file",
+        "too deep",
+        "not text",
+        "other types",
+    ],
 )
 def test_results_files_that_cannot_serve_are_refused_at_once(tmp_path, kind, monkeypatch):
     path, message = unusable(tmp_path, kind)

@@ -99,9 +99,7 @@ def test_a_step_is_captured_on_its_own_device_and_side_stream(fake: FakeCuda) ->
     results = [repeated() for _ in range(WARM_UP + 3)]
     assert len(seen) == WARM_UP + 1
     assert seen == [(1, repeated._side_stream)] * (WARM_UP + 1)
-    assert fake.captures == [
-        {"device": 1, "stream": repeated._side_stream, "mode": "thread_local"}
-    ]
+    assert fake.captures == [{"device": 1, "stream": repeated._side_stream, "mode": "thread_local"}]
     assert fake.replays == 3
     assert [result.value for result in results] == [1, 2, 3, 4, 4, 4]
     assert fake.current_device == 0
