@@ -125,9 +125,11 @@ class RecordFile:
             os.replace(unfinished, target)
         except FileExistsError as error:
             raise click.ClickException(f"{unfinished} is in the way; remove it") from error
-        except OSError as error:
+        except BaseException as error:
             unfinished.unlink(missing_ok=True)
-            raise _cannot("write", self.path, error) from error
+            if isinstance(error, OSError):
+                raise _cannot("write", self.path, error) from error
+            raise
 
 
 def require_writable(path: Path) -> None:

@@ -164,8 +164,8 @@ def test_nvcc_builds_the_kernels_for_the_architectures_it_knows(with_nvcc) -> No
     done, commands = with_nvcc()
     assert done.returncode == 0, done.stdout + done.stderr
     compiled = [c for c in commands if ".cu " in c]
-    # Three kernels for three types of elements, and the selection.
-    assert len(compiled) == 10
+    # Three kernels for three types of elements, the selection, and what asks the runtime.
+    assert len(compiled) == 11
     for command in compiled:
         assert "-gencode=arch=compute_80,code=sm_80" in command
         assert (
