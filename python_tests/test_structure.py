@@ -25,7 +25,7 @@ ALLOWED = {
     "adapters": {"dispatch", "validation", *TOOLS},
     "clip": {"__init__", "adapters", *TOOLS},
     "demo": set(),
-    "fewshot": {"__init__", "clip", "demo", "dispatch", "rules", "validation"},
+    "fewshot": {"__init__", "clip", "demo", "dispatch", "rules", "scalars", "validation"},
 }
 
 

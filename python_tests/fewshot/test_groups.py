@@ -251,6 +251,31 @@ def test_lack_of_memory_on_a_cpu_halves_the_group_too(model, tokenizer, monkeypa
         alone(model, tokenizer, EPISODES[0], CONFIG)
 
 
+@pytest.mark.parametrize("method", ["tir", "zero-shot"])
+def test_the_settings_of_the_process_are_no_matter(model, tokenizer, method) -> None:
+    config = replace(CONFIG, method=method, steps=2, lora_dropout=0.25)
+    expected = finetune_episodes(model, tokenizer, EPISODES[:2], config)
+    empty = [replace(each, query_images=each.query_images[:0]) for each in EPISODES[:2]]
+    dtype = torch.get_default_dtype()
+    try:
+        for other, device in ((torch.float16, "cpu"), (torch.float64, "meta")):
+            torch.set_default_dtype(other)
+            mode = torch.inference_mode() if device == "cpu" else torch.no_grad()
+            with torch.device(device), mode, torch.autocast("cpu", dtype=torch.bfloat16):
+                results = finetune_episodes(model, tokenizer, EPISODES[:2], config)
+                without = finetune_episodes(model, tokenizer, empty, config)
+            assert all(result.query_logits.dtype == torch.float32 for result in without)
+            for ours, theirs in zip(results, expected, strict=True):
+                assert ours.losses == theirs.losses
+                # Where LoRA is off, PyTorch's own attention has a kernel that it passes over if a
+                # default device is set: another order of additions.
+                torch.testing.assert_close(
+                    ours.query_logits, theirs.query_logits, rtol=1e-6, atol=1e-6
+                )
+    finally:
+        torch.set_default_dtype(dtype)
+
+
 @pytest.mark.parametrize("parallel", [None, "auto"])
 def test_an_overflow_in_float16_does_not_touch_the_others(model, tokenizer, parallel) -> None:
     config = replace(CONFIG, precision="float16", steps=3)
@@ -282,7 +307,7 @@ def test_a_loss_that_is_not_finite_does_not_touch_the_others(tokenizer) -> None:
 def test_what_cannot_be_is_refused(model, tokenizer) -> None:
     with pytest.raises(ValueError, match="parallel must be at least 1; got 0"):
         finetune_episodes(model, tokenizer, EPISODES, CONFIG, parallel=0)
-    with pytest.raises(TypeError, match="parallel must be an int, 'auto' or None; got 'two'"):
+    with pytest.raises(TypeError, match="parallel must be an int, 'auto' or None; got str"):
         finetune_episodes(model, tokenizer, EPISODES, CONFIG, parallel="two")
     bad = replace(EPISODES[0], support_labels=torch.full((6,), 3))
     with pytest.raises(ValueError, match="support_labels must lie between 0 and 2"):

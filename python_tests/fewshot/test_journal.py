@@ -111,6 +111,8 @@ def test_torn_last_line_is_dropped_and_written_anew(path, cut):
         (record(1, skipped=(None,)).to_line()[:-1], "'skipped' is"),
         (record(1, support_accuracy=1.5).to_line()[:-1], "'support_accuracy' is 1.5"),
         (record(1, method="").to_line()[:-1], "'method' is ''"),
+        (record(1, classes=("A", "A")).to_line()[:-1], "a class is there twice"),
+        (record(1).to_line()[:-2] + b', "correct": 1}', "'correct' is there twice"),
         (b"[" * 100_000, "nested too deeply"),
         (record(1).to_line()[:-1].replace(b"0.75", b"NaN"), "NaN"),
     ],
@@ -240,6 +242,10 @@ def write_anew(path):
     path.with_name("new").replace(path)
 
 
+def write_other(path):
+    path.write_bytes(record(5).to_line() + record(6).to_line())
+
+
 def add(path):
     with open(path, "ab") as file:
         file.write(record(9).to_line())
@@ -269,12 +275,14 @@ def test_a_journal_that_others_change_while_it_is_written(tmp_path, change, what
 
 @pytest.mark.parametrize(
     ("change", "what"),
-    [(lambda path: path.unlink(), "removed"), (write_anew, "replaced"), (cut, "cut short")],
+    [(lambda path: path.unlink(), "removed"), (write_other, "replaced"), (cut, "cut short")],
 )
 def test_a_journal_that_changes_while_it_is_read(path, change, what):
     path.write_bytes(record(0).to_line())
     reader = JournalReader(path.parent)
     assert reader.news() == [record(0)]
+    write_anew(path)  # as a program does that synchronises folders: it is the same file still
+    assert reader.news() == []
     change(path)
     with pytest.raises(FewShotError, match=f"episodes.jsonl was {what} by another program"):
         reader.news()

@@ -176,3 +176,16 @@ def test_a_journal_has_one_writer(others):
     newcomer = others(Place("group", 1, 2))
     assert newcomer.hear() == "inside"
     assert newcomer.ask("journal") == 1
+
+
+@pytest.mark.parametrize("missing", ["MASTER_PORT", "GROUP_WORLD_SIZE", "RANK", "LOCAL_RANK"])
+def test_a_part_of_torchruns_environment_is_refused(monkeypatch, missing):
+    names = ["TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "GROUP_WORLD_SIZE"]
+    for name in [*names, "RANK", "WORLD_SIZE", "LOCAL_RANK"]:
+        monkeypatch.setenv(name, "1")
+    assert Place.of_this_process().rank == 1
+    monkeypatch.setenv(missing, "one")
+    if missing in ("MASTER_PORT", "GROUP_WORLD_SIZE"):
+        monkeypatch.delenv(missing)
+    with pytest.raises(FewShotError, match=r"not all else that torchrun sets .*unset TORCHELASTIC"):
+        Place.of_this_process()

@@ -60,7 +60,10 @@ def as_images(drawings: list[SourceDrawing]) -> Tensor:
     """Stack drawings into (B, 3, 64, 64) float32, normalised as PREPROCESS_CONFIG says."""
     pixels = torch.from_numpy(np.stack([drawing.pixels for drawing in drawings]))
     images = pixels.permute(0, 3, 1, 2).float() / 255
-    mean, std = (torch.tensor(PREPROCESS_CONFIG[key]).view(3, 1, 1) for key in ("mean", "std"))
+    mean, std = (
+        torch.tensor(PREPROCESS_CONFIG[key], dtype=torch.float32, device="cpu").view(3, 1, 1)
+        for key in ("mean", "std")
+    )
     return (images - mean) / std
 
 
@@ -89,7 +92,7 @@ def source_accuracy(folder: Path, *, groups: int, seed: int = 0) -> float:
         ]
         captions = model.encode_text(tokenizer([d.caption for d in drawings]), normalize=True)
         guesses = (model.encode_image(as_images(drawings)) @ captions.T).argmax(dim=1)
-        correct += int((guesses == torch.arange(CAPTIONS)).sum())
+        correct += int((guesses == torch.arange(CAPTIONS, device=guesses.device)).sum())
     return correct / (groups * CAPTIONS)
 
 

@@ -229,8 +229,8 @@ def cli() -> None:
     required=True,
     metavar="SOURCE",
     help="Folder with a sub-folder of images per class; a list of images: JSON with image_names, "
-    "image_labels and label_names, or CSV with columns for file and label, of ISIC 2018 or of "
-    "ChestX-ray8; or hf:NAME[:SPLIT] from Hugging Face, or a folder of its save_to_disk.",
+    "image_labels and label_names, or CSV or TSV with columns for file and label, or with a column "
+    "of 0 and 1 per class; or hf:NAME[:SPLIT] from Hugging Face, or a folder of its save_to_disk.",
 )
 @click.option(
     "--images",
@@ -378,7 +378,7 @@ def _run(
     messages = Console(stderr=True, quiet=not place.is_first)
 
     def notify(text: str) -> None:
-        messages.print(text, soft_wrap=True, highlight=False, markup=False)
+        messages.print(printable(text), soft_wrap=True, highlight=False, markup=False, emoji=False)
 
     try:
         config = FewShotConfig(**config_values)
@@ -432,6 +432,8 @@ def _run(
         """The model, and all settings of the run."""
         with messages.status("loading the model"):
             loaded = load_model(model, pretrained, device=own.device)
+        for note in loaded.notes:
+            notify(note)
         require_distinct_prompts(source, loaded.tokenizer)
         # Another number of processes, on other devices, may continue the run.
         settings = plan.settings(source, loaded) | {"device": config.device}
@@ -542,7 +544,7 @@ def _require_backend(config: FewShotConfig) -> None:
 
     from tir_kernels.dispatch import refusal
 
-    error = refusal(config.backend, torch.device(config.device).type, False)
+    error = refusal(config.backend, torch.device(config.device), False)
     if error is not None:
         raise FewShotError(f"--{str(error).replace('=', ' ', 1)}")
 
@@ -579,8 +581,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Ctrl-C or SIGTERM.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    place = Place.of_this_process()
     with forgiving_output() as output:
+        try:
+            place = Place.of_this_process()
+        except FewShotError as error:
+            return _tell(error, "")
         status = _answer(words, place)
         output.flush()
         if output.failure and status == 0:
@@ -595,8 +600,6 @@ def _answer(words: list[str], place: Place) -> int:
             # Without a command, help is an answer and not an error.
             status = cli.main(words or ["--help"], prog_name=PROGRAM, standalone_mode=False)
         return status if isinstance(status, int) else 0
-    except (FewShotError, click.ClickException) as error:
-        return _tell(error, place)
     except (KeyboardInterrupt, click.Abort):
         if place.is_first:
             command = "the same command"
@@ -605,14 +608,17 @@ def _answer(words: list[str], place: Place) -> int:
             _say(f"{PROGRAM}: interrupted; what is finished is kept. To continue: {command}")
         return INTERRUPTED
     except Exception as error:
-        return _tell(describe_unforeseen(error, None), place)
+        told = error
+        if not isinstance(error, (FewShotError, click.ClickException)):
+            told = describe_unforeseen(error, None)
+        place.let_others_speak()
+        return _tell(told, place.label)
 
 
-def _tell(error: FewShotError | click.ClickException, place: Place) -> int:
+def _tell(error: Exception, label: str) -> int:
     """Tell an error in a line, and return the exit status for it."""
     text = error.format_message() if isinstance(error, click.ClickException) else str(error)
-    place.let_others_speak()
-    _say(f"{PROGRAM}{place.label}: error: {printable(' '.join(text.split()))}")
+    _say(f"{PROGRAM}{label}: error: {printable(' '.join(text.split()))}")
     return UNFORESEEN if isinstance(error, UnforeseenError) else BAD_INPUT
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import numbers
-import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tir_kernels.rules import RULE_KINDS, WeightRule
+from tir_kernels.scalars import real_number, whole_number
 from tir_kernels.validation import require_backend
 
 METHODS = ("tir", "lora", "zero-shot")
@@ -82,13 +81,13 @@ class FewShotConfig:
 
     def __post_init__(self) -> None:
         for name in _BOUNDS:
-            self._set(name, _whole_number(name, getattr(self, name)))
+            self._set(name, whole_number(name, getattr(self, name), "a whole number"))
         for name in _REAL:
             self._set(name, _real_number(name, getattr(self, name)))
         if self.logit_scale is not None:
             self._set("logit_scale", _real_number("logit_scale", self.logit_scale))
         if self.text_layer is not None:
-            self._set("text_layer", _whole_number("text_layer", self.text_layer))
+            self._set("text_layer", whole_number("text_layer", self.text_layer, "a whole number"))
         if self.layers is not None:
             self._set("layers", _layers(self.layers))
         _require_choice("method", self.method, METHODS)
@@ -128,20 +127,12 @@ def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
-def _whole_number(name: str, value: object) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be a whole number; got {value!r}")
-    return operator.index(value)
-
-
 def _real_number(name: str, value: object) -> float | int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number; got {value!r}")
     # An int stays one: it is written to a run's settings, where 8 and 8.0 would be two values.
-    return value if isinstance(value, int) else float(value)
+    return value if type(value) is int else real_number(name, value)
 
 
 def _layers(layers: object) -> tuple[int, ...]:
     if not isinstance(layers, Iterable):
         raise TypeError(f"layers must be a list of whole numbers; got {layers!r}")
-    return tuple(_whole_number("layers", layer) for layer in layers)
+    return tuple(whole_number("layers", layer, "a list of whole numbers") for layer in layers)

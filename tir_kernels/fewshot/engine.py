@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tir_kernels import clip
+from tir_kernels.scalars import whole_number
 
 from .config import FewShotConfig
 from .episodes import Episode, episode_seed
@@ -224,9 +224,7 @@ def _resolve_parallel(parallel: int | str | None, config: FewShotConfig) -> int 
     is_float16 = config.precision == "float16" and config.method != "zero-shot"
     if parallel is None or parallel == "auto":
         return 1 if is_float16 else parallel
-    if isinstance(parallel, (bool, str)) or not hasattr(parallel, "__index__"):
-        raise TypeError(f"parallel must be an int, 'auto' or None; got {parallel!r}")
-    number = operator.index(parallel)
+    number = whole_number("parallel", parallel, "an int, 'auto' or None")
     if number < 1:
         raise ValueError(f"parallel must be at least 1; got {number}")
     if is_float16 and number > 1:
@@ -254,10 +252,10 @@ def _finetune_group(
     def stacked(name: str) -> Tensor:
         return torch.stack([getattr(episode, name) for episode in episodes]).to(device)
 
-    support_images, query_images = stacked("support_images"), stacked("query_images")
-    support_labels = stacked("support_labels").long()
     with ExitStack() as stack:
         _prepare(stack, model, config, savings)
+        support_images, query_images = stacked("support_images"), stacked("query_images")
+        support_labels = stacked("support_labels").long()
         names = [episode.class_names for episode in episodes]
         group = Group(model, tokenizer, names, seeds, config, stack, lora_init, savings, checkpoint)
         losses: list[list[float]] = [[] for _ in episodes]
@@ -320,6 +318,10 @@ def episodes_that_fit(
 def _prepare(stack: ExitStack, model: nn.Module, config: FewShotConfig, savings: Savings) -> None:
     """Bring the model into the state in which it is trained, until the stack unwinds."""
     device = torch.device(config.device)
+    # Whatever the caller is in the midst of.
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(torch.enable_grad())
+    stack.enter_context(torch.autocast(device.type, enabled=False))
     stack.enter_context(_in_evaluation_mode(model))
     stack.enter_context(_with_gradients(model, not savings.frozen_weights))
     cuda_devices = [device] if device.type == "cuda" else []

@@ -53,7 +53,9 @@ class Episode:
     support_labels: Tensor
     query_images: Tensor
     index: int
-    query_labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    query_labels: Tensor = field(
+        default_factory=lambda: torch.empty(0, dtype=torch.int64, device="cpu")
+    )
     folders: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
 
@@ -142,7 +144,7 @@ def load_episode(
     support_pixels, query_pixels = (torch.stack(each).to(device) for each in (support, query))
     if augment:
         support_pixels = with_views(support_pixels, augment, _random(seed, plan.index, stream=2))
-    labels = torch.arange(len(classes))
+    labels = torch.arange(len(classes), device="cpu")
     return Episode(
         class_names=[entry.words for entry in classes],
         support_images=images.preprocess.normalise(support_pixels),

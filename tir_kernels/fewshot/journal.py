@@ -44,8 +44,7 @@ def read_journal(path: str | Path) -> list[Record]:
     """
     path = Path(path)
     records: dict[tuple[int, str], Record] = {}
-    content, _ = _read_bytes(path)
-    for line in _parse(path, _whole_lines(content), lines_before=0):
+    for line in _parse(path, _whole_lines(_read_bytes(path)), lines_before=0):
         records.setdefault(line.record.key, line.record)
     return list(records.values())
 
@@ -68,11 +67,11 @@ def journal_paths(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names, key=lambda name: (len(name), name))]
 
 
-def _read_bytes(path: Path, start: int = 0) -> tuple[bytes, os.stat_result]:
+def _read_bytes(path: Path, start: int = 0) -> bytes:
     try:
         with open_regular(path) as file:
             file.seek(start)
-            return file.read(), os.fstat(file.fileno())
+            return file.read()
     except OSError as error:
         raise FewShotError(f"can't read {path}: {first_line(error)}") from error
 
@@ -93,11 +92,14 @@ def _parse(path: Path, content: bytes, lines_before: int) -> list[_Line]:
 
 
 class _Progress(NamedTuple):
-    """How far a journal was read, and which file that was."""
+    """How far a journal was read, and its last bytes up to there."""
 
-    size: int
-    lines: int
-    file: tuple[int, int]
+    size: int = 0
+    lines: int = 0
+    tail: bytes = b""
+
+
+_TAIL_BYTES = 1000
 
 
 class JournalReader:
@@ -130,17 +132,18 @@ class JournalReader:
         for path in self._done.keys() - set(paths):
             raise _lost(path, "removed")
         for path in paths:
-            done = self._done.get(path)
-            content, status = _read_bytes(path, done.size if done else 0)
-            file = (status.st_dev, status.st_ino)
-            if done and done.file != file:
-                raise _lost(path, "replaced")
-            if done and status.st_size < done.size:
-                raise _lost(path, "cut short")
+            done = self._done.get(path, _Progress())
+            # Some network file systems number files anew, so a file is known by what it says.
+            content = _read_bytes(path, done.size - len(done.tail))
+            if not content.startswith(done.tail):
+                raise _lost(path, "cut short" if len(content) < len(done.tail) else "replaced")
             whole = _whole_lines(content)
-            size, number = (done.size, done.lines) if done else (0, 0)
-            lines = _parse(path, whole, number)
-            self._done[path] = _Progress(size + len(whole), number + len(lines), file)
+            lines = _parse(path, whole[len(done.tail) :], done.lines)
+            self._done[path] = _Progress(
+                done.size + len(whole) - len(done.tail),
+                done.lines + len(lines),
+                whole[-_TAIL_BYTES:],
+            )
             for line in lines:
                 self._require_fitting(line)
                 known = self._lines.setdefault(line.record.key, line)
@@ -203,7 +206,7 @@ class Journal(JournalReader):
         self.note = ""
         self._file = -1
         super().news()
-        content = _read_bytes(path)[0] if path.exists() else b""
+        content = _read_bytes(path) if path.exists() else b""
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
             self._file = os.open(path, flags, 0o644)

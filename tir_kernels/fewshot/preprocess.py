@@ -76,6 +76,6 @@ class Preprocess:
         On any device it has the bits that open_clip's own transform gives on the CPU.
         """
         # GPUs multiply by the reciprocal of a number, which rounds differently; not of a tensor.
-        scale = torch.full((), 255.0, device=pixels.device)
+        scale = torch.full((), 255.0, dtype=torch.float32, device=pixels.device)
         images = pixels.to(torch.float32).div_(scale)
         return normalize(images, self._mean, self._std, inplace=True)

@@ -78,6 +78,8 @@ class Record:
         return record
 
     def _require_consistent(self) -> None:
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError("a class is there twice")
         if self.status != OK:
             if self.correct is not None or self.accuracy is not None:
                 raise ValueError(f"a result beside the status {_shortened(self.status)}")
@@ -105,16 +107,28 @@ def decode_json(content: bytes) -> Any:
     """What strict JSON in UTF-8 holds.
 
     Raises:
-        ValueError: It is none, also where objects are nested too deeply.
+        ValueError: It is none, is nested too deeply, or gives a name two values.
     """
     try:
-        return json.loads(content.decode(), parse_constant=_refuse_constant)
+        return json.loads(
+            content.decode(),
+            parse_constant=_refuse_constant,
+            object_pairs_hook=_without_repeats,
+        )
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice")
+    return values
 
 
 def _shortened(value: object) -> str:
@@ -173,17 +187,17 @@ assert set(_SCHEMA) == {field.name for field in fields(Record)}
 
 @dataclass(frozen=True)
 class RunShape:
-    """What all records of a run have in common.
+    """What all records of a run have in common; ``None`` where that is not known.
 
     Args:
         episodes: Episodes of the run.
         methods: Its methods.
-        ways: Classes of each episode; ``None``: not known.
-        queries: Query images per class; ``None``: not known.
+        ways: Classes of each episode.
+        queries: Query images per class.
     """
 
     episodes: int
-    methods: tuple[str, ...]
+    methods: tuple[str, ...] | None = None
     ways: int | None = None
     queries: int | None = None
 
@@ -191,7 +205,7 @@ class RunShape:
         """What in a record can't be of this run, or nothing."""
         if record.episode >= self.episodes:
             return f"'episode' is {record.episode} in a run of {self.episodes}"
-        if record.method not in self.methods:
+        if self.methods is not None and record.method not in self.methods:
             return f"'method' is {_shortened(record.method)} in a run of {', '.join(self.methods)}"
         if self.ways is not None and len(record.classes) != self.ways:
             return f"'classes' are {len(record.classes)} in a run of {self.ways} ways"

@@ -52,7 +52,7 @@ def read_run(folder: str | Path) -> list[Record]:
     # Read after the journals: a run may be continued with more episodes, never with fewer.
     shape = _shape(_read_settings(settings_path))
     reader.require(shape)
-    return _sorted(records, shape.methods)
+    return _sorted(records, shape.methods or ())
 
 
 def is_read_only(folder: str | Path) -> bool:
@@ -77,7 +77,7 @@ def finished_records(
     new = _as_json(settings, episodes)
     _refuse_changes(path, _read_settings(path / SETTINGS_NAME), new)
     records = read_run(path)
-    left = episodes * len(_shape(new).methods) - len(records)
+    left = episodes * len(_shape(new).methods or ()) - len(records)
     if left > 0:
         raise FewShotError(
             f"--out: can't write in {path}, and {left} results of the run are not there yet; make "
@@ -263,14 +263,16 @@ def _shape(settings: Any) -> RunShape:
     episodes, own = settings["episodes"], settings["settings"]
     if type(episodes) is not int or episodes < 1:
         raise ValueError(f"'episodes' is {episodes!r}")
-    methods = own.get("method", [])
-    if not isinstance(methods, list) or not all(isinstance(method, str) for method in methods):
+    methods = own.get("method")
+    if methods is not None and not (
+        isinstance(methods, list) and all(isinstance(method, str) for method in methods)
+    ):
         raise TypeError(f"'method' is {methods!r}")
     counts = [own.get(name) for name in ("ways", "queries")]
     for count in counts:
         if count is not None and (type(count) is not int or count < 1):
             raise ValueError(f"'ways' or 'queries' is {count!r}")
-    return RunShape(episodes, tuple(methods), *counts)
+    return RunShape(episodes, None if methods is None else tuple(methods), *counts)
 
 
 def _refuse_changes(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

@@ -113,7 +113,7 @@ class LossLog:
             self._read(losses)
             return
         # Pinned, or the copy would wait.
-        copy = torch.empty(losses.shape, dtype=losses.dtype, pin_memory=True)
+        copy = torch.empty(losses.shape, dtype=losses.dtype, device="cpu", pin_memory=True)
         copy.copy_(losses.detach(), non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(losses.device))

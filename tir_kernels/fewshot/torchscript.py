@@ -92,7 +92,7 @@ class _Unpickler(pickle.Unpickler):
             self._storages[key] = (
                 torch.frombuffer(content, dtype=dtype, count=length)
                 if length
-                else torch.empty(0, dtype=dtype)
+                else torch.empty(0, dtype=dtype, device="cpu")
             )
         return self._storages[key]
 

@@ -266,7 +266,7 @@ class Group:
         return [
             torch.cat([logits(batch) for batch in images.split(size, 1)], 1).float().cpu()
             if images.shape[1]
-            else torch.empty(self.size, 0, shared.shape[1])
+            else torch.empty(self.size, 0, shared.shape[1], dtype=torch.float32, device="cpu")
             for images in image_sets
         ]
 

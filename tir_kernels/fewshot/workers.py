@@ -34,15 +34,27 @@ class Place:
 
     @classmethod
     def of_this_process(cls) -> Place:
-        """The place ``torchrun`` gave this process; without it, the process is a group alone."""
+        """The place ``torchrun`` gave this process; without it, the process is a group alone.
+
+        Raises:
+            FewShotError: The environment holds a part of what ``torchrun`` sets.
+        """
         host, values = socket.gethostname(), os.environ
         if "TORCHELASTIC_RUN_ID" not in values:
             return cls(f"process {os.getpid()} on {host}, {uuid.uuid4()}")
-        group = "torchrun {TORCHELASTIC_RUN_ID} {MASTER_ADDR}:{MASTER_PORT}".format_map(values)
-        if values["GROUP_WORLD_SIZE"] == "1":
-            # On one machine, the defaults of name and address are those of any other machine too.
-            group += f" on {host}"
-        return cls(group, int(values["RANK"]), int(values["WORLD_SIZE"]), int(values["LOCAL_RANK"]))
+        try:
+            group = "torchrun {TORCHELASTIC_RUN_ID} {MASTER_ADDR}:{MASTER_PORT}".format_map(values)
+            if values["GROUP_WORLD_SIZE"] == "1":
+                # On one machine, the defaults of name and address are those of any other too.
+                group += f" on {host}"
+            numbers = [int(values[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+        except (KeyError, ValueError) as error:
+            raise FewShotError(
+                "the environment has TORCHELASTIC_RUN_ID but not all else that torchrun sets "
+                f"({type(error).__name__}: {first_line(error)}); start all processes with "
+                "torchrun, or unset TORCHELASTIC_RUN_ID"
+            ) from error
+        return cls(group, *numbers)
 
     @property
     def is_first(self) -> bool:
@@ -130,6 +142,11 @@ class RunLock:
                 self._enter_first()
             else:
                 self._follow(deadline)
+        except OSError as error:  # a full disk
+            self.close()
+            raise FewShotError(
+                f"--out: can't write in {path.parent}: {first_line(error)}; choose another folder"
+            ) from error
         except BaseException:
             self.close()
             raise
