@@ -13,7 +13,7 @@ OPERATORS |= TOOLS | {"flops"}
 
 # Room -> the rooms of the package it may import from.
 ALLOWED = {
-    **{tool: set() for tool in TOOLS},
+    **{tool: set() for tool in sorted(TOOLS)},
     "flops": set(),
     "rules": TOOLS,
     "backends": {"rules", *TOOLS},

@@ -66,7 +66,7 @@ def test_host_time_is_per_call():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_sanitizer_cases_need_a_gpu(capsys):
-    assert sanitizer_cases.main() == 2
+    assert sanitizer_cases.main([]) == 2
     assert "no CUDA device" in capsys.readouterr().err
 
 

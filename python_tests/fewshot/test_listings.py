@@ -209,7 +209,7 @@ def test_a_list_on_the_command_line(folder, capsys):
     rows = [f"/x/{name},{Path(name).name.split('_')[0]}\n" for name in names]
     (folder / "lists" / "l.csv").write_text("file,label\n" + "".join(rows))
     arguments = ["run", "--data", str(folder / "lists" / "l.csv"), "--model", "fake"]
-    arguments += ["--out", str(folder / "out"), "--method", "zero-shot", "--backend=reference"]
+    arguments += ["--out", str(folder / "out"), "--method", "zero-shot", "--device=cpu"]
     arguments += ["--ways=2", "--shots=1", "--queries=2", "--episodes=1"]
     assert fake_engine.run_main(arguments) == 2
     assert "pass the images' folder with --images" in capsys.readouterr().err

@@ -13,7 +13,6 @@ import shlex
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -327,8 +326,9 @@ def demo(out: str, **options: Any) -> None:
 def _demo(out: str, options: dict[str, Any]) -> None:
     from tir_kernels.demo import model_directory, write_image_folder
     from tir_kernels.fewshot.errors import first_line
+    from tir_kernels.fewshot.run_folder import expanded_out
 
-    images = Path(out) / "images"
+    images = expanded_out(out) / "images"
     try:
         write_image_folder(images)
     except OSError as error:
@@ -528,13 +528,14 @@ def _without_tracebacks(out: str) -> Iterator[None]:
         raise
     except Exception as error:
         from tir_kernels.fewshot.memory import is_lack_of_memory
+        from tir_kernels.fewshot.run_folder import expanded_out
 
         if is_lack_of_memory(error):
             raise FewShotError(
                 "out of memory; what is finished is kept: use a smaller model, a machine with more "
                 "memory, or end other programs, and give the same command again"
             ) from error
-        raise describe_unforeseen(error, Path(out)) from error
+        raise describe_unforeseen(error, expanded_out(out)) from error
 
 
 def _require_backend(config: FewShotConfig) -> None:

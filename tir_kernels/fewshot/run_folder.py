@@ -43,7 +43,7 @@ def read_run(folder: str | Path) -> list[Record]:
     Raises:
         FewShotError: A file can't be read or is damaged.
     """
-    folder = _expanded(folder)
+    folder = expanded_out(folder)
     reader = JournalReader(folder)
     records = reader.news()
     settings_path = folder / SETTINGS_NAME
@@ -57,7 +57,7 @@ def read_run(folder: str | Path) -> list[Record]:
 
 def is_read_only(folder: str | Path) -> bool:
     """Whether a folder holds a run that can be looked at but not continued."""
-    path = _expanded(folder)
+    path = expanded_out(folder)
     return (path / SETTINGS_NAME).exists() and not os.access(path, os.W_OK)
 
 
@@ -73,7 +73,7 @@ def finished_records(
         FewShotError: The folder belongs to a run with other settings, can't be read, or the run is
             not finished.
     """
-    path = _expanded(folder)
+    path = expanded_out(folder)
     new = _as_json(settings, episodes)
     _refuse_changes(path, _read_settings(path / SETTINGS_NAME), new)
     records = read_run(path)
@@ -86,8 +86,12 @@ def finished_records(
     return records
 
 
-def _expanded(folder: str | Path) -> Path:
-    # An empty name would be the current folder.
+def expanded_out(folder: str | Path) -> Path:
+    """The path of a run's folder, with the user's home in place of ``~``.
+
+    Raises:
+        FewShotError: It is empty, which would be the current folder, or there is no home.
+    """
     if not str(folder).strip():
         raise FewShotError("--out is empty; name a folder, or . for the current one")
     try:
@@ -121,7 +125,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, place: Place | None = None) -> None:
-        self.path = _expanded(path)
+        self.path = expanded_out(path)
         self.place = place or Place.of_this_process()
         self._shape: RunShape | None = None
         _refuse_others_files(self.path)
