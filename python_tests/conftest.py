@@ -3,6 +3,12 @@
 import os
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Processes share the cores; tests of several threads ask for them. Before anything imports
+    # PyTorch, so that processes that tests start do the same.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():

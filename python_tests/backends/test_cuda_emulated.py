@@ -269,17 +269,23 @@ def run_sanitized(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_under_address_and_undefined_behaviour_sanitizers() -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_attention.py",
+        "test_token_weights.py",
+        "backends/test_cuda_emulated.py",
+        "backends/test_cuda_relevance.py",
+        "backends/test_cuda_room.py",
+    ],
+)
+def test_under_address_and_undefined_behaviour_sanitizers(name: str) -> None:
     """The operators' tests, small."""
     if cuda_emulation.is_sanitized():
         pytest.skip("this is such a run")
-    tests = ["test_attention.py", "test_token_weights.py"]
-    tests += [f"backends/test_cuda_{name}.py" for name in ("emulated", "relevance", "room")]
     chosen = "(cuda-emulated or test_cuda) and not mistakes and not order and not stray"
-    done = run_sanitized(
-        ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
-        + [str(ROOT / "python_tests" / name) for name in tests]
-    )
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", chosen]
+    done = run_sanitized(["-m", "pytest", *options, str(ROOT / "python_tests" / name)])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
     assert " passed" in done.stdout
 
