@@ -5,28 +5,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
-import inspect
-import os
-import re
 import shlex
 import sys
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from tir_kernels.dispatch import BACKENDS
-from tir_kernels.fewshot.config import METHODS, PLACEMENTS, PRECISIONS, FewShotConfig
+from tir_kernels.fewshot.config import METHODS, FewShotConfig
 from tir_kernels.fewshot.errors import FewShotError
 from tir_kernels.fewshot.interrupts import INTERRUPTED, PROGRAM, leaving_at_once, terminable
+from tir_kernels.fewshot.options import NAME, Count, config_options, protocol_options
 from tir_kernels.fewshot.streams import forgiving_output
 from tir_kernels.fewshot.text import printable
 from tir_kernels.fewshot.unforeseen import UnforeseenError, describe_unforeseen
 from tir_kernels.fewshot.words import KNOWN_SETS
 from tir_kernels.fewshot.workers import Place
-from tir_kernels.rules import RULE_KINDS
 
 if TYPE_CHECKING:
     from tir_kernels.fewshot.models import LoadedModel
@@ -35,179 +29,6 @@ if TYPE_CHECKING:
 
 BAD_INPUT = 2
 UNFORESEEN = 1
-
-
-class _Count(click.IntRange):
-    """A whole number with an upper bound, which is told with its reason."""
-
-    def __init__(self, least: int, most: int, reason: str) -> None:
-        super().__init__(least)
-        self._most, self._reason = most, reason
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        number = super().convert(value, param, ctx)
-        if number > self._most:
-            self.fail(f"{number} is more than {self._most}: {self._reason}", param, ctx)
-        return number
-
-
-class _Parallel(_Count):
-    """A number of episodes, or "auto"."""
-
-    name = "integer|auto"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return value if value == "auto" else super().convert(value, param, ctx)
-
-
-class _Name(click.ParamType):
-    """The name of a file, a folder or something else, which can't be empty.
-
-    An empty one is what a shell makes of a variable that is not set, and would otherwise stand for
-    the current folder.
-    """
-
-    name = "text"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if not value.strip():
-            self.fail("it is empty; is a shell variable not set?", param, ctx)
-        if "\0" in value:
-            self.fail("a name can't hold a NUL byte", param, ctx)
-        try:
-            os.stat(value)
-        except OSError as error:
-            if error.errno == errno.ENAMETOOLONG:
-                self.fail(f"a name of {len(value)} characters is too long for files", param, ctx)
-        return value
-
-
-_NAME = _Name()
-
-
-class _WholeNumbers(click.ParamType):
-    """A comma list of whole numbers."""
-
-    name = "list"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(int(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of whole numbers such as 8,10", param, ctx)
-
-
-_CHOICES = {
-    "placement": PLACEMENTS,
-    "precision": PRECISIONS,
-    "rule": RULE_KINDS,
-    "backend": ("auto", *BACKENDS),
-}
-
-
-def _config_options(**defaults: Any) -> Callable[[Callable], Callable]:
-    """An option for each field of ``FewShotConfig`` but the method, so that none is forgotten.
-
-    Args:
-        defaults: Defaults that differ from the fields' own.
-    """
-    hints = typing.get_type_hints(FewShotConfig)
-    help_texts = _field_texts(inspect.getdoc(FewShotConfig) or "")
-
-    def add(command: Callable) -> Callable:
-        for field in reversed(dataclasses.fields(FewShotConfig)):
-            if field.name == "method":
-                continue
-            # A library's caller says where the model is; a command takes the GPU that is there.
-            defaults.setdefault("device", "auto")
-            default = defaults.get(field.name, field.default)
-            command = click.option(
-                f"--{field.name.replace('_', '-')}",
-                type=_option_type(field.name, hints[field.name]),
-                default=default,
-                show_default=default is not None,
-                help=help_texts.get(field.name, ""),
-            )(command)
-        return command
-
-    return add
-
-
-def _option_type(name: str, hint: Any) -> Any:
-    if name in _CHOICES:
-        return click.Choice(_CHOICES[name])
-    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-    if typing.get_origin(hint) is not tuple and kinds:
-        (hint,) = kinds
-    return _WholeNumbers() if typing.get_origin(hint) is tuple else hint
-
-
-def _field_texts(docstring: str) -> dict[str, str]:
-    """What a docstring's "Args" say about each field."""
-    section = docstring.partition("Args:\n")[2].partition("\n\n")[0]
-    texts: dict[str, str] = {}
-    for entry in re.split(r"^ {4}(?=\w+:)", section, flags=re.MULTILINE):
-        name, _, text = entry.partition(":")
-        # reStructuredText's quotes are for readers of the source, None for those of Python.
-        texts[name] = " ".join(text.replace("``", "").replace("None", "unset").split())
-    texts["seed"] = "Of the choice of episodes, and of LoRA's initialisation and dropout."
-    texts["device"] = (
-        "Device of the model and all tensors: cpu, cuda, cuda:1, ...; auto is cuda where PyTorch "
-        "sees a GPU, else cpu."
-    )
-    return texts
-
-
-def _protocol_options(*, episodes: int) -> Callable[[Callable], Callable]:
-    """Options that ``run`` and ``demo`` share beside those of the config."""
-    options = (
-        click.option("--ways", type=click.IntRange(2), default=5, help="Classes per episode."),
-        click.option(
-            "--queries", type=click.IntRange(1), default=15, help="Query images per class."
-        ),
-        click.option(
-            "--episodes",
-            type=_Count(1, 10**6, "the interval of a mean does not get narrower in any sense"),
-            default=episodes,
-            help="Episodes; a run may be continued with more.",
-        ),
-        click.option(
-            "--augment",
-            type=_Count(0, 1000, "so many views of one image are the same views again"),
-            default=0,
-            help="Train on this many views of each support image beside the image itself; 0 for "
-            "none. The cross-domain few-shot benchmark takes 4. A view is a part of the image of "
-            "8 to 100 % of its area and a ratio of sides of 3/4 to 4/3, scaled up to the model's "
-            "size, flipped half of the time, with brightness, contrast and saturation times a "
-            "random number from 0.6 to 1.4. Views are drawn once per episode, from --seed and its "
-            "number alone.",
-        ),
-        click.option(
-            "--parallel-episodes",
-            type=_Parallel(1, 4096, "no device's memory holds so many"),
-            default=1,
-            help="Episodes trained at once, which a GPU needs to be busy: a number, or auto for as "
-            "many as fit into memory. The results are the same up to rounding. Where memory runs "
-            "out, half as many are.",
-        ),
-        click.option(
-            "--checkpoint",
-            is_flag=True,
-            help="Compute activations again in the backward pass instead of keeping them: a third "
-            "more work in a fraction of the memory.",
-        ),
-    )
-
-    def add(command: Callable) -> Callable:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
 
 
 @click.group(
@@ -224,7 +45,7 @@ def cli() -> None:
 @cli.command()
 @click.option(
     "--data",
-    type=_NAME,
+    type=NAME,
     required=True,
     metavar="SOURCE",
     help="Folder with a sub-folder of images per class; a list of images: JSON with image_names, "
@@ -233,26 +54,26 @@ def cli() -> None:
 )
 @click.option(
     "--images",
-    type=_NAME,
+    type=NAME,
     metavar="DIR",
     help="Folder of the images that a list names, also deep in it; by default the list's own.",
 )
 @click.option(
     "--model",
-    type=_NAME,
+    type=NAME,
     required=True,
     metavar="ARCH_OR_DIR",
     help="An open_clip architecture, or a folder with open_clip_config.json and weights.",
 )
 @click.option(
     "--pretrained",
-    type=_NAME,
+    type=NAME,
     metavar="TAG_OR_FILE",
     help="Weights of the architecture: a tag of open_clip, or a checkpoint file.",
 )
 @click.option(
     "--out",
-    type=_NAME,
+    type=NAME,
     required=True,
     metavar="RUN_DIR",
     help="Folder of the run. The same command continues a run that was stopped.",
@@ -267,7 +88,7 @@ def cli() -> None:
 )
 @click.option(
     "--class-names",
-    type=_NAME,
+    type=NAME,
     metavar="FILE_OR_SET",
     help=f"JSON or CSV file: class -> words, or the names of a data set: {', '.join(KNOWN_SETS)}. "
     "Without it, the words are those of such a set if it has all classes, or else come from the "
@@ -275,7 +96,7 @@ def cli() -> None:
 )
 @click.option(
     "--cache",
-    type=_NAME,
+    type=NAME,
     metavar="DIR",
     help="Folder in which images are kept, decoded and resized, once they were needed; by default "
     "tir_kernels/images in $XDG_CACHE_HOME or ~/.cache. Each user has a sub-folder of their own in "
@@ -285,7 +106,7 @@ def cli() -> None:
 @click.option("--no-cache", is_flag=True, help="Decode images in each run, and keep none.")
 @click.option(
     "--max-pixels",
-    type=_Count(1, 2**40, "no machine decodes such an image"),
+    type=Count(1, 2**40, "no machine decodes such an image"),
     help="Largest image that is decoded, in pixels; by default Pillow's limit against "
     "decompression bombs, about 179 million.",
 )
@@ -300,8 +121,8 @@ def cli() -> None:
     is_flag=True,
     help="Replace images that can't be read by others of their class, and list them at the end.",
 )
-@_protocol_options(episodes=20)
-@_config_options()
+@protocol_options(episodes=20)
+@config_options()
 def run(**options: Any) -> None:
     """Fine-tune and score methods on few-shot episodes drawn from classes of images."""
     with _without_tracebacks(options["out"]):
@@ -309,11 +130,9 @@ def run(**options: Any) -> None:
 
 
 @cli.command()
-@click.option(
-    "--out", type=_NAME, default="runs/demo", metavar="RUN_DIR", help="Folder of the run."
-)
-@_protocol_options(episodes=6)
-@_config_options(steps=40, lora_lr=1e-3)  # a small model learns little at the method's rate
+@click.option("--out", type=NAME, default="runs/demo", metavar="RUN_DIR", help="Folder of the run.")
+@protocol_options(episodes=6)
+@config_options(steps=40, lora_lr=1e-3)  # a small model learns little at the method's rate
 def demo(out: str, **options: Any) -> None:
     """Compare zero-shot, LoRA and re-weighting on an embedded model and a drawn image domain.
 
