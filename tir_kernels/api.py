@@ -171,8 +171,10 @@ def weighted_attention(
 
     Returns:
         (B, H, L, d) in the dtype of q, or in autocast's. Gradients flow to q, k, v and the weights:
-        that of a weight of 0 is its one-sided limit, that of a negative weight is 0. A second
-        derivative is an error.
+        that of a weight of 0 is its one-sided limit, that of a negative weight is 0. On a GPU the
+        gradient of a weight of less than 2^-126 of the image's largest may be 0. A second
+        derivative is an error; ``torch.compile(backend="eager")`` alone, which loses that of any
+        ``autograd.Function``, makes it 0.
 
     Raises:
         ValueError, TypeError: A wrong rank, shape, dtype, device or stride.
