@@ -62,7 +62,9 @@ def exact_attention(
 
     A backward pass is given the output as it was stored, rounded to the type of q. The gradients
     of the scores subtract its product with ``grad_output``, so one rounding of it is among their
-    terms.
+    terms. It is also given the log-sum-exp as it was stored, in float32, and subtracts that from
+    the scores: far from 0, as where weights are small, a rounding step of it is more than one of
+    the scores.
     """
     rounding = max(1.0, torch.finfo(q.dtype).eps / 2 / torch.finfo(torch.float32).eps)
     q, k, v, weights, grad_output = (t.double() for t in (q, k, v, weights, grad_output))
@@ -72,15 +74,18 @@ def exact_attention(
     )
     empty = log_sum_exp.isneginf()[..., None]
     per_weight = (q @ k.mT * scale - log_sum_exp[..., None]).clamp(max=reference.MAX_EXPONENT)
-    # An exponential passes on the rounding of the score's terms.
+    # An exponential passes on the rounding of its argument's terms.
     score_terms = q.abs() @ k.abs().mT * abs(scale)
-    per_weight = per_weight.exp().masked_fill(empty, 0.0) * (1 + score_terms)
-    probabilities = per_weight * weights.clamp(min=0)[:, None, None, :]
+    per_weight = per_weight.exp().masked_fill(empty, 0.0)
+    positive = weights.clamp(min=0)[:, None, None, :]
+    forward = per_weight * positive * (1 + score_terms)
+    per_weight = per_weight * (1 + score_terms + log_sum_exp.abs()[..., None].masked_fill(empty, 0))
+    probabilities = per_weight * positive
     upstream = grad_output.abs()
     stored = (upstream * output.abs()).sum(-1, keepdim=True) * rounding
     terms = upstream @ v.abs().mT + stored
     magnitudes = (
-        probabilities @ v.abs(),
+        forward @ v.abs(),
         probabilities * terms @ k.abs() * abs(scale),
         (probabilities * terms).mT @ q.abs() * abs(scale),
         probabilities.mT @ upstream,

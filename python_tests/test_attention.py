@@ -94,6 +94,14 @@ def test_head_widths(backend: str, device: str, width: int) -> None:
         check(q, k, v, weights, backend, width**-0.5)
 
 
+def test_a_row_of_one_key_of_small_weight(backend: str, device: str) -> None:
+    """Its probability is 1 however small the weight; the stored log-sum-exp is far from 0."""
+    for seed, weight in ((524, 0.0097), (1, 1e-6), (2, 1e-30)):
+        generator = torch.Generator().manual_seed(seed)
+        q, k, v = (t.to(device) for t in draw_heads(1, 1, 1, 1, "padded", generator))
+        check(q, k, v, torch.full((1, 1), weight, device=device), backend, 1.0)
+
+
 def test_random_shapes(backend: str, device: str, is_slow: bool) -> None:
     longest, _ = sizes(is_slow)
 

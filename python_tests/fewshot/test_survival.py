@@ -100,7 +100,12 @@ def wait_until(condition, process=None, seconds=60):
 
 
 def start(function, *arguments):
-    process = forking.Process(target=function, args=arguments)
+    def run():
+        # A shell's background jobs, tests among them, start with SIGINT ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        function(*arguments)
+
+    process = forking.Process(target=run)
     process.start()
     return process
 
