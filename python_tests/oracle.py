@@ -4,6 +4,8 @@ The rule: against float64, our largest and our mean error may be at most twice t
 formula in plain PyTorch at the same dtype, plus one rounding step of the largest value.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -107,6 +109,26 @@ def plain_weight_gradient(
     delta = (grad_output * output).float().sum(-1, keepdim=True)
     grads = per_weight * ((grad_output @ v.mT).float() - delta)
     return grads.sum((1, 2)).masked_fill(weights < 0, 0.0)
+
+
+def assert_attention_as_accurate(
+    ours: Sequence[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor,
+    scale: float,
+    grad_output: Tensor,
+) -> None:
+    """Compare our output and gradients of q, k, v and weights with float64."""
+    plain = (
+        *plain_gradients(q, k, v, weights, scale, grad_output),
+        plain_weight_gradient(q, k, v, weights, scale, grad_output),
+    )
+    exact, magnitudes = exact_attention(q, k, v, weights, scale, grad_output)
+    names = ("output", "grad q", "grad k", "grad v", "grad weights")
+    for name, *results in zip(names, ours, plain, exact, magnitudes, strict=True):
+        assert_as_accurate(name, *results)
 
 
 def plain_relevance(tokens: Tensor, classes: Tensor, space: JointSpace, prefix: int) -> Tensor:

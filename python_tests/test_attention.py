@@ -61,14 +61,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, backend: str, scale:
     assert output.dtype == q.dtype
     grads = torch.autograd.grad(output, leaves, grad_output)
     ours = (output.detach(), *grads)
-    plain = (
-        *oracle.plain_gradients(q, k, v, weights, scale, grad_output),
-        oracle.plain_weight_gradient(q, k, v, weights, scale, grad_output),
-    )
-    exact, magnitudes = oracle.exact_attention(q, k, v, weights, scale, grad_output)
-    names = ("output", "grad q", "grad k", "grad v", "grad weights")
-    for name, *results in zip(names, ours, plain, exact, magnitudes, strict=True):
-        oracle.assert_as_accurate(name, *results)
+    oracle.assert_attention_as_accurate(ours, q, k, v, weights, scale, grad_output)
 
 
 def sizes(is_slow: bool) -> tuple[int, tuple[int, ...]]:

@@ -57,14 +57,7 @@ def test_blocks_of_four_warps(shape: tuple[int, int, int, int], poisoned_outputs
     (q, k, v), weights, grad_output = inputs = draw(shape)
     scale = q.shape[3] ** -0.5
     ours = run(inputs)
-    plain = (
-        *oracle.plain_gradients(q, k, v, weights, scale, grad_output),
-        oracle.plain_weight_gradient(q, k, v, weights, scale, grad_output),
-    )
-    exact, magnitudes = oracle.exact_attention(q, k, v, weights, scale, grad_output)
-    names = ("output", "grad q", "grad k", "grad v", "grad weights")
-    for name, *results in zip(names, ours, plain, exact, magnitudes, strict=True):
-        oracle.assert_as_accurate(name, *results)
+    oracle.assert_attention_as_accurate(ours, q, k, v, weights, scale, grad_output)
 
 
 @pytest.mark.parametrize("shape", FOUR_WARPS, ids=str)

@@ -52,14 +52,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, grad_output: Tensor) -
 def check(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, grad_output: Tensor) -> None:
     scale = q.shape[3] ** -0.5
     ours = run(q, k, v, weights, grad_output)
-    plain = (
-        *oracle.plain_gradients(q, k, v, weights, scale, grad_output),
-        oracle.plain_weight_gradient(q, k, v, weights, scale, grad_output),
-    )
-    exact, magnitudes = oracle.exact_attention(q, k, v, weights, scale, grad_output)
-    names = ("output", "grad q", "grad k", "grad v", "grad weights")
-    for name, *results in zip(names, ours, plain, exact, magnitudes, strict=True):
-        oracle.assert_as_accurate(name, *results)
+    oracle.assert_attention_as_accurate(ours, q, k, v, weights, scale, grad_output)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,6 +10,7 @@ from typing import Any
 
 from tir_kernels.fewshot.errors import FewShotError, first_line
 from tir_kernels.fewshot.files import MIB, read_text
+from tir_kernels.fewshot.strict_json import RepeatedNameError, without_repeats
 
 # Two million paths of a hundred bytes; with more, something else was named by mistake.
 LIST_BYTES = 256 * MIB
@@ -46,17 +47,12 @@ def parse_json(path: Path, text: str, option: str) -> Any:
     Raises:
         FewShotError: The text is not valid JSON, or nested too deeply.
     """
-
-    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(pairs)
-        if len(content) < len(pairs):
-            keys = [key for key, _ in pairs]
-            again = next(key for position, key in enumerate(keys) if key in keys[:position])
-            raise FewShotError(f"{option}: {path} has {again!r} twice; keep one of them")
-        return content
-
     try:
         return json.loads(text, object_pairs_hook=without_repeats)
+    except RepeatedNameError as error:
+        raise FewShotError(
+            f"{option}: {path} has {error.name!r} twice; keep one of them"
+        ) from error
     except ValueError as error:
         raise FewShotError(f"{option}: {path} is not valid JSON: {first_line(error)}") from error
     except RecursionError as error:

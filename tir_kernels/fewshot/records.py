@@ -1,12 +1,12 @@
-"""A finished episode as a line of a journal: what may stand in it, how it is written and read."""
+"""A finished episode as a line of a journal: and what may stand in it."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+
+from tir_kernels.fewshot.strict_json import decode_json, encode_json
 
 OK = "ok"
 
@@ -90,45 +90,6 @@ class Record:
             raise ValueError(f"'correct' is {self.correct} of {self.total}")
         if not math.isclose(self.accuracy, self.correct / self.total, abs_tol=1e-6):
             raise ValueError(f"'accuracy' is {self.accuracy}, but {self.correct} of {self.total}")
-
-
-def encode_json(content: Any, **options: Any) -> bytes:
-    """Strict JSON in UTF-8, which every text survives.
-
-    A file name that is not UTF-8 has characters that can't be encoded; they are escaped.
-    """
-    try:
-        return json.dumps(content, allow_nan=False, ensure_ascii=False, **options).encode()
-    except UnicodeEncodeError:
-        return json.dumps(content, allow_nan=False, **options).encode()
-
-
-def decode_json(content: bytes) -> Any:
-    """What strict JSON in UTF-8 holds.
-
-    Raises:
-        ValueError: It is none, is nested too deeply, or gives a name two values.
-    """
-    try:
-        return json.loads(
-            content.decode(),
-            parse_constant=_refuse_constant,
-            object_pairs_hook=_without_repeats,
-        )
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice")
-    return values
 
 
 def _shortened(value: object) -> str:

@@ -20,7 +20,8 @@ from tir_kernels.fewshot.journal import (
     journal_paths,
     sync_folder,
 )
-from tir_kernels.fewshot.records import Record, RunShape, decode_json, encode_json
+from tir_kernels.fewshot.records import Record, RunShape
+from tir_kernels.fewshot.strict_json import decode_json, encode_json
 from tir_kernels.fewshot.workers import GROUP_KINDS, Place, RunLock
 
 SETTINGS_NAME = "settings.json"
