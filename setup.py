@@ -93,7 +93,7 @@ class Cuda:
 
     @property
     def label(self) -> str:
-        """As in "80;90+PTX": the newest is also kept as PTX, which newer GPUs can compile."""
+        """Text such as "80;90+PTX": the newest also as PTX, which newer GPUs can compile."""
         return ";".join(map(str, self.architectures)) + "+PTX"
 
     @property

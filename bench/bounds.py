@@ -1,4 +1,4 @@
-"""How fast it could be: the machine's ceilings, measured in the same run, and what they bound."""
+"""The machine's ceilings, measured in the same run, and the time below which nothing can go."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Ceilings:
 
     @property
     def bytes_per_second(self) -> float:
-        """Of a large copy, bytes read and bytes written both counted."""
+        """Rate of a large copy, bytes read and bytes written both counted."""
         if self._bandwidth is None:
             size = _COPY_BYTES[self.device]
             source = torch.ones(size // 4, device=self.device)
@@ -35,7 +35,7 @@ class Ceilings:
         return self._bandwidth
 
     def flops_per_second(self, dtype: str) -> float:
-        """Of a large matrix product; two operations per multiplication and addition."""
+        """Rate of a large matrix product; two operations per multiplication and addition."""
         if dtype not in self._rates:
             size = _PRODUCT_SIZE[self.device]
             left, right = (

@@ -1,4 +1,4 @@
-"""What a suite hands to the runner: cases, and the implementations that compete in each."""
+"""Cases that a suite hands to the runner, and the implementations that compete in each."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class ClipSizes:
 
 
 def load_sizes(model: str) -> ClipSizes:
-    """Of an open_clip architecture, of a JSON file with a ``model_cfg``, or of a folder with one.
+    """Sizes of an open_clip architecture, or of a JSON file or folder with a ``model_cfg``.
 
     Raises:
         click.ClickException: There is no such architecture, file or folder.
@@ -84,7 +84,7 @@ def load_sizes(model: str) -> ClipSizes:
 
 
 def make_model(sizes: ClipSizes, device: str) -> nn.Module:
-    """Frozen, in evaluation mode."""
+    """A model with random weights, frozen and in evaluation mode."""
     from open_clip.model import CLIP
 
     with torch.device(device):

@@ -75,7 +75,7 @@ def token_weights_cost(
     classes: int,
     itemsize: int,
 ) -> Cost:
-    """As the relevance, but weights (B, L) and counts (B, N) come out and no cosines."""
+    """Relevance whose cosines stay inside: weights (B, L) and counts (B, N) come out."""
     sizes = (batch, patches, model_width, joint_width, classes, itemsize)
     counts = batch * patches * INT32_BYTES
     weights = batch * (prefix + patches) * FLOAT32_BYTES

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 import tir_kernels
+from tir_kernels import files
 from tir_kernels.__main__ import processor
-from tir_kernels.fewshot import files
 
 
 def environment(device: str) -> dict[str, str]:

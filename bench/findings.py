@@ -1,4 +1,4 @@
-"""How far the records are from the targets."""
+"""The distance of the records from the targets."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Finding:
 
 
 def findings(records: Iterable[Record], device: str) -> list[Finding | Target]:
-    """For each target a finding per backend that was measured, or the target itself if none was."""
+    """A finding per target and backend that was measured, or the target itself if none was."""
     cases: dict[tuple, Case] = {}
     for record in records:
         if record["device"] == device:

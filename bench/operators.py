@@ -45,7 +45,7 @@ class Operator(ABC):
 
     @abstractmethod
     def call(self, forward: Forward, problem: Any, direction: str) -> Call:
-        """What is measured."""
+        """The call that is measured."""
 
     @abstractmethod
     def cost(self, point: Point, direction: str) -> Cost:

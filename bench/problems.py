@@ -210,7 +210,7 @@ def directed(
     leaves: Sequence[Tensor],
     grad_output: Tensor | None,
 ) -> Call:
-    """What is timed: the forward pass, the backward pass of one forward pass, or both."""
+    """The timed call: the forward pass, the backward pass of one forward pass, or both."""
     if direction == "forward":
         return torch.no_grad()(forward)
     if direction == "backward":

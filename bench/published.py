@@ -3,8 +3,8 @@
 Plain PyTorch with the structure of the CLIP-LoRA family of programs, to which the method's (arXiv
 2605.25799) belongs. The mathematics are those of the few-shot engine. What the engine leaves out is
 done here: B·A is multiplied out, prompts fill the model's whole context, attention is materialised,
-every token passes every block, the stem runs at every step, each batch that is classified has a
-text pass of its own, and each episode reads its model from disk.
+every token passes every block, the patch embedding runs at every step, each batch that is
+classified has a text pass of its own, and each episode reads its model from disk.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ IMAGES_PER_BATCH = 64  # when classifying; the engine's number
 
 
 class PublishedStep(PlainStep):
-    """As :class:`PlainStep`, with the work that the published program does."""
+    """A :class:`PlainStep` with all the work that the published program does."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class PublishedStep(PlainStep):
 
 @dataclass(frozen=True)
 class PublishedEpisode:
-    """What an episode came to.
+    """The losses and logits of an episode.
 
     Attributes:
         losses: One per step.

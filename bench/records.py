@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from tir_kernels.fewshot import files
+from tir_kernels import files
 
 from .counting import Cost
 
@@ -70,7 +70,7 @@ def make_record(
 
 
 def case_key(record: Mapping[str, Any]) -> tuple:
-    """What records measured side by side have in common."""
+    """The fields that records measured side by side have in common."""
     return tuple(
         tuple(sorted(record[key].items())) if key == "shape" else record[key] for key in _IDENTITY
     )

@@ -26,7 +26,7 @@ _LONGEST_ERROR = 200
 
 @dataclass
 class Outcome:
-    """How a run went."""
+    """The outcome of a run."""
 
     measured: int = 0
     kept: int = 0
@@ -144,7 +144,7 @@ class Runner:
         self._say(case, f"[bold red]WRONG: {name}[/]", how)
 
     def _too_much(self, case: Case) -> str:
-        """Why a case is not for this machine; empty if it is."""
+        """The reason that a case is not for this machine; empty if it is."""
         memory = _free_bytes(case.device)
         if case.input_bytes > _USABLE_SHARE_OF_MEMORY * memory:
             return f"needs {case.input_bytes / 2**30:.1f} GiB of {memory / 2**30:.1f} GiB free"
@@ -202,11 +202,11 @@ class Runner:
 
 
 class _LeftOutError(Exception):
-    """Why an implementation does not take part in a case."""
+    """An implementation takes no part in a case; the message says why."""
 
 
 def _reason(error: Exception, caught: list[warnings.WarningMessage]) -> str:
-    """How an error begins, and the warnings in which PyTorch explains some of its refusals."""
+    """The beginning of an error, and the warnings in which PyTorch explains its refusals."""
     words = " ".join(str(error).split())
     parts = [f"{type(error).__name__}: {words[:_LONGEST_ERROR]}"]
     if "kernel" in words:

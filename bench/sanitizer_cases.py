@@ -55,7 +55,7 @@ def run_attention(backend: str, shape: Shape, dtype: torch.dtype, device: str = 
 def run_whole(backend: str, shape: Shape, dtype: torch.dtype, device: str = "cuda") -> Pairs:
     """Relevance, weights, and the re-weighted attention with its gradients."""
     torch.manual_seed(0)
-    batch, heads, length, head_width, width, joint_width, num_classes = shape
+    batch, heads, length, head_dim, width, joint_width, num_classes = shape
 
     def random(*sizes: int) -> Tensor:
         return torch.randn(sizes).to(device, dtype)
@@ -67,7 +67,7 @@ def run_whole(backend: str, shape: Shape, dtype: torch.dtype, device: str = "cud
     given, _ = tir_kernels.token_weights(tokens, classes, **options)
     rule = WeightRule()
     table = rule.table(num_classes).to(device).requires_grad_()
-    leaves = [random(batch, heads, length, head_width).requires_grad_() for _ in range(3)]
+    leaves = [random(batch, heads, length, head_dim).requires_grad_() for _ in range(3)]
     output, (weights, counts) = tir_kernels.reweighted_attention(
         *leaves, tokens, classes, table=table, return_weights=True, **options
     )

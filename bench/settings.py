@@ -1,4 +1,4 @@
-"""What the command line chose."""
+"""The choices of the command line."""
 
 from __future__ import annotations
 

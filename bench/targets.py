@@ -1,4 +1,4 @@
-"""What the kernels and the few-shot engine are meant to reach."""
+"""The targets that the kernels and the few-shot engine are meant to reach."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def speed_against(*names: str) -> Measure:
 
 
 def speed_against_best(record: Record, case: Case) -> float | None:
-    """As :func:`speed_against`, with all peers that compute the same."""
+    """The :func:`speed_against` all peers that compute the same."""
     names = tuple(n for n in case if not n.startswith((OURS, UNWEIGHTED)))
     return speed_against(*names)(record, case) if names else None
 
@@ -86,7 +86,7 @@ def _seconds(record: Record, case: Case) -> float | None:
 
 
 def _share_of_published_memory(record: Record, case: Case) -> float | None:
-    """Of the published program in its leanest type."""
+    """Our peak memory as a share of the published program's in its leanest type."""
     peaks = [r.get("mib") for name, r in case.items() if name.startswith(PUBLISHED)]
     found = [peak for peak in peaks if peak is not None]
     ours = record.get("mib")
@@ -163,7 +163,7 @@ def _host_time(record: Record) -> bool:
 
 
 def _step_of_vit_b(dtype: str) -> Callable[[Record], bool]:
-    """Five images, one episode at a time."""
+    """Whether a record is of a step with five images, one episode at a time."""
     sizes = {"B": 5, "L": 197, "D": 768}
 
     def applies(record: Record) -> bool:

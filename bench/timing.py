@@ -93,7 +93,7 @@ class DeviceClock:
 
 
 def _queueing_seconds(call: Call) -> float:
-    """What the host takes to queue a call on an idle GPU."""
+    """Time that the host takes to queue a call on an idle GPU."""
     times = []
     for _ in range(5):
         torch.cuda.synchronize()
@@ -105,7 +105,7 @@ def _queueing_seconds(call: Call) -> float:
 
 
 class HostClock:
-    """What the host takes per call, in a burst of calls that nothing waits for.
+    """Time that the host takes per call, in a burst of calls that nothing waits for.
 
     Args:
         calls: On tensors so small that their arithmetic takes no time.

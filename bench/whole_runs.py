@@ -27,7 +27,7 @@ _START_UP_LIMIT = 300  # seconds; a run that takes longer hangs
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """What a whole run gave.
+    """The results and times of a whole run.
 
     Attributes:
         seconds: Per episode; reading the images is part of it, and of the published program's also
@@ -46,7 +46,7 @@ class RunOutcome:
 def run_ours(
     workload: Workload, config: FewShotConfig, episodes: int, at_once: int, say: Say
 ) -> RunOutcome:
-    """The model is loaded once, before the clock starts.
+    """A whole run of ours; the model is loaded once, before the clock starts.
 
     Args:
         workload: What is run.
@@ -78,7 +78,7 @@ def run_ours(
 
 
 def read_episode(workload: Workload, files: EpisodeFiles) -> Episode:
-    """With its images, on the CPU."""
+    """An episode with its images, on the CPU."""
     preprocess = workload.model.preprocess
     return Episode(
         files.class_names,
@@ -91,7 +91,7 @@ def read_episode(workload: Workload, files: EpisodeFiles) -> Episode:
 
 
 def run_published(workload: Workload, config: FewShotConfig, episodes: int, say: Say) -> RunOutcome:
-    """As :func:`run_ours`, with the published program, which starts over at each episode."""
+    """A whole run of the published program, which starts over at each episode."""
     folder = workload.model_folder
     first_losses: list[float] = []
     accuracies: list[float] = []
@@ -112,7 +112,7 @@ def _progress(accuracies: list[float], episodes: int) -> str:
 
 
 def start_up_seconds(workload: Workload, config: FewShotConfig, ways: int, out: Path) -> float:
-    """From the start of the process ``tir-finetune run`` to the end of its first training step.
+    """Time from the start of ``tir-finetune run`` to the end of its first training step.
 
     Raises:
         RuntimeError: It took no step, or too long; the message says why.

@@ -1,4 +1,4 @@
-"""What whole runs work on: image files, episodes drawn from them, and a model in a folder."""
+"""The material of whole runs: image files, episodes drawn from them, and a model in a folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 
 from tir_kernels.demo import model_directory, write_image_folder
-from tir_kernels.fewshot.models import LoadedModel, load_model
+from tir_kernels.towers.loading.models import LoadedModel, load_model
 
 from .clip_model import ClipSizes, load_sizes, write_model
 from .settings import Settings
@@ -80,7 +80,7 @@ class Workload:
 
     @property
     def name(self) -> str:
-        """Of the images and the model."""
+        """The names of the images and the model."""
         data, model = self._settings.data, self._settings.model
         return f"{Path(data).resolve().name if data else 'drawings'}, {Path(model or 'demo').stem}"
 
@@ -106,7 +106,7 @@ class Workload:
 
     @cached_property
     def _files(self) -> dict[str, list[Path]]:
-        """By the words of each class."""
+        """The image files by the words of each class."""
         root, ways = self.data_folder, self._settings.ways
         try:
             folder = ImageFolder(str(root))

@@ -58,7 +58,7 @@ void select_tokens(const std::array<int64_t, 4>& sizes, int64_t top_k, Address r
                      threads);
 }
 
-void counted_dropout(const std::array<int64_t, 5>& sizes, const std::string& input_type,
+void philox_dropout(const std::array<int64_t, 5>& sizes, const std::string& input_type,
                      const std::string& output_type, Address rows, Address seeds, int64_t step,
                      uint32_t stream, uint32_t first_branch, uint32_t threshold, float scale,
                      Address output, int threads) {
@@ -66,7 +66,7 @@ void counted_dropout(const std::array<int64_t, 5>& sizes, const std::string& inp
   auto [groups, branches, sequences, length, width] = sizes;
   require(width <= channels_per_draw << 16, "too many channels for the random numbers' counter");
   require(stream < 256 && first_branch + branches <= 256, "streams and branches go up to 255");
-  cpu::architecture().kernels.counted_dropout(
+  cpu::architecture().kernels.philox_dropout(
       {groups, branches, sequences, length, width, type_named(input_type),
        type_named(output_type), pointer<const void>(rows, "rows is null"),
        pointer<const int64_t>(seeds, "seeds is null"), step, stream, first_branch, threshold,
@@ -127,7 +127,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("select_tokens", select_tokens, without_gil(), py::arg("sizes"), py::arg("top_k"),
              py::arg("relevance"), py::arg("table"), py::arg("counts"), py::arg("weights"),
              py::arg("threads"));
-  module.def("counted_dropout", counted_dropout, without_gil(), py::arg("sizes"),
+  module.def("philox_dropout", philox_dropout, without_gil(), py::arg("sizes"),
              py::arg("input_type"), py::arg("output_type"), py::arg("rows"), py::arg("seeds"),
              py::arg("step"), py::arg("stream"), py::arg("first_branch"), py::arg("threshold"),
              py::arg("scale"), py::arg("output"), py::arg("threads"));

@@ -21,8 +21,8 @@ from types import ModuleType
 
 import torch
 
-from tir_kernels import dispatch
 from tir_kernels.backends.cuda import Launcher
+from tir_kernels.operators import choose as dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "csrc"
@@ -33,7 +33,7 @@ DEVICES = {"a whole GPU": (4, 160 * 1024), "little shared memory": (4, 99 * 1024
 
 
 def missing() -> str:
-    """Why the kernels cannot be compiled here, or nothing."""
+    """The reason that the kernels cannot be compiled here, or nothing."""
     for tool in ("g++", "ninja"):
         if shutil.which(tool) is None:
             return f"needs {tool}"

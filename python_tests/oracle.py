@@ -1,4 +1,4 @@
-"""What results are compared with: float64, and the error plain PyTorch itself makes.
+"""The oracle of results: float64, and the error plain PyTorch itself makes.
 
 The rule: against float64, our largest and our mean error may be at most twice that of the same
 formula in plain PyTorch at the same dtype, plus one rounding step of the largest value.

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tir_kernels.adapters import biased_activation, counted_dropout
 from tir_kernels.backends import reference
-from tir_kernels.dispatch import available_backends, load_backend
+from tir_kernels.operators.adapters import bias_activation, philox_dropout
+from tir_kernels.operators.choose import available_backends, load_backend
 
 HAS_CPU_KERNELS = not available_backends()["cpu"]
 needs_cpu_kernels = pytest.mark.skipif(not HAS_CPU_KERNELS, reason="the CPU kernels are not built")
@@ -36,7 +36,7 @@ def dropped_by(backend: Any, rows: Tensor, dtype: torch.dtype, **changed: Any) -
         "scale": 4 / 3,
     } | changed
     output = torch.full((groups, 2, sequences, length, width), float("nan"), dtype=dtype)
-    backend.counted_dropout(rows, output=output, **arguments)
+    backend.philox_dropout(rows, output=output, **arguments)
     return output
 
 
@@ -109,7 +109,7 @@ for width in (1, 24, 100):
         expected = torch.full((2, 2, 3, 5, width), float("nan"), dtype=dtype)
         ours = expected.clone()
         for backend, output in ((reference, expected), (triton, ours)):
-            backend.counted_dropout(rows, seeds, step, 250, 1, 16384, 4 / 3, output)
+            backend.philox_dropout(rows, seeds, step, 250, 1, 16384, 4 / 3, output)
         assert torch.equal(ours, expected), (width, dtype)
 """
     done = subprocess.run(
@@ -129,14 +129,14 @@ def test_a_gpu_drops_what_the_reference_drops(dtype: torch.dtype) -> None:
     rows = torch.randn(2, 5, 197, 768).to(dtype)
     arguments = {"stream": 200, "num_branches": 3, "probability": 0.25}
     step = torch.tensor([9])
-    expected = counted_dropout(rows, SEEDS, step, **arguments)
-    ours = counted_dropout(rows.cuda(), SEEDS.cuda(), step.cuda(), **arguments)
+    expected = philox_dropout(rows, SEEDS, step, **arguments)
+    ours = philox_dropout(rows.cuda(), SEEDS.cuda(), step.cuda(), **arguments)
     assert torch.equal(ours.cpu(), expected)
 
 
 def test_the_share_that_is_dropped_and_the_mean_that_is_kept() -> None:
     rows = torch.ones(2, 20, 50, 96)
-    kept = counted_dropout(rows, SEEDS, torch.tensor([0]), num_branches=3, probability=0.3)
+    kept = philox_dropout(rows, SEEDS, torch.tensor([0]), num_branches=3, probability=0.3)
     share = (kept == 0).float().mean((2, 3, 4))
     torch.testing.assert_close(share, torch.full((2, 3), 0.3), atol=0.01, rtol=0)
     assert kept.unique().tolist() == pytest.approx([0, 1 / 0.7], rel=1e-4)
@@ -147,7 +147,7 @@ def test_draws_are_independent(what: str) -> None:
     rows = torch.ones(1, 2, 2, 20000)
 
     def kept(seed: int = 1, step: int = 1, **others: int) -> Tensor:
-        return counted_dropout(
+        return philox_dropout(
             rows, torch.tensor([seed]), torch.tensor([step]), probability=0.5, **others
         ).bool()[0, 0]
 
@@ -166,17 +166,17 @@ def test_draws_are_independent(what: str) -> None:
 def test_a_group_gets_what_it_gets_alone_however_far_it_is_padded() -> None:
     rows = torch.randn(2, 3, 7, 40)
     arguments = {"num_branches": 3, "probability": 0.25, "stream": 3}
-    together = counted_dropout(rows, SEEDS, torch.tensor([4]), **arguments)
-    alone = counted_dropout(rows[1:, :, :5], SEEDS[1:], torch.tensor([4]), **arguments)
+    together = philox_dropout(rows, SEEDS, torch.tensor([4]), **arguments)
+    alone = philox_dropout(rows[1:, :, :5], SEEDS[1:], torch.tensor([4]), **arguments)
     assert torch.equal(together[1:, :, :, :5], alone)
-    later = counted_dropout(
+    later = philox_dropout(
         rows, SEEDS, torch.tensor([4]), first_branch=2, probability=0.25, stream=3
     )
     assert torch.equal(together[:, 2:], later)
 
 
 def test_empty_rows() -> None:
-    kept = counted_dropout(torch.empty(2, 0, 7, 40), SEEDS, torch.tensor([0]), num_branches=3)
+    kept = philox_dropout(torch.empty(2, 0, 7, 40), SEEDS, torch.tensor([0]), num_branches=3)
     assert kept.shape == (2, 3, 0, 7, 40)
 
 
@@ -194,7 +194,7 @@ def test_empty_rows() -> None:
 def test_unsuitable_dropout_is_refused(changed: dict, kind: type, message: str) -> None:
     arguments = {"rows": torch.ones(2, 3, 4, 8), "seeds": SEEDS, "step": torch.tensor([0])}
     with pytest.raises(kind, match=message):
-        counted_dropout(**(arguments | changed))
+        philox_dropout(**(arguments | changed))
 
 
 PLAIN = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
@@ -221,7 +221,7 @@ def test_activation_is_as_exact_as_pytorch(kind: str, dtype: torch.dtype, shape:
 
     exact = value_and_gradient(plain, hidden.double(), bias.double(), grad.double())
     theirs = value_and_gradient(plain, hidden, bias, grad)
-    ours = value_and_gradient(lambda h, b: biased_activation(h, b, kind), hidden, bias, grad)
+    ours = value_and_gradient(lambda h, b: bias_activation(h, b, kind), hidden, bias, grad)
     for expected, their, our in zip(exact, theirs, ours, strict=True):
         # One rounding of the largest result is allowed where PyTorch happens to be exact.
         rounding = torch.finfo(dtype).eps * expected.abs().max()
@@ -237,52 +237,52 @@ def test_every_instruction_set_activates(kind: str, restored_kernels) -> None:
     for name, is_supported in restored_kernels.architectures():
         if is_supported:
             restored_kernels.use_architecture(name)
-            torch.testing.assert_close(biased_activation(hidden, bias, kind), expected)
+            torch.testing.assert_close(bias_activation(hidden, bias, kind), expected)
 
 
 @pytest.mark.parametrize("kind", PLAIN)
 def test_activation_at_extremes(kind: str) -> None:
     points = [0.0, 1e-30, -1e-30, 40.0, -40.0, 300.0, -300.0, 1e30, -1e30, float("inf")]
     hidden = torch.tensor([points]).requires_grad_()
-    value = biased_activation(hidden, None, kind)
+    value = bias_activation(hidden, None, kind)
     expected = PLAIN[kind](hidden.detach().double()).float()
     expected[0, -1] = torch.inf  # PyTorch's gelu gives NaN
     torch.testing.assert_close(value, expected)
     (grad,) = torch.autograd.grad(value[:, :-1].sum(), hidden)
     assert torch.isfinite(grad[:, :-1]).all()
     nan = torch.full((1, 3), float("nan"))
-    assert biased_activation(nan, None, kind).isnan().all()
+    assert bias_activation(nan, None, kind).isnan().all()
 
 
 def test_activation_without_bias_and_of_other_types() -> None:
     hidden = torch.randn(4, 6, dtype=torch.float64)
-    assert torch.equal(biased_activation(hidden, None), F.gelu(hidden))
-    mixed = biased_activation(hidden.bfloat16(), torch.ones(6))
+    assert torch.equal(bias_activation(hidden, None), F.gelu(hidden))
+    mixed = bias_activation(hidden.bfloat16(), torch.ones(6))
     torch.testing.assert_close(mixed, F.gelu(hidden.bfloat16().float() + 1).bfloat16())
     transposed = hidden.float().T
-    torch.testing.assert_close(biased_activation(transposed, None), F.gelu(transposed))
-    assert biased_activation(torch.empty(0, 6), None).shape == (0, 6)
+    torch.testing.assert_close(bias_activation(transposed, None), F.gelu(transposed))
+    assert bias_activation(torch.empty(0, 6), None).shape == (0, 6)
 
 
 def test_activation_gradients() -> None:
     hidden = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(5, dtype=torch.float64)
     for kind in PLAIN:
-        assert torch.autograd.gradcheck(lambda h, k=kind: biased_activation(h, bias, k), [hidden])
+        assert torch.autograd.gradcheck(lambda h, k=kind: bias_activation(h, bias, k), [hidden])
 
 
 def test_unsuitable_activations_are_refused() -> None:
     with pytest.raises(ValueError, match="kind must be one of gelu, quick_gelu"):
-        biased_activation(torch.ones(2, 3), None, "relu")
+        bias_activation(torch.ones(2, 3), None, "relu")
     with pytest.raises(ValueError, match=r"bias must have shape \(3,\)"):
-        biased_activation(torch.ones(2, 3), torch.ones(2))
+        bias_activation(torch.ones(2, 3), torch.ones(2))
     with pytest.raises(ValueError, match="frozen"):
-        biased_activation(torch.ones(2, 3), torch.ones(3, requires_grad=True))
+        bias_activation(torch.ones(2, 3), torch.ones(3, requires_grad=True))
 
 
 def test_operators_pass_opcheck() -> None:
     ops = torch.ops.tir_kernels
     rows, step = torch.randn(2, 3, 4, 8), torch.tensor([0])
     arguments = (rows, SEEDS, step, 1, 0, 3, 0.25, torch.float32)
-    torch.library.opcheck(ops.counted_dropout.default, arguments)
-    torch.library.opcheck(ops.biased_activation.default, (rows, torch.randn(8), "gelu", None))
+    torch.library.opcheck(ops.philox_dropout.default, arguments)
+    torch.library.opcheck(ops.bias_activation.default, (rows, torch.randn(8), "gelu", None))

@@ -23,7 +23,7 @@ def no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
         raise AssertionError("a backend was asked for")
 
-    monkeypatch.setattr("tir_kernels.ops.choose_backend", fail)
+    monkeypatch.setattr("tir_kernels.operators.ops.choose_backend", fail)
 
 
 def attend(q=Q, k=Q, v=Q, weights=WEIGHTS, **options):

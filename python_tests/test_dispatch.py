@@ -1,10 +1,10 @@
-"""Which backend serves a call, and what those that cannot run say."""
+"""The backend that serves a call, and what those that cannot run say."""
 
 import pytest
 import torch
 
 import tir_kernels
-from tir_kernels import dispatch
+from tir_kernels.operators import choose as dispatch
 
 
 def test_reasons_are_given_for_all_backends() -> None:

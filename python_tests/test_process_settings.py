@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 import tir_kernels
-from tir_kernels import JointSpace, WeightRule, validation
-from tir_kernels.adapters import biased_activation, counted_dropout
+from tir_kernels import JointSpace, WeightRule
+from tir_kernels.operators import checks as validation
+from tir_kernels.operators.adapters import bias_activation, philox_dropout
 
 
 @contextmanager
@@ -58,7 +59,7 @@ def draw() -> dict[str, Tensor]:
 
 
 def call_everything(given: dict[str, Tensor], backend: str) -> list[Tensor]:
-    """What every public function gives, tables made anew."""
+    """The results of every public function, tables made anew."""
     validation._tables.clear()
     space = JointSpace(proj=given["proj"])
     relevant = {"joint_space": space, "backend": backend}
@@ -72,9 +73,9 @@ def call_everything(given: dict[str, Tensor], backend: str) -> list[Tensor]:
         tir_kernels.reweight_tokens(tokens, weights),
         tir_kernels.weighted_attention(q, q, q, given["weights"], backend=backend),
         tir_kernels.reweighted_attention(q, q, q, tokens, classes, **relevant),
-        counted_dropout(given["rows"], given["seeds"], given["step"], num_branches=2),
-        biased_activation(given["rows"], given["bias"]),
-        biased_activation(given["rows"], given["bias"], "quick_gelu"),
+        philox_dropout(given["rows"], given["seeds"], given["step"], num_branches=2),
+        bias_activation(given["rows"], given["bias"]),
+        bias_activation(given["rows"], given["bias"], "quick_gelu"),
     ]
 
 
@@ -88,7 +89,7 @@ def gradients(given: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
         q, q, q, given["tokens"], given["classes"], joint_space=JointSpace(proj=given["proj"]),
         table=table, backend=backend,
     )  # fmt: skip
-    activated = biased_activation(rows, given["bias"])
+    activated = bias_activation(rows, given["bias"])
     total = attended.square().sum() + reweighted.square().sum() + activated.square().sum()
     return torch.autograd.grad(total, (*leaves, table))
 
@@ -148,7 +149,7 @@ def test_a_backward_pass_inside_autocast_is_the_same() -> None:
     leaves = [given["q"].requires_grad_(), given["rows"].requires_grad_()]
     q, rows = leaves
     attended = tir_kernels.weighted_attention(q, q, q, given["weights"]).square().sum()
-    activated = biased_activation(rows, given["bias"]).square().sum()
+    activated = bias_activation(rows, given["bias"]).square().sum()
     with torch.autocast("cpu", torch.bfloat16):
         attention_grad, activation_grad = torch.autograd.grad(attended + activated, leaves)
     alone = tir_kernels.weighted_attention(q, q, q, given["weights"]).square().sum()

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import tir_kernels
-from tir_kernels.adapters import biased_activation
+from tir_kernels.operators.adapters import bias_activation
 
 K, V = torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
 WEIGHTS = torch.rand(1, 6)
@@ -24,8 +24,8 @@ FUNCTIONS: dict[str, Callable[[Tensor, str], Tensor]] = {
     "with weights": lambda q, backend: tir_kernels.reweighted_attention(
         q, K, V, TOKENS, CLASSES, backend=backend, return_weights=True
     )[0],
-    "gelu": lambda hidden, backend: biased_activation(hidden, None),
-    "quick_gelu": lambda hidden, backend: biased_activation(hidden, None, "quick_gelu"),
+    "gelu": lambda hidden, backend: bias_activation(hidden, None),
+    "quick_gelu": lambda hidden, backend: bias_activation(hidden, None, "quick_gelu"),
 }
 REFUSAL = "tir_kernels computes no second derivative here: .*backward: [a-z]"
 

@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 import tir_kernels
 from tir_kernels import JointSpace
-from tir_kernels.adapters import biased_activation, counted_dropout
+from tir_kernels.operators.adapters import bias_activation, philox_dropout
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
@@ -41,8 +41,8 @@ def call_everything(backend: str, dtype: torch.dtype = torch.float32, **place: A
         tir_kernels.reweighted_attention(
             q, k, v, tokens, classes, table=table, return_weights=True, **relevant
         )[0],
-        counted_dropout(rows, seeds, step, num_branches=2),
-        biased_activation(hidden, make(8)),
+        philox_dropout(rows, seeds, step, num_branches=2),
+        bias_activation(hidden, make(8)),
     ]
     leaves = (q, k, v, weights, table, tokens, hidden)
     total = torch.stack([r.float().sum() for r in results if r.requires_grad]).sum()

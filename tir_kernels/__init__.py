@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import (
+    from .operators.api import (
         TokenWeights,
         reweight_tokens,
         reweighted_attention,
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
         token_weights,
         weighted_attention,
     )
-    from .autograd import ReweightedAttention
-    from .dispatch import available_backends
+    from .operators.autograd import ReweightedAttention
+    from .operators.choose import available_backends
     from .rules import JointSpace, WeightRule
 
 __version__ = "0.1.0"
@@ -38,9 +38,9 @@ __all__ = [
 
 _ELSEWHERE = {
     "JointSpace": "rules",
-    "ReweightedAttention": "autograd",
+    "ReweightedAttention": "operators.autograd",
     "WeightRule": "rules",
-    "available_backends": "dispatch",
+    "available_backends": "operators.choose",
 }
 
 
@@ -48,7 +48,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     for each in __all__:
-        home = importlib.import_module(f"{__name__}.{_ELSEWHERE.get(each, 'api')}")
+        home = importlib.import_module(f"{__name__}.{_ELSEWHERE.get(each, 'operators.api')}")
         globals()[each] = getattr(home, each)
     return globals()[name]
 

@@ -13,8 +13,8 @@ import torch
 
 import tir_kernels
 from tir_kernels.backends import cpu, cuda
-from tir_kernels.dispatch import choose_backend
 from tir_kernels.fewshot.streams import forgiving_output
+from tir_kernels.operators.choose import choose_backend
 
 PACKAGES = ("torch", "triton", "open_clip_torch", "numpy", "torchvision", "safetensors", "peft")
 

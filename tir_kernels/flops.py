@@ -1,4 +1,4 @@
-"""How many operations ours take, for ``torch.utils.flop_counter``; import it before counting.
+"""Operation counts of ours for ``torch.utils.flop_counter``; import it before counting.
 
 It is not imported with the package, because PyTorch's counter imports Triton.
 """

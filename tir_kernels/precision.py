@@ -1,4 +1,4 @@
-"""What an autocast region around a call asks for, and how not to follow it."""
+"""The type that an autocast region around a call asks for, and a way not to follow it."""
 
 from __future__ import annotations
 

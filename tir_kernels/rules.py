@@ -1,4 +1,4 @@
-"""What the caller chooses: how counts become weights, and where tokens meet class embeddings."""
+"""The caller's choices: how counts become weights, and where tokens meet class embeddings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LARGEST_WEIGHT = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True)
 class WeightRule:
-    """How the number of classes that select a patch token becomes the token's weight.
+    """The rule by which the number of classes that select a patch token becomes its weight.
 
     With β = ``strength``, μ = ``center`` and C classes, a token selected by s classes gets
 

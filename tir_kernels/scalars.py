@@ -31,7 +31,7 @@ def real_number(name: str, value: object, expected: str = "a number") -> float:
 
 
 def finite_number(name: str, value: object, expected: str = "a number") -> float:
-    """As :func:`real_number`, and finite.
+    """Any finite :func:`real_number`.
 
     Raises:
         TypeError: It is no real number.

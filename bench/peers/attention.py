@@ -28,7 +28,7 @@ _SDPA_BACKENDS = {
 
 
 def attention_peers(settings: Settings) -> list[Peer]:
-    """Ours, and every way PyTorch has, on the device of the settings."""
+    """Our backends, and every way PyTorch has, on the device of the settings."""
     return [
         *own_peers(settings, _ours, reference_scores=4),
         Peer(EAGER, _eager, score_tensors=3),

@@ -1,4 +1,4 @@
-"""What all peers share."""
+"""The parts that all peers share."""
 
 from __future__ import annotations
 

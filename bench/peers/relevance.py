@@ -59,12 +59,12 @@ def plain_token_weights(
 
 
 def relevance_arguments(problem: RelevanceProblem) -> tuple:
-    """For :func:`plain_relevance`."""
+    """The arguments for :func:`plain_relevance`."""
     return problem.tokens, problem.classes, problem.gain, problem.offset, problem.proj
 
 
 def token_weights_arguments(problem: RelevanceProblem) -> tuple:
-    """For :func:`plain_token_weights`."""
+    """The arguments for :func:`plain_token_weights`."""
     rule = problem.rule
     return *relevance_arguments(problem), problem.top_k, rule.strength, rule.center
 

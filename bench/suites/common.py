@@ -1,4 +1,4 @@
-"""From an operator at a shape to a case."""
+"""The case of an operator at a shape."""
 
 from __future__ import annotations
 

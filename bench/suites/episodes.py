@@ -186,7 +186,7 @@ def _measure_runs(dtype: str, runs: Sequence[Callable], seconds: float) -> list[
 
 
 def _attempt(run: Callable[[], Result]) -> Result | str:
-    """What it returns, or why it failed: a loss that is not finite, no memory, no first step."""
+    """The result of a call, or why it failed: a non-finite loss, no memory, no first step."""
     try:
         return run()
     except RuntimeError as error:
@@ -194,7 +194,7 @@ def _attempt(run: Callable[[], Result]) -> Result | str:
 
 
 def disagreement(ours: RunOutcome, theirs: RunOutcome, dtype: str) -> str:
-    """How the results of two programs differ by more than rounding and chance; empty if not.
+    """The difference of two programs' results beyond rounding and chance; empty if there is none.
 
     Dropout draws other numbers in each program, so their accuracies over the episodes that both ran
     agree up to chance.

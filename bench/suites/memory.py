@@ -87,7 +87,7 @@ def _case(operator: Operator, point: Point, direction: str, settings: Settings) 
 
 
 def _step_case(point: Point, sizes: ClipSizes, settings: Settings) -> Case:
-    """Beside the model and the images."""
+    """The case of the memory that a step takes beside the model and the images."""
 
     def implementation(each: StepImplementation) -> Implementation:
         def prepare(problem: StepProblem) -> Call:

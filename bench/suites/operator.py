@@ -86,7 +86,7 @@ def _host_time_case(operator: Operator, settings: Settings) -> Case:
 
 
 def _called_directly(operator: Operator, settings: Settings) -> list[Peer]:
-    """Ours, the plain formula, and PyTorch's attention as one calls it, no backend named."""
+    """Our operators, the plain formula and PyTorch's attention, called without naming a backend."""
     peers = [p for p in operator.peers(settings) if p.name.startswith(OURS) or p.name == EAGER]
     return [*peers, default_sdpa()] if operator is WEIGHTED_ATTENTION else peers
 

@@ -1,4 +1,4 @@
-"""What each saving of the few-shot engine is worth: a step, or classifying, without it."""
+"""The worth of each saving of the few-shot engine: a step, or classifying, without it."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _step(savings: Savings, problem: StepProblem, config: FewShotConfig, steps: 
 def _classify(
     queries: int, savings: Savings, problem: StepProblem, config: FewShotConfig, steps: int
 ) -> StepRun:
-    """From the end of a training of one step to the logits of the support and query images."""
+    """Time from the end of a one-step training to the logits of the support and query images."""
     copies = -(-queries // len(problem.images))
     images = problem.images.repeat(copies, 1, 1, 1)[:queries]
     training = train(problem, config, 1, savings=savings, query_images=images)

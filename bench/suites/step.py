@@ -45,7 +45,7 @@ STEPS_OF_PEAK = {"cpu": 2, "cuda": 5}
 
 @dataclass(frozen=True)
 class StepProblem:
-    """What all implementations train on.
+    """The tensors that all implementations train on.
 
     Attributes:
         model: open_clip's, frozen, in evaluation mode.
@@ -84,7 +84,7 @@ class StepImplementation:
         return functools.partial(self.run, problem, self.config)
 
     def competing(self) -> Implementation:
-        """As the runner wants it."""
+        """The implementation in the form that the runner wants."""
         return Implementation(self.name, self.prepare, self.unavailable)
 
 
@@ -109,7 +109,7 @@ def step_points(settings: Settings) -> list[Point]:
 
 
 def smallest_step_points(settings: Settings) -> list[Point]:
-    """Those of the smallest batch, for what grows with it as the step does."""
+    """The points of the smallest batch, for what grows with it as the step does."""
     found = step_points(settings)
     smallest = min(point.images for point in found)
     return [point for point in found if point.images == smallest]
@@ -126,14 +126,14 @@ def require_open_clip() -> None:
 
 
 def published_precisions(device: str, dtype: str) -> list[str]:
-    """Of the published program: on a CPU it runs in float32, whatever ours does."""
+    """Precisions of the published program: on a CPU it runs in float32, whatever ours does."""
     return list(dict.fromkeys(["float32", dtype])) if device == "cpu" else [dtype]
 
 
 def implementations(
     point: Point, placement: str, settings: Settings, *, only_targeted: bool = False
 ) -> list[StepImplementation]:
-    """All that take a step.
+    """Every implementation that takes a step.
 
     Args:
         point: The shape.
@@ -349,7 +349,7 @@ def verify_first_loss(loss: float, problem: StepProblem, config: FewShotConfig) 
 
 
 def wrong_first_loss(loss: float, expected: float, dtype: str) -> str:
-    """How a first loss is off; empty if rounding to the type explains it."""
+    """The error of a first loss, in words; empty if rounding to the type explains it."""
     if abs(loss - expected) <= _ALLOWED_LOSS_ERROR[dtype] * abs(expected):
         return ""
     return f"the first loss is {loss:.5f}, but {expected:.5f}"

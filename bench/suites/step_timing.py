@@ -1,4 +1,4 @@
-"""How long a fine-tuning step takes, from runs of several."""
+"""The time of a fine-tuning step, from runs of several."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class StepRun:
 
     @property
     def seconds(self) -> list[float]:
-        """Of each step but the first, per episode."""
+        """Seconds of each step but the first, per episode."""
         episodes = len(self.first_losses)
         return [(end - start) / episodes for start, end in itertools.pairwise(self.ends)]
 
@@ -73,7 +73,7 @@ def _measure_on_gpu(
 
 
 def _whole_seconds(run: Callable[[int], StepRun], steps: int) -> float:
-    """Per episode.
+    """Seconds that the whole run takes per episode.
 
     On a GPU losses come when they come and the first steps prepare a graph for the others, so that
     single steps cannot be told apart.

@@ -15,7 +15,7 @@ struct Kernels {
   void (*attention_forward)(const AttentionForward&, int threads);
   void (*attention_backward)(const AttentionBackward&, int threads);
   void (*relevance)(const Relevance&, int threads);
-  void (*counted_dropout)(const CountedDropout&, int threads);
+  void (*philox_dropout)(const PhiloxDropout&, int threads);
   void (*activation)(const Activation&, int threads);
 };
 

@@ -10,7 +10,7 @@
   void attention_forward(const AttentionForward&, int threads); \
   void attention_backward(const AttentionBackward&, int threads); \
   void relevance(const Relevance&, int threads);               \
-  void counted_dropout(const CountedDropout&, int threads);    \
+  void philox_dropout(const PhiloxDropout&, int threads);    \
   void activation(const Activation&, int threads);             \
   }
 TIR_DECLARE(portable)
@@ -25,7 +25,7 @@ namespace {
 #define TIR_KERNELS(arch) \
   Kernels {                                                          \
     arch::attention_forward, arch::attention_backward, arch::relevance, \
-        arch::counted_dropout, arch::activation                      \
+        arch::philox_dropout, arch::activation                      \
   }
 
 std::vector<Architecture> built_architectures() {

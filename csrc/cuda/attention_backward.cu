@@ -6,24 +6,24 @@
 // and columns exchanged. Last, where wanted, the weights' gradients are summed over the heads.
 #include <algorithm>
 
-#include "cuda/heads.h"
+#include "cuda/heads.cuh"
 
 namespace tir::cuda {
 namespace {
 
 constexpr const char* kName = "weighted_attention (backward)";
-constexpr float kMaxExponent = 88.0f * kLog2E;  // the exponential of more overflows
+constexpr float kMaxPowerOfTwo = max_exponent * log2_e;
 
-// 16-row groups that a warp holds: with two, what is read of the passing rows serves twice. Wider
+// 16-row tiles that a warp holds: with two, what is read of the passing rows serves twice. Wider
 // heads leave no registers for the sums of two.
 template <class T, int D>
-constexpr int kGroups = kHasTensorCores<T> && D <= 64 ? 2 : 1;
+constexpr int kHeldTiles = kHasTensorCores<T> && D <= 64 ? 2 : 1;
 
 // Rows that are loaded at a time, and those of them that are multiplied at a time.
 template <class T, int D>
 constexpr int kChunk = kHasTensorCores<T> || D <= 96 ? 32 : 16;
 template <class T, int D>
-constexpr int kStep = kGroups<T, D> == 2 ? 16 : kChunk<T, D>;
+constexpr int kStep = kHeldTiles<T, D> == 2 ? 16 : kChunk<T, D>;
 
 struct BackwardPlan {
   int parts;  // blocks that hold keys, and that hold queries, of each head
@@ -32,7 +32,7 @@ struct BackwardPlan {
 
 // Base-2 logarithm of a row's sum, negated; -inf for rows that attend to nothing.
 TIR_DEVICE float negative_log_sum(float log_sum) {
-  return log_sum == -INFINITY ? -INFINITY : -log_sum * kLog2E;
+  return log_sum == -INFINITY ? -INFINITY : -log_sum * log2_e;
 }
 
 template <class T, int D, bool kHoldsKeys>
@@ -40,7 +40,7 @@ TIR_DEVICE void accumulate(const AttentionBackward& arguments, const KeyWeights&
                            const float* delta, float* partial, int64_t head_index, int part,
                            bool is_aligned) {
   constexpr int kSize = kChunk<T, D>, kTiles = kStep<T, D> / 8;
-  constexpr int kHeld = kGroups<T, D>, kHeldRows = kHeld * kRows;
+  constexpr int kHeld = kHeldTiles<T, D>, kHeldRows = kHeld * kRows;
   const AttentionShape& shape = arguments.shape;
   int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   int warp = thread / kWarp, warps = threads / kWarp, lane = thread % kWarp;
@@ -129,7 +129,7 @@ TIR_DEVICE void accumulate(const AttentionBackward& arguments, const KeyWeights&
   LeftRows<T, D, kHold> left_first[kHeld], left_second[kHeld];
   float sum_first[kHeld][D / 8][4] = {};                    // of keys, or of queries
   float sum_second[kHeld][kHoldsKeys ? D / 8 : 1][4] = {};  // of values
-  float scale = shape.scale * kLog2E;
+  float scale = shape.scale * log2_e;
   for (int chunk = 0; chunk < chunks; ++chunk) {
     wait_for_copies<0>();
     __syncthreads();  // all copies are in, and the slot that is filled next is read no more
@@ -164,7 +164,7 @@ TIR_DEVICE void accumulate(const AttentionBackward& arguments, const KeyWeights&
             float difference = kHoldsKeys ? column_delta : row_delta[m][e / 2];
             float exponent = scores[m][j][e] * scale + (row_shift[m][e / 2] + shift);
             // The limit of a key without weight may overflow. NaN is not larger, and stays.
-            if (kHoldsKeys && exponent > kMaxExponent) exponent = kMaxExponent;
+            if (kHoldsKeys && exponent > kMaxPowerOfTwo) exponent = kMaxPowerOfTwo;
             float probability = power_of_two(exponent);
             float grad = probability * (grad_scores[m][j][e] - difference);
             scores[m][j][e] = shift == -INFINITY ? 0.0f : probability;
@@ -300,7 +300,7 @@ void launch_backward(const AttentionBackward& arguments, const KeyWeights& deriv
                            0, stream, arguments, delta,
                            is_aligned && rows_are_aligned(shape, arguments.output));
 
-  constexpr int kHeldRows = kGroups<T, D> * kRows;
+  constexpr int kHeldRows = kHeldTiles<T, D> * kRows;
   int length = static_cast<int>(shape.length), tiles = (length + kHeldRows - 1) / kHeldRows;
   auto bytes = [&](int warps) {
     return round_up(length, kSize) * int64_t{8} + warps * 2 * kHeldRows * kRowBytes +

@@ -9,13 +9,14 @@ namespace tir::cuda {
 namespace {
 
 using forward::kChunk;
-using forward::kGroups;
+using forward::kHeldTiles;
 
 // Turns a chunk's scores into powers of two relative to the largest score so far, adds them up, and
 // brings what was summed before to the same scale. Lane t's biases begin at column 2 t.
 template <int N, int O>
-TIR_DEVICE void absorb(float (&scores)[N][4], const float* biases, float scale,
-                       float (&maximum)[2], float (&total)[2], float (&output)[O][4]) {
+TIR_DEVICE void online_softmax_update(float (&scores)[N][4], const float* biases, float scale,
+                                      float (&maximum)[2], float (&total)[2],
+                                      float (&output)[O][4]) {
   float largest[2] = {maximum[0], maximum[1]};
   TIR_UNROLL
   for (int j = 0; j < N; ++j) {
@@ -57,7 +58,7 @@ TIR_DEVICE void absorb(float (&scores)[N][4], const float* biases, float scale,
 template <class T, int D>
 __global__ void __launch_bounds__(128, 2)
     attention_forward_kernel(AttentionForward arguments, KeyWeights derived, forward::Plan plan) {
-  constexpr int kTiles = kChunk<T, D> / 8, kHeld = kGroups<T, D>;
+  constexpr int kTiles = kChunk<T, D> / 8, kHeld = kHeldTiles<T, D>;
   const AttentionShape& shape = arguments.shape;
   int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   int warp = thread / kWarp, warps = threads / kWarp, lane = thread % kWarp;
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(128, 2)
   load_values(0, 0);
   commit_copies();
 
-  float scale = shape.scale * kLog2E;
+  float scale = shape.scale * log2_e;
   int tiles = (length + kHeld * kRows - 1) / (kHeld * kRows);
   int rounds = (tiles + plan.blocks_per_head * warps - 1) / (plan.blocks_per_head * warps);
   for (int round = 0; round < rounds; ++round) {
@@ -162,7 +163,7 @@ __global__ void __launch_bounds__(128, 2)
       const float* chunk_biases = biases + chunk * kChunk<T, D> + 2 * (lane % 4);
       TIR_UNROLL
       for (int m = 0; m < kHeld; ++m) {
-        absorb(scores[m], chunk_biases, scale, maximum[m], total[m], output[m]);
+        online_softmax_update(scores[m], chunk_biases, scale, maximum[m], total[m], output[m]);
       }
       multiply<T, D>(output, scores, values + slot(step, chunk), used, own_scores, lane);
     }
@@ -178,7 +179,7 @@ __global__ void __launch_bounds__(128, 2)
         int row = first + m * kRows + lane / 4 + 8 * r;
         if (lane % 4 == 0 && row < length) {
           arguments.log_sum_exp[head_index * length + row] =
-              sum == 0.0f ? -INFINITY : (maximum[m][r] + log2f(sum)) * kLn2;
+              sum == 0.0f ? -INFINITY : (maximum[m][r] + log2f(sum)) * ln_2;
         }
       }
       store_rows<T, D>(output[m], inverse[0], inverse[1], own_rows + m * kRows * kPitch<T, D>,

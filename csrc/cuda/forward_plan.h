@@ -3,15 +3,15 @@
 
 #include <algorithm>
 
-#include "cuda/heads.h"
+#include "cuda/heads.cuh"
 
 namespace tir::cuda::forward {
 
-// 16-row groups of queries that a warp takes at a time. With two, each fragment of keys and values
+// 16-row tiles of queries that a warp takes at a time. With two, each fragment of keys and values
 // that is read from shared memory serves twice: with one, reading them would take longer than the
 // products. Wider heads leave no registers for it.
 template <class T, int D>
-constexpr int kGroups = kHasTensorCores<T> && D <= 80 ? 2 : 1;
+constexpr int kHeldTiles = kHasTensorCores<T> && D <= 80 ? 2 : 1;
 
 template <class T, int D>
 constexpr int kChunk = kHasTensorCores<T> && D <= 64 ? 64 : 32;  // keys taken at a time
@@ -31,7 +31,7 @@ template <class T, int D>
 Plan plan(const char* name, const AttentionShape& shape, const KeyWeights& derived,
           const Device& gpu) {
   constexpr int64_t kRowBytes = kPitch<T, D> * sizeof(T);
-  constexpr int kOwnRows = kGroups<T, D> * kRows;
+  constexpr int kOwnRows = kHeldTiles<T, D> * kRows;
   int64_t heads = shape.batch * shape.heads;
   int length = static_cast<int>(shape.length);
   int tiles = (length + kOwnRows - 1) / kOwnRows;

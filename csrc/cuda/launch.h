@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/device.h"
+#include "cuda/device.cuh"
 #include "tir/cuda.h"
 
 namespace tir::cuda {

@@ -12,7 +12,7 @@
 
 #include "cuda/elements.h"
 #include "cuda/launch.h"
-#include "cuda/relevance_block.h"
+#include "cuda/relevance_block.cuh"
 
 namespace tir::cuda {
 namespace {

@@ -1,7 +1,7 @@
 // Counts of how many classes select a token, and the weights that follow: one block an image.
 #include <algorithm>
 
-#include "cuda/key_weights.h"
+#include "cuda/key_weights.cuh"
 #include "cuda/launch.h"
 
 namespace tir::cuda {

@@ -1,4 +1,4 @@
-#include "cuda/device.h"
+#include "cuda/device.cuh"
 
 #include <ucontext.h>
 

@@ -1,4 +1,4 @@
-"""What the CPU backend does to its process: threads, forks, choice of instructions, bad calls."""
+"""The CPU backend and its process: threads, forks, choice of instructions, bad calls."""
 
 from __future__ import annotations
 

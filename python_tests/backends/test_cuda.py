@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import tir_kernels
-from tir_kernels import dispatch
 from tir_kernels.backends import cuda, reference
+from tir_kernels.operators import choose as dispatch
 
 pytestmark = pytest.mark.gpu
 

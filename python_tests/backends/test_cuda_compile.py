@@ -1,4 +1,4 @@
-"""What the CUDA compiler made of the kernels: no spills, shared memory that is there, tensor cores.
+"""The CUDA compiler's output: no spills, shared memory that is there, tensor cores.
 
 The objects and the assembler's reports are those of the installed module, from build/.
 """

@@ -1,4 +1,4 @@
-"""Which GPUs the CUDA and Triton backends say they serve, with stand-ins for the machine."""
+"""The GPUs that the CUDA and Triton backends say they serve, with stand-ins for the machine."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 import tir_kernels
 from tir_kernels import __main__ as report
-from tir_kernels import dispatch
 from tir_kernels.backends import cuda, triton
+from tir_kernels.operators import choose as dispatch
 
 OLD, HOPPER, NEWER = (7, 5), (9, 0), (12, 0)
 CUDA_13_0 = (13000, 13000, "")

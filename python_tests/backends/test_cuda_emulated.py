@@ -193,12 +193,12 @@ MISTAKES = {
         "if (j <= length) weight = key_weight(",
     ),
     "fragments are swapped": (
-        "tile.h",
+        "tile.cuh",
         "multiply_add<T>(total[m][2 * c + 1], a[m], b[2], b[3]);",
         "multiply_add<T>(total[m][2 * c + 1], a[m], b[3], b[2]);",
     ),
-    "a row group is forgotten": (
-        "tile.h",
+    "half of the rows are forgotten": (
+        "tile.cuh",
         "a[m][1] = pack<T>(left[m][j][2], left[m][j][3]);",
         "a[m][1] = pack<T>(left[m][j][0], left[m][j][1]);",
     ),

@@ -36,12 +36,12 @@ def attention_cases() -> list[dict[str, Any]]:
         ("float32", 80, 197),
     ]
     cases = [
-        {"kernel": kernel, "dtype": dtype, "head_dim": head_dim, "length": length}
+        {"kernel": kernel, "dtype": dtype, "head_width": head_dim, "length": length}
         for dtype, head_dim, length in shapes
         for kernel in ("forward", "backward")
     ]
-    long_rows = {"kernel": "forward", "dtype": "bfloat16", "head_dim": 64, "length": 1100}
-    wide_heads = {"kernel": "forward", "dtype": "float32", "head_dim": 256}
+    long_rows = {"kernel": "forward", "dtype": "bfloat16", "head_width": 64, "length": 1100}
+    wide_heads = {"kernel": "forward", "dtype": "float32", "head_width": 256}
     return [*cases, long_rows, wide_heads]
 
 
@@ -104,7 +104,7 @@ def test_every_kernel_compiles(compiled: list[dict[str, Any]]) -> None:
             "grad_query_kernel",
             "grad_key_value_kernel",
             "relevance_kernel",
-            "counted_dropout_kernel",
+            "philox_dropout_kernel",
             "selection_kernel",
         }
 

@@ -82,13 +82,13 @@ def run_launcher(case: dict[str, Any]) -> None:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     if case["kernel"] in ("forward", "backward"):
-        packed = tensor(2, length, 3, 12, case["head_dim"]).permute(2, 0, 3, 1, 4)
+        packed = tensor(2, length, 3, 12, case["head_width"]).permute(2, 0, 3, 1, 4)
         query, key, value = packed
         weights = tensor(2, length, dtype=torch.float32)
         if case["kernel"] == "forward":
             attention_forward.attention_forward(query, key, value, weights, 0.125)
             return
-        output = tensor(2, 12, length, case["head_dim"])
+        output = tensor(2, 12, length, case["head_width"])
         log_sums = tensor(2, 12, length, dtype=torch.float32)
         attention_backward.attention_backward(
             output, query, key, value, weights, output, log_sums, 0.125, case["weights_grad"]
@@ -110,14 +110,14 @@ def run_launcher(case: dict[str, Any]) -> None:
         rows = tensor(2, 25, length, case["width"])
         kept = tensor(2, 3, 25, length, case["width"])
         seeds, step = tensor(2, dtype=torch.int64), tensor(1, dtype=torch.int64)
-        dropout.counted_dropout(rows, seeds, step, 5, 0, 1 << 14, 4 / 3, kept)
+        dropout.philox_dropout(rows, seeds, step, 5, 0, 1 << 14, 4 / 3, kept)
     else:
         scores = tensor(2, case["classes"], length - 1, dtype=torch.float32)
         selection.select_and_weigh(scores, tensor(case["classes"] + 1), 5, 1)
 
 
 def compile_launch(kernel: Any, launch: dict[str, Any], arch: int) -> dict[str, Any]:
-    """What a launch becomes: its shared memory, registers, stack and tensor-core instructions."""
+    """The compiled launch: its shared memory, registers, stack and tensor-core instructions."""
     options = {name: launch.pop(name) for name in OPTIONS if name in launch}
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):

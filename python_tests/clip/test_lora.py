@@ -5,9 +5,9 @@ import torch
 from tiny_clip import Untouched, make_clip, make_images, make_token_ids, swap_token_order
 from torch import Tensor, nn
 
-from tir_kernels import clip
-from tir_kernels.clip.attention import SelfAttention
-from tir_kernels.clip.low_rank import CountedRandomness, LowRank
+from tir_kernels import adapters
+from tir_kernels.adapters.low_rank import LowRank, PhiloxRandomness
+from tir_kernels.towers.attention import SelfAttention
 
 VARIANTS = {
     "clip": make_clip,
@@ -24,14 +24,14 @@ def encode(model: nn.Module) -> tuple[Tensor, Tensor]:
     return model.encode_image(images), model.encode_text(make_token_ids())
 
 
-def randomise(lora: clip.LoRA, size: float = 0.2) -> None:
+def randomise(lora: adapters.LoRA, size: float = 0.2) -> None:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in lora.parameters():
             parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
 
 
-def merge(model: nn.Module, lora: clip.LoRA) -> nn.Module:
+def merge(model: nn.Module, lora: adapters.LoRA) -> nn.Module:
     """A copy of the unadapted model whose projections are W + B A alpha / sqrt(rank)."""
     merged = copy.deepcopy(model)
     with torch.no_grad():
@@ -48,7 +48,7 @@ def merge(model: nn.Module, lora: clip.LoRA) -> nn.Module:
 def test_computes_what_the_merged_weights_compute(variant: str) -> None:
     model = VARIANTS[variant]()
     plain = copy.deepcopy(model)
-    with clip.add_lora(model, rank=3, alpha=5, dropout=0.5) as lora, torch.no_grad():
+    with adapters.add_lora(model, rank=3, alpha=5, dropout=0.5) as lora, torch.no_grad():
         randomise(lora)
         torch.testing.assert_close(encode(model), encode(merge(plain, lora)))
 
@@ -58,14 +58,14 @@ def test_starts_as_the_model_it_is_added_to(variant: str) -> None:
     model = VARIANTS[variant]()
     with torch.no_grad():
         before = encode(model)
-        with clip.add_lora(model):
+        with adapters.add_lora(model):
             torch.testing.assert_close(encode(model), before)
 
 
 def test_factors_start_as_published() -> None:
     model = make_clip()
     torch.manual_seed(4)
-    with clip.add_lora(model) as lora:
+    with adapters.add_lora(model) as lora:
         assert (lora.rank, lora.alpha, lora.dropout) == (16, 8, 0.25)
         factors = lora.factors()
         assert set(factors) == {
@@ -89,7 +89,7 @@ def test_factors_get_the_gradients_of_the_merged_weights() -> None:
     # In float32 the terms of a gradient that nearly cancel would leave little to compare.
     model = make_clip().double()
     plain = copy.deepcopy(model)
-    with clip.add_lora(model, rank=3, alpha=5) as lora:
+    with adapters.add_lora(model, rank=3, alpha=5) as lora:
         randomise(lora)
         merged = merge(plain, lora)
         for adapted in (model, merged):
@@ -109,7 +109,7 @@ def test_factors_get_the_gradients_of_the_merged_weights() -> None:
 
 def test_only_b_learns_at_first() -> None:
     model = make_clip()
-    with clip.add_lora(model) as lora:
+    with adapters.add_lora(model) as lora:
         images, texts = encode(model)
         (images.square().sum() + texts.square().sum()).backward()
         for low_rank in (m for m in model.modules() if isinstance(m, LowRank)):
@@ -149,7 +149,7 @@ def test_input_gradient(passes: bool) -> None:
 @pytest.mark.parametrize("passes", [True, False])
 def test_factors_learn_whether_or_not_the_input_does(passes: bool) -> None:
     model = make_clip()
-    with clip.add_lora(model, dropout=0.0, passes_input_gradient=passes) as lora:
+    with adapters.add_lora(model, dropout=0.0, passes_input_gradient=passes) as lora:
         randomise(lora)
         for part in encode(model):
             part.square().sum().backward()
@@ -159,7 +159,7 @@ def test_factors_learn_whether_or_not_the_input_does(passes: bool) -> None:
 def test_dropout_acts_in_training_alone_and_differs_between_projections() -> None:
     model = make_clip()
     images = make_images()
-    with clip.add_lora(model, rank=4, dropout=0.5) as lora, torch.no_grad():
+    with adapters.add_lora(model, rank=4, dropout=0.5) as lora, torch.no_grad():
         randomise(lora)
         quiet = model.encode_image(images)
         assert torch.equal(model.encode_image(images), quiet)
@@ -204,7 +204,7 @@ def test_mean_of_dropout_is_the_quiet_result() -> None:
 def test_remove_restores_the_model(variant: str, mode: bool) -> None:
     model = VARIANTS[variant]().train(mode)
     before = Untouched(model)
-    lora = clip.add_lora(model)
+    lora = adapters.add_lora(model)
     randomise(lora)
     for part in encode(model):
         part.sum().backward()
@@ -213,21 +213,21 @@ def test_remove_restores_the_model(variant: str, mode: bool) -> None:
     lora.remove()
     before.check()
     assert list(lora.parameters()) == []
-    clip.add_lora(model).remove()
+    adapters.add_lora(model).remove()
     before.check()
 
 
 def test_state_dict_keeps_the_keys_of_the_model() -> None:
     model = make_clip()
     keys = list(model.state_dict())
-    with clip.add_lora(model):
+    with adapters.add_lora(model):
         adapted = list(model.state_dict())
         assert [key for key in adapted if ".low_rank." not in key] == keys
 
 
 def test_changes_of_mode_and_type_survive_removal() -> None:
     model = make_clip()
-    with clip.add_lora(model):
+    with adapters.add_lora(model):
         model.train()
         model.bfloat16()
     assert all(module.training for module in model.modules())
@@ -237,26 +237,26 @@ def test_changes_of_mode_and_type_survive_removal() -> None:
 def test_context_ends_with_removal_even_after_an_error() -> None:
     model = make_clip()
     before = Untouched(model)
-    with pytest.raises(KeyError), clip.add_lora(model):
+    with pytest.raises(KeyError), adapters.add_lora(model):
         raise KeyError
     before.check()
 
 
 def test_a_second_lora_is_refused() -> None:
     model = make_clip()
-    with clip.add_lora(model) as first:
+    with adapters.add_lora(model) as first:
         with pytest.raises(RuntimeError, match=r"LoRA already.*remove\(\)"):
-            clip.add_lora(model)
+            adapters.add_lora(model)
         with pytest.raises(RuntimeError, match="LoRA already"):
-            clip.add_lora(model, towers=["text"])
+            adapters.add_lora(model, towers=["text"])
         assert len(list(first.parameters())) == 2 * 9
 
 
 def test_towers_can_be_adapted_apart() -> None:
     model = make_clip()
     before = Untouched(model)
-    visual = clip.add_lora(model, rank=2, towers=["visual"])
-    text = clip.add_lora(model, rank=5, towers=["text"])
+    visual = adapters.add_lora(model, rank=2, towers=["visual"])
+    text = adapters.add_lora(model, rank=5, towers=["text"])
     with torch.no_grad():
         images, texts = encode(model)
         randomise(text)
@@ -279,17 +279,17 @@ def test_together_with_reweighting(
     before = Untouched(model)
     classes = torch.randn(5, 16)
 
-    def reweight(target: nn.Module) -> clip.Reweighting:
-        handle = clip.install(target, placement=placement)
+    def reweight(target: nn.Module) -> adapters.Reweighting:
+        handle = adapters.add_reweighting(target, placement=placement)
         handle.set_class_embeddings(classes)
         return handle
 
     if lora_first:
-        lora = clip.add_lora(model)
+        lora = adapters.add_lora(model)
         handle = reweight(model)
     else:
         handle = reweight(model)
-        lora = clip.add_lora(model)
+        lora = adapters.add_lora(model)
     randomise(lora)
     merged = merge(plain, lora)
     with torch.no_grad():
@@ -309,7 +309,7 @@ def test_together_with_reweighting(
 
 def test_set_factors() -> None:
     model = make_clip()
-    with clip.add_lora(model, rank=2) as lora:
+    with adapters.add_lora(model, rank=2) as lora:
         untouched = lora.factors()["text.1.k"][0].clone()
         a, b = torch.randn(2, 32), torch.randn(32, 2)
         lora.set_factors(a={"visual.3.v": a}, b={"visual.3.v": b})
@@ -339,7 +339,7 @@ def test_wrong_arguments_are_refused(arguments: dict, kind: type, message: str) 
     model = make_clip()
     before = Untouched(model)
     with pytest.raises(kind, match=message):
-        clip.add_lora(model, **arguments)
+        adapters.add_lora(model, **arguments)
     before.check()
 
 
@@ -347,16 +347,16 @@ def test_attention_of_another_kind_is_refused_and_nothing_changes() -> None:
     model = make_clip(text={"qk_norm": True})
     before = Untouched(model)
     with pytest.raises(TypeError, match=r"nn\.MultiheadAttention.*got Attention"):
-        clip.add_lora(model)
+        adapters.add_lora(model)
     before.check()
-    with clip.add_lora(model, towers=["visual"]) as lora:
+    with adapters.add_lora(model, towers=["visual"]) as lora:
         assert len(lora.factors()) == 3 * 6
 
 
 def test_low_precision_models_train() -> None:
     """Weights of a model that is bfloat16 throughout, with factors in float32."""
     model = make_clip().bfloat16()
-    with clip.add_lora(model, rank=4) as lora:
+    with adapters.add_lora(model, rank=4) as lora:
         randomise(lora)
         output = model.encode_image(make_images().bfloat16())
         assert output.dtype == torch.bfloat16
@@ -368,7 +368,7 @@ def test_low_precision_models_train() -> None:
 
 def test_autocast() -> None:
     model = make_clip()
-    with clip.add_lora(model, rank=4) as lora:
+    with adapters.add_lora(model, rank=4) as lora:
         randomise(lora)
         exact = model.encode_image(make_images())
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -382,7 +382,7 @@ def test_autocast() -> None:
 
 def test_gradient_checkpointing_repeats_the_same_dropout() -> None:
     model = make_clip()
-    with clip.add_lora(model, rank=4, dropout=0.5) as lora:
+    with adapters.add_lora(model, rank=4, dropout=0.5) as lora:
         randomise(lora)
         lora.train()
         gradients = []
@@ -405,13 +405,13 @@ def test_one_input_only() -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("num_groups", [None, 2])
-def test_frozen_projection_is_what_its_parts_are(num_groups, dropout: float, precision: str):
+@pytest.mark.parametrize("num_episodes", [None, 2])
+def test_frozen_projection_is_what_its_parts_are(num_episodes, dropout: float, precision: str):
     """The one function with its own gradient equals projection and change, one after the other."""
-    low_rank = LowRank(24, 4, 8, dropout, False, None, num_groups)
+    low_rank = LowRank(24, 4, 8, dropout, False, None, num_episodes)
     nn.init.normal_(low_rank.b, std=0.3)
-    low_rank.randomness = CountedRandomness(
-        torch.arange(num_groups or 1), torch.tensor([3]), stream=2
+    low_rank.randomness = PhiloxRandomness(
+        torch.arange(num_episodes or 1), torch.tensor([3]), stream=2
     )
     weight, bias = torch.randn(72, 24) / 5, torch.randn(72)
     tokens, grad = torch.randn(4, 7, 24), torch.randn(4, 7, 72)
@@ -445,7 +445,7 @@ def test_frozen_projection_is_what_its_parts_are(num_groups, dropout: float, pre
 
 def test_seeded_dropout_needs_a_next_step_to_change() -> None:
     model, images = make_clip(), make_images()
-    with clip.add_lora(model, 4, dropout=0.5) as lora:
+    with adapters.add_lora(model, 4, dropout=0.5) as lora:
         lora.set_factors(b={name: torch.randn_like(b) for name, (_, b) in lora.factors().items()})
         lora.seed([5])
         lora.train()

@@ -11,8 +11,8 @@ import torch
 from tiny_clip import Untouched, make_clip, make_images, make_token_ids
 from torch import Tensor, nn
 
-from tir_kernels import clip
-from tir_kernels.clip import peft_format
+from tir_kernels import adapters
+from tir_kernels.adapters import lora_file as peft_format
 
 peft = pytest.importorskip("peft")
 
@@ -25,9 +25,9 @@ def encode(model: nn.Module) -> tuple[Tensor, Tensor]:
     return model.encode_image(make_images()), model.encode_text(make_token_ids())
 
 
-def trained_lora(model: nn.Module, **options: Any) -> clip.LoRA:
+def trained_lora(model: nn.Module, **options: Any) -> adapters.LoRA:
     """LoRA with factors as of after some training."""
-    lora = clip.add_lora(model, **{"rank": 3, "alpha": 5, "dropout": 0.1, **options})
+    lora = adapters.add_lora(model, **{"rank": 3, "alpha": 5, "dropout": 0.1, **options})
     generator = torch.Generator().manual_seed(3)
     for parameter in lora.parameters():
         parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
@@ -40,7 +40,7 @@ def load_with_peft(model: nn.Module, directory: Path, **options: Any) -> Any:
         return peft.PeftModel.from_pretrained(model, directory, **options).eval()
 
 
-def assert_same_lora(loaded: clip.LoRA, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
+def assert_same_lora(loaded: adapters.LoRA, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
     found = loaded.factors()
     assert list(found) == list(factors)
     for name, pair in factors.items():
@@ -78,7 +78,7 @@ def test_peft_computes_the_same(
     untouched = copy.deepcopy(model)
     unadapted = encode(model)
     lora = trained_lora(model, rank=rank, alpha=alpha, towers=TOWERS[towers])
-    clip.save_lora(lora, tmp_path / "new" / "folder")
+    adapters.save_lora(lora, tmp_path / "new" / "folder")
     ours, theirs = encode(model), encode(load_with_peft(untouched, tmp_path / "new" / "folder"))
     torch.testing.assert_close(theirs, ours)
     for tower, before, after in zip(("visual", "text"), unadapted, ours, strict=True):
@@ -93,11 +93,11 @@ def test_our_own_files_come_back_bit_for_bit(
 ) -> None:
     model = MODELS[kind]()
     lora = trained_lora(model, rank=rank, alpha=alpha, towers=TOWERS[towers])
-    clip.save_lora(lora, tmp_path)
+    adapters.save_lora(lora, tmp_path)
     factors = {n: (a.clone(), b.clone()) for n, (a, b) in lora.factors().items()}
     expected = encode(model)
     lora.remove()
-    with clip.load_lora(model, tmp_path) as loaded:
+    with adapters.load_lora(model, tmp_path) as loaded:
         assert (loaded.rank, loaded.alpha, loaded.dropout) == (rank, alpha, 0.1)
         assert_same_lora(loaded, factors)
         assert all(map(torch.equal, encode(model), expected))
@@ -105,18 +105,18 @@ def test_our_own_files_come_back_bit_for_bit(
 
 def test_untrained_lora_comes_back_with_its_rank(tmp_path: Path) -> None:
     model = make_clip()
-    lora = clip.add_lora(model, rank=4)
-    clip.save_lora(lora, tmp_path)
+    lora = adapters.add_lora(model, rank=4)
+    adapters.save_lora(lora, tmp_path)
     factors = {n: (a.clone(), b.clone()) for n, (a, b) in lora.factors().items()}
     lora.remove()
-    assert_same_lora(clip.load_lora(model, tmp_path), factors)
+    assert_same_lora(adapters.load_lora(model, tmp_path), factors)
 
 
 def test_peft_saves_again_what_it_loaded(saved: Path, tmp_path: Path) -> None:
     model = make_clip()
-    lora = clip.load_lora(model, saved)
+    lora = adapters.load_lora(model, saved)
     load_with_peft(make_clip(), saved).save_pretrained(tmp_path / "again")
-    again = clip.load_lora(make_clip(), tmp_path / "again")
+    again = adapters.load_lora(make_clip(), tmp_path / "again")
     assert (again.rank, again.alpha, again.dropout) == (lora.rank, lora.alpha, lora.dropout)
     assert_same_lora(again, lora.factors())
 
@@ -147,13 +147,13 @@ def test_an_adapter_trained_by_peft(tmp_path: Path, kind: str, rank: int, use_rs
     adapted.eval().save_pretrained(tmp_path)
     model = MODELS[kind]()
     unadapted = encode(model)
-    with clip.load_lora(model, tmp_path) as lora:
+    with adapters.load_lora(model, tmp_path) as lora:
         assert (lora.rank, lora.dropout) == (rank, 0.2)
         scaling = 7 / (rank**0.5 if use_rslora else rank)
         assert lora.alpha / lora.rank**0.5 == pytest.approx(scaling, rel=1e-15)
         torch.testing.assert_close(encode(model), encode(adapted), rtol=1e-4, atol=1e-5)
         assert not torch.allclose(encode(model)[0], unadapted[0], atol=1e-3)
-        clip.save_lora(lora, tmp_path / "ours")
+        adapters.save_lora(lora, tmp_path / "ours")
         expected = encode(model)
     torch.testing.assert_close(encode(load_with_peft(model, tmp_path / "ours")), expected)
 
@@ -169,7 +169,7 @@ def test_peft_trains_our_adapter_on(saved: Path, tmp_path: Path) -> None:
         optimizer.step()
     adapted.eval().save_pretrained(tmp_path / "trained")
     model = make_clip()
-    with clip.load_lora(model, tmp_path / "trained") as lora:
+    with adapters.load_lora(model, tmp_path / "trained") as lora:
         assert lora.rank == 9  # queries, keys and values share the stacked A from now on
         torch.testing.assert_close(encode(model), encode(adapted), rtol=1e-4, atol=1e-5)
 
@@ -180,7 +180,7 @@ def test_half_precision_files_load(saved: Path) -> None:
             tensors[key] = tensors[key].half()
 
     edit_tensors(saved, halve)
-    with clip.load_lora(make_clip(), saved) as lora:
+    with adapters.load_lora(make_clip(), saved) as lora:
         for a, b in lora.factors().values():
             assert a.dtype == b.dtype == torch.float32
             assert torch.equal(a, a.half().float())
@@ -188,40 +188,40 @@ def test_half_precision_files_load(saved: Path) -> None:
 
 def test_options_of_loading(saved: Path) -> None:
     model = make_clip()
-    with clip.load_lora(model, str(saved), dropout=0.4, passes_input_gradient=False) as lora:
+    with adapters.load_lora(model, str(saved), dropout=0.4, passes_input_gradient=False) as lora:
         assert lora.dropout == 0.4
         low_rank = model.visual.transformer.resblocks[0].attn.low_rank
         assert (low_rank.dropout, low_rank.passes_input_gradient) == (0.4, False)
     with pytest.raises(ValueError, match="dropout must lie in"):
-        clip.load_lora(model, saved, dropout=1.5)
+        adapters.load_lora(model, saved, dropout=1.5)
 
 
 def test_bare_image_tower(tmp_path: Path) -> None:
     tower = make_clip().visual
     lora = trained_lora(tower, towers=["visual"])
-    clip.save_lora(lora, tmp_path)
+    adapters.save_lora(lora, tmp_path)
     with torch.no_grad():
         expected = tower(make_images())
         lora.remove()
-        with clip.load_lora(tower, tmp_path):
+        with adapters.load_lora(tower, tmp_path):
             assert torch.equal(tower(make_images()), expected)
         adapted = load_with_peft(tower, tmp_path)
         torch.testing.assert_close(adapted(make_images()), expected)
 
 
 def test_an_adapter_of_one_tower_ignores_the_kind_of_the_other(tmp_path: Path) -> None:
-    clip.save_lora(trained_lora(make_clip(), towers=["visual"]), tmp_path)
+    adapters.save_lora(trained_lora(make_clip(), towers=["visual"]), tmp_path)
     model = make_clip(text={"embed_cls": True}, custom_text=True)
-    with clip.load_lora(model, tmp_path) as lora:
+    with adapters.load_lora(model, tmp_path) as lora:
         assert len(lora.factors()) == 3 * 6
 
 
 def test_saving_replaces_an_adapter(saved: Path) -> None:
     model = make_clip()
     lora = trained_lora(model, rank=5, towers=["text"])
-    clip.save_lora(lora, saved)
+    adapters.save_lora(lora, saved)
     lora.remove()
-    assert clip.load_lora(model, saved).rank == 5
+    assert adapters.load_lora(model, saved).rank == 5
     assert {p.name for p in saved.iterdir()} == {
         peft_format.CONFIG_FILE,
         peft_format.WEIGHTS_FILE,
@@ -243,31 +243,31 @@ def test_interrupted_saving_leaves_nothing_that_loads(
 
     monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="disk full"):
-        clip.save_lora(trained_lora(make_clip(), rank=5), saved)
+        adapters.save_lora(trained_lora(make_clip(), rank=5), saved)
     with pytest.raises(FileNotFoundError, match="holds no PEFT adapter"):
-        clip.load_lora(make_clip(), saved)
+        adapters.load_lora(make_clip(), saved)
     assert {p.name for p in saved.iterdir()} == {peft_format.WEIGHTS_FILE}
 
 
 def test_removed_lora_cannot_be_saved(tmp_path: Path) -> None:
-    lora = clip.add_lora(make_clip())
+    lora = adapters.add_lora(make_clip())
     lora.remove()
     with pytest.raises(RuntimeError, match=r"save it before remove\(\)"):
-        clip.save_lora(lora, tmp_path)
+        adapters.save_lora(lora, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_with_lora_is_refused(saved: Path) -> None:
     model = make_clip()
-    with clip.add_lora(model), pytest.raises(RuntimeError, match="LoRA already"):
-        clip.load_lora(model, saved)
+    with adapters.add_lora(model), pytest.raises(RuntimeError, match="LoRA already"):
+        adapters.load_lora(model, saved)
 
 
 def refuse(directory: Path, message: str, model: nn.Module | None = None) -> None:
     model = make_clip() if model is None else model
     before = Untouched(model)
     with pytest.raises(ValueError, match=message) as refusal:
-        clip.load_lora(model, directory)
+        adapters.load_lora(model, directory)
     assert "\n" not in str(refusal.value)
     before.check()
 
@@ -328,10 +328,10 @@ def test_damaged_weights_are_refused(saved: Path) -> None:
     refuse(saved, "is a Git LFS pointer, .* run 'git lfs pull'")
     path.unlink()
     with pytest.raises(FileNotFoundError, match="safe_serialization=True"):
-        clip.load_lora(make_clip(), saved)
+        adapters.load_lora(make_clip(), saved)
     os.mkfifo(path)  # not waited for
     with pytest.raises(FileNotFoundError, match="safe_serialization=True"):
-        clip.load_lora(make_clip(), saved)
+        adapters.load_lora(make_clip(), saved)
 
 
 def test_values_that_are_no_weights_are_refused(saved: Path) -> None:
@@ -347,10 +347,10 @@ def test_adapters_of_compiled_models_load(saved: Path) -> None:
         for key in list(tensors):
             tensors[key.replace("model.model.", "model.model._orig_mod.module.")] = tensors.pop(key)
 
-    with clip.load_lora(make_clip(), saved) as lora:
+    with adapters.load_lora(make_clip(), saved) as lora:
         factors = {name: (a.clone(), b.clone()) for name, (a, b) in lora.factors().items()}
     edit_tensors(saved, rename)
-    with clip.load_lora(make_clip(), saved) as lora:
+    with adapters.load_lora(make_clip(), saved) as lora:
         assert_same_lora(lora, factors)
 
 
@@ -393,7 +393,7 @@ def test_adapters_of_other_models_are_refused(saved: Path) -> None:
     refuse(saved, "cannot take LoRA in this model", make_clip(custom_text=True))
     refuse(saved, "cannot take LoRA in this model", make_clip().visual)
     with pytest.raises(TypeError, match="its tower is Linear"):
-        clip.load_lora(nn.Linear(2, 2), saved)
+        adapters.load_lora(nn.Linear(2, 2), saved)
 
 
 def test_integer_tensors_are_refused(saved: Path) -> None:

@@ -4,8 +4,8 @@ from open_clip.tokenizer import SimpleTokenizer
 from tiny_clip import Untouched, make_clip, swap_token_order
 from torch import nn
 
-from tir_kernels.clip import PromptContext, add_lora
-from tir_kernels.clip.towers import text_tower
+from tir_kernels.adapters import PromptContext, add_lora
+from tir_kernels.towers.open_clip import text_tower
 
 NAMES = ["cat", "annual crop land", "melanocytic nevus", "dog"]
 CONTEXT_LENGTH = 20

@@ -21,8 +21,8 @@ from tiny_clip import (
 )
 from torch import Tensor, nn
 
-from tir_kernels import WeightRule, clip, token_weights
-from tir_kernels.clip.towers import joint_space
+from tir_kernels import WeightRule, adapters, token_weights
+from tir_kernels.towers.open_clip import joint_space
 
 PLACEMENTS = ("tokens", "attention", "both")
 VARIANTS: dict[str, Callable[[], nn.Module]] = {
@@ -103,7 +103,7 @@ def test_computes_the_formula(variant: str, placement: str) -> None:
         unweighted, texts = model.encode_image(images), model.encode_text(make_token_ids())
     expected, counts = plain_encode_image(model, images, classes, (2, 4), placement)
     expected_grads = torch.autograd.grad(expected.square().sum(), list(model.visual.parameters()))
-    with clip.install(model, placement=placement) as handle:
+    with adapters.add_reweighting(model, placement=placement) as handle:
         handle.set_class_embeddings(classes)
         found = model.encode_image(images)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -125,7 +125,7 @@ def test_acts_in_training_and_in_evaluation(placement: str, training: bool) -> N
     model = make_clip().train(training)
     images, classes = make_images(), classes_for(model)
     expected, _ = plain_encode_image(model, images, classes, (2, 4), placement)
-    with clip.install(model, placement=placement) as handle:
+    with adapters.add_reweighting(model, placement=placement) as handle:
         handle.set_class_embeddings(classes)
         torch.testing.assert_close(model.encode_image(images), expected, rtol=1e-4, atol=1e-5)
 
@@ -143,7 +143,7 @@ def test_counts_are_those_of_the_tokens_that_enter_the_block(length_first: bool)
         block.register_forward_pre_hook(
             lambda _, inputs, layer=layer: entered.__setitem__(layer, inputs[0])
         )
-    with clip.install(model, [1, 3], "tokens", rule) as handle:
+    with adapters.add_reweighting(model, [1, 3], "tokens", rule) as handle:
         handle.set_class_embeddings(classes)
         model.encode_image(make_images())
     for layer, tokens in entered.items():
@@ -158,7 +158,7 @@ def test_counts_are_those_of_the_tokens_that_enter_the_block(length_first: bool)
 def test_groups_have_classes_of_their_own(placement: str) -> None:
     model = make_clip()
     images, classes = make_images(6), classes_for(model, 3)
-    with clip.install(model, placement=placement) as handle:
+    with adapters.add_reweighting(model, placement=placement) as handle:
         handle.set_class_embeddings(classes)
         together, counts = model.encode_image(images), handle.last_counts[4]
         for group in range(3):
@@ -178,7 +178,7 @@ def test_a_learnable_table_gets_its_gradient(placement: str) -> None:
     table = torch.tensor([1.0, 1.6, 1.2, 0.9, 0.4, 0.1], requires_grad=True)
     expected, _ = plain_encode_image(model, images, classes, (2, 4), placement, table)
     (expected_grad,) = torch.autograd.grad(expected.square().sum(), table)
-    with clip.install(model, placement=placement, table=table) as handle:
+    with adapters.add_reweighting(model, placement=placement, table=table) as handle:
         handle.set_class_embeddings(classes)
         found = model.encode_image(images)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -189,7 +189,7 @@ def test_a_learnable_table_gets_its_gradient(placement: str) -> None:
 
 def test_a_table_of_the_wrong_length_is_refused() -> None:
     model = make_clip()
-    with clip.install(model, table=torch.ones(4)) as handle:
+    with adapters.add_reweighting(model, table=torch.ones(4)) as handle:
         handle.set_class_embeddings(classes_for(model))
         with pytest.raises(ValueError, match="table"):
             model.encode_image(make_images())
@@ -198,7 +198,7 @@ def test_a_table_of_the_wrong_length_is_refused() -> None:
 def test_no_gradient_flows_to_the_classes() -> None:
     model = make_clip()
     classes = classes_for(model).requires_grad_()
-    with clip.install(model, placement="both") as handle:
+    with adapters.add_reweighting(model, placement="both") as handle:
         handle.set_class_embeddings(classes)
         model.encode_image(make_images()).sum().backward()
     assert classes.grad is None
@@ -209,7 +209,7 @@ def test_no_weights_leave_the_result() -> None:
     model = make_clip()
     expected = model.encode_image(make_images())
     for placement in PLACEMENTS:
-        with clip.install(model, placement=placement, rule="none") as handle:
+        with adapters.add_reweighting(model, placement=placement, rule="none") as handle:
             handle.set_class_embeddings(classes_for(model))
             torch.testing.assert_close(model.encode_image(make_images()), expected)
 
@@ -227,7 +227,7 @@ def test_no_weights_leave_the_result() -> None:
     ],
 )
 def test_layers(given: Any, depth: int, expected: tuple[int, ...]) -> None:
-    with clip.install(make_clip({"layers": depth}), given) as handle:
+    with adapters.add_reweighting(make_clip({"layers": depth}), given) as handle:
         assert handle.layers == expected
 
 
@@ -251,21 +251,21 @@ def test_wrong_arguments_are_refused(
     model = make_clip()
     before = Untouched(model)
     with pytest.raises(kind, match=message):
-        clip.install(model, **arguments)
+        adapters.add_reweighting(model, **arguments)
     before.check()
 
 
 def test_shallow_towers_need_layers() -> None:
     model = make_clip({"layers": 3})
     with pytest.raises(ValueError, match="layers must be given for a tower of 3 blocks"):
-        clip.install(model)
-    with clip.install(model, [1]) as handle:
+        adapters.add_reweighting(model)
+    with adapters.add_reweighting(model, [1]) as handle:
         assert handle.layers == (1,)
 
 
 def test_an_unknown_backend_is_refused() -> None:
     model = make_clip()
-    with clip.install(model, backend="abacus") as handle:
+    with adapters.add_reweighting(model, backend="abacus") as handle:
         handle.set_class_embeddings(classes_for(model))
         with pytest.raises(ValueError, match="abacus"):
             model.encode_image(make_images())
@@ -273,7 +273,7 @@ def test_an_unknown_backend_is_refused() -> None:
 
 def test_class_embeddings_must_be_set() -> None:
     model = make_clip()
-    with clip.install(model) as handle:
+    with adapters.add_reweighting(model) as handle:
         with pytest.raises(RuntimeError, match="class embeddings are not set"):
             model.encode_image(make_images())
         assert model.encode_text(make_token_ids()).shape == (3, 16)
@@ -289,9 +289,9 @@ def test_class_embeddings_must_be_set() -> None:
 def test_unsuitable_towers_are_refused() -> None:
     timm_tower = {"timm_model_name": "test_vit", "image_size": 32}
     with pytest.raises(TypeError, match="its tower is TimmModel"):
-        clip.install(CLIP(16, timm_tower, TEXT))
+        adapters.add_reweighting(CLIP(16, timm_tower, TEXT))
     with pytest.raises(ValueError, match="pools its image tokens by attention"):
-        clip.install(make_clip({"attentional_pool": True, "attn_pooler_heads": 2}))
+        adapters.add_reweighting(make_clip({"attentional_pool": True, "attn_pooler_heads": 2}))
 
 
 @torch.no_grad()
@@ -300,9 +300,9 @@ def test_blocks_of_another_kind_take_placement_tokens_only() -> None:
     before = Untouched(model)
     for placement in ("attention", "both"):
         with pytest.raises(TypeError, match=r"got Attention\. Choose .* or placement 'tokens'"):
-            clip.install(model, placement=placement)
+            adapters.add_reweighting(model, placement=placement)
         before.check()
-    with clip.install(model) as handle:
+    with adapters.add_reweighting(model) as handle:
         handle.set_class_embeddings(classes_for(model))
         assert model.encode_image(make_images()).isfinite().all()
     before.check()
@@ -312,18 +312,18 @@ def test_blocks_of_another_kind_take_placement_tokens_only() -> None:
 def test_installing_twice_is_refused(placement: str) -> None:
     model = make_clip()
     before = Untouched(model)
-    with clip.install(model, placement=placement) as handle:
+    with adapters.add_reweighting(model, placement=placement) as handle:
         for target in (model, model.visual):
             with pytest.raises(RuntimeError, match=r"re-weighted already: call remove\(\)"):
-                clip.install(target, [0])
+                adapters.add_reweighting(target, [0])
         handle.set_class_embeddings(classes_for(model))
         model.encode_image(make_images())
         assert list(handle.last_counts) == [2, 4]
     before.check()
-    with clip.install(model):
+    with adapters.add_reweighting(model):
         handle.remove()  # of the first: does not touch the second
         with pytest.raises(RuntimeError, match="re-weighted already"):
-            clip.install(model)
+            adapters.add_reweighting(model)
     before.check()
 
 
@@ -334,7 +334,7 @@ def test_remove_restores_the_model(variant: str, placement: str, mode: bool) -> 
     model = VARIANTS[variant]().train(mode)
     before = Untouched(model)
     keys = list(model.state_dict())
-    handle = clip.install(model, placement=placement)
+    handle = adapters.add_reweighting(model, placement=placement)
     handle.set_class_embeddings(classes_for(model))
     model.encode_image(make_images()).sum().backward()
     assert list(model.state_dict()) == keys
@@ -348,7 +348,10 @@ def test_remove_restores_the_model(variant: str, placement: str, mode: bool) -> 
 def test_an_error_inside_the_context_restores_the_model(placement: str) -> None:
     model = make_clip()
     before = Untouched(model)
-    with pytest.raises(RuntimeError, match="not set"), clip.install(model, placement=placement):
+    with (
+        pytest.raises(RuntimeError, match="not set"),
+        adapters.add_reweighting(model, placement=placement),
+    ):
         model.encode_image(make_images())
     before.check()
 
@@ -359,7 +362,7 @@ def test_no_weights_outlive_a_pass(checkpointing: bool) -> None:
     model = make_clip()
     model.set_grad_checkpointing(checkpointing)
     blocks = model.visual.transformer.resblocks
-    with clip.install(model, placement="attention") as handle:
+    with adapters.add_reweighting(model, placement="attention") as handle:
         handle.set_class_embeddings(classes_for(model))
         model.encode_image(make_images()).sum().backward()
         assert all(blocks[layer].attn.key_weights is None for layer in handle.layers)
@@ -376,7 +379,7 @@ def test_no_weights_outlive_a_pass(checkpointing: bool) -> None:
 
 def test_a_forgotten_handle_keeps_no_model_alive() -> None:
     model = make_clip()
-    clip.install(model, placement="both")
+    adapters.add_reweighting(model, placement="both")
     tower = weakref.ref(model.visual)
     del model
     gc.collect()
@@ -387,7 +390,7 @@ def test_a_forgotten_handle_keeps_no_model_alive() -> None:
 def test_gradient_checkpointing(placement: str) -> None:
     model = make_clip()
     outputs, gradients = [], []
-    with clip.install(model, placement=placement) as handle:
+    with adapters.add_reweighting(model, placement=placement) as handle:
         handle.set_class_embeddings(classes_for(model))
         for enabled in (False, True):
             model.set_grad_checkpointing(enabled)
@@ -405,7 +408,7 @@ def test_autocast(placement: str, dtype: torch.dtype) -> None:
     model = make_clip()
     # Softer weights than the published ones, for rounding turns some selections.
     rule = WeightRule(strength=0.05)
-    with clip.install(model, placement=placement, rule=rule) as handle:
+    with adapters.add_reweighting(model, placement=placement, rule=rule) as handle:
         handle.set_class_embeddings(classes_for(model))
         exact = model.encode_image(make_images())
         with torch.autocast("cpu", dtype=dtype):
@@ -420,7 +423,7 @@ def test_autocast(placement: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_models_of_low_precision(placement: str) -> None:
     model = make_clip().bfloat16()
-    with clip.install(model, placement=placement) as handle:
+    with adapters.add_reweighting(model, placement=placement) as handle:
         handle.set_class_embeddings(classes_for(model))
         output = model.encode_image(make_images().bfloat16())
         assert output.dtype == torch.bfloat16
@@ -440,8 +443,8 @@ def test_compiled_models() -> None:
     """One graph for the whole tower, with LoRA in it; the compiler behind it is another matter."""
     model = make_clip({"layers": 2})
     with (
-        clip.add_lora(model, rank=2, towers=["visual"]) as lora,
-        clip.install(model, [0, 1], placement="both") as handle,
+        adapters.add_lora(model, rank=2, towers=["visual"]) as lora,
+        adapters.add_reweighting(model, [0, 1], placement="both") as handle,
     ):
         for parameter in lora.parameters():
             nn.init.normal_(parameter, std=0.1)
@@ -466,7 +469,7 @@ def test_what_was_compiled_before_notices(placement: str) -> None:
     model, images = make_clip({"layers": 2}), make_images()
     compiled = torch.compile(model.visual, backend="eager")
     plain = compiled(images)
-    with clip.install(model, [0], placement) as handle:
+    with adapters.add_reweighting(model, [0], placement) as handle:
         handle.set_class_embeddings(classes_for(model))
         reweighted = model.visual(images)
         assert (reweighted - plain).abs().max() > 1e-3
@@ -478,7 +481,7 @@ def test_what_was_compiled_before_notices(placement: str) -> None:
 def test_installing_on_the_image_tower_itself() -> None:
     model = make_clip()
     expected, _ = plain_encode_image(model, make_images(), classes_for(model), (2, 4), "both")
-    with clip.install(model.visual, placement="both") as handle:
+    with adapters.add_reweighting(model.visual, placement="both") as handle:
         handle.set_class_embeddings(classes_for(model))
         torch.testing.assert_close(model.visual(make_images()), expected, rtol=1e-4, atol=1e-5)
 
@@ -487,7 +490,7 @@ def test_installing_on_the_image_tower_itself() -> None:
 def test_dropped_patches() -> None:
     """Tokens are as many as the tower left over."""
     model = make_clip({"patch_dropout": 0.5}).train()
-    with clip.install(model, placement="both") as handle:
+    with adapters.add_reweighting(model, placement="both") as handle:
         handle.set_class_embeddings(classes_for(model))
         assert model.encode_image(make_images()).isfinite().all()
         assert handle.last_counts[2].shape == (4, 8)
@@ -497,7 +500,7 @@ def test_dropped_patches() -> None:
 def test_an_empty_batch() -> None:
     model = make_clip()
     for placement in PLACEMENTS:
-        with clip.install(model, placement=placement) as handle:
+        with adapters.add_reweighting(model, placement=placement) as handle:
             handle.set_class_embeddings(classes_for(model))
             assert model.visual.transformer(torch.empty(0, 17, 32)).shape == (0, 17, 32)
 
@@ -507,7 +510,7 @@ def test_an_empty_batch() -> None:
 def test_a_deep_copy_stands_on_its_own(placement: str) -> None:
     model = make_clip()
     images, classes = make_images(), classes_for(model)
-    with clip.install(model, placement=placement) as handle:
+    with adapters.add_reweighting(model, placement=placement) as handle:
         handle.set_class_embeddings(classes)
         again = copy.deepcopy(model)
         handle.set_class_embeddings(-classes)
@@ -517,7 +520,7 @@ def test_a_deep_copy_stands_on_its_own(placement: str) -> None:
         torch.testing.assert_close(again.encode_image(images), expected, rtol=1e-4, atol=1e-5)
         assert handle.last_counts == {}
         with pytest.raises(RuntimeError, match="re-weighted already"):
-            clip.install(again)
+            adapters.add_reweighting(again)
 
 
 def test_a_forward_of_another_tool_is_kept() -> None:
@@ -531,7 +534,7 @@ def test_a_forward_of_another_tool_is_kept() -> None:
         return plain_forward(*arguments, **options)
 
     block.forward = watched
-    with clip.install(model) as handle:
+    with adapters.add_reweighting(model) as handle:
         handle.set_class_embeddings(classes_for(model))
         model.encode_image(make_images())
     assert len(calls) == 1
@@ -540,7 +543,7 @@ def test_a_forward_of_another_tool_is_kept() -> None:
 
 def test_a_saved_copy_is_one_of_a_model_never_touched() -> None:
     model, other = make_clip(), make_clip()
-    with clip.install(model, placement="both") as handle:
+    with adapters.add_reweighting(model, placement="both") as handle:
         handle.set_class_embeddings(classes_for(model))
         model.encode_image(make_images())
     again = copy.deepcopy(model)

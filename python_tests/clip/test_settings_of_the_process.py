@@ -1,4 +1,4 @@
-"""What is put on a model does not depend on the process's default dtype or device, or grad mode."""
+"""Additions to a model depend on no default dtype or device of the process, and no grad mode."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from test_process_settings import SETTINGS
 from tiny_clip import END_OF_TEXT, make_class_embeddings, make_clip, make_images
 from torch import Tensor, nn
 
-from tir_kernels import clip
+from tir_kernels import adapters
 
 NAMES = ["cat", "crop land"]
 
@@ -29,7 +29,7 @@ def make_model() -> nn.Module:
 
 
 def adapted_gradients(
-    model: nn.Module, lora: clip.LoRA, prompt: clip.PromptContext
+    model: nn.Module, lora: adapters.LoRA, prompt: adapters.PromptContext
 ) -> list[Tensor]:
     """Features, embeddings and the gradients of all that learns, with dropout on."""
     for _, b in lora.factors().values():
@@ -37,7 +37,7 @@ def adapted_gradients(
     lora.train()
     lora.next_step()
     embeddings, _ = prompt(1)
-    with clip.install(model, [np.int64(2)], "both") as handle:
+    with adapters.add_reweighting(model, [np.int64(2)], "both") as handle:
         handle.set_class_embeddings(make_class_embeddings())
         features = model.encode_image(make_images())
     loss = features.square().sum() + embeddings.square().sum()
@@ -45,11 +45,11 @@ def adapted_gradients(
     return [features, embeddings, *torch.autograd.grad(loss, parameters)]
 
 
-def adapt(model: nn.Module) -> tuple[clip.LoRA, clip.PromptContext]:
+def adapt(model: nn.Module) -> tuple[adapters.LoRA, adapters.PromptContext]:
     torch.manual_seed(1)
-    lora = clip.add_lora(model, np.int64(4), np.float32(8), np.float64(0.25))
+    lora = adapters.add_lora(model, np.int64(4), np.float32(8), np.float64(0.25))
     lora.seed(np.array([5]))
-    return lora, clip.PromptContext(model, tokenize, NAMES, np.int64(6))
+    return lora, adapters.PromptContext(model, tokenize, NAMES, np.int64(6))
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -87,14 +87,14 @@ def test_adapters_used_under_a_setting_are_the_same(setting: str) -> None:
 @pytest.mark.parametrize("setting", ["default device", "float64", "inference_mode"])
 def test_adapters_are_read_and_written_under_any_setting(setting: str, tmp_path) -> None:
     model = make_model()
-    with clip.add_lora(model, 4) as lora:
+    with adapters.add_lora(model, 4) as lora:
         for index, (a, b) in enumerate(lora.factors().values()):
             a.data.fill_(0.5 + index), b.data.fill_(1.5 + index)
         expected = {name: (a.clone(), b.clone()) for name, (a, b) in lora.factors().items()}
         with SETTINGS[setting]():
-            clip.save_lora(lora, tmp_path)
+            adapters.save_lora(lora, tmp_path)
     with SETTINGS[setting]():
-        loaded = clip.load_lora(model, tmp_path)
+        loaded = adapters.load_lora(model, tmp_path)
     for name, (a, b) in loaded.factors().items():
         assert torch.equal(a, expected[name][0])
         assert torch.equal(b, expected[name][1])
@@ -103,14 +103,26 @@ def test_adapters_are_read_and_written_under_any_setting(setting: str, tmp_path)
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
-        (lambda m: clip.add_lora(m, True), TypeError, "rank must be an int; got bool"),
-        (lambda m: clip.add_lora(m, 4.0), TypeError, "rank must be an int; got float"),
-        (lambda m: clip.add_lora(m, 4, "8"), TypeError, "alpha must be a number; got str"),
-        (lambda m: clip.add_lora(m, 4, np.inf), ValueError, "alpha must be finite; got inf"),
-        (lambda m: clip.add_lora(m, 4, 8, np.nan), ValueError, r"dropout must lie in \[0, 1\)"),
-        (lambda m: clip.add_lora(m, num_groups=0), ValueError, "num_groups must be at least 1"),
-        (lambda m: clip.add_lora(m, num_groups=1.5), TypeError, "num_groups must be an int or"),
-        (lambda m: clip.add_lora(m).seed([0.5]), TypeError, "seeds must be whole numbers; got fl"),
+        (lambda m: adapters.add_lora(m, True), TypeError, "rank must be an int; got bool"),
+        (lambda m: adapters.add_lora(m, 4.0), TypeError, "rank must be an int; got float"),
+        (lambda m: adapters.add_lora(m, 4, "8"), TypeError, "alpha must be a number; got str"),
+        (lambda m: adapters.add_lora(m, 4, np.inf), ValueError, "alpha must be finite; got inf"),
+        (lambda m: adapters.add_lora(m, 4, 8, np.nan), ValueError, r"dropout must lie in \[0, 1\)"),
+        (
+            lambda m: adapters.add_lora(m, num_episodes=0),
+            ValueError,
+            "must be at least 1",
+        ),
+        (
+            lambda m: adapters.add_lora(m, num_episodes=1.5),
+            TypeError,
+            "must be an int or",
+        ),
+        (
+            lambda m: adapters.add_lora(m).seed([0.5]),
+            TypeError,
+            "seeds must be whole numbers",
+        ),
     ],
 )
 def test_what_is_no_such_number_is_refused(

@@ -19,7 +19,7 @@ from tiny_clip import (
 from torch import Tensor, nn
 
 from tir_kernels import JointSpace
-from tir_kernels.clip.towers import joint_space, text_tower, vision_tower
+from tir_kernels.towers.open_clip import joint_space, text_tower, vision_tower
 
 TEXT_VARIANTS: dict[str, Callable[[], nn.Module]] = {
     "clip": make_clip,

@@ -63,7 +63,7 @@ def make_class_embeddings(*shape: int) -> Tensor:
 
 
 class Untouched:
-    """What a model is like now, to compare with later: modules, modes, hooks and every bit."""
+    """The state of a model now, to compare with later: modules, modes, hooks and every bit."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model

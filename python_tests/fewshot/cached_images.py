@@ -6,10 +6,10 @@ import time
 import torch
 from open_clip.transform import PreprocessCfg
 
-from tir_kernels.fewshot.data import load_data
-from tir_kernels.fewshot.image_cache import ImageCache
-from tir_kernels.fewshot.images import ImageReader
-from tir_kernels.fewshot.preprocess import Preprocess
+from tir_kernels.fewshot.data.cache import ImageCache
+from tir_kernels.fewshot.data.dataset import load_data
+from tir_kernels.fewshot.data.reader import ImageReader
+from tir_kernels.towers.loading.preprocess import Preprocess
 
 
 class Counting(Preprocess):

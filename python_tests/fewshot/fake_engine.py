@@ -17,10 +17,10 @@ from open_clip.transform import PreprocessCfg
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tir_kernels.fewshot.command import main
-from tir_kernels.fewshot.engine import EpisodeResult, NonFiniteLossError
-from tir_kernels.fewshot.episodes import episode_seed
-from tir_kernels.fewshot.models import LoadedModel
-from tir_kernels.fewshot.preprocess import Preprocess
+from tir_kernels.fewshot.episode import episode_seed
+from tir_kernels.fewshot.train.loop import EpisodeResult, NonFiniteLossError
+from tir_kernels.towers.loading.models import LoadedModel
+from tir_kernels.towers.loading.preprocess import Preprocess
 
 
 def fake_finetune(
@@ -101,8 +101,8 @@ def fake_tokenizer(texts):
 def run_main(arguments):
     """``tir-finetune`` on the stand-ins."""
     with (
-        mock.patch("tir_kernels.fewshot.models.load_model", fake_model),
-        mock.patch("tir_kernels.fewshot.engine.finetune_episodes", at_once()),
+        mock.patch("tir_kernels.towers.loading.models.load_model", fake_model),
+        mock.patch("tir_kernels.fewshot.train.loop.finetune_episodes", at_once()),
     ):
         return main(arguments)
 

@@ -9,12 +9,13 @@ import torch
 from fake_engine import fake_model, small_preprocess
 from torchvision.transforms import v2
 
-from tir_kernels.fewshot.augment import View, apply_view, draw_views, with_views
-from tir_kernels.fewshot.config import FewShotConfig
-from tir_kernels.fewshot.data import load_data
-from tir_kernels.fewshot.episodes import load_episode, plan_episode
-from tir_kernels.fewshot.images import ImageReader
-from tir_kernels.fewshot.runner import RunPlan
+from tir_kernels.fewshot.data.dataset import load_data
+from tir_kernels.fewshot.data.load import load_episode
+from tir_kernels.fewshot.data.reader import ImageReader
+from tir_kernels.fewshot.data.views import View, apply_view, draw_views, with_views
+from tir_kernels.fewshot.episode import plan_episode
+from tir_kernels.fewshot.run.runner import RunPlan
+from tir_kernels.fewshot.settings import FewShotConfig
 
 
 def pixels_of(*shape, seed=0):

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tir_kernels.fewshot import models
-from tir_kernels.fewshot.errors import FewShotError
-from tir_kernels.fewshot.models import load_model
+from tir_kernels.errors import FewShotError
+from tir_kernels.towers.loading import models
+from tir_kernels.towers.loading.models import load_model
 
 CONFIG = {
     "embed_dim": 8,

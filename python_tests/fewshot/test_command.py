@@ -17,8 +17,8 @@ from small_images import write_images
 
 from tir_kernels.fewshot import command
 from tir_kernels.fewshot.command import main
-from tir_kernels.fewshot.config import METHODS, FewShotConfig
-from tir_kernels.fewshot.journal import read_journal
+from tir_kernels.fewshot.run.journal import read_journal
+from tir_kernels.fewshot.settings import METHODS, FewShotConfig
 
 SMALL = "--ways=3 --shots=2 --queries=4 --episodes=3 --steps=2 --backend=reference --device=cpu"
 

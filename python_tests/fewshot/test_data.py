@@ -14,10 +14,10 @@ from open_clip.transform import PreprocessCfg
 from PIL import Image
 
 from tir_kernels.demo import write_image_folder
-from tir_kernels.fewshot.data import load_data
-from tir_kernels.fewshot.errors import FewShotError
-from tir_kernels.fewshot.images import ImageReader
-from tir_kernels.fewshot.preprocess import Preprocess
+from tir_kernels.errors import FewShotError
+from tir_kernels.fewshot.data.dataset import load_data
+from tir_kernels.fewshot.data.reader import ImageReader
+from tir_kernels.towers.loading.preprocess import Preprocess
 
 
 def test_scan_lists_classes_and_images_in_order(make_images):

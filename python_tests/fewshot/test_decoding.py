@@ -12,9 +12,9 @@ import pytest
 from image_files import encoded, tiff
 from PIL import Image
 
-from tir_kernels.fewshot import decoding
-from tir_kernels.fewshot.decoding import Decoding
-from tir_kernels.fewshot.rgb import Conversion, UnreadableImageError
+from tir_kernels.fewshot.data import decoding
+from tir_kernels.fewshot.data.decoding import Decoding
+from tir_kernels.fewshot.data.rgb import Conversion, UnreadableImageError
 
 NOTHING = Conversion(0)
 RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4

@@ -1,4 +1,4 @@
-"""What an episode is made of."""
+"""The classes and images of an episode."""
 
 import pytest
 import torch
@@ -6,10 +6,11 @@ from fake_engine import small_preprocess
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tir_kernels.fewshot.data import load_data
-from tir_kernels.fewshot.episodes import episode_seed, load_episode, plan_episode
-from tir_kernels.fewshot.errors import FewShotError
-from tir_kernels.fewshot.images import ImageReader
+from tir_kernels.errors import FewShotError
+from tir_kernels.fewshot.data.dataset import load_data
+from tir_kernels.fewshot.data.load import load_episode
+from tir_kernels.fewshot.data.reader import ImageReader
+from tir_kernels.fewshot.episode import episode_seed, plan_episode
 
 
 def test_plans_never_change():

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tir_kernels.fewshot.errors import FewShotError
-from tir_kernels.fewshot.files import expand_user, open_regular, read_bytes, read_text
-from tir_kernels.fewshot.text import printable
+from tir_kernels.errors import FewShotError
+from tir_kernels.files import expand_user, open_regular, read_bytes, read_text
+from tir_kernels.text import printable
 
 
 def test_a_regular_file_is_read(tmp_path):

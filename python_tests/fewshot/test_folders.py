@@ -7,8 +7,8 @@ import fake_engine
 import pytest
 from PIL import Image
 
-from tir_kernels.fewshot.data import load_data
-from tir_kernels.fewshot.errors import FewShotError
+from tir_kernels.errors import FewShotError
+from tir_kernels.fewshot.data.dataset import load_data
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
-"""Which files are taken for images, and what Pillow may open them as."""
+"""The files that are taken for images, and what Pillow may open them as."""
 
 import io
 
 import pytest
 from PIL import Image
 
-from tir_kernels.fewshot.formats import RASTER_FORMATS, image_endings, is_image_name
+from tir_kernels.fewshot.data.formats import RASTER_FORMATS, image_endings, is_image_name
 
 FORMATS = ["JPEG", "MPO", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "TGA"]
 

@@ -1,4 +1,4 @@
-"""What of open_clip and Hugging Face comes from caches, folders and the network."""
+"""Models of open_clip and Hugging Face from caches, folders and the network."""
 
 import json
 import os
@@ -10,9 +10,9 @@ import huggingface_hub
 import open_clip
 import pytest
 
-from tir_kernels.fewshot import hub
-from tir_kernels.fewshot.errors import FewShotError
-from tir_kernels.fewshot.models import load_model
+from tir_kernels.errors import FewShotError
+from tir_kernels.towers.loading import hub
+from tir_kernels.towers.loading.models import load_model
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,10 @@ import torch
 from fake_engine import small_preprocess
 from PIL import Image
 
-from tir_kernels.fewshot.data import load_data
-from tir_kernels.fewshot.errors import FewShotError
-from tir_kernels.fewshot.image_cache import ImageCache
-from tir_kernels.fewshot.images import ImageReader
+from tir_kernels.errors import FewShotError
+from tir_kernels.fewshot.data.cache import ImageCache
+from tir_kernels.fewshot.data.dataset import load_data
+from tir_kernels.fewshot.data.reader import ImageReader
 
 
 @pytest.fixture(scope="module")

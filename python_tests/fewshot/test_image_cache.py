@@ -17,14 +17,15 @@ from open_clip.transform import PreprocessCfg
 from PIL import Image
 from small_images import write_images
 
-from tir_kernels.fewshot import image_cache
-from tir_kernels.fewshot.data import load_data
-from tir_kernels.fewshot.decoding import Decoding
-from tir_kernels.fewshot.episodes import load_episode, plan_episode
-from tir_kernels.fewshot.errors import FewShotError
-from tir_kernels.fewshot.image_cache import default_cache_folder, open_cache
-from tir_kernels.fewshot.images import ImageReader
-from tir_kernels.fewshot.preprocess import Preprocess
+from tir_kernels.errors import FewShotError
+from tir_kernels.fewshot.data import cache as image_cache
+from tir_kernels.fewshot.data.cache import default_cache_folder, open_cache
+from tir_kernels.fewshot.data.dataset import load_data
+from tir_kernels.fewshot.data.decoding import Decoding
+from tir_kernels.fewshot.data.load import load_episode
+from tir_kernels.fewshot.data.reader import ImageReader
+from tir_kernels.fewshot.episode import plan_episode
+from tir_kernels.towers.loading.preprocess import Preprocess
 
 
 @pytest.fixture

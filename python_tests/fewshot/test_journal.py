@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 
-from tir_kernels.fewshot.errors import FewShotError
-from tir_kernels.fewshot.journal import (
+from tir_kernels.errors import FewShotError
+from tir_kernels.fewshot.run.journal import (
     Journal,
     JournalReader,
     journal_name,
     read_journal,
 )
-from tir_kernels.fewshot.records import Record, RunShape, skipped_images
+from tir_kernels.fewshot.run.records import Record, RunShape, skipped_images
 
 
 def record(episode, method="tir", **changes):

@@ -8,8 +8,8 @@ import open_clip
 import pytest
 import torch
 
-from tir_kernels.fewshot.errors import FewShotError
-from tir_kernels.fewshot.models import load_model
+from tir_kernels.errors import FewShotError
+from tir_kernels.towers.loading.models import load_model
 
 
 @pytest.fixture

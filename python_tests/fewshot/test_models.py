@@ -10,14 +10,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tir_kernels.fewshot import models
-from tir_kernels.fewshot.config import FewShotConfig
-from tir_kernels.fewshot.data import load_data
-from tir_kernels.fewshot.engine import finetune_episode
-from tir_kernels.fewshot.episodes import load_episode, plan_episode
-from tir_kernels.fewshot.errors import FewShotError
-from tir_kernels.fewshot.images import ImageReader
-from tir_kernels.fewshot.models import load_model
+from tir_kernels.errors import FewShotError
+from tir_kernels.fewshot.data.dataset import load_data
+from tir_kernels.fewshot.data.load import load_episode
+from tir_kernels.fewshot.data.reader import ImageReader
+from tir_kernels.fewshot.episode import plan_episode
+from tir_kernels.fewshot.settings import FewShotConfig
+from tir_kernels.fewshot.train.loop import finetune_episode
+from tir_kernels.towers.loading import models
+from tir_kernels.towers.loading.models import load_model
 
 
 @pytest.fixture

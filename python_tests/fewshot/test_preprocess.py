@@ -6,7 +6,7 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from tir_kernels.fewshot.preprocess import Preprocess
+from tir_kernels.towers.loading.preprocess import Preprocess
 
 CONFIGS = [
     PreprocessCfg(size=32),

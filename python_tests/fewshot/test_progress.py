@@ -1,11 +1,11 @@
-"""What a run shows beside its bars."""
+"""The lines that a run shows beside its bars."""
 
 import io
 
 import pytest
 from rich.console import Console
 
-from tir_kernels.fewshot.progress import RunDisplay
+from tir_kernels.fewshot.run.progress import RunDisplay
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from test_journal import record
 
-from tir_kernels.fewshot.errors import FewShotError
-from tir_kernels.fewshot.journal import Journal, journal_name
-from tir_kernels.fewshot.run_folder import RunFolder, read_run, write_json
+from tir_kernels.errors import FewShotError
+from tir_kernels.fewshot.run.folder import RunFolder, read_run, write_json
+from tir_kernels.fewshot.run.journal import Journal, journal_name
 
 
 def test_unwritable_places(tmp_path):

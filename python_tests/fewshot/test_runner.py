@@ -11,18 +11,18 @@ import torch
 from rich.console import Console
 from scipy import stats
 
-from tir_kernels.fewshot.config import FewShotConfig
-from tir_kernels.fewshot.data import load_data
-from tir_kernels.fewshot.engine import NonFiniteLossError
-from tir_kernels.fewshot.episodes import episode_seed
-from tir_kernels.fewshot.errors import FewShotError
-from tir_kernels.fewshot.images import ImageReader
-from tir_kernels.fewshot.journal import read_journal
-from tir_kernels.fewshot.models import load_model
-from tir_kernels.fewshot.records import Record
-from tir_kernels.fewshot.report import Estimate, print_summary, summarise
-from tir_kernels.fewshot.run_folder import RunFolder
-from tir_kernels.fewshot.runner import RunPlan, run_episodes
+from tir_kernels.errors import FewShotError
+from tir_kernels.fewshot.data.dataset import load_data
+from tir_kernels.fewshot.data.reader import ImageReader
+from tir_kernels.fewshot.episode import episode_seed
+from tir_kernels.fewshot.run.folder import RunFolder
+from tir_kernels.fewshot.run.journal import read_journal
+from tir_kernels.fewshot.run.records import Record
+from tir_kernels.fewshot.run.runner import RunPlan, run_episodes
+from tir_kernels.fewshot.run.summary import Estimate, print_summary, summarise
+from tir_kernels.fewshot.settings import FewShotConfig
+from tir_kernels.fewshot.train.loop import NonFiniteLossError
+from tir_kernels.towers.loading.models import load_model
 
 METHODS = ("tir", "lora", "zero-shot")
 
@@ -140,7 +140,7 @@ def test_auto_takes_what_fits_for_every_method(setting, monkeypatch):
         asked.append((config.method, checkpoint))
         return {"tir": 2, "lora": 3}[config.method]
 
-    monkeypatch.setattr("tir_kernels.fewshot.engine.episodes_that_fit", episodes_that_fit)
+    monkeypatch.setattr("tir_kernels.fewshot.train.loop.episodes_that_fit", episodes_that_fit)
     setting.plan = replace(setting.plan, parallel="auto", checkpoint=True)
     records = setting.run()
     assert asked == [("tir", True), ("lora", True)]

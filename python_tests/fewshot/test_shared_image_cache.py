@@ -14,7 +14,7 @@ from fake_engine import run_main
 from small_images import write_images
 from test_image_cache import command
 
-from tir_kernels.fewshot import image_cache
+from tir_kernels.fewshot.data import cache as image_cache
 
 FORK = multiprocessing.get_context("fork")  # at once, where a new interpreter takes seconds
 

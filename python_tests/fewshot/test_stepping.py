@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tir_kernels.fewshot.stepping import RepeatedStep
+from tir_kernels.fewshot.train.graph import RepeatedStep
 
 WARM_UP = 3
 SECOND = torch.device("cuda", 1)

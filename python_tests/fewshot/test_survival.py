@@ -20,8 +20,8 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from tir_kernels.fewshot.command import main
-from tir_kernels.fewshot.journal import journal_paths
-from tir_kernels.fewshot.run_folder import read_run
+from tir_kernels.fewshot.run.folder import read_run
+from tir_kernels.fewshot.run.journal import journal_paths
 
 KILLS = 20
 
@@ -88,7 +88,7 @@ def slow_disk(before_write=lambda: None):
         before_write()
         return write(file, content)
 
-    return mock.patch("tir_kernels.fewshot.journal.os.write", write_half)
+    return mock.patch("tir_kernels.fewshot.run.journal.os.write", write_half)
 
 
 def wait_until(condition, process=None, seconds=60):

@@ -6,9 +6,9 @@ import unicodedata
 import pytest
 from PIL import Image
 
-from tir_kernels.fewshot import documents
-from tir_kernels.fewshot.data import load_data
-from tir_kernels.fewshot.errors import FewShotError
+from tir_kernels.errors import FewShotError
+from tir_kernels.fewshot.data import documents
+from tir_kernels.fewshot.data.dataset import load_data
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_lists_are_read_within_bounds(table, tmp_path, monkeypatch):
         table('{"image_labels": [' + "1" * 5000 + "]}", "list.json")
     with pytest.raises(FewShotError, match="has 'a' twice"):
         table('{"a": 1, "a": 2}', "list.json")
-    monkeypatch.setattr("tir_kernels.fewshot.tables.LIST_BYTES", 20)
+    monkeypatch.setattr("tir_kernels.fewshot.data.tables.LIST_BYTES", 20)
     with pytest.raises(FewShotError, match=r"list\.csv: .*larger than 20 bytes"):
         table("file,label\n1.png,cat\n")
     assert documents.NAMES_BYTES < documents.LIST_BYTES

@@ -5,9 +5,9 @@ import unicodedata
 
 import pytest
 
-from tir_kernels.fewshot.data import load_data
-from tir_kernels.fewshot.errors import FewShotError
-from tir_kernels.fewshot.words import (
+from tir_kernels.errors import FewShotError
+from tir_kernels.fewshot.data.dataset import load_data
+from tir_kernels.fewshot.data.words import (
     _SETS,
     KNOWN_SETS,
     class_words,
@@ -252,7 +252,7 @@ def test_class_names_by_semicolon_and_tab(tmp_path):
 )
 def test_class_names_are_read_within_bounds(tmp_path, monkeypatch, text, complaint):
     if "larger" in complaint:
-        monkeypatch.setattr("tir_kernels.fewshot.words.NAMES_BYTES", 100)
+        monkeypatch.setattr("tir_kernels.fewshot.data.words.NAMES_BYTES", 100)
     (tmp_path / "names.json").write_text(text)
     with pytest.raises(FewShotError, match=rf"--class-names: .*names\.json.*{complaint}"):
         read_class_names(tmp_path / "names.json")

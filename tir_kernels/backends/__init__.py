@@ -24,7 +24,7 @@ needs_weights_grad)``
     -> grad_query, grad_key, grad_value (B, H, L, d) in the type of the query, and grad_weights
     (B, L) float32, which is empty, shape (0,), unless ``needs_weights_grad``.
 
-``MAX_HEAD_WIDTH``
+``MAX_HEAD_DIM``
     The widest heads it takes; not asked of the reference, which takes all.
 
 A backend whose attention kernels look weights up by themselves also has these; for the others they

@@ -1,4 +1,4 @@
-"""What backends share when they hand tensors to kernels."""
+"""Helpers that backends share when they hand tensors to kernels."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 RowGrid = tuple[int, int, int, int]  # address, and the strides of batch, head and row
+
+COSINE_EPS = 1e-8  # added to both norms of the cosine
+MAX_EXPONENT = 88.0  # exp() of more overflows float32
+LOG2_E = 1.4426950408889634
 
 TYPE_NAMES = {
     torch.float32: "float32",

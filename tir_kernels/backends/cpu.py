@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .common import TYPE_NAMES, address, row_grid, with_contiguous_rows
 
-MAX_HEAD_WIDTH = 256
+MAX_HEAD_DIM = 256
 _NOT_BUILT = (
     "the compiled kernels (tir_kernels._C) are not there: install a C++17 compiler "
     "(Debian, Ubuntu: apt install g++) and install tir_kernels again"
@@ -174,7 +174,7 @@ def attention_backward(
     return grad_query, grad_key, grad_value, grad_weights
 
 
-def counted_dropout(
+def philox_dropout(
     rows: Tensor,
     seeds: Tensor,
     step: Tensor,
@@ -185,7 +185,7 @@ def counted_dropout(
     output: Tensor,
 ) -> None:
     seeds = seeds.contiguous()
-    _kernels().counted_dropout(
+    _kernels().philox_dropout(
         tuple(output.shape),
         TYPE_NAMES[rows.dtype],
         TYPE_NAMES[output.dtype],
@@ -201,7 +201,7 @@ def counted_dropout(
     )
 
 
-def biased_activation(
+def bias_activation(
     hidden: Tensor, bias: Tensor | None, kind: str, grad_output: Tensor | None
 ) -> Tensor:
     output = torch.empty_like(hidden)

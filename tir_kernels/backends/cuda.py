@@ -24,7 +24,7 @@ from .common import (
     with_contiguous_rows,
 )
 
-MAX_HEAD_WIDTH = 128
+MAX_HEAD_DIM = 128
 MIN_CAPABILITY = (8, 0)
 
 _NOT_BUILT = (
@@ -42,7 +42,7 @@ class Launcher:
     context in which that device is current.
     """
 
-    MAX_HEAD_WIDTH = MAX_HEAD_WIDTH
+    MAX_HEAD_DIM = MAX_HEAD_DIM
 
     def __init__(self, kernels: Any, current_stream: Any, guard: Any) -> None:
         self._kernels = kernels
@@ -331,7 +331,7 @@ def device_reason(device: torch.device) -> str:
 
 
 def _runtime_reason(kernels: Any) -> str:
-    """Why the CUDA runtime that the kernels were linked with, not PyTorch's, cannot work here."""
+    """The reason that the CUDA runtime linked with the kernels, not PyTorch's, cannot work here."""
     version, driver_version, error = kernels.runtime()
     if not error:
         return ""
@@ -367,7 +367,7 @@ def _card_reason(kernels: Any, index: int | None) -> str:
 
 
 def _release(version: int) -> str:
-    """As in "13.0", of a number that CUDA's runtime gives."""
+    """The release, such as "13.0", behind a number that CUDA's runtime gives."""
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
@@ -387,7 +387,7 @@ def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
 
 
 def description() -> str:
-    """What the kernels were built for, or nothing where they were not."""
+    """The architectures that the kernels were built for, or nothing where they were not built."""
     try:
         kernels = _compiled()
     except ImportError:

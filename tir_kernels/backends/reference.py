@@ -13,13 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..precision import without_autocast
+from tir_kernels.precision import without_autocast
+
+from .common import COSINE_EPS, MAX_EXPONENT
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
-
-NORM_EPS = 1e-8  # added to both norms of the cosine
-MAX_EXPONENT = 88.0  # exp() of more overflows float32
 
 
 def unavailable_reason() -> str:
@@ -65,9 +64,9 @@ def _within_range(rows: Tensor, tiny_too: bool = False) -> tuple[Tensor, Tensor]
 
 
 def _normalize(rows: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-    """``rows / (|rows| + NORM_EPS)`` for rows that come multiplied by ``scale``, (..., 1)."""
+    """``rows / (|rows| + COSINE_EPS)`` for rows that come multiplied by ``scale``, (..., 1)."""
     rows, factor = _within_range(rows, tiny_too=True)
-    return rows / (rows.norm(dim=-1, keepdim=True) + NORM_EPS * (factor * scale))
+    return rows / (rows.norm(dim=-1, keepdim=True) + COSINE_EPS * (factor * scale))
 
 
 @_without_autocast
@@ -229,7 +228,7 @@ def attention_backward(
     )
 
 
-def counted_dropout(
+def philox_dropout(
     rows: Tensor,
     seeds: Tensor,
     step: Tensor,
@@ -274,7 +273,7 @@ def _philox(counter: list[Tensor], key: Tensor) -> list[Tensor]:
     return counter
 
 
-def biased_activation(
+def bias_activation(
     hidden: Tensor, bias: Tensor | None, kind: str, grad_output: Tensor | None
 ) -> Tensor:
     """The activation, or the gradient of ``hidden`` where there is one of the output."""

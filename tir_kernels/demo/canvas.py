@@ -1,4 +1,4 @@
-"""What both drawn domains share: the pixel grid, its types, and smooth noise."""
+"""Parts that both drawn domains share: the pixel grid, its types, and smooth noise."""
 
 from __future__ import annotations
 

@@ -4,8 +4,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import FewShotConfig
-    from .engine import (
+    from tir_kernels.fewshot.episode import Episode
+    from tir_kernels.fewshot.run.folder import read_run
+    from tir_kernels.fewshot.settings import FewShotConfig
+    from tir_kernels.fewshot.train.loop import (
         EpisodeResult,
         NonFiniteLossError,
         Savings,
@@ -13,8 +15,6 @@ if TYPE_CHECKING:
         finetune_episode,
         finetune_episodes,
     )
-    from .episodes import Episode
-    from .run_folder import read_run
 
 __all__ = [
     "Episode",
@@ -29,12 +29,12 @@ __all__ = [
 ]
 
 
-_ELSEWHERE = {"Episode": "episodes", "FewShotConfig": "config", "read_run": "run_folder"}
+_ELSEWHERE = {"Episode": "episode", "FewShotConfig": "settings", "read_run": "run.folder"}
 
 
 def __getattr__(name: str) -> Any:
     # PyTorch and open_clip take seconds that a command line's --help should not.
     if name in __all__:
-        module = importlib.import_module(f"{__name__}.{_ELSEWHERE.get(name, 'engine')}")
+        module = importlib.import_module(f"{__name__}.{_ELSEWHERE.get(name, 'train.loop')}")
         return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

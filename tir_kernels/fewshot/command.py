@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from tir_kernels.fewshot.config import METHODS, FewShotConfig
-from tir_kernels.fewshot.errors import FewShotError
+from tir_kernels.errors import FewShotError
+from tir_kernels.fewshot.data.words import KNOWN_SETS
 from tir_kernels.fewshot.interrupts import INTERRUPTED, PROGRAM, leaving_at_once, terminable
 from tir_kernels.fewshot.options import NAME, Count, config_options, protocol_options
+from tir_kernels.fewshot.run.workers import Place
+from tir_kernels.fewshot.settings import METHODS, FewShotConfig
 from tir_kernels.fewshot.streams import forgiving_output
-from tir_kernels.fewshot.text import printable
 from tir_kernels.fewshot.unforeseen import UnforeseenError, describe_unforeseen
-from tir_kernels.fewshot.words import KNOWN_SETS
-from tir_kernels.fewshot.workers import Place
+from tir_kernels.text import printable
 
 if TYPE_CHECKING:
-    from tir_kernels.fewshot.models import LoadedModel
-    from tir_kernels.fewshot.records import Record
-    from tir_kernels.fewshot.report import Summary
+    from tir_kernels.fewshot.run.records import Record
+    from tir_kernels.fewshot.run.summary import Summary
+    from tir_kernels.towers.loading.models import LoadedModel
 
 BAD_INPUT = 2
 UNFORESEEN = 1
@@ -144,8 +144,8 @@ def demo(out: str, **options: Any) -> None:
 
 def _demo(out: str, options: dict[str, Any]) -> None:
     from tir_kernels.demo import model_directory, write_image_folder
-    from tir_kernels.fewshot.errors import first_line
-    from tir_kernels.fewshot.run_folder import expanded_out
+    from tir_kernels.errors import first_line
+    from tir_kernels.fewshot.run.folder import expanded_out
 
     images = expanded_out(out) / "images"
     try:
@@ -206,14 +206,12 @@ def _run(
     with leaving_at_once(), messages.status("loading libraries"):
         import torch
 
-        from tir_kernels.fewshot.data import load_data
-        from tir_kernels.fewshot.decoding import Decoding
+        from tir_kernels.fewshot.data.cache import open_cache
+        from tir_kernels.fewshot.data.dataset import load_data
+        from tir_kernels.fewshot.data.decoding import Decoding
+        from tir_kernels.fewshot.data.reader import ImageReader
         from tir_kernels.fewshot.devices import is_slow_at, resolve_device
-        from tir_kernels.fewshot.image_cache import open_cache
-        from tir_kernels.fewshot.images import ImageReader
-        from tir_kernels.fewshot.models import load_model
-        from tir_kernels.fewshot.progress import RunDisplay
-        from tir_kernels.fewshot.run_folder import (
+        from tir_kernels.fewshot.run.folder import (
             SUMMARY_NAME,
             RunFolder,
             finished_records,
@@ -221,7 +219,9 @@ def _run(
             read_run,
             write_json,
         )
-        from tir_kernels.fewshot.runner import RunPlan, require_distinct_prompts, run_episodes
+        from tir_kernels.fewshot.run.progress import RunDisplay
+        from tir_kernels.fewshot.run.runner import RunPlan, require_distinct_prompts, run_episodes
+        from tir_kernels.towers.loading.models import load_model
 
     if config.precision == "float16" and parallel_episodes not in ("auto", 1):
         raise FewShotError(
@@ -326,7 +326,7 @@ def _show(
     # Here, since it brings SciPy, which no training needs to wait for.
     from rich.console import Console
 
-    from tir_kernels.fewshot.report import print_summary, summarise
+    from tir_kernels.fewshot.run.summary import print_summary, summarise
 
     summary = summarise(records, methods)
     keep(summary)
@@ -346,8 +346,8 @@ def _without_tracebacks(out: str) -> Iterator[None]:
     except (FewShotError, click.ClickException, click.Abort):
         raise
     except Exception as error:
-        from tir_kernels.fewshot.memory import is_lack_of_memory
-        from tir_kernels.fewshot.run_folder import expanded_out
+        from tir_kernels.fewshot.run.folder import expanded_out
+        from tir_kernels.fewshot.train.memory import is_lack_of_memory
 
         if is_lack_of_memory(error):
             raise FewShotError(
@@ -362,7 +362,7 @@ def _require_backend(config: FewShotConfig) -> None:
         return
     import torch
 
-    from tir_kernels.dispatch import refusal
+    from tir_kernels.operators.choose import refusal
 
     error = refusal(config.backend, torch.device(config.device), False)
     if error is not None:

@@ -1,4 +1,4 @@
-"""Which device a run takes, and what it is slow at."""
+"""The device that a run takes, and what it is slow at."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Ctrl-C and SIGTERM do to the program."""
+"""Handling of Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 

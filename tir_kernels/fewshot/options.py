@@ -13,8 +13,8 @@ from typing import Any
 
 import click
 
-from tir_kernels.dispatch import BACKENDS
-from tir_kernels.fewshot.config import PLACEMENTS, PRECISIONS, FewShotConfig
+from tir_kernels.fewshot.settings import PLACEMENTS, PRECISIONS, FewShotConfig
+from tir_kernels.operators.choose import BACKENDS
 from tir_kernels.rules import RULE_KINDS
 
 
@@ -128,7 +128,7 @@ def _option_type(name: str, hint: Any) -> Any:
 
 
 def _field_texts(docstring: str) -> dict[str, str]:
-    """What a docstring's "Args" say about each field."""
+    """The text on each field in a docstring's "Args"."""
     section = docstring.partition("Args:\n")[2].partition("\n\n")[0]
     texts: dict[str, str] = {}
     for entry in re.split(r"^ {4}(?=\w+:)", section, flags=re.MULTILINE):

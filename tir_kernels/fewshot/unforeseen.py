@@ -10,7 +10,7 @@ import traceback
 from importlib import metadata
 from pathlib import Path
 
-from tir_kernels.fewshot.errors import FewShotError, first_line
+from tir_kernels.errors import FewShotError, first_line
 
 _PACKAGES = ("tir_kernels", "torch", "open_clip_torch", "numpy", "pillow")
 

@@ -2,13 +2,13 @@
 #include "../parallel.h"
 #include "rows.h"
 #include "tir/adapters.h"
+#include "tir/rules.h"
 
 namespace tir::cpu::TIR_ARCH {
 namespace {
 
 constexpr int64_t min_parallel_values = 32768;
 constexpr int64_t rows_per_item = 8;
-constexpr float log2_e = 1.442695041f;
 
 // An activation and its derivative at the same point.
 struct Point {

@@ -5,6 +5,7 @@
 #include "../parallel.h"
 #include "matrix.h"
 #include "tir/attention.h"
+#include "tir/rules.h"
 
 namespace tir::cpu::TIR_ARCH {
 
@@ -12,8 +13,6 @@ namespace tir::cpu::TIR_ARCH {
 // max_tile_rows, and even, because bfloat16 queries are paired.
 constexpr int64_t tile_queries = 48;
 
-constexpr float log2_e = 1.44269504f;
-constexpr float ln_2 = 0.693147181f;
 constexpr float infinity = __builtin_inff();
 
 // Below this many multiply-adds the work is shorter than waking threads.

@@ -11,7 +11,7 @@ namespace tir::cpu::TIR_ARCH {
 namespace {
 
 constexpr int64_t max_key_block = 384;
-constexpr float max_exponent = 88.0f * log2_e;  // exp() of more overflows float32
+constexpr float max_power_of_two = max_exponent * log2_e;
 
 struct Wanted {
   bool query, key_value, weights;
@@ -211,7 +211,7 @@ class BackwardWorker {
       for (int i = 0; i < 2; ++i) {
         int64_t place = (row + i) * score_stride_ + column;
         // smaller() keeps a NaN in its second argument.
-        Vec exponents = smaller(broadcast(max_exponent),
+        Vec exponents = smaller(broadcast(max_power_of_two),
                                 multiply_add(load(scores_ + place), scale,
                                              broadcast(exponent_offsets_[row + i])));
         Vec per_weight = exp2(exponents);  // probability / scaled weight

@@ -70,7 +70,7 @@ TIR_INLINE void write_kept(const typename In::Element* source, typename Out::Ele
 }
 
 template <class In, class Out>
-void drop_row(const CountedDropout& problem, int64_t group, int64_t branch, int64_t sequence,
+void drop_row(const PhiloxDropout& problem, int64_t group, int64_t branch, int64_t sequence,
               int64_t position) {
   int64_t row = (group * problem.sequences + sequence) * problem.length + position;
   int64_t output_row =
@@ -103,7 +103,7 @@ void drop_row(const CountedDropout& problem, int64_t group, int64_t branch, int6
 
 template <class In, class Out>
 void drop_rows(void* data, ItemQueue& items) {
-  const auto& problem = *static_cast<const CountedDropout*>(data);
+  const auto& problem = *static_cast<const PhiloxDropout*>(data);
   // An item is a sequence of a branch.
   for (int64_t item = items.take(); item >= 0; item = items.take()) {
     int64_t sequence = item % problem.sequences;
@@ -117,13 +117,13 @@ void drop_rows(void* data, ItemQueue& items) {
 
 }  // namespace
 
-void counted_dropout(const CountedDropout& problem, int threads) {
+void philox_dropout(const PhiloxDropout& problem, int threads) {
   int64_t items = problem.groups * problem.branches * problem.sequences;
   if (items * problem.length * problem.width < min_parallel_values) threads = 1;
   with_row_type(problem.input_type, [&](auto in) {
     with_row_type(problem.output_type, [&](auto out) {
       run_workers(threads, items, drop_rows<decltype(in), decltype(out)>,
-                  const_cast<CountedDropout*>(&problem));
+                  const_cast<PhiloxDropout*>(&problem));
     });
   });
 }

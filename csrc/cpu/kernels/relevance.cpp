@@ -6,6 +6,7 @@
 #include "../parallel.h"
 #include "matrix.h"
 #include "tir/relevance.h"
+#include "tir/rules.h"
 
 namespace tir::cpu::TIR_ARCH {
 namespace {
@@ -13,7 +14,6 @@ namespace {
 // Tokens that share one passage of the projection through the cache: a multiple of every
 // max_tile_rows.
 constexpr int64_t chunk_tokens = 48;
-constexpr float norm_eps = 1e-8f;  // added to both norms of the cosine
 
 // Below this many multiply-adds the work is shorter than waking threads.
 constexpr double min_parallel_work = 1e6;
@@ -58,7 +58,7 @@ float rescale(float* values, int64_t count, float largest) {
 // Tokens of which more than this is the largest magnitude are scaled before they are projected.
 constexpr float huge_token = 1.125899906842624e15f;  // 2^50
 
-// |values| + norm_eps: what the cosine divides by, for values multiplied by `factor`. Values
+// |values| + cosine_eps: what the cosine divides by, for values multiplied by `factor`. Values
 // whose squares leave float32's range are scaled in place, and the result with them.
 float cosine_divisor(float* values, int64_t count, float factor) {
   constexpr float smallest = 8.8817841970012523e-16f;  // 2^-50
@@ -71,7 +71,7 @@ float cosine_divisor(float* values, int64_t count, float factor) {
       norm = norm_of(values, count);
     }
   }
-  return norm + norm_eps * factor;
+  return norm + cosine_eps * factor;
 }
 
 template <class Math>

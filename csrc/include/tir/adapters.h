@@ -11,7 +11,7 @@ namespace tir {
 // Whether a channel is kept depends on (seed of the group, stream, branch, step, sequence in its
 // group, position, channel) and nothing else: no state, no order, no other group. A block of 8
 // channels that lie `blocks` apart shares one draw of Philox4x32-10.
-struct CountedDropout {
+struct PhiloxDropout {
   int64_t groups;     // G
   int64_t branches;   // K
   int64_t sequences;  // S, of a group

@@ -1,4 +1,4 @@
-// Which tokens a class selects, and what a count is worth: one source for every device.
+// Which tokens a class selects, what a count is worth, and constants: one source for every device.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,11 @@
 #endif
 
 namespace tir {
+
+constexpr float cosine_eps = 1e-8f;    // added to both norms of the cosine
+constexpr float max_exponent = 88.0f;  // exp() of more overflows float32
+constexpr float log2_e = 1.4426950408889634f;
+constexpr float ln_2 = 0.6931471805599453f;
 
 // Maps relevance to integers in selection order: a larger key is selected earlier. NaN comes after
 // every number and -0 equals +0, which neither the floats nor their bits would give by themselves.

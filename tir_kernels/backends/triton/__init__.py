@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..common import reason_of_all
 
-MAX_HEAD_WIDTH = 256
+MAX_HEAD_DIM = 256
 MIN_CAPABILITY = (8, 0)
 
 
@@ -124,7 +124,7 @@ def attention_backward(
     )
 
 
-def counted_dropout(
+def philox_dropout(
     rows: Tensor,
     seeds: Tensor,
     step: Tensor,
@@ -134,6 +134,6 @@ def counted_dropout(
     scale: float,
     output: Tensor,
 ) -> None:
-    from .kernels.dropout import counted_dropout as launch
+    from .kernels.dropout import philox_dropout as launch
 
     launch(rows, seeds, step, stream, first_branch, threshold, scale, output)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ... import common
 from ...common import device_guard
 from ..configs import grad_key_value_config, grad_query_config, split_width
 from .tiles import (
@@ -28,7 +29,7 @@ from .tiles import (
     stride_unit,
 )
 
-MAX_EXPONENT_LOG2 = tl.constexpr(88.0 * 1.4426950408889634)  # exp() of more overflows float32
+MAX_EXPONENT_LOG2 = tl.constexpr(common.MAX_EXPONENT * common.LOG2_E)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ def _write_kept(
 
 
 @triton.jit(do_not_specialize=["num_rows", "group_rows", "place", "threshold"])
-def counted_dropout_kernel(
+def philox_dropout_kernel(
     rows_ptr,  # [G, S, T, D]
     seeds_ptr,  # [G] int64
     step_ptr,  # [1] int64
@@ -72,7 +72,7 @@ def counted_dropout_kernel(
         )  # fmt: skip
 
 
-def counted_dropout(
+def philox_dropout(
     rows: Tensor,
     seeds: Tensor,
     step: Tensor,
@@ -86,7 +86,7 @@ def counted_dropout(
     num_rows, num_blocks = rows.numel() // width, triton.cdiv(width, 8)
     grid = (triton.cdiv(num_rows * num_blocks, _BLOCK), branches)
     with device_guard(rows.device):
-        counted_dropout_kernel[grid](
+        philox_dropout_kernel[grid](
             rows,
             seeds.contiguous(),
             step,

@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...common import device_guard
+from ...common import COSINE_EPS, device_guard
 from ..configs import relevance_config
 from .tiles import dot, loop_end, narrow
 
-NORM_EPS = tl.constexpr(1e-8)  # added to both norms of the cosine
+EPS = tl.constexpr(COSINE_EPS)
 
 
 @triton.jit
@@ -183,8 +183,8 @@ def relevance_kernel(
             products += tl.where((indices == index)[None, :], product[:, None], 0.0)
             class_squares += tl.where(indices == index, square, 0.0)
 
-    products = products / (tl.sqrt(feature_squares) + NORM_EPS)[:, None]
-    products = products / (tl.sqrt(class_squares) + NORM_EPS)[None, :]
+    products = products / (tl.sqrt(feature_squares) + EPS)[:, None]
+    products = products / (tl.sqrt(class_squares) + EPS)[None, :]
     classes = image.to(tl.int64) * num_classes + first_class + indices
     offsets = classes[None, :] * num_patches + rows[:, None]
     mask = in_range[:, None] & (indices < num_own_classes)[None, :]

@@ -1,4 +1,4 @@
-"""What the kernels share: loading and storing rows of a head, products, and how to launch."""
+"""Shared parts of the kernels: loading and storing rows of a head, products, and launching."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ... import common
 from .. import interpreter_is_on
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E = tl.constexpr(common.LOG2_E)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Below this the hardware's logarithm sees 0. NaN is not below it: it stays, and shows.
 SMALLEST_WEIGHT = tl.constexpr(1.1754943508222875e-38)

@@ -1,0 +1,61 @@
+// What the forward and backward attention kernels share on the host and about heads.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "cuda/elements.h"
+#include "cuda/key_weights.cuh"
+#include "cuda/launch.h"
+#include "cuda/tile.cuh"
+#include "tir/rules.h"
+
+namespace tir::cuda {
+
+template <class T>
+TIR_DEVICE Rows<T> rows_of_head(const RowGrid& grid, const AttentionShape& shape, int64_t batch,
+                                int64_t head, bool is_aligned) {
+  return {static_cast<const T*>(grid.data) + batch * grid.batch_stride + head * grid.head_stride,
+          grid.row_stride, static_cast<int>(shape.length), static_cast<int>(shape.width),
+          is_aligned};
+}
+
+inline bool rows_are_aligned(const AttentionShape& shape, const RowGrid& grid) {
+  int64_t vector = 16 / bytes_of(shape.type);
+  return reinterpret_cast<uintptr_t>(grid.data) % 16 == 0 && shape.width % vector == 0 &&
+         grid.batch_stride % vector == 0 && grid.head_stride % vector == 0 &&
+         grid.row_stride % vector == 0;
+}
+
+// Calls launch with the narrowest compiled head width that holds the given one.
+template <class Launch>
+void with_width(const char* name, int64_t width, Launch launch) {
+  if (width <= 64) {
+    launch(std::integral_constant<int, 64>());
+  } else if (width <= 80) {
+    launch(std::integral_constant<int, 80>());
+  } else if (width <= 96) {
+    launch(std::integral_constant<int, 96>());
+  } else if (width <= 112) {
+    launch(std::integral_constant<int, 112>());
+  } else if (width <= kMaxHeadWidth) {
+    launch(std::integral_constant<int, 128>());
+  } else {
+    throw std::runtime_error(std::string("tir_kernels ") + name + ": heads of width " +
+                             std::to_string(width) + " are wider than the CUDA kernels take");
+  }
+}
+
+// As few warps as make the block's shared memory fit, and no more than `most`.
+template <class Bytes>
+int fitting_warps(const char* name, int most, int64_t limit, Bytes bytes) {
+  int warps = most;
+  while (warps > 1 && bytes(warps) > limit) --warps;
+  if (bytes(warps) > limit) {
+    throw std::runtime_error(std::string("tir_kernels ") + name +
+                             ": the device has too little shared memory for rows this long");
+  }
+  return warps;
+}
+
+}  // namespace tir::cuda

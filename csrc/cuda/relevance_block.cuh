@@ -1,0 +1,372 @@
+// The work of a block of the relevance kernel: slices of features, and their products with classes.
+#pragma once
+
+#include "cuda/token_tile.cuh"
+#include "tir/rules.h"
+
+namespace tir::cuda {
+
+// Warps share a block's tokens by two and a slice's features by four, so each multiplies 16 M
+// tokens by 64 features: enough products for what it reads of shared memory.
+constexpr int kTokenWarps = 2, kFeatureWarps = 4;
+constexpr int kWarps = kTokenWarps * kFeatureWarps, kThreads = kWarps * kWarp;
+constexpr int kWarpFeatures = 64, kColumns = kWarpFeatures / 8;
+constexpr int kSlice = kFeatureWarps * kWarpFeatures;
+constexpr int kMaxStages = 5;     // steps that have room in shared memory, at most
+constexpr int kClasses = kWarps;  // classes multiplied at once: each warp fetches one
+constexpr int kMaxClasses = 256;  // of a block; more are shared out over blocks
+
+template <int M>
+constexpr int kTokens = kTokenWarps * kRows * M;  // of a block
+
+template <class T>
+constexpr int kDepth = 64 / sizeof(T);  // rows of the projection in a step
+
+// A step lies in shared memory as in global memory: [depth, feature] or [feature, depth].
+template <class T>
+constexpr int kPitchByDepth = kPitch<T, kSlice>;
+template <class T>
+constexpr int kPitchByFeature = kPitch<T, kDepth<T>>;
+
+struct RelevancePlan {
+  int64_t tiles;        // blocks of tokens in a group
+  int class_parts;      // blocks that share a tile's classes
+  int span;             // columns of tokens that have room in shared memory, a multiple of kDepth
+  int stages;           // steps that have room there: one is multiplied, the others come
+  int slot;             // elements of a step there
+  int64_t line_stride;  // elements between the projection's rows, or columns
+  bool by_feature;      // the projection's columns are contiguous, not its rows
+  bool tokens_are_aligned, norm_is_aligned, proj_is_aligned;
+  bool proj_is_copied;  // it is aligned and needs no conversion
+};
+
+// Shared memory: this, then the tokens, then steps of the projection or a ClassRoom.
+template <int M>
+struct BlockState {
+  TokenRows<kTokens<M>> rows;
+  float class_squares[kMaxClasses];
+};
+
+// What products with classes need, where the projection has passed through.
+template <int M>
+struct ClassRoom {
+  float classes[kClasses][kSlice];
+  float products[kClasses][kFeatureWarps][kTokens<M>];
+  float squares[kFeatureWarps][kTokens<M>];
+};
+
+// Waits for all copies but those of the last `pending` commits, or more of them.
+TIR_DEVICE void wait_but_for(int pending) {
+  switch (pending) {
+    case 0: return wait_for_copies<0>();
+    case 1: return wait_for_copies<1>();
+    case 2: return wait_for_copies<2>();
+    case 3: return wait_for_copies<3>();
+    default: return wait_for_copies<kMaxStages - 1>();
+  }
+}
+
+template <class T, int M>
+struct RelevanceBlock {
+  static constexpr int kShare = kDepth<T> * kSlice / kVector<T> / kThreads;  // vectors of a step
+  using Features = float[M][kColumns][4];
+  using Held = float[kShare][kVector<T>];
+
+  const Relevance& arguments;
+  const RelevanceTypes& types;
+  const RelevancePlan& plan;
+  int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
+  int token_warp = warp / kFeatureWarps, feature_warp = warp % kFeatureWarps;
+  int width = static_cast<int>(arguments.width);
+  int joint_width = static_cast<int>(arguments.joint_width);
+  int num_classes = static_cast<int>(arguments.num_classes);
+  BlockState<M>& state = *reinterpret_cast<BlockState<M>*>(shared_memory());
+  TokenTile<T, kTokens<M>, kWarps> tokens{
+      arguments,
+      types.norm,
+      plan.tokens_are_aligned,
+      plan.norm_is_aligned,
+      plan.span,
+      state.rows,
+      reinterpret_cast<T*>(shared_memory() + sizeof(BlockState<M>)),
+      warp * (kTokens<M> / kWarps),
+      lane,
+      width,
+      plan.span + kVector<T>};
+  T* slots = tokens.at(kTokens<M>, 0);
+  ClassRoom<M>& room = *reinterpret_cast<ClassRoom<M>*>(slots);
+
+  // This thread's share of a step: a vector at `place` in every `line_step`-th line from `line` on,
+  // where a line is contiguous: a row of the projection, or a column.
+  int line_vectors = (plan.by_feature ? kDepth<T> : kSlice) / kVector<T>;
+  int line = thread / line_vectors, place = thread % line_vectors * kVector<T>;
+  int line_step = kThreads / line_vectors;
+  int line_pitch = plan.by_feature ? kPitchByFeature<T> : kPitchByDepth<T>;
+
+  // The row of the tile, and the column of the slice, that an accumulator of this lane belongs to.
+  TIR_DEVICE int row(int m, int half) const {
+    return (token_warp * M + m) * kRows + lane / 4 + 8 * half;
+  }
+  TIR_DEVICE int first_column(int j) const {
+    return feature_warp * kWarpFeatures + column<T>(j, lane % 4);
+  }
+
+  TIR_DEVICE void find_statistics() {
+    for (int column = 0; column < width; column += plan.span) {
+      if (column > 0) tokens.load(column);
+      // Steps of the projection that were begun after the first span may still be on their way.
+      wait_but_for(column > 0 || arguments.proj == nullptr ? 0 : plan.stages - 1);
+      __syncwarp();
+      tokens.merge_statistics(column);
+    }
+  }
+
+  // Begins to load a step. What has to be converted is held in registers until `finish_step`: by
+  // then, products have covered the time that it takes to come.
+  TIR_DEVICE void begin_step(int step, int first_feature, int slot, Held& held) {
+    int first_depth = step * kDepth<T>;
+    int first_line = line + (plan.by_feature ? first_feature : first_depth);
+    int first_place = place + (plan.by_feature ? first_depth : first_feature);
+    int lines = plan.by_feature ? joint_width : width;
+    int left = (plan.by_feature ? width : joint_width) - first_place;
+    TIR_UNROLL
+    for (int i = 0; i < kShare; ++i) {
+      int64_t first = (first_line + i * line_step) * plan.line_stride + first_place;
+      int count = first_line + i * line_step < lines ? left : 0;
+      if (plan.proj_is_copied) {
+        auto* source = static_cast<const T*>(arguments.proj);
+        copy_async(share(slot, i), count > 0 ? source + first : source, count > 0);
+      } else {
+        read_elements(held[i], arguments.proj, arguments.proj_type, first, count,
+                      plan.proj_is_aligned);
+      }
+    }
+  }
+
+  TIR_DEVICE void finish_step(int slot, const Held& held) {
+    if (plan.proj_is_copied) return;
+    TIR_UNROLL
+    for (int i = 0; i < kShare; ++i) write_vector<T>(share(slot, i), held[i]);
+  }
+
+  // Where vector i of this thread's share of a step lies.
+  TIR_DEVICE T* share(int slot, int i) const {
+    return slots + slot * plan.slot + (line + i * line_step) * line_pitch + place;
+  }
+
+  TIR_DEVICE void begin_slice(int first_feature) {
+    for (int step = 0; step < plan.stages - 1; ++step) {
+      Held held = {};
+      begin_step(step, first_feature, step, held);
+      commit_copies();
+      finish_step(step, held);
+    }
+  }
+
+  // features += tokens times projection, over the rows of a step.
+  template <bool kByFeature>
+  TIR_DEVICE void multiply_step(Features& features, const T* left, const T* right) {
+    constexpr int kPitchRight = kByFeature ? kPitchByFeature<T> : kPitchByDepth<T>;
+    int first_row = token_warp * M * kRows, first = feature_warp * kWarpFeatures;
+    if constexpr (kHasTensorCores<T>) {
+      left += (first_row + lane % 16) * tokens.pitch + lane / 16 * 8;
+      if constexpr (kByFeature) {
+        right += (first + lane / 16 * 8 + lane % 8) * kPitchRight + lane / 8 % 2 * 8;
+      } else {
+        right += lane % 16 * kPitchRight + first + lane / 16 * 8;
+      }
+      TIR_UNROLL
+      for (int k = 0; k < kDepth<T>; k += 16) {
+        uint32_t a[M][4];
+        TIR_UNROLL
+        for (int m = 0; m < M; ++m) load_matrices(a[m], left + m * kRows * tokens.pitch + k);
+        TIR_UNROLL
+        for (int j = 0; j < kColumns; j += 2) {
+          uint32_t b[4];
+          if constexpr (kByFeature) {
+            load_matrices(b, right + 8 * j * kPitchRight + k);
+          } else {
+            load_matrices_transposed(b, right + k * kPitchRight + 8 * j);
+          }
+          TIR_UNROLL
+          for (int m = 0; m < M; ++m) {
+            multiply_add<T>(features[m][j], a[m], b[0], b[1]);
+            multiply_add<T>(features[m][j + 1], a[m], b[2], b[3]);
+          }
+        }
+      }
+    } else {
+      left += (first_row + lane / 4) * tokens.pitch;
+      right += (first + 4 * (lane % 4)) * (kByFeature ? kPitchRight : 1);
+      for (int k = 0; k < kDepth<T>; k += 4) {
+        float a[M][2][4];
+        TIR_UNROLL
+        for (int i = 0; i < 2 * M; ++i) {
+          read_vector<T>(a[i / 2][i % 2], left + 8 * i * tokens.pitch + k);
+        }
+        TIR_UNROLL
+        for (int j = 0; j < kColumns; j += 2) {
+          TIR_UNROLL
+          for (int i = 0; i < 4; ++i) {  // a column or, where rows are contiguous, a row
+            float b[4];
+            read_vector<T>(b, kByFeature ? right + (8 * j + i) * kPitchRight + k
+                                         : right + (k + i) * kPitchRight + 8 * j);
+            TIR_UNROLL
+            for (int e = 0; e < 4; ++e) {
+              int depth = kByFeature ? e : i, feature = kByFeature ? i : e;
+              TIR_UNROLL
+              for (int m = 0; m < M; ++m) {
+                float(&total)[4] = features[m][j + feature / 2];
+                total[feature % 2] += a[m][0][depth] * b[e];
+                total[2 + feature % 2] += a[m][1][depth] * b[e];
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // The features of a slice whose first steps have been begun.
+  TIR_DEVICE void project(Features& features, int first_feature) {
+    bool has_features = first_feature + feature_warp * kWarpFeatures < joint_width;
+    int steps = (width + kDepth<T> - 1) / kDepth<T>, offset = 0, slot = 0;
+    for (int step = 0; step < steps; ++step) {
+      if (offset == plan.span) offset = 0;
+      if (offset == 0) prepare_tokens(step * kDepth<T>, first_feature == 0);
+      wait_but_for(plan.stages - 2);
+      __syncthreads();  // the step is here, and everyone is done with the one before
+      int next = step + plan.stages - 1, next_slot = (slot == 0 ? plan.stages : slot) - 1;
+      Held held = {};
+      if (next < steps) begin_step(next, first_feature, next_slot, held);
+      commit_copies();
+      if (has_features) {
+        const T* left = tokens.data + offset;
+        const T* right = slots + slot * plan.slot;
+        if (plan.by_feature) {
+          multiply_step<true>(features, left, right);
+        } else {
+          multiply_step<false>(features, left, right);
+        }
+      }
+      if (next < steps) finish_step(next_slot, held);
+      offset += kDepth<T>;
+      slot = slot + 1 < plan.stages ? slot + 1 : 0;
+    }
+  }
+
+  TIR_DEVICE void prepare_tokens(int first_column, bool is_first_slice) {
+    if (!tokens.is_whole()) {
+      __syncthreads();  // everyone is done with the span before
+      tokens.load(first_column);
+      wait_for_copies<0>();
+      __syncwarp();
+    }
+    if (arguments.has_norm && (is_first_slice || !tokens.is_whole())) {
+      tokens.normalize(first_column);
+    }
+  }
+
+  // Without a projection the features are the normalised tokens, as they are before rounding.
+  TIR_DEVICE void take_tokens(Features& features, int first_feature) {
+    if (!tokens.is_whole()) tokens.load(first_feature);
+    wait_for_copies<0>();
+    __syncthreads();
+    TIR_UNROLL
+    for (int j = 0; j < kColumns; ++j) {
+      int column = first_column(j);
+      if (column >= plan.span) continue;
+      float gains[2], biases[2];
+      tokens.read_affine(gains, biases, first_feature + column);
+      TIR_UNROLL
+      for (int i = 0; i < 4 * M; ++i) {
+        int m = i / 4, half = i / 2 % 2, e = i % 2;
+        float value = to_float(*tokens.at(row(m, half), column + e));
+        if (arguments.has_norm) {
+          value = (value - state.rows.means[row(m, half)]) * state.rows.factors[row(m, half)];
+          value = value * gains[e] + biases[e];
+        }
+        features[m][j][2 * half + e] = value;
+      }
+    }
+  }
+
+  TIR_DEVICE void read_class(float (&values)[kSlice / kWarp], int64_t group, int index,
+                             int first_feature) {
+    int64_t first = (group * num_classes + index) * joint_width + first_feature;
+    TIR_UNROLL
+    for (int i = 0; i < kSlice / kWarp; ++i) {
+      int feature = lane + i * kWarp;
+      bool exists = index < num_classes && first_feature + feature < joint_width;
+      values[i] =
+          exists ? read_element(arguments.class_embeddings, types.class_embeddings, first + feature)
+                 : 0.0f;
+    }
+  }
+
+  // Adds a slice's products with the classes to the relevance, which holds unfinished sums until
+  // the last slice: any number of classes has room there.
+  TIR_DEVICE void multiply_classes(const Features& features, int64_t group, int part,
+                                   int first_feature) {
+    bool is_last = first_feature + kSlice >= joint_width;
+    int used_warps = min(kFeatureWarps, (joint_width - first_feature + kWarpFeatures - 1) /
+                                            kWarpFeatures);
+    int64_t patches = arguments.length - arguments.num_prefix_tokens;
+    int first_class = part * kMaxClasses, end = min(num_classes, first_class + kMaxClasses);
+    float values[kSlice / kWarp];
+    read_class(values, group, first_class + warp, first_feature);
+    for (int first = first_class; first < end; first += kClasses) {
+      float square = 0.0f;
+      TIR_UNROLL
+      for (int i = 0; i < kSlice / kWarp; ++i) {
+        room.classes[warp][lane + i * kWarp] = values[i];
+        square += values[i] * values[i];
+      }
+      square = warp_sum(square);
+      if (lane == 0 && first + warp < end) {
+        float& total = state.class_squares[first - first_class + warp];
+        total = first_feature == 0 ? square : total + square;
+      }
+      __syncthreads();
+      // The next classes come while these are multiplied.
+      read_class(values, group, first + kClasses + warp, first_feature);
+      int count = min(kClasses, end - first);
+      for (int c = 0; feature_warp < used_warps && c < count; ++c) {
+        float products[M][2] = {};
+        TIR_UNROLL
+        for (int j = 0; j < kColumns; ++j) {
+          float2 pair = *reinterpret_cast<const float2*>(&room.classes[c][first_column(j)]);
+          TIR_UNROLL
+          for (int i = 0; i < 2 * M; ++i) {
+            const float(&feature)[4] = features[i / 2][j];
+            products[i / 2][i % 2] +=
+                feature[i % 2 * 2] * pair.x + feature[i % 2 * 2 + 1] * pair.y;
+          }
+        }
+        TIR_UNROLL
+        for (int i = 0; i < 2 * M; ++i) {
+          float product = quad_sum(products[i / 2][i % 2]);
+          if (lane % 4 == 0) room.products[c][feature_warp][row(i / 2, i % 2)] = product;
+        }
+      }
+      __syncthreads();
+      for (int i = thread; i < count * kTokens<M>; i += kThreads) {
+        int c = i / kTokens<M>, row = i % kTokens<M>;
+        int64_t offset = state.rows.output_offsets[row];
+        if (offset < 0) continue;
+        float* target = arguments.relevance + offset + (first + c) * patches;
+        float product = first_feature == 0 ? 0.0f : *target;
+        for (int w = 0; w < used_warps; ++w) product += room.products[c][w][row];
+        if (is_last) {
+          float squares = 0.0f;
+          for (int w = 0; w < kFeatureWarps; ++w) squares += room.squares[w][row];
+          product /= sqrtf(squares) + cosine_eps;
+          product /= sqrtf(state.class_squares[first - first_class + c]) + cosine_eps;
+        }
+        *target = product;
+      }
+    }
+  }
+};
+
+}  // namespace tir::cuda

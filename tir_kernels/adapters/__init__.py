@@ -1,0 +1,16 @@
+"""Adapters for opened towers: re-weighting, LoRA and prompt learning."""
+
+from tir_kernels.adapters.lora import LoRA, add_lora
+from tir_kernels.adapters.lora_file import load_lora, save_lora
+from tir_kernels.adapters.prompt_context import PromptContext
+from tir_kernels.adapters.reweighting import Reweighting, add_reweighting
+
+__all__ = [
+    "LoRA",
+    "PromptContext",
+    "Reweighting",
+    "add_lora",
+    "add_reweighting",
+    "load_lora",
+    "save_lora",
+]

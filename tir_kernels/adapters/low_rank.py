@@ -1,0 +1,239 @@
+"""Low-rank adaptation of a packed query, key and value projection (LoRA, arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tir_kernels.operators.adapters import philox_dropout
+from tir_kernels.operators.second_derivative import differentiable_once
+from tir_kernels.precision import autocast_dtype, without_autocast
+
+
+@dataclass(frozen=True)
+class PhiloxRandomness:
+    """The source of a layer's dropout when it must not depend on what else is trained.
+
+    Args:
+        seeds: (G,) int64, one an episode.
+        step: (1,) int64, changed in place from step to step.
+        stream: The layer's own.
+    """
+
+    seeds: Tensor
+    step: Tensor
+    stream: int
+
+
+class LowRank(nn.Module):
+    """The low-rank change of the query, key and value projections of one attention module.
+
+    ``delta = (dropout(x) A^T) B^T * alpha / sqrt(rank)`` for each of the three, each with dropout
+    of its own. With episodes, the batch falls into that many equal parts, each with factors of its
+    own.
+
+    Args:
+        width: Width D of the tokens.
+        rank, alpha, dropout: As in the formula.
+        passes_input_gradient: Whether the branch passes a gradient on to the tokens. Without it,
+            only the factors learn from the branch.
+        device: Of the factors; ``None``: the CPU.
+        num_episodes: G; ``None``: one set of factors, without the leading dimension.
+
+    Attributes:
+        a: (3, rank, width) or (G, 3, rank, width), drawn as ``nn.Linear`` draws its weights.
+        b: (3, width, rank) or (G, 3, width, rank), zero at first: the model starts unchanged.
+        randomness: What drops; ``None``: PyTorch's own generator.
+        forms_product: Multiply with B A, (width, width), instead of with its factors in turn.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        passes_input_gradient: bool,
+        device: torch.device | None,
+        num_episodes: int | None = None,
+    ) -> None:
+        super().__init__()
+        episodes = () if num_episodes is None else (num_episodes,)
+        place: dict[str, Any] = {"dtype": torch.float32, "device": device or "cpu"}
+        with torch.inference_mode(False):  # where it is on, nothing could learn
+            self.a = nn.Parameter(torch.empty(*episodes, 3, rank, width, **place))
+            self.b = nn.Parameter(torch.zeros(*episodes, 3, width, rank, **place))
+        self.scaling = alpha / math.sqrt(rank)
+        self.dropout = dropout
+        self.passes_input_gradient = passes_input_gradient
+        self.randomness: PhiloxRandomness | None = None
+        self.forms_product = False
+        self.draw()
+
+    @torch.no_grad()
+    def draw(self, generators: Sequence[torch.Generator] | None = None) -> None:
+        """Draw A anew, with one generator of the CPU an episode where they are given."""
+        a = self.a if self.a.dim() == 4 else self.a[None]
+        for index, own in enumerate(a):
+            for factor in own:
+                if generators is None:
+                    nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+                else:  # the same numbers on every device
+                    drawn = torch.empty(factor.shape, dtype=torch.float32, device="cpu")
+                    nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generators[index])
+                    factor.copy_(drawn)
+
+    @property
+    def _drops(self) -> bool:
+        return self.training and self.dropout > 0
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, 3 D)."""
+        num_episodes = 1 if self.a.dim() == 3 else len(self.a)
+        rows = tokens.reshape(num_episodes, -1, *tokens.shape[-2:])
+        if not self.passes_input_gradient:
+            rows = rows.detach()
+        # A model may be of low precision throughout; the factors stay in float32.
+        a, b = self.a.to(rows.dtype), (self.b * self.scaling).to(rows.dtype)
+        a, b = (factor.view(num_episodes, *factor.shape[-3:]) for factor in (a, b))
+        inputs = self._drop(rows).flatten(2, 3) if self._drops else rows.flatten(1, 2)[:, None]
+        if self.forms_product:
+            delta = torch.matmul(inputs, torch.matmul(b, a).mT)  # (G, 3, rows, D)
+        elif self._drops:
+            delta = torch.matmul(torch.matmul(inputs, a.mT), b.mT)
+        else:  # one product serves all three
+            compressed = torch.matmul(inputs[:, 0], a.flatten(1, 2).mT)
+            delta = torch.matmul(compressed.unflatten(2, (3, -1)).transpose(1, 2), b.mT)
+        return delta.transpose(1, 2).reshape(*tokens.shape[:-1], -1)
+
+    def _drop(self, rows: Tensor) -> Tensor:
+        """(G, S, L, D) -> (G, 3, S, L, D), dropped for each projection by itself."""
+        if self.randomness is None:
+            return F.dropout(rows[:, None].expand(-1, 3, -1, -1, -1), self.dropout)
+        return rows[:, None] * self._philox_dropout(torch.ones_like(rows), 0, 3)
+
+    def _philox_dropout(self, rows: Tensor, first: int, count: int) -> Tensor:
+        assert self.randomness is not None
+        return philox_dropout(
+            rows,
+            self.randomness.seeds,
+            self.randomness.step,
+            stream=self.randomness.stream,
+            first_branch=first,
+            num_branches=count,
+            probability=self.dropout,
+        )
+
+    def project(
+        self, tokens: Tensor, weight: Tensor, bias: Tensor | None, first: int = 0, count: int = 3
+    ) -> Tensor:
+        """The adapted projection: ``tokens weight^T + bias`` and the change, as one.
+
+        Args:
+            tokens: (B, L, D).
+            weight, bias: (3 D, D) and (3 D,) of all three projections.
+            first, count: Which of query, key and value are wanted.
+
+        Returns:
+            (B, L, count D).
+        """
+        width = tokens.shape[-1]
+        chosen = slice(first * width, (first + count) * width)
+        weight, bias = weight[chosen], None if bias is None else bias[chosen]
+        is_frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+        is_repeatable = not self._drops or self.randomness is not None
+        is_fusible = is_frozen and is_repeatable and not self.passes_input_gradient
+        if is_fusible and not self.forms_product:
+            branches = slice(first, first + count)
+            return _FrozenProjection.apply(
+                tokens, weight, bias, self.a[..., branches, :, :], self.b[..., branches, :, :],
+                self, first,
+            )  # fmt: skip
+        projected = F.linear(tokens, weight, bias)
+        return projected + self(tokens)[..., chosen].to(projected.dtype)
+
+
+class _FrozenProjection(torch.autograd.Function):
+    """A frozen projection and its change, in one buffer, from one copy of the tokens.
+
+    The backward pass drops again instead of keeping what was left of the tokens, three times over.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        low_rank: LowRank,
+        first: int,
+    ) -> Tensor:
+        dtype = autocast_dtype(tokens.device.type) or tokens.dtype
+        tokens = tokens.to(dtype)
+        projected = F.linear(tokens, weight, bias)
+        num_episodes = 1 if a.dim() == 3 else len(a)
+        factor_a = a.reshape(num_episodes, *a.shape[-3:]).to(dtype)
+        factor_b = (b * low_rank.scaling).reshape(num_episodes, *b.shape[-3:]).to(dtype)
+        rows = tokens.reshape(num_episodes, -1, *tokens.shape[-2:])
+        step = None
+        if low_rank._drops and low_rank.randomness is not None:
+            step = low_rank.randomness.step.clone()
+        dropped = _FrozenProjection._dropped(rows, low_rank, first, b.shape[-3], step)
+        ctx.low_rank, ctx.first, ctx.shapes = low_rank, first, (tokens.shape, a.shape, b.shape)
+        parts = projected.view(num_episodes, -1, *b.shape[-3:-1])  # (G, rows, K, D)
+        compressed = [torch.bmm(own, factor_a[:, k].mT) for k, own in enumerate(dropped)]
+        for k, own in enumerate(compressed):
+            parts[:, :, k].baddbmm_(own, factor_b[:, k].mT)
+        # The parameters themselves: what a second derivative would be taken with respect to.
+        ctx.save_for_backward(a, b, rows, weight, factor_b, step, *compressed)
+        return projected
+
+    @staticmethod
+    def _dropped(
+        rows: Tensor, low_rank: LowRank, first: int, count: int, step: Tensor | None
+    ) -> list[Tensor]:
+        """K times (G, rows, D)."""
+        randomness = low_rank.randomness
+        if step is None or randomness is None:
+            return [rows.flatten(1, 2)] * count
+        dropped = philox_dropout(
+            rows,
+            randomness.seeds,
+            step,
+            stream=randomness.stream,
+            first_branch=first,
+            num_branches=count,
+            probability=low_rank.dropout,
+        )
+        return list(dropped.flatten(2, 3).unbind(1))
+
+    @staticmethod
+    @differentiable_once("add LoRA with passes_input_gradient=True")
+    def backward(ctx: Any, saved: tuple, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _, _, rows, weight, factor_b, step, *compressed = saved
+        shape, a_shape, b_shape = ctx.shapes
+        # All types are chosen here, whatever region the pass runs in.
+        with without_autocast(grad.device.type):
+            grad_tokens = None
+            if ctx.needs_input_grad[0]:
+                grad_tokens = torch.matmul(grad, weight.to(grad.dtype))
+            count = b_shape[-3]
+            parts = grad.reshape(len(rows), -1, count, shape[-1])
+            dropped = _FrozenProjection._dropped(rows, ctx.low_rank, ctx.first, count, step)
+            grads_a, grads_b = [], []
+            for k in range(count):
+                part = parts[:, :, k]
+                grads_b.append(torch.bmm(compressed[k].mT, part).mT)
+                grad_compressed = torch.bmm(part, factor_b[:, k])
+                grads_a.append(torch.bmm(grad_compressed.mT, dropped[k]))
+            grad_a = torch.stack(grads_a, 1).float().view(a_shape)
+            grad_b = torch.stack(grads_b, 1).float().mul_(ctx.low_rank.scaling).view(b_shape)
+        return grad_tokens, None, None, grad_a, grad_b, None, None

@@ -1,0 +1,161 @@
+"""A learned prompt context: class prompts whose first words are trained vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tir_kernels.scalars import whole_number
+from tir_kernels.towers.open_clip import text_tower
+
+CONTEXT_WORDS = "a photo of a"
+_PLACEHOLDER = "a"  # one token of CLIP's tokenizer; its embedding is replaced
+
+
+class PromptContext(nn.Module):
+    """Prompts "{context} {name}." with one trained context for all classes.
+
+    The context starts as the embeddings of "a photo of a". With fewer than four vectors it starts
+    as the last of these words; with more, the vectors in front are drawn from N(0, 0.02²).
+
+    Args:
+        model: An open_clip model; it is read, never changed.
+        tokenizer: Its tokenizer: list of strings -> (C, T) token ids.
+        class_names: C names, in words; at least one.
+        num_vectors: Trained vectors; 0 leaves "a photo of a" as it is.
+        generator: Draws the vectors in front; ``None``: PyTorch's own.
+        cut: Leave out what no prompt needs, in towers that are causal; off to measure it.
+
+    Attributes:
+        vectors: (num_vectors, W) parameter.
+        embeddings: (C, T, W) of the prompts, up to the last end-of-text token where the tower is
+            causal; the places of the vectors hold a word.
+        last_position: (C,) the position that stands for each prompt.
+        tower: The text tower.
+
+    Raises:
+        TypeError, ValueError: An unsuitable text tower or argument, or names too long for the
+            tower's context.
+    """
+
+    embeddings: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Callable[[list[str]], Tensor],
+        class_names: Sequence[str],
+        num_vectors: int = 4,
+        generator: torch.Generator | None = None,
+        cut: bool = True,
+    ) -> None:
+        super().__init__()
+        num_vectors = _check_arguments(class_names, num_vectors)
+        self.tower = text_tower(model)
+        embedding = self.tower.token_embedding
+        device = embedding.weight.device
+        context = CONTEXT_WORDS if num_vectors == 0 else " ".join([_PLACEHOLDER] * num_vectors)
+        prompts = [f"{context} {name}." for name in class_names]
+        # Everything here lasts: made as inference tensors, none of it could take part in training.
+        with torch.inference_mode(False), torch.no_grad():
+            token_ids = _tokenize(tokenizer, prompts, device)
+            _require_room(tokenizer, token_ids, prompts, class_names, num_vectors)
+            self.last_position = self.tower.last_position(token_ids)
+            if cut and self.tower.is_causal:
+                # No token sees the ones behind it: what follows the last end-of-text is waste.
+                token_ids = token_ids[:, : int(self.last_position.max()) + 1]
+            embeddings = _round(embedding(token_ids))
+            self.register_buffer("embeddings", embeddings, persistent=False)
+            self.vectors = nn.Parameter(
+                _round(_start(tokenizer, embedding, num_vectors, generator))
+            )
+
+    @property
+    def num_blocks(self) -> int:
+        """Depth of the text tower."""
+        return len(self.tower.transformer.resblocks)
+
+    def forward(self, text_layer: int | None = None) -> tuple[Tensor, Tensor]:
+        """Class embeddings (C, E) of the last text block, and (C, E) of block ``text_layer``."""
+        context = self.vectors.expand(len(self.embeddings), -1, -1)
+        embeddings = self.insert(context, self.embeddings)
+        return self.tower.encode(embeddings, self.last_position, text_layer)
+
+    @staticmethod
+    def insert(context: Tensor, embeddings: Tensor) -> Tensor:
+        """(C, num_vectors, W) in the places kept for them in (C, T, W), after start-of-text."""
+        num_vectors = context.shape[1]
+        if num_vectors == 0:
+            return embeddings
+        context = context.to(embeddings.dtype)
+        return torch.cat([embeddings[:, :1], context, embeddings[:, 1 + num_vectors :]], dim=1)
+
+
+def _check_arguments(class_names: Sequence[str], num_vectors: int) -> int:
+    """The number of vectors as an int."""
+    if isinstance(class_names, str):  # a sequence of strings too, but of letters
+        raise TypeError("class_names must be a sequence of strings; got str")
+    if len(class_names) == 0:
+        raise ValueError("class_names must hold at least one name")
+    num_vectors = whole_number("num_vectors", num_vectors)
+    if num_vectors < 0:
+        raise ValueError(f"num_vectors must be at least 0; got {num_vectors}")
+    return num_vectors
+
+
+def _tokenize(
+    tokenizer: Callable[[list[str]], Tensor], texts: list[str], device: torch.device
+) -> Tensor:
+    """(C, T) token ids, which tokenizers put on the process's default device."""
+    with torch.device("cpu"):
+        return tokenizer(texts).to(device)
+
+
+def _round(embeddings: Tensor) -> Tensor:
+    """To float16 and back: the published program keeps the words of its prompts in float16.
+
+    For OpenAI's weights, which are float16, this changes nothing.
+    """
+    return embeddings.half().to(embeddings.dtype)
+
+
+def _start(
+    tokenizer: Callable[[list[str]], Tensor],
+    embedding: nn.Embedding,
+    num_vectors: int,
+    generator: torch.Generator | None,
+) -> Tensor:
+    words = embedding(_tokenize(tokenizer, [CONTEXT_WORDS], embedding.weight.device))[0]
+    words = words[1 : 1 + len(CONTEXT_WORDS.split())]  # the token in front is start-of-text
+    if num_vectors <= len(words):
+        return words[len(words) - num_vectors :].clone()
+    device = "cpu" if generator is None else generator.device
+    shape = (num_vectors - len(words), words.shape[1])
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device=device) * 0.02
+    return torch.cat([drawn.to(words), words])
+
+
+def _require_room(
+    tokenizer: Callable[[list[str]], Tensor],
+    token_ids: Tensor,
+    prompts: list[str],
+    class_names: Sequence[str],
+    num_vectors: int,
+) -> None:
+    """Refuse names that the tokenizer had to cut off to fit them into the context."""
+    length = token_ids.shape[1]
+    if num_vectors + 4 > length:  # start, one token of a name, full stop and end of text
+        raise ValueError(
+            f"num_vectors={num_vectors} leaves no room for names in the model's context of "
+            f"{length} tokens"
+        )
+    full = (token_ids != 0).sum(1) == length
+    for index in full.nonzero().flatten().tolist():
+        longer = tokenizer.encode(prompts[index]) if hasattr(tokenizer, "encode") else []
+        if len(longer) + 2 > length:
+            raise ValueError(
+                f"class_names: {class_names[index]!r} is too long for the model's context of "
+                f"{length} tokens; shorten it"
+            )

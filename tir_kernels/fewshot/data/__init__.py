@@ -1,0 +1,1 @@
+"""Few-shot data: classes, their words, and their images, wherever they come from."""

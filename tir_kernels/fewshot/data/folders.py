@@ -1,0 +1,171 @@
+"""The images of a folder that has a folder of images for each class."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tir_kernels.errors import FewShotError, first_line
+from tir_kernels.fewshot.data.formats import image_endings, is_image_name
+from tir_kernels.fewshot.data.listings import (
+    LIST_ENDINGS,
+    Files,
+    Listing,
+    class_name,
+    shown_name,
+    sort_key,
+)
+from tir_kernels.fewshot.data.walk import (
+    FileId,
+    FoundImages,
+    LeftOut,
+    find_images,
+    is_left_by_tools,
+)
+
+# Parts into which data sets are divided, each with the classes in it.
+_PARTS = re.compile(
+    r"(train(ing)?|trn|test(ing)?|tst|val(id(ation)?)?|dev|eval(uation)?|holdout|pred(ict(ion)?)?|"
+    r"support|query|gallery|images?|imgs?|masks?|labels?|annotations?)(set|data)?"
+)
+# What their names may hold beside that.
+_BESIDE_PARTS = re.compile(r"set|data(set)?|seg|split|folder|all|new|original|\d+|")
+_FIRST_PARTS = ("train", "training", "images")
+
+
+def list_folders(root: Path) -> Listing:
+    """The images in each sub-folder of a folder.
+
+    Left out are hidden files and folders, what other programs leave in folders, and files that are
+    no images by their ending. Links are followed; a file counts once, however many names it has.
+
+    Raises:
+        FewShotError: The folder can't be read, has no images in sub-folders, or its sub-folders
+            are parts of a data set that have the classes in them; two classes reach one file, or
+            have one name.
+    """
+    try:
+        folders, left_out = _class_folders(root)
+        found = {name: find_images(root, name) for name in folders}
+    except OSError as error:
+        raise FewShotError(f"--data: can't list {root}: {first_line(error)}") from error
+    if not folders:
+        raise FewShotError(_without_folders(root, left_out))
+    _refuse_twins(root, folders)
+    _refuse_shared_files(root, found)
+    for each in found.values():
+        left_out.update(each.left_out)
+    if not any(each.names for each in found.values()):
+        others = f" (left out: {left_out})" if left_out else ""
+        raise FewShotError(
+            f"--data: no images in the sub-folders of {root}{others}; "
+            f"files with these endings are read: {' '.join(sorted(image_endings()))}"
+        )
+    files = {class_name(name): sorted(found[name].names.values(), key=sort_key) for name in folders}
+    notes = _about_parts(root, files)
+    if left_out:
+        notes += (f"left out of {root}: {left_out}",)
+    texts = {class_name(name): str(each.left_out) for name, each in found.items()}
+    return Listing(files, notes, texts)
+
+
+def _class_folders(root: Path) -> tuple[list[str], LeftOut]:
+    """The names of the folders of classes, and what images and folders lie beside them."""
+    folders, left_out = [], LeftOut()
+    with os.scandir(root) as entries:
+        for entry in entries:
+            is_folder = os.path.isdir(entry.path)
+            if is_folder and is_left_by_tools(entry.name):
+                left_out["folder", f"called {entry.name}"] += 1
+            elif is_folder:
+                folders.append(entry.name)
+            elif is_image_name(entry.name) and not is_left_by_tools(entry.name):
+                left_out["image", "beside the folders of the classes"] += 1
+    return sorted(folders, key=sort_key), left_out
+
+
+def _without_folders(root: Path, left_out: LeftOut) -> str:
+    images = left_out["image", "beside the folders of the classes"]
+    what = f"{images} images but no sub-folders" if images else "no sub-folders"
+    lists = sorted(each.name for each in root.iterdir() if each.suffix.lower() in LIST_ENDINGS)
+    way = f", or the list of them: --data {root / lists[0]}" if images and lists else ""
+    return f"--data: {root} has {what}; it needs one folder of images per class{way}"
+
+
+def _refuse_twins(root: Path, folders: Sequence[str]) -> None:
+    owners: dict[str, str] = {}
+    for name in folders:
+        # As they are shown: a journal has to tell them apart, too.
+        other = owners.setdefault(shown_name(class_name(name)), name)
+        if other != name:
+            raise FewShotError(
+                f"--data: {root} has two folders called {shown_name(name)!r}, written in different "
+                "forms of Unicode; rename or merge them"
+            )
+
+
+def _refuse_shared_files(root: Path, found: Mapping[str, FoundImages]) -> None:
+    owners: dict[FileId, tuple[str, str]] = {}
+    for folder, images in found.items():
+        for file, name in images.names.items():
+            other, other_name = owners.setdefault(file, (folder, name))
+            if other != folder:
+                raise FewShotError(
+                    f"--data: classes {other!r} and {folder!r} of {root} share a file: "
+                    f"{other_name} and {name} are links to it or the same; keep one of them"
+                )
+
+
+def _about_parts(root: Path, files: Files) -> tuple[str, ...]:
+    """A note where classes may be the parts of a data set; refuses them where they are."""
+    classes = {name: names for name, names in files.items() if names}
+    inside = {name: _folders_inside(names) for name, names in classes.items()}
+    divided = [name for name in classes if inside[name]]
+    parts = [name for name in classes if _is_part(name)]
+    divided_parts = [name for name in divided if name in parts]
+    first = next((name for name in divided_parts if name.lower() in _FIRST_PARTS), None)
+    if len(classes) == 1 and len(divided) == 1:
+        raise FewShotError(
+            f"--data: {root} has images in the one folder {divided[0]!r}, in its folders "
+            f"{_some(inside[divided[0]])}; if these are the classes, pass "
+            f"--data {root / divided[0]}"
+        )
+    if len(divided_parts) > 1 or (divided_parts and len(parts) == len(classes)):
+        first = first or divided_parts[0]
+        raise FewShotError(
+            f"--data: {root} has the parts of a data set, {_some(parts)}, with the classes as "
+            f"folders in them ({_some(inside[first])}); pass one part: --data {root / first}"
+        )
+    if len(parts) == len(classes):
+        return (f"the classes of {root} are called {_some(parts)}, as parts of data sets are",)
+    if len(divided) == len(classes) and len(set(map(tuple, inside.values()))) == 1:
+        return (
+            f"all classes of {root} ({_some(list(classes))}) have the same folders in them "
+            f"({_some(inside[divided[0]])}), whose images all count; if those are the classes, "
+            f"pass --data {root / divided[0]}",
+        )
+    return ()
+
+
+def _folders_inside(names: Sequence[str]) -> list[str]:
+    """The folders that all images of a class lie in; none where some lie beside them."""
+    paths = [name.split("/", 2) for name in names]
+    if any(len(parts) == 2 for parts in paths):
+        return []
+    return sorted({parts[1] for parts in paths})
+
+
+def _is_part(name: str) -> bool:
+    """Whether a folder's name is that of a part, such as "train", "seg_test" or "val2017"."""
+    words = re.findall(r"[^\W\d_]+|\d+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
+    known = [_PARTS.fullmatch(word) is not None for word in words]
+    return any(known) and all(
+        is_known or _BESIDE_PARTS.fullmatch(word)
+        for is_known, word in zip(known, words, strict=True)
+    )
+
+
+def _some(names: Sequence[str], limit: int = 4) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

@@ -1,0 +1,156 @@
+"""Data sets of Hugging Face: from the hub, or saved into a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import stat
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tir_kernels.errors import FewShotError, first_line
+from tir_kernels.fewshot.data.listings import class_name
+from tir_kernels.fewshot.data.walk import FileId, file_id
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+HUB_PREFIX = "hf:"
+
+_BATCH = 1000
+
+
+class HuggingFaceSource:
+    """Images of a data set; their names are the numbers of their rows.
+
+    Args:
+        name: The data set in words.
+        images: Its column of images alone, not decoded.
+        identity: Text that differs wherever the images do.
+        version: Number that differs with the content of the data set, wherever it lies.
+    """
+
+    def __init__(self, name: str, images: Dataset, identity: str, version: int) -> None:
+        self._name = name
+        self._images = images
+        (self._column,) = images.column_names
+        self._stamps = _stamps(images, self._column, version)
+        self.identity = identity
+
+    def describe(self, name: str) -> str:
+        """The row, or the data set."""
+        return f"row {name} of {self._name}" if name else self._name
+
+    def file(self, name: str) -> Path | io.BytesIO:
+        """The image's bytes, or its file where the data set holds its path only."""
+        image = self._images[int(name)][self._column]
+        if image["bytes"] is None:
+            return Path(image["path"])
+        return io.BytesIO(image["bytes"])
+
+    def stamp(self, name: str) -> tuple[int, int]:
+        """The image's size, and the data set's version or, of a file, its time."""
+        return self._stamps[int(name)]
+
+
+def load_hugging_face(data: str | Path) -> tuple[HuggingFaceSource, dict[str, list[str]]]:
+    """The images of each class of a data set with an image and a label in each row.
+
+    Args:
+        data: ``hf:NAME`` or ``hf:NAME:SPLIT`` of the hub, which is downloaded unless it is in the
+            cache, or the folder that ``save_to_disk`` wrote.
+
+    Raises:
+        FewShotError: The package ``datasets`` is missing, the data set can't be loaded, or it has
+            not one image and one label a row.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise FewShotError(
+            f"--data {data} needs the package datasets ({first_line(error)}); install it with: "
+            'pip install "tir_kernels[huggingface]"'
+        ) from error
+    loaded = _load(datasets, data)
+    image = _column(data, loaded, datasets.Image, "image")
+    label = _column(data, loaded, datasets.ClassLabel, "label")
+    names = loaded.features[label].names
+    files: defaultdict[str, list[str]] = defaultdict(list)
+    for row, number in enumerate(loaded.with_format("numpy")[label][:]):
+        if not 0 <= number < len(names):  # nor is that so of the NaN that stands for none
+            raise FewShotError(f"--data: row {row} of {data} has no label; choose another split")
+        files[class_name(names[int(number)])].append(str(row))
+    if not files:
+        raise FewShotError(f"--data: {data} has no rows")
+    images = loaded.select_columns(image).cast_column(image, datasets.Image(decode=False))
+    # A data set on the hub may change under its name; the fingerprint is of its content. The one
+    # that was loaded is saved with it, that of ``images`` made anew by each release of datasets.
+    version = int(hashlib.sha256(loaded._fingerprint.encode()).hexdigest()[:15], 16)
+    try:
+        source = HuggingFaceSource(str(data), images, f"{data} {images._fingerprint}", version)
+    except (OSError, ValueError) as error:
+        raise FewShotError(f"--data: {data} can't be read: {first_line(error)}") from error
+    return source, {name: files[name] for name in sorted(files)}
+
+
+def _load(datasets: Any, data: str | Path) -> Dataset:
+    name, _, split = str(data).removeprefix(HUB_PREFIX).partition(":")
+    try:
+        if isinstance(data, Path):
+            loaded = datasets.load_from_disk(str(data))
+        else:
+            loaded = datasets.load_dataset(name, split=split or None)
+    except Exception as error:
+        raise FewShotError(
+            f"--data: can't load {data}: {type(error).__name__}: {first_line(error)}; check the "
+            "name, the split and the network, or pass a folder that save_to_disk wrote"
+        ) from error
+    if isinstance(loaded, datasets.DatasetDict):
+        if len(loaded) > 1:
+            way = f"{data}/SPLIT" if isinstance(data, Path) else f"{data}:SPLIT"
+            raise FewShotError(
+                f"--data: {data} has several splits ({', '.join(loaded)}); choose one: {way}"
+            )
+        (loaded,) = loaded.values()
+    return loaded
+
+
+def _column(data: str | Path, loaded: Dataset, kind: type, usual: str) -> str:
+    found = [name for name, feature in loaded.features.items() if isinstance(feature, kind)]
+    if len(found) == 1:
+        return found[0]
+    if usual in found:
+        return usual
+    columns = ", ".join(f"{name} ({type(f).__name__})" for name, f in loaded.features.items())
+    raise FewShotError(
+        f"--data: {data} has {len(found) or 'no'} columns of type {kind.__name__}, and none called "
+        f"{usual!r}: it has {columns}; rename or cast one and save the data set with save_to_disk"
+    )
+
+
+def _stamps(images: Dataset, column: str, version: int) -> list[tuple[int, int]]:
+    import pyarrow.compute as pc
+
+    stamps: list[tuple[int, int]] = []
+    owners: dict[FileId, int] = {}  # of files, the first row
+    for table in images.with_format("arrow").iter(batch_size=_BATCH):
+        cells = table[column].combine_chunks()
+        lengths = pc.binary_length(pc.struct_field(cells, "bytes")).to_pylist()
+        paths = pc.struct_field(cells, "path").to_pylist()
+        for length, path in zip(lengths, paths, strict=True):
+            row = len(stamps)
+            if length is not None:
+                stamps.append((length, version))
+                continue
+            if path is None:
+                raise ValueError(f"row {row} has no image")
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError(f"{path} of row {row} is not a regular file")
+            other = owners.setdefault(file_id(status), row)
+            if other != row:
+                raise ValueError(f"rows {other} and {row} are the same file, {path}")
+            stamps.append((status.st_size, status.st_mtime_ns))
+    return stamps

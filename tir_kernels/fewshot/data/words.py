@@ -1,0 +1,323 @@
+"""The words a prompt uses for a class: given, known for a data set, or read from its name."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from tir_kernels.errors import FewShotError
+from tir_kernels.fewshot.data.documents import (
+    NAMES_BYTES,
+    find_delimiter,
+    parse_json,
+    parse_rows,
+    read_document,
+)
+from tir_kernels.fewshot.data.listings import LIST_ENDINGS, class_name, shown_name
+
+_EUROSAT = {
+    "AnnualCrop": "annual crop land",
+    "Forest": "forest",
+    "HerbaceousVegetation": "herbaceous vegetation land",
+    "Highway": "highway or road",
+    "Industrial": "industrial buildings",
+    "Pasture": "pasture land",
+    "PermanentCrop": "permanent crop land",
+    "Residential": "residential buildings",
+    "River": "river",
+    "SeaLake": "sea or lake",
+}
+
+_ISIC2018 = {
+    "AKIEC": "actinic keratosis",
+    "BCC": "basal cell carcinoma",
+    "BKL": "benign keratosis",
+    "DF": "dermatofibroma",
+    "MEL": "melanoma",
+    "NV": "melanocytic nevus",
+    "VASC": "vascular lesion",
+}
+
+_CHESTX = (
+    "Atelectasis Cardiomegaly Consolidation Edema Effusion Emphysema Fibrosis Hernia Infiltration "
+    "Mass No_Finding Nodule Pleural_Thickening Pneumonia Pneumothorax"
+)
+
+_PLANTVILLAGE = """
+Apple___Apple_scab
+Apple___Black_rot
+Apple___Cedar_apple_rust
+Apple___healthy
+Blueberry___healthy
+Cherry_(including_sour)___Powdery_mildew
+Cherry_(including_sour)___healthy
+Corn_(maize)___Cercospora_leaf_spot Gray_leaf_spot
+Corn_(maize)___Common_rust_
+Corn_(maize)___Northern_Leaf_Blight
+Corn_(maize)___healthy
+Grape___Black_rot
+Grape___Esca_(Black_Measles)
+Grape___Leaf_blight_(Isariopsis_Leaf_Spot)
+Grape___healthy
+Orange___Haunglongbing_(Citrus_greening)
+Peach___Bacterial_spot
+Peach___healthy
+Pepper,_bell___Bacterial_spot
+Pepper,_bell___healthy
+Potato___Early_blight
+Potato___Late_blight
+Potato___healthy
+Raspberry___healthy
+Soybean___healthy
+Squash___Powdery_mildew
+Strawberry___Leaf_scorch
+Strawberry___healthy
+Tomato___Bacterial_spot
+Tomato___Early_blight
+Tomato___Late_blight
+Tomato___Leaf_Mold
+Tomato___Septoria_leaf_spot
+Tomato___Spider_mites Two-spotted_spider_mite
+Tomato___Target_Spot
+Tomato___Tomato_Yellow_Leaf_Curl_Virus
+Tomato___Tomato_mosaic_virus
+Tomato___healthy
+"""
+
+# Where the folder's name has two names for one disease, or misspells it.
+_DISEASES = {
+    "Cercospora_leaf_spot Gray_leaf_spot": "gray leaf spot",
+    "Esca_(Black_Measles)": "black measles",
+    "Haunglongbing_(Citrus_greening)": "citrus greening",
+    "Spider_mites Two-spotted_spider_mite": "two-spotted spider mites",
+}
+
+# A number that may count classes, and what parts it from the word behind it.
+_INDEX = re.compile(r"^(?P<number>\d{1,9})(?P<separator>[\s._-]+)(?=[^\W\d_])")
+
+
+def _plant_words(folder: str) -> str:
+    plant, _, state = folder.partition("___")
+    # "Pepper,_bell" is a bell pepper; what stands in brackets explains the rest.
+    parts = re.sub(r"_\(.*\)", "", plant).split(",_")
+    plant = " ".join(reversed(parts)).lower()
+    if state == "healthy":
+        return f"healthy {plant} leaf"
+    disease = re.sub(r"_\(.*\)", "", state)
+    disease = _DISEASES.get(state, disease.strip("_").replace("_", " ").lower())
+    return f"{plant} leaf with {disease.removeprefix(f'{plant} ')}"
+
+
+def default_words(folder: str, *, has_index: bool = False) -> str:
+    """The words of a class whose name is all that is known.
+
+    A leading WordNet id goes, camel case and underscores become spaces, all lower case:
+    ``AnnualCrop`` -> "annual crop", ``n03126707_crane`` -> "crane", ``737-200`` -> "737-200".
+
+    Args:
+        folder: The class's name.
+        has_index: Whether a number in front of it counts the classes, so that it goes, too.
+    """
+    words = _without_id(folder, has_index)
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", words)
+    # A dot within a number stays.
+    words = re.sub(r"([\s_]|(?<!\d)\.|\.(?!\d))+", " ", words).strip().lower()
+    return words or folder
+
+
+def _without_id(name: str, has_index: bool) -> str:
+    name = re.sub(r"^n\d{8}[\s._-]+", "", name)
+    return _INDEX.sub("", name) if has_index else name
+
+
+def _have_indices(names: Sequence[str]) -> bool:
+    """Whether the numbers in front of names count the classes and say nothing about them.
+
+    They do if each name has one and a word after it, all differ, and all are written alike. After a
+    hyphen, which also makes words ("2-door sedan"), they must count up without a gap or have
+    leading zeros.
+    """
+    found = [match for name in names if (match := _INDEX.match(name))]
+    numbers = sorted({int(match["number"]) for match in found})
+    if len(names) < 2 or len(found) < len(names) or len(numbers) < len(names):
+        return False
+    separators = {match["separator"] for match in found}
+    is_counting = numbers[0] in (0, 1) and numbers[-1] - numbers[0] == len(numbers) - 1
+    is_padded = any(match["number"].startswith("0") and int(match["number"]) for match in found)
+    words = {_tokens(default_words(name, has_index=True)) for name in names}
+    return (
+        len(separators) == 1
+        and (separators != {"-"} or is_counting or is_padded)
+        and len(words) == len(names)
+    )
+
+
+def _spelling(name: str) -> str:
+    """The spelling that copies of a data set share, whatever their case and spaces."""
+    return re.sub(r"[\W_]+", " ", class_name(name)).strip().lower()
+
+
+def _tokens(words: str) -> str:
+    """The tokens that tell words apart for a model, which ignores case and the kind of space."""
+    return " ".join(class_name(words).lower().split())
+
+
+_SETS: dict[str, Mapping[str, str]] = {
+    "plantvillage": {name: _plant_words(name) for name in _PLANTVILLAGE.strip().splitlines()},
+    "eurosat": _EUROSAT,
+    "isic2018": _ISIC2018,
+    "chestx": {name: default_words(name) for name in _CHESTX.split()},
+}
+KNOWN_SETS = tuple(_SETS)
+
+
+def class_words(
+    names: Sequence[str], given: Mapping[str, str] | str | Path | None = None
+) -> tuple[dict[str, str], str]:
+    """The words of each class, and a note on where they come from.
+
+    Args:
+        names: The classes' names: those of folders, or labels of a list.
+        given: The words: a mapping from name to words, a JSON or CSV file that holds one, or one of
+            ``KNOWN_SETS``. ``None``: those of the known set that has all the names, and without
+            such a set ``default_words``.
+
+    Returns:
+        Name -> words, and a line for the user where words were guessed, else "".
+
+    Raises:
+        FewShotError: A class has no words, or the same words as another.
+    """
+    if given is None:
+        known = next((key for key in KNOWN_SETS if len(_known(key, names)) == len(names)), None)
+        if known is None:
+            return _default_words(names)
+        note = f"class names are those of {known}: {_examples(_known(known, names))}"
+        return _checked(_known(known, names)), note
+    if isinstance(given, str) and given in _SETS:
+        # The set's own names stand beside those found, for the hint at a name that is not known.
+        given = {**_SETS[given], **_known(given, names)}
+    elif not isinstance(given, Mapping):
+        given = read_class_names(given)
+    given = _in_one_form(given)
+    words = {}
+    # Names that are not there are fine: one map may serve several subsets.
+    for name in names:
+        key = shown_name(class_name(name))
+        if key not in given:
+            close = get_close_matches(key, given, n=1)
+            hint = f" (it has {close[0]!r})" if close else ""
+            raise FewShotError(f"--class-names: no words for class '{key}'{hint}; add them")
+        words[name] = given[key]
+    return _checked(words), ""
+
+
+def _default_words(names: Sequence[str]) -> tuple[dict[str, str], str]:
+    """Words that come from the names alone, and what may not be as it was meant."""
+    for name in names:
+        if shown_name(name) != name:
+            raise FewShotError(
+                f"the name of class '{shown_name(name)}' is not UTF-8, so it gives no words for "
+                "prompts; rename it, or give words for all classes with --class-names FILE"
+            )
+    has_index = _have_indices(names)
+    words = _checked({name: default_words(name, has_index=has_index) for name in names})
+    if all(re.fullmatch(r"n\d{8}|\d+([.,]\d*)?", name) for name in names):
+        return words, (
+            f"the classes' names are numbers such as {names[0]}, which say nothing in a prompt; "
+            "give them words with --class-names FILE"
+        )
+    changed = {name: text for name, text in words.items() if _without_id(name, has_index) != name}
+    note = f"class names are without the numbers in front: {_examples(changed, limit=6)}"
+    return words, note if changed else ""
+
+
+def _in_one_form(given: Mapping[str, str]) -> dict[str, str]:
+    """A map whose names are in the form in which classes are looked up."""
+    words: dict[str, str] = {}
+    for name, text in given.items():
+        key = shown_name(class_name(name))
+        if words.setdefault(key, text) != text:
+            raise FewShotError(
+                f"--class-names: {key!r} is there twice, in different forms of Unicode; keep one"
+            )
+    return words
+
+
+def _known(key: str, names: Iterable[str]) -> dict[str, str]:
+    spellings = {_spelling(name): words for name, words in _SETS[key].items()}
+    return {name: spellings[_spelling(name)] for name in names if _spelling(name) in spellings}
+
+
+def _examples(words: Mapping[str, str], limit: int = 2) -> str:
+    shown = [f"{name} is {text!r}" for name, text in words.items()][:limit]
+    return ", ".join(shown) + (f", ... ({len(words)} in all)" if len(words) > limit else "")
+
+
+def _checked(words: dict[str, str]) -> dict[str, str]:
+    """The words, if they can stand in prompts and each class has its own."""
+    owner: dict[str, str] = {}
+    for name, text in words.items():
+        if not isinstance(text, str) or not text.strip() or shown_name(text) != text:
+            raise FewShotError(
+                f"class '{shown_name(name)}' has no words that a prompt can hold; give it some "
+                "with --class-names FILE"
+            )
+        other = owner.setdefault(_tokens(text), name)
+        if other != name:
+            raise FewShotError(
+                f"classes {other!r} and {name!r} have the same words {text!r}, so no prompt "
+                "can tell them apart; give them different words with --class-names FILE"
+            )
+    return words
+
+
+def read_class_names(path: str | Path) -> dict[str, str]:
+    """Read a class-name map: JSON (an object) or CSV (two columns), from folder name to words.
+
+    A CSV file may be one of semicolons or tabs, and start with a header line whose first cell is
+    ``folder``.
+
+    Raises:
+        FewShotError: The file can't be read or is not such a map.
+    """
+    path = Path(os.path.expanduser(path))
+    ending = path.suffix.lower()
+    if ending not in LIST_ENDINGS:
+        raise FewShotError(
+            f"--class-names: {path} must end in .json or .csv, or be one of {', '.join(KNOWN_SETS)}"
+        )
+    text = read_document(path, "--class-names", at_most=NAMES_BYTES)
+    if ending == ".json":
+        names = parse_json(path, text, "--class-names")
+        if not isinstance(names, dict):
+            raise FewShotError(f'--class-names: {path} must hold an object {{"folder": "words"}}')
+    else:
+        names = _read_table(path, text)
+    for folder, words in names.items():
+        if not isinstance(words, str) or not words.strip():
+            raise FewShotError(f"--class-names: {path} has no words for {folder!r}; add them")
+    return {folder: words.strip() for folder, words in names.items()}
+
+
+def _read_table(path: Path, text: str) -> dict[str, str]:
+    rows = parse_rows(path, text, "--class-names", find_delimiter(text))
+    names: dict[str, str] = {}
+    for number, (line, cells) in enumerate(rows):
+        if number == 0 and cells[0].lower() == "folder":
+            continue
+        if len(cells) != 2:
+            raise FewShotError(
+                f"--class-names: line {line} of {path} has {len(cells)} columns, not "
+                "the 2 of 'folder,words'; put words that contain a comma in double quotes"
+            )
+        if cells[0] in names:
+            raise FewShotError(
+                f"--class-names: line {line} of {path} names {cells[0]!r} again; "
+                "keep one line per folder"
+            )
+        names[cells[0]] = cells[1]
+    return names

@@ -1,0 +1,84 @@
+"""Episodes: which classes and images, decided by the seed and the episode's number alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class EpisodePlan:
+    """The classes and image names of an episode, before any image is read.
+
+    Args:
+        index: The episode's number.
+        classes: Its classes, as positions in the data's list.
+        orders: Per class, all its images in drawing order: the first serve as support, the next as
+            queries, and the rest replace those that turn out to be unreadable.
+    """
+
+    index: int
+    classes: tuple[int, ...]
+    orders: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """An episode's images, grouped by class in the order of ``class_names``.
+
+    Args:
+        class_names: The words of its C classes.
+        support_images: (S, 3, H, W) float32, S = C * shots, or with N augmented views of each image
+            C * shots * (1 + N), where each image's views follow it.
+        support_labels: (S,) int64 in [0, C).
+        query_images: (Q, 3, H, W) float32, Q = C * queries.
+        index: The episode's number.
+        query_labels: (Q,) int64 in [0, C); for scoring only.
+        folders: The folder names of the classes.
+        skipped: Unreadable images that others replaced.
+    """
+
+    class_names: list[str]
+    support_images: Tensor
+    support_labels: Tensor
+    query_images: Tensor
+    index: int
+    query_labels: Tensor = field(
+        default_factory=lambda: torch.empty(0, dtype=torch.int64, device="cpu")
+    )
+    folders: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+
+def plan_episode(seed: int, index: int, class_sizes: Sequence[int], ways: int) -> EpisodePlan:
+    """Draw the classes and the order of their images.
+
+    The result depends on the arguments only, so that any process can draw any episode.
+
+    Args:
+        seed: Of the run, at least 0.
+        index: The episode's number, at least 0.
+        class_sizes: Images per class.
+        ways: Classes per episode.
+    """
+    random = random_state(seed, index, stream=0)
+    classes = random.permutation(len(class_sizes))[:ways]
+    orders = tuple(tuple(random.permutation(class_sizes[c]).tolist()) for c in classes)
+    return EpisodePlan(index, tuple(classes.tolist()), orders)
+
+
+def episode_seed(seed: int, index: int) -> int:
+    """The seed of an episode's training, the same for every method."""
+    return int(random_state(seed, index, stream=1).randint(2**31))
+
+
+def random_state(seed: int, index: int, *, stream: int) -> np.random.RandomState:
+    """Random numbers of a seed, an episode's number and a stream; 2 is for augmented views."""
+    # RandomState rather than Generator: NumPy promises that its numbers never change, so a run
+    # that is continued after an upgrade sees the same episodes.
+    sequence = np.random.SeedSequence([seed, index, stream])
+    return np.random.RandomState(np.random.MT19937(sequence))

@@ -1,0 +1,1 @@
+"""Runs: the loop over episodes, their journal, folder, locks, summary and progress."""

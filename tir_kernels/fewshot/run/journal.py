@@ -1,0 +1,281 @@
+"""The journal of finished episodes: one file for each process that shares the run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from tir_kernels.errors import FewShotError, first_line
+from tir_kernels.fewshot.run.records import Record, RunShape
+from tir_kernels.files import open_regular
+
+# The names that journals are given, and no others: what a person or a program has put beside them,
+# such as a backup, is not part of the run.
+_NAME = re.compile(r"episodes(\.[1-9][0-9]*)?\.jsonl")
+
+
+class _Line(NamedTuple):
+    """Where a record was read."""
+
+    path: Path
+    number: int
+    record: Record
+
+    def damaged(self, reason: str) -> FewShotError:
+        """The error of such a line."""
+        return _damaged(self.path, self.number, reason)
+
+
+def _damaged(path: Path, number: int, reason: str) -> FewShotError:
+    return FewShotError(
+        f"line {number} of {path} is damaged ({reason}); delete that line and its episode is run "
+        "again"
+    )
+
+
+def read_journal(path: str | Path) -> list[Record]:
+    """The records of one journal file, in order; a torn last line is left out, repeats count once.
+
+    Raises:
+        FewShotError: The file can't be read, or a whole line of it is not a record.
+    """
+    path = Path(path)
+    records: dict[tuple[int, str], Record] = {}
+    for line in _parse(path, _whole_lines(_read_bytes(path)), lines_before=0):
+        records.setdefault(line.record.key, line.record)
+    return list(records.values())
+
+
+def journal_name(number: int) -> str:
+    """The name of the journal of this number; a process that runs alone has number 0."""
+    return f"episodes.{number}.jsonl" if number else "episodes.jsonl"
+
+
+def journal_paths(folder: Path) -> list[Path]:
+    """The journals in a folder, by number.
+
+    Raises:
+        FewShotError: The folder can't be read.
+    """
+    try:
+        names = [name for name in os.listdir(folder) if _NAME.fullmatch(name)]
+    except (OSError, ValueError) as error:
+        raise FewShotError(f"can't read {folder}: {first_line(error)}") from error
+    return [folder / name for name in sorted(names, key=lambda name: (len(name), name))]
+
+
+def _read_bytes(path: Path, start: int = 0) -> bytes:
+    try:
+        with open_regular(path) as file:
+            file.seek(start)
+            return file.read()
+    except OSError as error:
+        raise FewShotError(f"can't read {path}: {first_line(error)}") from error
+
+
+def _whole_lines(content: bytes) -> bytes:
+    # What follows the last line feed is torn: its process was killed, or is in the midst of it.
+    return content[: content.rfind(b"\n") + 1]
+
+
+def _parse(path: Path, content: bytes, lines_before: int) -> list[_Line]:
+    lines = []
+    for number, line in enumerate(content.split(b"\n")[:-1], start=lines_before + 1):
+        try:
+            lines.append(_Line(path, number, Record.from_line(line)))
+        except ValueError as error:
+            raise _damaged(path, number, first_line(error)) from error
+    return lines
+
+
+class _Progress(NamedTuple):
+    """How far a journal was read, and its last bytes up to there."""
+
+    size: int = 0
+    lines: int = 0
+    tail: bytes = b""
+
+
+_TAIL_BYTES = 1000
+
+
+class JournalReader:
+    """The records of a run, merged from all its journals while these grow.
+
+    Args:
+        folder: The run's folder.
+        shape: What the records must fit.
+
+    Attributes:
+        repeats: Lines that were left out because their (episode, method) was there already.
+    """
+
+    def __init__(self, folder: Path, shape: RunShape | None = None) -> None:
+        self.repeats = 0
+        self._folder = folder
+        self._shape = shape
+        self._done: dict[Path, _Progress] = {}
+        self._lines: dict[tuple[int, str], _Line] = {}
+
+    def news(self) -> list[Record]:
+        """The records that no earlier call returned.
+
+        Raises:
+            FewShotError: A journal can't be read, is not the file it was, or a whole line of it is
+                not a record of this run.
+        """
+        found = []
+        paths = journal_paths(self._folder)
+        for path in self._done.keys() - set(paths):
+            raise _lost(path, "removed")
+        for path in paths:
+            done = self._done.get(path, _Progress())
+            # Some network file systems number files anew, so a file is known by what it says.
+            content = _read_bytes(path, done.size - len(done.tail))
+            if not content.startswith(done.tail):
+                raise _lost(path, "cut short" if len(content) < len(done.tail) else "replaced")
+            whole = _whole_lines(content)
+            lines = _parse(path, whole[len(done.tail) :], done.lines)
+            self._done[path] = _Progress(
+                done.size + len(whole) - len(done.tail),
+                done.lines + len(lines),
+                whole[-_TAIL_BYTES:],
+            )
+            for line in lines:
+                self._require_fitting(line)
+                known = self._lines.setdefault(line.record.key, line)
+                if known is line:
+                    found.append(line.record)
+                else:
+                    self.repeats += 1
+        return found
+
+    def require(self, shape: RunShape) -> None:
+        """Check that all records, read and to come, are of such a run.
+
+        Raises:
+            FewShotError: One of them is not.
+        """
+        self._shape = shape
+        for line in self._lines.values():
+            self._require_fitting(line)
+
+    def _require_fitting(self, line: _Line) -> None:
+        if self._shape is not None and (reason := self._shape.contradiction(line.record)):
+            raise line.damaged(reason)
+
+    @property
+    def records(self) -> list[Record]:
+        """All records that were read."""
+        return [line.record for line in self._lines.values()]
+
+    def __contains__(self, key: tuple[int, str]) -> bool:
+        return key in self._lines
+
+
+def _lost(path: Path, what: str) -> FewShotError:
+    return FewShotError(
+        f"{path} was {what} by another program while the run was on; keep clean-up jobs, editors "
+        "and programs that synchronise folders away from it, and give the same command again"
+    )
+
+
+class Journal(JournalReader):
+    """The records of a run, and the file that this process appends its own to.
+
+    The file is safe against being killed at any moment.
+
+    Args:
+        path: The file, which no other process may append to; it is created if missing, and a torn
+            last line is cut off.
+        shape: What the records must fit.
+
+    Attributes:
+        note: What was repaired, or empty.
+
+    Raises:
+        FewShotError: A journal can't be read or written, or a line of it is damaged.
+    """
+
+    def __init__(self, path: Path, shape: RunShape | None = None) -> None:
+        super().__init__(path.parent, shape)
+        self.path = path
+        self.note = ""
+        self._file = -1
+        super().news()
+        content = _read_bytes(path) if path.exists() else b""
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            self._file = os.open(path, flags, 0o644)
+            self._size = len(_whole_lines(content))
+            if self._size < len(content):
+                os.ftruncate(self._file, self._size)
+                self.note = f"the last line of {path} was torn; its episode is run again"
+            sync_folder(path.parent)
+        except OSError as error:
+            raise FewShotError(f"can't write {path}: {first_line(error)}") from error
+
+    def news(self) -> list[Record]:
+        """The records that no earlier call returned; raises as ``append`` too."""
+        if self._file >= 0:
+            self.require_own_file()
+        return super().news()
+
+    def append(self, record: Record) -> None:
+        """Write a record; when this returns, the record is on the disk, and ``news`` will have it.
+
+        Raises:
+            FewShotError: It can't be written, or the file is not the one in the run's folder any
+                more. The records before it stay readable.
+        """
+        self.require_own_file()
+        line = rest = record.to_line()
+        try:
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
+            os.fsync(self._file)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._size)
+            raise FewShotError(
+                f"can't write {self.path}: {first_line(error)}; what is finished is kept: "
+                "make room and give the same command again"
+            ) from error
+        self._size += len(line)
+        # What was written into a file that meanwhile lost its name is nowhere.
+        self.require_own_file()
+
+    def require_own_file(self) -> None:
+        """Check that what this process appends to is the file of that name, as it left it.
+
+        Raises:
+            FewShotError: It was removed, replaced or changed.
+        """
+        own = os.fstat(self._file)
+        try:
+            named = os.stat(self.path, follow_symlinks=False)
+        except OSError as error:
+            raise _lost(self.path, "removed") from error
+        if not os.path.samestat(own, named):
+            raise _lost(self.path, "replaced")
+        if own.st_size != self._size:
+            raise _lost(self.path, "cut short" if own.st_size < self._size else "written to")
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+        self._file = -1
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder survive a power cut, once they are there."""
+    # Some network file systems don't offer this for folders; there it is left to them.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

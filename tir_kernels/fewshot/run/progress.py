@@ -1,0 +1,104 @@
+"""The display of a run while it goes: bars on a terminal, a line per result anywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from tir_kernels.fewshot.run.records import Record
+from tir_kernels.text import printable
+
+
+class RunDisplay:
+    """Shows finished results with the running accuracy of each method, and the steps of a training.
+
+    Args:
+        console: Where to; without a terminal behind it, finished results are printed line by line.
+        episodes: Episodes of the run.
+        methods: Its methods.
+        steps: Training steps of one result.
+        finished: Results of an earlier, interrupted part of the run.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        *,
+        episodes: int,
+        methods: tuple[str, ...],
+        steps: int,
+        finished: Iterable[Record],
+    ) -> None:
+        self._console = console
+        self._accuracies: dict[str, list[float]] = {method: [] for method in methods}
+        self._total = episodes * len(methods)
+        self._done = 0
+        for record in finished:
+            self._count(record)
+        self._bars = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._results = self._bars.add_task(
+            self._running(), total=self._total, completed=self._done
+        )
+        self._steps = self._bars.add_task("", total=steps)
+
+    def __enter__(self) -> RunDisplay:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bars.stop()
+
+    def step(self, episode: int, method: str, step: int, loss: float) -> None:
+        """A training step is done."""
+        description = printable(f"episode {episode}, {method}, loss {loss:.3f}")
+        self._bars.update(self._steps, completed=step + 1, description=description)
+
+    def finished(self, record: Record) -> None:
+        """A result is in the journal."""
+        self._count(record)
+        self._bars.update(self._results, advance=1, description=self._running())
+        outcome = record.status if record.accuracy is None else f"{100 * record.accuracy:.1f} %"
+        line = (
+            f"{self._done}/{self._total}: episode {record.episode}, {record.method}, {outcome} "
+            f"in {record.seconds:.1f} s"
+        )
+        if not self._console.is_terminal:
+            line += f" (so far {self._running()})"
+        self._console.print(
+            printable(line), soft_wrap=True, highlight=False, markup=False, emoji=False
+        )
+
+    def _count(self, record: Record) -> None:
+        self._done += 1
+        if record.accuracy is not None:
+            self._accuracies[record.method].append(record.accuracy)
+
+    def _running(self) -> str:
+        return ", ".join(
+            f"{printable(method)} {100 * sum(values) / len(values):.1f} %"
+            if values
+            else f"{printable(method)} -"
+            for method, values in self._accuracies.items()
+        )

@@ -1,0 +1,177 @@
+"""The findings of a run: means with confidence intervals, and paired differences of methods."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from scipy import stats
+
+from tir_kernels.fewshot.run.records import OK, Record, skipped_images
+from tir_kernels.text import printable
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over episodes.
+
+    Args:
+        episodes: How many.
+        mean: ``None`` without episodes.
+        half_width: Of the 95 % confidence interval (Student t over episodes); ``None`` for fewer
+            than two episodes.
+    """
+
+    episodes: int
+    mean: float | None
+    half_width: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        """The estimate from one value per episode."""
+        count = len(values)
+        if count == 0:
+            return cls(0, None, None)
+        mean = math.fsum(values) / count
+        if count == 1:
+            return cls(1, mean, None)
+        variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
+        quantile = float(stats.t.ppf(0.975, count - 1))
+        return cls(count, mean, quantile * math.sqrt(variance / count))
+
+
+@dataclass(frozen=True)
+class MethodSummary:
+    """One method: its accuracy, its speed, and the episodes that gave no result."""
+
+    method: str
+    accuracy: Estimate
+    seconds_per_step: float | None
+    failed: dict[int, str]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Accuracy of ``first`` minus that of ``second`` over the episodes where both have a result."""
+
+    first: str
+    second: str
+    accuracy: Estimate
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run's outcome."""
+
+    methods: tuple[MethodSummary, ...]
+    differences: tuple[Difference, ...]
+    skipped_images: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The summary as JSON values."""
+        return asdict(self)
+
+    @property
+    def failures(self) -> str:
+        """The episodes without a result in words; empty if there are none."""
+        return "; ".join(
+            f"{entry.method}: {status} in {_episodes(entry.failed, status)}"
+            for entry in self.methods
+            for status in sorted(set(entry.failed.values()))
+        )
+
+
+def summarise(records: Sequence[Record], methods: Sequence[str]) -> Summary:
+    """Summarise a run.
+
+    Args:
+        records: Its journal.
+        methods: The methods in the order they are shown; the first of a pair is the minuend.
+    """
+    accuracies = {
+        method: {
+            record.episode: record.accuracy
+            for record in records
+            if record.method == method and record.status == OK and record.accuracy is not None
+        }
+        for method in methods
+    }
+    differences = []
+    for first, second in combinations(methods, 2):
+        one, other = accuracies[first], accuracies[second]
+        common = sorted(one.keys() & other.keys())
+        estimate = Estimate.of([one[episode] - other[episode] for episode in common])
+        differences.append(Difference(first, second, estimate))
+    return Summary(
+        methods=tuple(_method(records, method, accuracies[method]) for method in methods),
+        differences=tuple(differences),
+        skipped_images=tuple(skipped_images(records)),
+    )
+
+
+def _method(records: Sequence[Record], method: str, accuracies: dict[int, float]) -> MethodSummary:
+    own = [record for record in records if record.method == method]
+    times = [record.seconds_per_step for record in own if record.seconds_per_step is not None]
+    return MethodSummary(
+        method=method,
+        accuracy=Estimate.of([accuracies[episode] for episode in sorted(accuracies)]),
+        seconds_per_step=math.fsum(times) / len(times) if times else None,
+        failed={record.episode: record.status for record in own if record.status != OK},
+    )
+
+
+def _episodes(failed: dict[int, str], status: str, limit: int = 8) -> str:
+    numbers = [str(episode) for episode in sorted(failed) if failed[episode] == status]
+    plural = "s" if len(numbers) > 1 else ""
+    rest = f" and {len(numbers) - limit} more" if len(numbers) > limit else ""
+    return f"episode{plural} {', '.join(numbers[:limit])}{rest}"
+
+
+def print_summary(summary: Summary, console: Console) -> None:
+    """Print the tables, and what the reader must know to read them."""
+
+    def say(text: str) -> None:
+        # Names come from files, and brackets in them are no markup.
+        console.print(printable(text), markup=False, emoji=False, highlight=False)
+
+    table = Table(title="Accuracy, mean ± 95 % confidence interval over episodes")
+    table.add_column("method")
+    for heading in ("episodes", "accuracy %", "seconds per step"):
+        table.add_column(heading, justify="right")
+    for entry in summary.methods:
+        speed = "-" if entry.seconds_per_step is None else f"{entry.seconds_per_step:.3g}"
+        accuracy = _percent(entry.accuracy, "")
+        table.add_row(_cell(entry.method), str(entry.accuracy.episodes), accuracy, speed)
+    console.print(table)
+    if summary.differences:
+        table = Table(title="Paired difference, mean ± 95 % confidence interval over episodes")
+        table.add_column("methods")
+        for heading in ("episodes", "difference, points"):
+            table.add_column(heading, justify="right")
+        for pair in summary.differences:
+            names = f"{pair.first} − {pair.second}"
+            table.add_row(_cell(names), str(pair.accuracy.episodes), _percent(pair.accuracy, "+"))
+        console.print(table)
+    if any(entry.accuracy.episodes == 1 for entry in summary.methods):
+        say("One episode gives no interval; raise --episodes for one.")
+    if summary.skipped_images:
+        say(f"Unreadable images that were skipped: {', '.join(summary.skipped_images)}")
+
+
+def _cell(text: str) -> Text:
+    return Text(printable(text))
+
+
+def _percent(estimate: Estimate, sign: str) -> str:
+    if estimate.mean is None:
+        return "no result"
+    mean = f"{100 * estimate.mean:{sign}.2f}"
+    if estimate.half_width is None:
+        return f"{mean} (no interval)"
+    return f"{mean} ± {100 * estimate.half_width:.2f}"

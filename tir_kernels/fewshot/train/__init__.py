@@ -1,0 +1,1 @@
+"""Training: the loop over steps, episodes at once, CUDA graphs and memory."""

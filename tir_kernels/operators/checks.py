@@ -1,0 +1,196 @@
+"""Checks of the public functions' arguments: each refuses before any kernel runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tir_kernels.operators.choose import backend_names
+from tir_kernels.rules import JointSpace, WeightRule
+from tir_kernels.scalars import finite_number, whole_number
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def require_tensor(name: str, value: object, shape: str) -> Tensor:
+    """Refuse what is no floating point tensor of the rank that ``shape`` spells, "(B, L, D)"."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {shape}; got {type(value).__name__}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{name} must be float32, float16, bfloat16 or (backend='reference') float64; "
+            f"got {value.dtype}"
+        )
+    if value.dim() != shape.count(",") + 1:
+        raise ValueError(f"{name} must have shape {shape}; got {tuple(value.shape)}")
+    return value
+
+
+def require_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {other_name}, {other.device}; it is on {value.device}"
+        )
+
+
+def require_backend(backend: object) -> None:
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be a str; got {type(backend).__name__}")
+    if backend != "auto" and backend not in backend_names():
+        raise ValueError(
+            f"backend must be 'auto' or one of {', '.join(backend_names())}; got {backend!r}"
+        )
+
+
+def check_num_prefix_tokens(num_prefix_tokens: object, length: int) -> int:
+    number = whole_number("num_prefix_tokens", num_prefix_tokens)
+    if number < 0 or number > length:
+        raise ValueError(
+            f"num_prefix_tokens must lie between 0 and the number of tokens L = {length}; "
+            f"got {number}"
+        )
+    return number
+
+
+def check_relevance_inputs(
+    tokens: Tensor,
+    class_embeddings: Tensor,
+    joint_space: JointSpace | None,
+    num_prefix_tokens: int,
+    backend: str,
+) -> tuple[Tensor, JointSpace, int]:
+    """Class embeddings as (G, C, E), the joint space (no map at all if None) and P as an int."""
+    require_backend(backend)
+    require_tensor("tokens", tokens, "(B, L, D)")
+    if not isinstance(class_embeddings, Tensor) or class_embeddings.dim() != 3:
+        require_tensor("class_embeddings", class_embeddings, "(C, E)")
+        class_embeddings = class_embeddings.unsqueeze(0)
+    require_tensor("class_embeddings", class_embeddings, "(G, C, E)")
+    require_same_device("class_embeddings", class_embeddings, "tokens", tokens)
+    batch, length, width = tokens.shape
+    num_groups, num_classes, joint_width = class_embeddings.shape
+    if width < 1:
+        raise ValueError(f"tokens must have a width D of at least 1; got {tuple(tokens.shape)}")
+    if num_classes < 1 or joint_width < 1:
+        raise ValueError(
+            f"class_embeddings must hold at least one class of width 1; "
+            f"got {tuple(class_embeddings.shape)}"
+        )
+    if num_groups < 1 or batch % num_groups != 0:
+        raise ValueError(
+            f"class_embeddings of shape (G, C, E) need a number of groups G that divides the "
+            f"{batch} images of tokens; got G = {num_groups}"
+        )
+    num_prefix_tokens = check_num_prefix_tokens(num_prefix_tokens, length)
+    if joint_space is None:
+        joint_space = JointSpace(norm_eps=None)
+    _check_joint_space(joint_space, tokens, joint_width)
+    return class_embeddings, joint_space, num_prefix_tokens
+
+
+def _check_joint_space(joint_space: JointSpace, tokens: Tensor, joint_width: int) -> None:
+    if not isinstance(joint_space, JointSpace):
+        raise TypeError(f"joint_space must be a JointSpace; got {type(joint_space).__name__}")
+    width = tokens.shape[2]
+    for name in ("norm_weight", "norm_bias", "proj"):
+        part = getattr(joint_space, name)
+        if part is None:
+            continue
+        require_same_device(f"joint_space.{name}", part, "tokens", tokens)
+        if part.shape[0] != width:
+            raise ValueError(
+                f"joint_space.{name} must fit tokens of width D = {width}; got {tuple(part.shape)}"
+            )
+    if joint_space.proj is None:
+        if joint_width != width:
+            raise ValueError(
+                f"class_embeddings have width E = {joint_width} but tokens have width D = {width}; "
+                "pass joint_space=JointSpace(..., proj=(D, E) tensor) to map one to the other"
+            )
+    elif joint_space.proj.shape[1] != joint_width:
+        raise ValueError(
+            f"joint_space.proj must map to the width of class_embeddings, E = {joint_width}; "
+            f"got {tuple(joint_space.proj.shape)}"
+        )
+
+
+def resolve_table(
+    rule: WeightRule, table: Tensor | None, tokens: Tensor, num_classes: int
+) -> Tensor:
+    """The table that applies, (C + 1,) on the device of the tokens: the caller's or the rule's.
+
+    It is float32; float64 tokens with a float64 table keep it float64, so that the reference can be
+    differentiated numerically.
+    """
+    if not isinstance(rule, WeightRule):
+        raise TypeError(f"rule must be a WeightRule; got {type(rule).__name__}")
+    if table is None:
+        return _table_of(rule, num_classes, tokens.device)
+    require_tensor("table", table, "(C + 1,)".replace(",", ""))
+    if table.shape[0] != num_classes + 1:
+        raise ValueError(
+            f"table must have C + 1 = {num_classes + 1} entries, one per count from 0 to "
+            f"{num_classes}; got {table.shape[0]}"
+        )
+    require_same_device("table", table, "tokens", tokens)
+    is_double = tokens.dtype == torch.float64 and table.dtype == torch.float64
+    return table if is_double else table.float()
+
+
+_tables: dict[tuple[WeightRule, int, torch.device], Tensor] = {}
+
+
+def _table_of(rule: WeightRule, num_classes: int, device: torch.device) -> Tensor:
+    """A rule's table, kept: on a GPU, copying it there would be a call's slowest part."""
+    if torch.compiler.is_compiling() or _makes_other_tensors():
+        return rule.table(num_classes).to(device)
+    key = (rule, num_classes, device)
+    table = _tables.get(key)
+    if table is None:
+        # An inference tensor could not be saved for a backward pass later on.
+        with torch.inference_mode(False), torch.no_grad():
+            table = rule.table(num_classes).to(device)
+        if len(_tables) < 1024:
+            _tables[key] = table
+    return table
+
+
+def _makes_other_tensors() -> bool:
+    """Whether a mode or a transform is on under which a new tensor may be of use in there only."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
+
+
+def check_attention_inputs(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, backend: str
+) -> float:
+    """Returns the scale that applies."""
+    require_backend(backend)
+    require_tensor("q", query, "(B, H, L, d)")
+    for name, tensor in (("k", key), ("v", value)):
+        require_tensor(name, tensor, "(B, H, L, d)")
+        if tensor.shape != query.shape:
+            raise ValueError(
+                f"{name} must have the shape of q, {tuple(query.shape)}; got {tuple(tensor.shape)}"
+            )
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} must have the dtype of q, {query.dtype}; got {tensor.dtype}")
+        require_same_device(name, tensor, "q", query)
+    head_dim = query.shape[3]
+    for name, tensor in (("q", query), ("k", key), ("v", value)):
+        if head_dim > 1 and tensor.stride(3) != 1:
+            raise ValueError(
+                f"{name} must have unit stride in its last dimension; got strides "
+                f"{tensor.stride()}. Call {name}.contiguous() first"
+            )
+    if scale is None:
+        return max(head_dim, 1) ** -0.5
+    return finite_number("scale", scale, "a number or None")
+
+
+def check_weights(weights: Tensor, batch: int, length: int, other_name: str) -> None:
+    require_tensor("weights", weights, "(B, L)")
+    if tuple(weights.shape) != (batch, length):
+        raise ValueError(
+            f"weights must have shape (B, L) = ({batch}, {length}) to fit {other_name}; "
+            f"got {tuple(weights.shape)}"
+        )
