@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .scalars import finite_number, real_number, whole_number
 
+PLACEMENTS = ("tokens", "attention", "both")
 RULE_KINDS = ("linear", "extremes", "suppress", "amplify", "none")
 LARGEST_WEIGHT = torch.finfo(torch.float32).max
 

@@ -4,37 +4,49 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tir_kernels.fewshot import methods
     from tir_kernels.fewshot.episode import Episode
     from tir_kernels.fewshot.run.folder import read_run
-    from tir_kernels.fewshot.settings import FewShotConfig
+    from tir_kernels.fewshot.settings import Arm, Protocol, Runtime
+    from tir_kernels.fewshot.train.batch import EpisodeResult, NonFiniteLossError
     from tir_kernels.fewshot.train.loop import (
-        EpisodeResult,
-        NonFiniteLossError,
-        Savings,
         episodes_that_fit,
         finetune_episode,
         finetune_episodes,
     )
 
+_HOMES = {
+    "Arm": "settings",
+    "Episode": "episode",
+    "EpisodeResult": "train.batch",
+    "NonFiniteLossError": "train.batch",
+    "Protocol": "settings",
+    "Runtime": "settings",
+    "episodes_that_fit": "train.loop",
+    "finetune_episode": "train.loop",
+    "finetune_episodes": "train.loop",
+    "read_run": "run.folder",
+}
+
 __all__ = [
+    "Arm",
     "Episode",
     "EpisodeResult",
-    "FewShotConfig",
     "NonFiniteLossError",
-    "Savings",
+    "Protocol",
+    "Runtime",
     "episodes_that_fit",
     "finetune_episode",
     "finetune_episodes",
+    "methods",
     "read_run",
 ]
 
 
-_ELSEWHERE = {"Episode": "episode", "FewShotConfig": "settings", "read_run": "run.folder"}
-
-
 def __getattr__(name: str) -> Any:
     # PyTorch and open_clip take seconds that a command line's --help should not.
-    if name in __all__:
-        module = importlib.import_module(f"{__name__}.{_ELSEWHERE.get(name, 'train.loop')}")
-        return getattr(module, name)
+    if name == "methods":
+        return importlib.import_module(f"{__name__}.methods")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -35,23 +35,70 @@ class Episode:
         support_images: (S, 3, H, W) float32, S = C * shots, or with N augmented views of each image
             C * shots * (1 + N), where each image's views follow it.
         support_labels: (S,) int64 in [0, C).
-        query_images: (Q, 3, H, W) float32, Q = C * queries.
+        query_images: (Q, 3, H, W) float32, Q = C * queries; Q may be 0.
         index: The episode's number.
         query_labels: (Q,) int64 in [0, C); for scoring only.
         folders: The folder names of the classes.
         skipped: Unreadable images that others replaced.
+        shots: Support images per class without their views; ``None``: S / C.
     """
 
     class_names: list[str]
     support_images: Tensor
     support_labels: Tensor
     query_images: Tensor
-    index: int
+    index: int = 0
     query_labels: Tensor = field(
         default_factory=lambda: torch.empty(0, dtype=torch.int64, device="cpu")
     )
     folders: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    shots: int | None = None
+
+    @property
+    def images_per_class(self) -> int:
+        """Support images per class without their views."""
+        if self.shots is not None:
+            return self.shots
+        return len(self.support_images) // len(self.class_names)
+
+    @property
+    def views(self) -> int:
+        """Support images in a row that are views of one, itself included."""
+        if self.shots is None:
+            return 1
+        return len(self.support_images) // (len(self.class_names) * self.shots)
+
+    def check(self) -> None:
+        """Refuse images, labels or names that no training can take.
+
+        Raises:
+            ValueError, TypeError: What is wrong, by its name.
+        """
+        support_images, support_labels = self.support_images, self.support_labels
+        class_names = self.class_names
+        for name in ("support_images", "query_images"):
+            images = getattr(self, name)
+            if images.dim() != 4 or images.shape[1] != 3:
+                raise ValueError(
+                    f"{name} must have shape (images, 3, H, W); got {tuple(images.shape)}"
+                )
+        if len(class_names) < 2:
+            raise ValueError(f"class_names must hold at least 2 classes; got {len(class_names)}")
+        if len(support_images) == 0:
+            raise ValueError("support_images must hold at least one image")
+        if support_labels.shape != support_images.shape[:1]:
+            raise ValueError(
+                f"support_labels must have one label for each of the {len(support_images)} support "
+                f"images; got shape {tuple(support_labels.shape)}"
+            )
+        if support_labels.is_floating_point() or support_labels.dtype == torch.bool:
+            raise TypeError(f"support_labels must be integers; got {support_labels.dtype}")
+        if support_labels.min() < 0 or support_labels.max() >= len(class_names):
+            raise ValueError(
+                f"support_labels must lie between 0 and {len(class_names) - 1}; got "
+                f"{int(support_labels.min())} to {int(support_labels.max())}"
+            )
 
 
 def plan_episode(seed: int, index: int, class_sizes: Sequence[int], ways: int) -> EpisodePlan:

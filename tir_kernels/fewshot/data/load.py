@@ -88,4 +88,5 @@ def load_episode(
         query_labels=labels.repeat_interleave(queries),
         folders=tuple(entry.folder for entry in classes),
         skipped=tuple(skipped),
+        shots=shots,
     )

@@ -9,6 +9,9 @@ scores. Its trajectory is followed with exactly that in place of our selection.
 
 import json
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +20,12 @@ import pytest
 import torch
 
 from tir_kernels.backends import reference
-from tir_kernels.fewshot import EpisodeResult, FewShotConfig, finetune_episode
+from tir_kernels.fewshot import Episode, EpisodeResult, Runtime, finetune_episode
+from tir_kernels.fewshot.methods import Kit, Learner, Method
+from tir_kernels.fewshot.methods.lora import LoRA
+from tir_kernels.fewshot.methods.tir import TIR
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 TOLERANCE = 2e-4  # of the losses and logits, stated with the reference vectors
 QUERIES_PER_CLASS = 3
 
@@ -117,6 +123,24 @@ def test_tokens_of_weight_zero_tie(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.isfinite(result.losses).all()
 
 
+@dataclass(frozen=True, eq=False)
+class _From(Method):
+    """A method that starts from given factors A of LoRA."""
+
+    method: LoRA
+    factors: dict[str, torch.Tensor]
+
+    @property
+    def steps(self) -> int:
+        return self.method.steps
+
+    @contextmanager
+    def start(self, kit: Kit) -> Iterator[Learner]:
+        with self.method.start(kit) as learner:
+            learner.lora.set_factors({name: a[None] for name, a in self.factors.items()})
+            yield learner
+
+
 def follow(name: str, *, backend: str = "auto", compare: bool = True) -> EpisodeResult:
     golden = np.load(GOLDEN / f"trajectory_{name}.npz")
     meta = json.loads(str(golden["meta"]))
@@ -126,17 +150,16 @@ def follow(name: str, *, backend: str = "auto", compare: bool = True) -> Episode
     untouched = {key: value.clone() for key, value in model.state_dict().items()}
     image_shape = (3, sizes["image_size"], sizes["image_size"])
     rank = meta["lora"]["rank"]
-    config = FewShotConfig(
-        method="tir" if meta["layers"] else "lora",
-        steps=meta["steps"],
-        shots=shots,
-        top_ratio=meta["top_ratio"],
-        strength=meta["strength"],
-        layers=tuple(meta["layers"]) or None,
-        text_layer=meta["text_layer"],
-        lora_dropout=meta["lora"]["dropout"],
-        backend=backend,
-    )
+    trained = {"steps": meta["steps"], "lora_dropout": meta["lora"]["dropout"]}
+    method = LoRA(**trained)
+    if meta["layers"]:
+        method = TIR(
+            **trained,
+            top_ratio=meta["top_ratio"],
+            strength=meta["strength"],
+            layers=tuple(meta["layers"]),
+            text_layer=meta["text_layer"],
+        )
     widths = {"visual": sizes["vision_width"], "text": sizes["text_width"]}
     lora_init = {
         f"{tower}.{layer}.{projection}": torch.from_numpy(
@@ -146,15 +169,18 @@ def follow(name: str, *, backend: str = "auto", compare: bool = True) -> Episode
         for layer in range(12)
         for projection in "qkv"
     }
-    result = finetune_episode(
-        model,
-        open_clip.get_tokenizer("ViT-B-16"),
+    episode = Episode(
         meta["class_names"],
         torch.from_numpy(draw("support", (num_classes * shots, *image_shape), seed)),
         torch.arange(num_classes * shots) // shots,
         torch.from_numpy(draw("query", (num_classes * QUERIES_PER_CLASS, *image_shape), seed)),
-        config,
-        lora_init=lora_init,
+    )
+    result = finetune_episode(
+        model,
+        open_clip.get_tokenizer("ViT-B-16"),
+        episode,
+        _From(method, lora_init),
+        runtime=Runtime(backend=backend),
     )
     if not compare:
         return result
@@ -162,11 +188,13 @@ def follow(name: str, *, backend: str = "auto", compare: bool = True) -> Episode
     np.testing.assert_allclose(
         result.query_logits.numpy(), golden["query_logits"], atol=TOLERANCE, rtol=0
     )
-    np.testing.assert_allclose(result.context.numpy(), golden["ctx"], atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(
+        result.trained["context"].numpy(), golden["ctx"], atol=TOLERANCE, rtol=0
+    )
     for key in golden.files:
         if key.startswith("lora_"):
             _, tower, layer, projection, _ = key.split("_")
-            trained = result.lora[f"{tower}.{layer}.{projection}"][1].numpy()
+            trained = result.trained[f"lora.{tower}.{layer}.{projection}.B"].numpy()
             np.testing.assert_allclose(trained, golden[key], atol=TOLERANCE, rtol=0)
     after = model.state_dict()
     assert list(after) == list(untouched)

@@ -1,0 +1,129 @@
+"""Fields of settings: options, each with a help text and a check of what it is given."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from tir_kernels.scalars import real_number, whole_number
+
+
+def whole(
+    default: int | None,
+    help: str,
+    *,
+    least: int | None = None,
+    most: int | None = None,
+    reason: str = "",
+) -> Any:
+    """A whole number.
+
+    Args:
+        default: Default; ``None``: may be left unset.
+        help: Help text of the option.
+        least, most: Bounds, both allowed; ``None``: none.
+        reason: Why not more, for the message: "{most}, since {reason}".
+    """
+
+    def check(name: str, value: object) -> int:
+        number = whole_number(name, value, "a whole number")
+        if least is not None and number < least:
+            raise ValueError(f"{name} must be at least {least}; got {number}")
+        if most is not None and number > most:
+            raise ValueError(f"{name} must be at most {most}, since {reason}; got {number}")
+        return number
+
+    return _field(default, help, check)
+
+
+def real(
+    default: float | None, help: str, *, least: float | None = None, below: float | None = None
+) -> Any:
+    """A finite real number, which stays an int if it is one.
+
+    Args:
+        default: Default; ``None``: may be left unset.
+        help: Help text of the option.
+        least: Least value, allowed; ``None``: none.
+        below: Bound above, not allowed; ``None``: none.
+    """
+
+    def check(name: str, value: object) -> float | int:
+        # An int stays one: it is written to a run's settings, where 8 and 8.0 would be two values.
+        number = value if type(value) is int else real_number(name, value)
+        if least is not None and below is not None:
+            if not least <= number < below:
+                raise ValueError(f"{name} must lie in [{least}, {below}); got {number}")
+        elif least is not None:
+            if not (math.isfinite(number) and number >= least):
+                raise ValueError(
+                    f"{name} must be a finite number of at least {least}; got {number}"
+                )
+        elif not math.isfinite(number):
+            raise ValueError(f"{name} must be finite; got {number}")
+        return number
+
+    return _field(default, help, check)
+
+
+def choice(default: str, choices: Sequence[str], help: str) -> Any:
+    """One of several words."""
+
+    def check(name: str, value: object) -> str:
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+        return str(value)
+
+    return _field(default, help, check, choices=tuple(choices))
+
+
+def whole_list(default: tuple[int, ...] | None, help: str) -> Any:
+    """Several whole numbers."""
+
+    def check(name: str, value: object) -> tuple[int, ...]:
+        if not isinstance(value, Iterable):
+            raise TypeError(f"{name} must be a list of whole numbers; got {value!r}")
+        return tuple(whole_number(name, each, "a list of whole numbers") for each in value)
+
+    return _field(default, help, check)
+
+
+def text(default: str, help: str) -> Any:
+    """Any text."""
+
+    def check(name: str, value: object) -> str:
+        if not isinstance(value, str):
+            raise TypeError(f"{name} must be a str; got {type(value).__name__}")
+        return value
+
+    return _field(default, help, check)
+
+
+def flag(help: str) -> Any:
+    """A switch that is off unless set."""
+
+    def check(name: str, value: object) -> bool:
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be a bool; got {type(value).__name__}")
+        return value
+
+    return _field(False, help, check)
+
+
+def checked(default: object, help: str, check: Callable[[str, Any], Any]) -> Any:
+    """A value of any kind, with a check (name, value) -> value of its own."""
+    return _field(default, help, check)
+
+
+def check_all(settings: Any) -> None:
+    """Put each field of a frozen dataclass through its check; unset ones stay ``None``."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if "check" in field.metadata and not (value is None and field.default is None):
+            object.__setattr__(settings, field.name, field.metadata["check"](field.name, value))
+
+
+def _field(default: object, help: str, check: Callable[[str, Any], Any], **more: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "check": check, **more})

@@ -1,0 +1,54 @@
+"""Methods: ways to turn a few labelled images into a classifier, one file each.
+
+To add one, write a file like ``zero_shot.py`` and name it in ``METHODS``.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method, Observer, ParameterGroup
+
+# Name -> "module:Class". The first two are what a run compares where nothing is said.
+METHODS = {
+    "tir": "tir_kernels.fewshot.methods.tir:TIR",
+    "lora": "tir_kernels.fewshot.methods.lora:LoRA",
+    "zero-shot": "tir_kernels.fewshot.methods.zero_shot:ZeroShot",
+    "tip-adapter": "tir_kernels.fewshot.methods.tip_adapter:TipAdapter",
+}
+DEFAULT_METHODS = tuple(METHODS)[:2]
+
+__all__ = [
+    "DEFAULT_METHODS",
+    "METHODS",
+    "Kit",
+    "Learner",
+    "Method",
+    "Observer",
+    "ParameterGroup",
+    "method_class",
+]
+
+
+def __getattr__(name: str) -> type[Method]:
+    # methods.TIR and its like, each from its own file.
+    for path in METHODS.values():
+        if path.endswith(f":{name}"):
+            return _load(path)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _load(path: str) -> type[Method]:
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method in the registry.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {name!r}")
+    return _load(METHODS[name])

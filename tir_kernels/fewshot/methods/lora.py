@@ -1,0 +1,139 @@
+"""LoRA on both towers and a learned prompt context: plain few-shot fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tir_kernels.fewshot import fields
+from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method, ParameterGroup
+from tir_kernels.fewshot.methods.zero_shot import LOGIT_SCALE_HELP
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tir_kernels.adapters import LoRA as Adapter
+
+
+@dataclass(frozen=True)
+class LoRA(Method):
+    """LoRA on query, key and value of both towers, AdamW; a prompt context, SGD.
+
+    Full-batch steps of cross entropy over scaled cosines, as in the program of arXiv 2605.25799.
+    """
+
+    name = "lora"
+    source = "arXiv 2405.18541, as trained in arXiv 2605.25799"
+    family = "tuned towers"
+
+    steps: int = fields.whole(
+        100,
+        "Full-batch training steps per episode.",
+        least=1,
+        most=10**6,
+        reason="no few-shot training takes as many",
+    )
+    lora_rank: int = fields.whole(
+        16,
+        "Rank of LoRA on the query, key and value projections of both towers.",
+        least=1,
+        most=8192,
+        reason="no layer is as wide",
+    )
+    lora_alpha: float = fields.real(8, "LoRA's scale is lora_alpha / sqrt(lora_rank).", least=0)
+    lora_dropout: float = fields.real(
+        0.25, "Dropout in front of LoRA's A while training, in [0, 1).", least=0, below=1
+    )
+    lora_lr: float = fields.real(2e-4, "AdamW's learning rate for LoRA.", least=0)
+    context_tokens: int = fields.whole(
+        4,
+        'Learned prompt context vectors, started as "a photo of a"; 0 for none.',
+        least=0,
+        most=1024,
+        reason="no text tower has as many positions",
+    )
+    context_lr: float = fields.real(
+        2e-3,
+        "SGD's learning rate for the context (momentum 0.9, weight decay 5e-4).",
+        least=0,
+    )
+    logit_scale: float | None = fields.real(None, LOGIT_SCALE_HELP)
+
+    @contextmanager
+    def start(self, kit: Kit) -> Iterator[Learner]:
+        with self.adapted(kit) as lora:
+            yield TunedTowers(self, kit, lora)
+
+    @contextmanager
+    def adapted(self, kit: Kit) -> Iterator[Adapter]:
+        """LoRA on the kit's model, seeded an episode each."""
+        from tir_kernels.adapters import add_lora
+
+        with add_lora(
+            kit.model,
+            self.lora_rank,
+            self.lora_alpha,
+            self.lora_dropout,
+            passes_input_gradient=False,  # as the published program trains
+            num_episodes=len(kit.seeds),
+        ) as lora:
+            lora.seed(kit.seeds)
+            yield lora
+
+
+class TunedTowers(Learner):
+    """Towers with LoRA and a prompt context; inputs are the embedded tokens (G, S, L, D).
+
+    Attributes:
+        lora: Handle of the adapter.
+        prompts: The class prompts.
+    """
+
+    def __init__(self, method: LoRA, kit: Kit, lora: Adapter) -> None:
+        from tir_kernels.fewshot.methods.prompts import Prompts, default_logit_scale
+
+        self.lora = lora
+        self.prompts = Prompts.of_kit(kit, method.context_tokens)
+        self._method = method
+        self._encoder = kit.encoder
+        self._logit_scale = default_logit_scale(method.logit_scale, kit.shots)
+
+    def inputs(self, images: Tensor) -> Tensor:
+        return self._encoder.embed(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+
+    def classes(self) -> Any:
+        """(G, C, E) class embeddings of unit length."""
+        from torch.nn.functional import normalize
+
+        return normalize(self.prompts()[0].float(), dim=-1)
+
+    def logits(self, inputs: Tensor, classes: Any) -> Tensor:
+        from tir_kernels.fewshot.methods.prompts import cosine_logits
+
+        features = self._encoder.features(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])
+        return cosine_logits(features, classes, self._logit_scale)
+
+    def parameters(self) -> list[ParameterGroup]:
+        lora = {"lr": self._method.lora_lr, "weight_decay": 0.01}
+        groups = [ParameterGroup(list(self.lora.parameters()), "AdamW", lora)]
+        if self._method.context_tokens:
+            context = {"lr": self._method.context_lr, "momentum": 0.9, "weight_decay": 5e-4}
+            groups.append(ParameterGroup([self.prompts.vectors], "SGD", context))
+        return groups
+
+    def train(self, mode: bool) -> None:
+        self.lora.train(mode)
+
+    def next_step(self) -> None:
+        self.lora.next_step()
+
+    def trained(self) -> dict[str, Tensor]:
+        """ "context" (G, context_tokens, W), and "lora.{visual|text}.{layer}.{q|k|v}.{A|B}"."""
+        factors = {
+            f"lora.{name}.{letter}": factor
+            for name, pair in self.lora.factors().items()
+            for letter, factor in zip("AB", pair, strict=True)
+        }
+        return {"context": self.prompts.vectors, **factors}

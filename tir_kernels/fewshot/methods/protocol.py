@@ -1,0 +1,125 @@
+"""The seam between methods and all that runs them: a method's options, and what it learns with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from tir_kernels.fewshot.fields import check_all
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from tir_kernels.towers import ImageEncoder
+
+
+@dataclass(frozen=True)
+class Kit:
+    """What a method builds its learner from, for G episodes that are trained at once.
+
+    Attributes:
+        model: The model, frozen and in evaluation mode.
+        tokenizer: Its tokenizer: list of strings -> (C, T) token ids.
+        encoder: Its image tower: images (N, 3, H, W) -> tokens -> features (N, E).
+        class_names: G lists of C names, in words.
+        seeds: G seeds, the only source of an episode's random numbers.
+        shots: Support images per class, before views were added.
+        views: Support images in a row that are views of one, itself included.
+        backend: Name of the operators' backend.
+    """
+
+    model: nn.Module
+    tokenizer: Callable[[list[str]], Tensor]
+    encoder: ImageEncoder
+    class_names: Sequence[Sequence[str]]
+    seeds: Sequence[int]
+    shots: int
+    views: int
+    backend: str
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters, and the name in ``torch.optim`` and settings of the optimizer that steps them."""
+
+    parameters: Sequence[nn.Parameter]
+    optimizer: str
+    settings: Mapping[str, Any]
+
+
+class Learner:
+    """A model with a method's parts for G episodes. Images come as (G, S, 3, H, W)."""
+
+    def inputs(self, images: Tensor) -> Tensor:
+        """The part of the images' way that stays as it is, (G, S, ...); run once an episode."""
+        raise NotImplementedError
+
+    def classes(self) -> Any:
+        """The part of the logits that no image changes: run once a step, and once to classify."""
+        return None
+
+    def logits(self, inputs: Tensor, classes: Any) -> Tensor:
+        """(G, S, ...) inputs, and the result of ``classes`` -> (G, S, C) logits."""
+        raise NotImplementedError
+
+    def fit(self, inputs: Tensor, labels: Tensor) -> None:
+        """Learn in closed form from inputs (G, S, ...) and labels (G, S), before any step."""
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """(G,) losses of logits (G, S, C) and labels (G, S): mean cross entropy."""
+        import torch.nn.functional as F
+
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        return losses.unflatten(0, labels.shape).mean(1)
+
+    def parameters(self) -> list[ParameterGroup]:
+        """Everything that is stepped; empty where nothing is."""
+        return []
+
+    def train(self, mode: bool) -> None:
+        """Switch what differs in training, such as dropout, on or off."""
+
+    def next_step(self) -> None:
+        """Draw anew what is random in training; a part of the step, and of its CUDA graph."""
+
+    def trained(self) -> dict[str, Tensor]:
+        """Name -> (G, ...) of all that was learned."""
+        return {}
+
+
+class Observer(Protocol):
+    """A listener between steps, which sees the learner without gradients, in evaluation mode.
+
+    Attributes:
+        every: Steps between two calls; there is one before the first step and one after the last.
+    """
+
+    every: int
+
+    def observe(self, step: int, learner: Learner, inputs: Tensor) -> None: ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method's options, which are its fields; see ``fewshot.fields`` for how they are checked.
+
+    Attributes:
+        name: Name in the registry.
+        source: Where it was published.
+        family: "frozen features", "tuned towers", "inference only" or "source-trained".
+        steps: Training steps of an episode, which a method that takes steps has as a field.
+    """
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+    family: ClassVar[str]
+    steps = 0
+
+    def __post_init__(self) -> None:
+        check_all(self)
+
+    def start(self, kit: Kit) -> AbstractContextManager[Learner]:
+        """A learner, whose parts are taken off the model again at the end of the context."""
+        raise NotImplementedError
