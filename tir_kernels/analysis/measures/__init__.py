@@ -1,0 +1,29 @@
+"""Measures, one file each.
+
+To add one, write a file like ``sink_ratio.py`` and name it in ``MEASURES``.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from tir_kernels.analysis.measures.protocol import BlockView, Finding, Measure
+
+# Name -> "module:Class".
+MEASURES = {
+    "sink-ratio": "tir_kernels.analysis.measures.sink_ratio:SinkRatio",
+}
+
+__all__ = ["MEASURES", "BlockView", "Finding", "Measure", "measure_class"]
+
+
+def measure_class(name: str) -> type[Measure]:
+    """The class of a measure in the registry.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    if name not in MEASURES:
+        raise ValueError(f"measure must be one of {', '.join(MEASURES)}; got {name!r}")
+    module, _, attribute = MEASURES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
