@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from tir_kernels.fewshot.fields import check_all
 
@@ -15,33 +15,20 @@ if TYPE_CHECKING:
     from tir_kernels.towers import ImageEncoder
 
 
-@dataclass(frozen=True)
-class Kit:
-    """What a method builds its learner from, for G episodes that are trained at once.
+class Kit(NamedTuple):
+    """The parts from which a method builds its learner, for G episodes that are trained at once."""
 
-    Attributes:
-        model: The model, frozen and in evaluation mode.
-        tokenizer: Its tokenizer: list of strings -> (C, T) token ids.
-        encoder: Its image tower: images (N, 3, H, W) -> tokens -> features (N, E).
-        class_names: G lists of C names, in words.
-        seeds: G seeds, the only source of an episode's random numbers.
-        shots: Support images per class, before views were added.
-        views: Support images in a row that are views of one, itself included.
-        backend: Name of the operators' backend.
-    """
-
-    model: nn.Module
-    tokenizer: Callable[[list[str]], Tensor]
-    encoder: ImageEncoder
-    class_names: Sequence[Sequence[str]]
-    seeds: Sequence[int]
-    shots: int
-    views: int
-    backend: str
+    model: nn.Module  # frozen, in evaluation mode
+    tokenizer: Callable[[list[str]], Tensor]  # C texts -> (C, T) token ids
+    encoder: ImageEncoder  # images (N, 3, H, W) -> tokens -> features (N, E)
+    class_names: Sequence[Sequence[str]]  # G lists of C names, in words
+    seeds: Sequence[int]  # G, the only source of an episode's random numbers
+    shots: int  # support images per class, without their views
+    views: int  # support images in a row that are views of one, itself included
+    backend: str  # of the operators
 
 
-@dataclass(frozen=True)
-class ParameterGroup:
+class ParameterGroup(NamedTuple):
     """Parameters, and the name in ``torch.optim`` and settings of the optimizer that steps them."""
 
     parameters: Sequence[nn.Parameter]
@@ -69,14 +56,14 @@ class Learner:
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """(G,) losses of logits (G, S, C) and labels (G, S): mean cross entropy."""
-        import torch.nn.functional as F
+        from torch.nn.functional import cross_entropy
 
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         return losses.unflatten(0, labels.shape).mean(1)
 
-    def parameters(self) -> list[ParameterGroup]:
+    def parameters(self) -> Sequence[ParameterGroup]:
         """Everything that is stepped; empty where nothing is."""
-        return []
+        return ()
 
     def train(self, mode: bool) -> None:
         """Switch what differs in training, such as dropout, on or off."""
@@ -90,32 +77,21 @@ class Learner:
 
 
 class Observer(Protocol):
-    """A listener between steps, which sees the learner without gradients, in evaluation mode.
-
-    Attributes:
-        every: Steps between two calls; there is one before the first step and one after the last.
-    """
+    """A listener between steps: before the first, each ``every`` steps, and after the last."""
 
     every: int
 
-    def observe(self, step: int, learner: Learner, inputs: Tensor) -> None: ...
+    def observe(self, step: int, learner: Learner, inputs: Tensor) -> None: ...  # no gradients
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method's options, which are its fields; see ``fewshot.fields`` for how they are checked.
+    """A method's options: its fields, made and checked by ``tir_kernels.fewshot.fields``."""
 
-    Attributes:
-        name: Name in the registry.
-        source: Where it was published.
-        family: "frozen features", "tuned towers", "inference only" or "source-trained".
-        steps: Training steps of an episode, which a method that takes steps has as a field.
-    """
-
-    name: ClassVar[str]
-    source: ClassVar[str]
-    family: ClassVar[str]
-    steps = 0
+    name: ClassVar[str]  # in the registry
+    source: ClassVar[str]  # where it was published
+    family: ClassVar[str]  # "frozen features", "tuned towers", "inference only", "source-trained"
+    steps = 0  # of training; a field where they can be chosen
 
     def __post_init__(self) -> None:
         check_all(self)
