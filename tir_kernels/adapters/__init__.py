@@ -1,9 +1,9 @@
 """Adapters for opened towers: re-weighting, LoRA and prompt learning."""
 
-from tir_kernels.adapters.lora import LoRA, add_lora
+from tir_kernels.adapters.lora import LoRA, add_lora, loras_of
 from tir_kernels.adapters.lora_file import load_lora, save_lora
 from tir_kernels.adapters.prompt_context import PromptContext
-from tir_kernels.adapters.reweighting import Reweighting, add_reweighting
+from tir_kernels.adapters.reweighting import Reweighting, add_reweighting, reweighting_of
 
 __all__ = [
     "LoRA",
@@ -12,5 +12,7 @@ __all__ = [
     "add_lora",
     "add_reweighting",
     "load_lora",
+    "loras_of",
+    "reweighting_of",
     "save_lora",
 ]

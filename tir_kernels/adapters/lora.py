@@ -1,24 +1,47 @@
-"""LoRA on the query, key and value projections of an open_clip model's towers."""
+"""LoRA on the query, key and value projections of a model's towers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tir_kernels.adapters.low_rank import LowRank, PhiloxRandomness
+from tir_kernels.adapters.handle import Handle, handles_on
+from tir_kernels.adapters.low_rank import LowRank, LowRankSettings, PhiloxRandomness
 from tir_kernels.scalars import finite_number, real_number, whole_number
-from tir_kernels.towers.attention import SelfAttention, close_attention, open_attention
-from tir_kernels.towers.open_clip import text_tower, vision_tower
+from tir_kernels.towers import open_tower
+from tir_kernels.towers.protocol import Block, Linear
 
 TOWERS = ("visual", "text")
 PROJECTIONS = ("q", "k", "v")
 
 
-class LoRA:
+class _Place:
+    """The projections of one block that are packed into one matrix, and their low-rank change."""
+
+    def __init__(self, block: Block, names: list[str], linear: Linear) -> None:
+        self.block = block
+        self.names = names
+        self.linear = linear
+
+    @property
+    def low_rank(self) -> LowRank:
+        return self.linear.owner.low_rank  # type: ignore[return-value]
+
+
+def _packed(block: Block) -> Iterator[_Place]:
+    """The block's projections by the module that owns them."""
+    owners: dict[int, list[str]] = {}
+    linears = block.linears
+    for name in PROJECTIONS:
+        owners.setdefault(id(linears[name].owner), []).append(name)
+    for names in owners.values():
+        yield _Place(block, names, linears[names[0]])
+
+
+class LoRA(Handle):
     """Handle of :func:`add_lora`; as a context manager it removes itself at the end.
 
     Attributes:
@@ -26,50 +49,28 @@ class LoRA:
         module_paths: ``"{visual|text}.{layer}"`` -> path of the block's attention in the model.
     """
 
-    def __init__(
-        self,
-        blocks: dict[str, Any],  # "visual.3" -> block
-        module_paths: dict[str, str],
-        rank: int,
-        alpha: float,
-        dropout: float,
-        passes_input_gradient: bool,
-        num_episodes: int | None,
-    ) -> None:
-        self.rank = rank
-        self.alpha = alpha
-        self.dropout = dropout
-        self.module_paths = module_paths
-        self._blocks = blocks
+    def __init__(self, blocks: dict[str, Block], settings: LowRankSettings) -> None:
+        self.rank = settings.rank
+        self.alpha = settings.alpha
+        self.dropout = settings.dropout
+        self.module_paths = {place: block.attention_path for place, block in blocks.items()}
         self._step = torch.zeros(1, dtype=torch.int64, device="cpu")
-        opened: list[Any] = []
+        self._places: dict[str, list[_Place]] = {}
         try:
-            for block in blocks.values():
-                if getattr(block.attn, "low_rank", None) is not None:
-                    raise RuntimeError(
-                        "model has LoRA already: call remove() on the handle of its add_lora()"
-                    )
-                attention = open_attention(block)
-                opened.append(block)
-                weight = attention.in_proj_weight
-                attention.low_rank = LowRank(
-                    weight.shape[1],
-                    rank,
-                    alpha,
-                    dropout,
-                    passes_input_gradient,
-                    weight.device,
-                    num_episodes,
-                )
-                attention.low_rank.train(attention.training)
+            for name, block in blocks.items():
+                for place in _packed(block):
+                    owner = place.linear.owner
+                    device = next(owner.parameters()).device
+                    low_rank = LowRank(place.linear.shape, settings, device)
+                    low_rank.train(owner.training)
+                    block.put_low_rank(owner, low_rank, self)
+                    self._places.setdefault(name, []).append(place)
         except (TypeError, RuntimeError):
-            for block in opened:
-                block.attn.low_rank = None
-                close_attention(block)
+            self.remove()
             raise
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        for low_rank in self._low_ranks().values():
+        for low_rank in self._low_ranks():
             yield from low_rank.parameters()
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -77,9 +78,13 @@ class LoRA:
         several episodes, with a leading dimension G.
         """
         return {
-            f"{place}.{projection}": (low_rank.a.select(-3, index), low_rank.b.select(-3, index))
-            for place, low_rank in self._low_ranks().items()
-            for index, projection in enumerate(PROJECTIONS)
+            f"{name}.{projection}": (
+                place.low_rank.a.select(-3, index),
+                place.low_rank.b.select(-3, index),
+            )
+            for name, places in self._places.items()
+            for place in places
+            for index, projection in enumerate(place.names)
         }
 
     @torch.no_grad()
@@ -117,11 +122,11 @@ class LoRA:
         seeds = [whole_number("seeds", seed, "whole numbers") for seed in seeds]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         low_ranks = self._low_ranks()
-        device = next(iter(low_ranks.values())).a.device
+        device = low_ranks[0].a.device
         with torch.inference_mode(False):  # the step is changed in place, in training too
             on_device = torch.tensor(seeds, dtype=torch.int64, device=device)
             self._step = torch.zeros(1, dtype=torch.int64, device=device)
-        for stream, low_rank in enumerate(low_ranks.values()):
+        for stream, low_rank in enumerate(low_ranks):
             low_rank.draw(generators)
             low_rank.randomness = PhiloxRandomness(on_device, self._step, stream)
 
@@ -131,39 +136,31 @@ class LoRA:
 
     def form_products(self, mode: bool = True) -> None:
         """Multiply with B A as one matrix, as the formula is written, only to measure that."""
-        for low_rank in self._low_ranks().values():
+        for low_rank in self._low_ranks():
             low_rank.forms_product = mode
 
     def train(self, mode: bool = True) -> None:
         """Switch LoRA's dropout on or off, without touching the mode of the model."""
-        for low_rank in self._low_ranks().values():
+        for low_rank in self._low_ranks():
             low_rank.train(mode)
 
     def remove(self) -> None:
-        """Leave the model as it was before; harmless if done already."""
-        for block in self._blocks.values():
-            block.attn.low_rank = None
-            close_attention(block)
-        self._blocks = {}
+        for places in self._places.values():
+            for place in places:
+                place.block.take_low_rank(place.linear.owner, self)
+        self._places = {}
 
-    def __enter__(self) -> LoRA:
-        return self
+    def _low_ranks(self) -> list[LowRank]:
+        return [place.low_rank for places in self._places.values() for place in places]
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.remove()
 
-    def _low_ranks(self) -> dict[str, LowRank]:
-        attentions: dict[str, SelfAttention] = {p: b.attn for p, b in self._blocks.items()}
-        return {p: a.low_rank for p, a in attentions.items() if a.low_rank is not None}
+def loras_of(model: nn.Module) -> list[LoRA]:
+    """The handles of the LoRA on a model: of a copy, or a model saved and loaded, its own."""
+    return handles_on(model, LoRA)
 
 
 def add_lora(
-    model: nn.Module,
+    model: Any,
     rank: int = 16,
     alpha: float = 8,
     dropout: float = 0.25,
@@ -179,7 +176,7 @@ def add_lora(
     left as they are: freeze them yourself if they are not to be trained.
 
     Args:
-        model: An open_clip model with open_clip's own towers.
+        model: A model whose towers can be opened, or an opened tower.
         rank: At least 1.
         alpha: LoRA's alpha, any finite number.
         dropout: In [0, 1).
@@ -211,24 +208,10 @@ def add_lora(
     unknown = set(towers) - set(TOWERS)
     if unknown or not towers:
         raise ValueError(f"towers must be some of {', '.join(TOWERS)}; got {tuple(towers)}")
-    blocks: dict[str, Any] = {}
-    module_paths: dict[str, str] = {}
-    for tower in dict.fromkeys(towers):
-        path, transformer = tower_transformer(model, tower)
-        for layer, block in enumerate(transformer.resblocks):
-            blocks[f"{tower}.{layer}"] = block
-            module_paths[f"{tower}.{layer}"] = f"{path}.resblocks.{layer}.attn"
-    return LoRA(blocks, module_paths, rank, alpha, dropout, passes_input_gradient, num_episodes)
-
-
-def tower_transformer(model: nn.Module, tower: str) -> tuple[str, Any]:
-    """Path in the model of the transformer of tower "visual" or "text", and the transformer.
-
-    Raises:
-        TypeError, ValueError: The tower is of a kind that takes no LoRA.
-    """
-    if tower == "text":
-        text = text_tower(model)
-        return text.prefix, text.transformer
-    visual = vision_tower(model)
-    return "transformer" if visual is model else "visual.transformer", visual.transformer
+    blocks = {
+        f"{tower}.{layer}": block
+        for tower in dict.fromkeys(towers)
+        for layer, block in enumerate(open_tower(model, tower).blocks)
+    }
+    settings = LowRankSettings(rank, alpha, dropout, passes_input_gradient, num_episodes)
+    return LoRA(blocks, settings)

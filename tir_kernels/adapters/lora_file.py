@@ -22,7 +22,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from tir_kernels.adapters.lora import PROJECTIONS, TOWERS, LoRA, add_lora, tower_transformer
+from tir_kernels.adapters.lora import PROJECTIONS, TOWERS, LoRA, add_lora
+from tir_kernels.towers import open_tower
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -267,11 +268,11 @@ def _attention_places(model: nn.Module) -> dict[str, tuple[str, int]]:
     places = {}
     for tower in TOWERS:
         with suppress(TypeError, ValueError):  # an adapter need not cover a tower of another kind
-            path, transformer = tower_transformer(model, tower)
-            for layer in range(len(transformer.resblocks)):
-                places[f"{path}.resblocks.{layer}.attn"] = (f"{tower}.{layer}", transformer.width)
+            for layer, block in enumerate(open_tower(model, tower).blocks):
+                width = block.linears["q"].shape[2]
+                places[block.attention_path] = (f"{tower}.{layer}", width)
     if not places:
-        tower_transformer(model, TOWERS[0])  # says why not
+        open_tower(model, TOWERS[0])  # says why not
     return places
 
 

@@ -1,4 +1,4 @@
-"""Low-rank adaptation of a packed query, key and value projection (LoRA, arXiv 2106.09685)."""
+"""Low-rank adaptation of packed linear maps (LoRA, arXiv 2106.09685)."""
 
 from __future__ import annotations
 
@@ -31,47 +31,60 @@ class PhiloxRandomness:
     stream: int
 
 
-class LowRank(nn.Module):
-    """The low-rank change of the query, key and value projections of one attention module.
+@dataclass(frozen=True)
+class LowRankSettings:
+    """The settings of a low-rank change.
 
-    ``delta = (dropout(x) A^T) B^T * alpha / sqrt(rank)`` for each of the three, each with dropout
-    of its own. With episodes, the batch falls into that many equal parts, each with factors of its
+    Args:
+        rank, alpha, dropout: As in the formula of :class:`LowRank`.
+        passes_input_gradient: Whether the branch passes a gradient on to the tokens. Without it,
+            only the factors learn from the branch.
+        num_episodes: G; ``None``: one set of factors, without the leading dimension.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    passes_input_gradient: bool = True
+    num_episodes: int | None = None
+
+
+class LowRank(nn.Module):
+    """The low-rank change of K linear maps of the same tokens that are packed into one matrix.
+
+    ``delta = (dropout(x) A^T) B^T * alpha / sqrt(rank)`` for each of the K, each with dropout of
+    its own. With episodes, the batch falls into that many equal parts, each with factors of its
     own.
 
     Args:
-        width: Width D of the tokens.
-        rank, alpha, dropout: As in the formula.
-        passes_input_gradient: Whether the branch passes a gradient on to the tokens. Without it,
-            only the factors learn from the branch.
+        shape: Number of maps K, their output width O and the width D of the tokens.
+        settings: Rank, alpha and the like.
         device: Of the factors; ``None``: the CPU.
-        num_episodes: G; ``None``: one set of factors, without the leading dimension.
 
     Attributes:
-        a: (3, rank, width) or (G, 3, rank, width), drawn as ``nn.Linear`` draws its weights.
-        b: (3, width, rank) or (G, 3, width, rank), zero at first: the model starts unchanged.
+        a: (K, rank, D) or (G, K, rank, D), drawn as ``nn.Linear`` draws its weights.
+        b: (K, O, rank) or (G, K, O, rank), zero at first: the model starts unchanged.
         randomness: What drops; ``None``: PyTorch's own generator.
-        forms_product: Multiply with B A, (width, width), instead of with its factors in turn.
+        forms_product: Multiply with B A, (O, D), instead of with its factors in turn.
     """
 
     def __init__(
         self,
-        width: int,
-        rank: int,
-        alpha: float,
-        dropout: float,
-        passes_input_gradient: bool,
-        device: torch.device | None,
-        num_episodes: int | None = None,
+        shape: tuple[int, int, int],
+        settings: LowRankSettings,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        episodes = () if num_episodes is None else (num_episodes,)
+        count, output, width = shape
+        rank = settings.rank
+        episodes = () if settings.num_episodes is None else (settings.num_episodes,)
         place: dict[str, Any] = {"dtype": torch.float32, "device": device or "cpu"}
         with torch.inference_mode(False):  # where it is on, nothing could learn
-            self.a = nn.Parameter(torch.empty(*episodes, 3, rank, width, **place))
-            self.b = nn.Parameter(torch.zeros(*episodes, 3, width, rank, **place))
-        self.scaling = alpha / math.sqrt(rank)
-        self.dropout = dropout
-        self.passes_input_gradient = passes_input_gradient
+            self.a = nn.Parameter(torch.empty(*episodes, count, rank, width, **place))
+            self.b = nn.Parameter(torch.zeros(*episodes, count, output, rank, **place))
+        self.scaling = settings.alpha / math.sqrt(rank)
+        self.dropout = settings.dropout
+        self.passes_input_gradient = settings.passes_input_gradient
         self.randomness: PhiloxRandomness | None = None
         self.forms_product = False
         self.draw()
@@ -94,7 +107,7 @@ class LowRank(nn.Module):
         return self.training and self.dropout > 0
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, 3 D)."""
+        """(B, L, D) -> (B, L, K O)."""
         num_episodes = 1 if self.a.dim() == 3 else len(self.a)
         rows = tokens.reshape(num_episodes, -1, *tokens.shape[-2:])
         if not self.passes_input_gradient:
@@ -104,19 +117,20 @@ class LowRank(nn.Module):
         a, b = (factor.view(num_episodes, *factor.shape[-3:]) for factor in (a, b))
         inputs = self._drop(rows).flatten(2, 3) if self._drops else rows.flatten(1, 2)[:, None]
         if self.forms_product:
-            delta = torch.matmul(inputs, torch.matmul(b, a).mT)  # (G, 3, rows, D)
+            delta = torch.matmul(inputs, torch.matmul(b, a).mT)  # (G, K, rows, O)
         elif self._drops:
             delta = torch.matmul(torch.matmul(inputs, a.mT), b.mT)
-        else:  # one product serves all three
+        else:  # one product serves them all
             compressed = torch.matmul(inputs[:, 0], a.flatten(1, 2).mT)
-            delta = torch.matmul(compressed.unflatten(2, (3, -1)).transpose(1, 2), b.mT)
+            delta = torch.matmul(compressed.unflatten(2, (a.shape[1], -1)).transpose(1, 2), b.mT)
         return delta.transpose(1, 2).reshape(*tokens.shape[:-1], -1)
 
     def _drop(self, rows: Tensor) -> Tensor:
-        """(G, S, L, D) -> (G, 3, S, L, D), dropped for each projection by itself."""
+        """(G, S, L, D) -> (G, K, S, L, D), dropped for each map by itself."""
+        count = self.a.shape[-3]
         if self.randomness is None:
-            return F.dropout(rows[:, None].expand(-1, 3, -1, -1, -1), self.dropout)
-        return rows[:, None] * self._philox_dropout(torch.ones_like(rows), 0, 3)
+            return F.dropout(rows[:, None].expand(-1, count, -1, -1, -1), self.dropout)
+        return rows[:, None] * self._philox_dropout(torch.ones_like(rows), 0, count)
 
     def _philox_dropout(self, rows: Tensor, first: int, count: int) -> Tensor:
         assert self.randomness is not None
@@ -131,19 +145,25 @@ class LowRank(nn.Module):
         )
 
     def project(
-        self, tokens: Tensor, weight: Tensor, bias: Tensor | None, first: int = 0, count: int = 3
+        self,
+        tokens: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        first: int = 0,
+        count: int | None = None,
     ) -> Tensor:
         """The adapted projection: ``tokens weight^T + bias`` and the change, as one.
 
         Args:
             tokens: (B, L, D).
-            weight, bias: (3 D, D) and (3 D,) of all three projections.
-            first, count: Which of query, key and value are wanted.
+            weight, bias: (K O, D) and (K O,) of all maps.
+            first, count: Which of the maps are wanted; ``None``: all from the first on.
 
         Returns:
-            (B, L, count D).
+            (B, L, count O).
         """
-        width = tokens.shape[-1]
+        count = self.a.shape[-3] - first if count is None else count
+        width = self.b.shape[-2]
         chosen = slice(first * width, (first + count) * width)
         weight, bias = weight[chosen], None if bias is None else bias[chosen]
         is_frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
@@ -162,7 +182,7 @@ class LowRank(nn.Module):
 class _FrozenProjection(torch.autograd.Function):
     """A frozen projection and its change, in one buffer, from one copy of the tokens.
 
-    The backward pass drops again instead of keeping what was left of the tokens, three times over.
+    The backward pass drops again instead of keeping what was left of the tokens, once for each map.
     """
 
     @staticmethod
@@ -187,8 +207,8 @@ class _FrozenProjection(torch.autograd.Function):
         if low_rank._drops and low_rank.randomness is not None:
             step = low_rank.randomness.step.clone()
         dropped = _FrozenProjection._dropped(rows, low_rank, first, b.shape[-3], step)
-        ctx.low_rank, ctx.first, ctx.shapes = low_rank, first, (tokens.shape, a.shape, b.shape)
-        parts = projected.view(num_episodes, -1, *b.shape[-3:-1])  # (G, rows, K, D)
+        ctx.low_rank, ctx.first, ctx.shapes = low_rank, first, (a.shape, b.shape)
+        parts = projected.view(num_episodes, -1, *b.shape[-3:-1])  # (G, rows, K, O)
         compressed = [torch.bmm(own, factor_a[:, k].mT) for k, own in enumerate(dropped)]
         for k, own in enumerate(compressed):
             parts[:, :, k].baddbmm_(own, factor_b[:, k].mT)
@@ -219,14 +239,14 @@ class _FrozenProjection(torch.autograd.Function):
     @differentiable_once("add LoRA with passes_input_gradient=True")
     def backward(ctx: Any, saved: tuple, grad: Tensor) -> tuple[Tensor | None, ...]:
         _, _, rows, weight, factor_b, step, *compressed = saved
-        shape, a_shape, b_shape = ctx.shapes
+        a_shape, b_shape = ctx.shapes
         # All types are chosen here, whatever region the pass runs in.
         with without_autocast(grad.device.type):
             grad_tokens = None
             if ctx.needs_input_grad[0]:
                 grad_tokens = torch.matmul(grad, weight.to(grad.dtype))
             count = b_shape[-3]
-            parts = grad.reshape(len(rows), -1, count, shape[-1])
+            parts = grad.reshape(len(rows), -1, count, b_shape[-2])
             dropped = _FrozenProjection._dropped(rows, ctx.low_rank, ctx.first, count, step)
             grads_a, grads_b = [], []
             for k in range(count):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tir_kernels.scalars import whole_number
-from tir_kernels.towers.open_clip import text_tower
+from tir_kernels.towers import text_tower
+from tir_kernels.towers.run import EncodesText
 
 CONTEXT_WORDS = "a photo of a"
 _PLACEHOLDER = "a"  # one token of CLIP's tokenizer; its embedding is replaced
@@ -21,7 +22,7 @@ class PromptContext(nn.Module):
     as the last of these words; with more, the vectors in front are drawn from N(0, 0.02²).
 
     Args:
-        model: An open_clip model; it is read, never changed.
+        model: A model with a text tower, or that tower opened; it is read, never changed.
         tokenizer: Its tokenizer: list of strings -> (C, T) token ids.
         class_names: C names, in words; at least one.
         num_vectors: Trained vectors; 0 leaves "a photo of a" as it is.
@@ -44,7 +45,7 @@ class PromptContext(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | EncodesText,
         tokenizer: Callable[[list[str]], Tensor],
         class_names: Sequence[str],
         num_vectors: int = 4,
@@ -54,28 +55,27 @@ class PromptContext(nn.Module):
         super().__init__()
         num_vectors = _check_arguments(class_names, num_vectors)
         self.tower = text_tower(model)
-        embedding = self.tower.token_embedding
-        device = embedding.weight.device
         context = CONTEXT_WORDS if num_vectors == 0 else " ".join([_PLACEHOLDER] * num_vectors)
         prompts = [f"{context} {name}." for name in class_names]
         # Everything here lasts: made as inference tensors, none of it could take part in training.
         with torch.inference_mode(False), torch.no_grad():
-            token_ids = _tokenize(tokenizer, prompts, device)
+            token_ids = _tokenize(tokenizer, prompts)
             _require_room(tokenizer, token_ids, prompts, class_names, num_vectors)
-            self.last_position = self.tower.last_position(token_ids)
+            last_position = self.tower.last_position(token_ids)
             if cut and self.tower.is_causal:
                 # No token sees the ones behind it: what follows the last end-of-text is waste.
-                token_ids = token_ids[:, : int(self.last_position.max()) + 1]
-            embeddings = _round(embedding(token_ids))
+                token_ids = token_ids[:, : int(last_position.max()) + 1]
+            embeddings = _round(self.tower.embed(token_ids))
+            self.last_position = last_position.to(embeddings.device)
             self.register_buffer("embeddings", embeddings, persistent=False)
             self.vectors = nn.Parameter(
-                _round(_start(tokenizer, embedding, num_vectors, generator))
+                _round(_start(tokenizer, self.tower, num_vectors, generator))
             )
 
     @property
     def num_blocks(self) -> int:
         """Depth of the text tower."""
-        return len(self.tower.transformer.resblocks)
+        return len(self.tower.blocks)
 
     def forward(self, text_layer: int | None = None) -> tuple[Tensor, Tensor]:
         """Class embeddings (C, E) of the last text block, and (C, E) of block ``text_layer``."""
@@ -105,12 +105,10 @@ def _check_arguments(class_names: Sequence[str], num_vectors: int) -> int:
     return num_vectors
 
 
-def _tokenize(
-    tokenizer: Callable[[list[str]], Tensor], texts: list[str], device: torch.device
-) -> Tensor:
-    """(C, T) token ids, which tokenizers put on the process's default device."""
+def _tokenize(tokenizer: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:
+    """(C, T) token ids on the CPU; tokenizers put them on the process's default device."""
     with torch.device("cpu"):
-        return tokenizer(texts).to(device)
+        return tokenizer(texts)
 
 
 def _round(embeddings: Tensor) -> Tensor:
@@ -123,11 +121,11 @@ def _round(embeddings: Tensor) -> Tensor:
 
 def _start(
     tokenizer: Callable[[list[str]], Tensor],
-    embedding: nn.Embedding,
+    tower: EncodesText,
     num_vectors: int,
     generator: torch.Generator | None,
 ) -> Tensor:
-    words = embedding(_tokenize(tokenizer, [CONTEXT_WORDS], embedding.weight.device))[0]
+    words = tower.embed(_tokenize(tokenizer, [CONTEXT_WORDS]))[0]
     words = words[1 : 1 + len(CONTEXT_WORDS.split())]  # the token in front is start-of-text
     if num_vectors <= len(words):
         return words[len(words) - num_vectors :].clone()

@@ -1,35 +1,47 @@
-"""Put dynamic token re-weighting into the vision blocks of an open_clip model."""
+"""Dynamic token re-weighting in the blocks of an image tower."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from open_clip.transformer import VisionTransformer
+import torch
 from torch import Tensor, nn
 
-from tir_kernels import WeightRule, reweight_tokens, token_weights
+from tir_kernels import (
+    WeightRule,
+    reweight_tokens,
+    reweighted_attention,
+    token_weights,
+)
+from tir_kernels.adapters.handle import Handle, handles_on
 from tir_kernels.scalars import whole_number
-from tir_kernels.towers.attention import close_attention, open_attention
-from tir_kernels.towers.open_clip import joint_space, vision_tower
+from tir_kernels.towers import vision_tower
+from tir_kernels.towers.protocol import AttentionCall, Modifier, VisionTower
 
 PLACEMENTS = ("tokens", "attention", "both")
 
 
-class Reweighting:
+class Reweighting(Handle):
     """Handle of :func:`add_reweighting`; as a context manager it removes itself at the end.
+
+    It is a setting of the model: threads that use the model at once share its class embeddings, and
+    each entry of ``last_counts`` is that of whichever thread was last. Threads with classes of
+    their own take copies of the model; :func:`reweighting_of` gives a copy's handle.
 
     Attributes:
         layers: The vision blocks that are re-weighted.
         placement: Where the weights act: "tokens", "attention" or "both".
+        table: (C + 1,) weights per count instead of the rule's, or ``None``.
         last_counts: Block -> (B, N) int32, how many classes selected each patch token in the last
-            forward pass.
+            forward pass. A pass that is only traced for export leaves none.
     """
 
     def __init__(
         self,
-        tower: VisionTransformer,
+        tower: VisionTower,
         layers: tuple[int, ...],
         placement: str,
         rule: WeightRule,
@@ -38,30 +50,20 @@ class Reweighting:
     ) -> None:
         self.layers = layers
         self.placement = placement
+        self.table = table
         self.last_counts: dict[int, Tensor] = {}
         self._tower = tower
         self._rule = rule
-        self._table = table
         self._backend = backend
         self._class_embeddings: Tensor | None = None
-        self._forwards: list[_ReweightedForward] = []
-        blocks = tower.transformer.resblocks
-        if placement != "tokens":
-            # All are opened before any is marked: a block that cannot be leaves none changed.
-            opened = []
-            try:
-                for layer in layers:
-                    opened.append(blocks[layer])
-                    open_attention(blocks[layer])
-            except TypeError:
-                for block in opened[:-1]:
-                    close_attention(block)
-                raise
-            for block in opened:
-                block.attn.is_reweighted = True
-                block.attn.backend = backend
-        for layer in layers:
-            self._forwards.append(_ReweightedForward(self, blocks[layer], layer))
+        blocks = tower.blocks
+        self._places = [(blocks[layer], _ReweightedBlock(self, layer)) for layer in layers]
+        try:
+            for block, adapter in self._places:
+                block.put(adapter, changes_attention=placement != "tokens")
+        except TypeError:  # and a block that cannot be opened leaves none changed
+            self.remove()
+            raise
 
     def set_class_embeddings(self, class_embeddings: Tensor) -> None:
         """Set the classes whose relevance decides; needed before the first forward pass.
@@ -84,91 +86,102 @@ class Reweighting:
         self._class_embeddings = class_embeddings.detach()
 
     def remove(self) -> None:
-        """Leave the model as it was before; harmless if done already."""
-        for forward in self._forwards:
-            forward.remove()
-        if self._forwards and self.placement != "tokens":
-            for layer in self.layers:
-                block = self._tower.transformer.resblocks[layer]
-                block.attn.is_reweighted = False
-                close_attention(block)
-        self._forwards.clear()
+        for block, adapter in self._places:
+            block.take(adapter)
+        self._places = []
 
-    def __enter__(self) -> Reweighting:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.remove()
-
-    def _weights_of(self, layer: int, tokens: Tensor) -> Tensor:
-        """(B, L) weights of the tokens (B, L, D) that enter a block; the counts are kept."""
+    def _inputs(self, tokens: Tensor) -> dict[str, Any]:
+        """The operators' arguments besides the tokens (B, L, D)."""
         if self._class_embeddings is None:
             raise RuntimeError(
                 "class embeddings are not set: call handle.set_class_embeddings((C, E) tensor) "
-                "before the model's first forward pass"
+                "before the model's first forward pass; reweighting_of(model) gives the handle"
             )
-        weights, counts = token_weights(
-            tokens,
-            self._class_embeddings,
-            joint_space=joint_space(self._tower),
-            rule=self._rule,
-            table=self._table,
-            backend=self._backend,
+        return {
+            "class_embeddings": self._class_embeddings,
+            "joint_space": self._tower.joint_space,
+            "rule": self._rule,
+            "table": self.table,
+            "num_prefix_tokens": self._tower.num_prefix_tokens,
+            "backend": self._backend,
+        }
+
+    def _keep(self, layer: int, counts: Tensor) -> None:
+        # Not what a tracer has in place of tensors, which would outlive it.
+        if type(counts) is Tensor and not torch.compiler.is_exporting():
+            self.last_counts[layer] = counts
+
+
+@dataclass(frozen=True)
+class _DerivedKeyWeights:
+    """Key weights that the attention's own operator derives from the tokens."""
+
+    handle: Reweighting
+    layer: int
+    tokens: Tensor
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        results: Any = reweighted_attention(
+            query,
+            key,
+            value,
+            self.tokens,
+            **self.handle._inputs(self.tokens),
+            scale=scale,
+            return_counts=True,
         )
-        self.last_counts[layer] = counts
-        return weights
+        attended, counts = results
+        self.handle._keep(self.layer, counts)
+        return attended
+
+    def form(self) -> Tensor:
+        return token_weights(self.tokens, **self.handle._inputs(self.tokens)).weights
 
 
-class _ReweightedForward:
-    """Stands in for the ``forward`` of one block.
+class _ReweightedBlock:
+    """The part of a re-weighting that is on one block."""
 
-    No hook, for ``torch.compile`` takes no notice of a hook registered after compiling. And a
-    method of an object that holds the block, for then a deep copy of the model re-weights itself.
+    def __init__(self, handle: Reweighting, layer: int) -> None:
+        self.handle = handle
+        self.layer = layer
+
+    def enter(self, hidden: Tensor) -> tuple[Tensor, Modifier | None]:
+        handle = self.handle
+        if handle.placement == "attention":
+            return hidden, self._derive
+        weights, counts = token_weights(hidden, **handle._inputs(hidden))
+        handle._keep(self.layer, counts)
+        modifier = partial(self._weigh, weights) if handle.placement == "both" else None
+        return reweight_tokens(hidden, weights), modifier
+
+    def _derive(self, call: AttentionCall, hidden: Tensor) -> AttentionCall:
+        weights = _DerivedKeyWeights(self.handle, self.layer, hidden)
+        return call._replace(key_weights=weights, backend=self.handle._backend)
+
+    def _weigh(self, weights: Tensor, call: AttentionCall, hidden: Tensor) -> AttentionCall:
+        return call._replace(key_weights=weights, backend=self.handle._backend)
+
+
+def reweighting_of(model: nn.Module) -> Reweighting:
+    """The handle of the re-weighting that is on a model: of a copy, the copy's own.
+
+    A deep copy, a copy with averaged weights or a model that was saved and loaded is re-weighted as
+    its original was, by a handle of its own. Replicas of ``nn.DataParallel`` share the original's.
+
+    Args:
+        model: A model, or its image tower, that is re-weighted.
+
+    Raises:
+        ValueError: It is not.
     """
-
-    def __init__(self, handle: Reweighting, block: Any, layer: int) -> None:
-        self._handle = handle
-        self._block = block
-        self._layer = layer
-        self._plain_forward = block.forward
-        self._hidden_attribute = vars(block).get("forward")  # other tools' stand-in, if any
-        block.forward = self.forward
-
-    def forward(self, hidden: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        handle, block = self._handle, self._block
-        batch_first = handle._tower.transformer.batch_first
-        tokens = hidden if batch_first else hidden.transpose(0, 1)
-        weights = handle._weights_of(self._layer, tokens)
-        if handle.placement != "attention":
-            tokens = reweight_tokens(tokens, weights)
-            hidden = tokens if batch_first else tokens.transpose(0, 1)
-        if handle.placement == "tokens":
-            return self._plain_forward(hidden, *arguments, **options)
-        block.attn.key_weights = weights
-        try:
-            return self._plain_forward(hidden, *arguments, **options)
-        finally:  # so that no stale weights, or their graph, outlive the pass
-            block.attn.key_weights = None
-
-    def remove(self) -> None:
-        if self._hidden_attribute is None:
-            del self._block.forward
-        else:
-            self._block.forward = self._hidden_attribute
-
-
-def _is_reweighted(block: nn.Module) -> bool:
-    forward = vars(block).get("forward")
-    return isinstance(getattr(forward, "__self__", None), _ReweightedForward)
+    handles = handles_on(model, Reweighting)
+    if not handles:
+        raise ValueError("model is not re-weighted: call add_reweighting(model) first")
+    return handles[0]
 
 
 def add_reweighting(
-    model: nn.Module,
+    model: nn.Module | VisionTower,
     layers: Sequence[int] | None = None,
     placement: str = "tokens",
     rule: WeightRule | str | None = None,
@@ -179,7 +192,7 @@ def add_reweighting(
     """Re-weight the patch tokens of some vision blocks, in training and evaluation.
 
     Args:
-        model: An open_clip model with open_clip's own VisionTransformer, or that tower itself.
+        model: A model whose image tower can be opened, or that tower.
         layers: Vision blocks, counted from 0, negative ones from the end; ``None`` means depth - 4
             and depth - 2, which is 8 and 10 of 12 (arXiv 2605.25799).
         placement: "tokens" (the block receives the weighted tokens: the published method),
@@ -197,9 +210,11 @@ def add_reweighting(
         RuntimeError: The model is re-weighted already.
     """
     tower = vision_tower(model)
-    if any(_is_reweighted(block) for block in tower.transformer.resblocks):
+    adapters = [adapter for block in tower.blocks for adapter in block.adapters]
+    if any(isinstance(adapter, _ReweightedBlock) for adapter in adapters):
         raise RuntimeError(
-            "model is re-weighted already: call remove() on the handle of its add_reweighting()"
+            "model is re-weighted already: call remove() on the handle of its add_reweighting(), "
+            "which reweighting_of(model) finds"
         )
     if placement not in PLACEMENTS:
         raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}; got {placement!r}")
@@ -207,7 +222,7 @@ def add_reweighting(
         rule = WeightRule(rule or "linear")
     elif not isinstance(rule, WeightRule):
         raise TypeError(f"rule must be a WeightRule or its kind; got {type(rule).__name__}")
-    layers = _resolve_layers(layers, len(tower.transformer.resblocks))
+    layers = _resolve_layers(layers, len(tower.blocks))
     return Reweighting(tower, layers, placement, rule, table, backend)
 
 

@@ -206,7 +206,8 @@ def reweighted_attention(
     scale: float | None = None,
     backend: str = "auto",
     return_weights: bool = False,
-) -> Tensor | tuple[Tensor, TokenWeights]:
+    return_counts: bool = False,
+) -> Tensor | tuple[Tensor, TokenWeights] | tuple[Tensor, Tensor]:
     """:func:`token_weights` of the tokens, and :func:`weighted_attention` with them.
 
     Args:
@@ -215,10 +216,12 @@ def reweighted_attention(
         class_embeddings, joint_space, rule, table, num_prefix_tokens, backend: As for
             :func:`token_weights`.
         return_weights: Also return the ``TokenWeights``.
+        return_counts: Also return their counts alone, for which no weights are written.
 
     Returns:
         (B, H, L, d) in the dtype of q, or in autocast's; with ``return_weights`` a pair of it and
-        the ``TokenWeights``. Gradients flow to q, k, v and the table.
+        the ``TokenWeights``, else with ``return_counts`` one of it and the counts, (B, N) int32.
+        Gradients flow to q, k, v and the table.
 
     Raises:
         ValueError, TypeError: A wrong rank, shape, dtype, device, group count or table length.
@@ -251,7 +254,8 @@ def reweighted_attention(
         attention_weights = weights.to(_weights_dtype(q))
         output = WeightedAttention.call(q, k, v, attention_weights, scale, backend)[0]
         return output, TokenWeights(weights, counts)
-    return ReweightedAttention.call(q, k, v, *relevance_inputs, scale, backend)[0]
+    output, _, counts = ReweightedAttention.call(q, k, v, *relevance_inputs, scale, backend)
+    return (output, counts) if return_counts else output
 
 
 def _joint_space_parts(

@@ -1,23 +1,25 @@
-"""Image features, without what does not reach them."""
+"""Towers run in parts, without what does not reach the result."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
-from open_clip.transformer import ResidualAttentionBlock
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tir_kernels.towers.attention import SelfAttention
-from tir_kernels.towers.open_clip import vision_tower
+from tir_kernels import JointSpace
+from tir_kernels.scalars import whole_number
+from tir_kernels.towers.find import vision_tower
+from tir_kernels.towers.protocol import Block, TextTower, VisionTower
 
 
 class ImageEncoder:
     """The image tower in two parts: the frozen patch embedding, and all that follows.
 
     Args:
-        model: An open_clip model with open_clip's own VisionTransformer.
+        model: A model whose image tower can be opened, or that tower.
         class_token_only: Let the last block compute the class token alone where that is all the
             tower pools: exact, since no other token of that block is read.
         checkpoint: Keep only what enters each block for the backward pass, which computes the rest
@@ -25,54 +27,88 @@ class ImageEncoder:
     """
 
     def __init__(
-        self, model: nn.Module, class_token_only: bool = True, checkpoint: bool = False
+        self,
+        model: nn.Module | VisionTower,
+        class_token_only: bool = True,
+        checkpoint: bool = False,
     ) -> None:
-        self._tower: Any = vision_tower(model)
+        self._tower = vision_tower(model)
         self._class_token_only = class_token_only
         self._checkpoint = checkpoint
 
     def embed(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, L, D), what enters the first block."""
-        return self._tower._embeds(images)
+        return self._tower.embed(images)
 
     def features(self, tokens: Tensor) -> Tensor:
         """(N, L, D) that enter the first block -> (N, E) image features."""
-        tower = self._tower
-        transformer = tower.transformer
-        *blocks, last = transformer.resblocks
-        hidden = tokens if transformer.batch_first else tokens.transpose(0, 1)
+        *blocks, last = self._tower.blocks
+        hidden = tokens
         for block in blocks:
             if self._checkpoint and torch.is_grad_enabled():
                 hidden = _checkpointed(block, hidden)
             else:
                 hidden = block(hidden)
-        if self._class_token_only and self._needs_class_token_only(last):
-            hidden = _class_token(last, hidden)
+        count = self._tower.reads
+        if self._class_token_only and count is not None and last.computes_first_tokens:
+            hidden = last.first_tokens(hidden, count)
         else:
             hidden = last(hidden)
-        if not transformer.batch_first:
-            hidden = hidden.transpose(0, 1)
-        pooled, _ = tower._pool(hidden)
-        return pooled if tower.proj is None else pooled @ tower.proj
-
-    def _needs_class_token_only(self, block: Any) -> bool:
-        return (
-            self._tower.pool_type == "tok"
-            and self._tower.transformer.batch_first
-            and type(block) is ResidualAttentionBlock
-            and isinstance(block.attn, SelfAttention)
-            and "forward" not in vars(block)  # a re-weighted block needs its tokens
-        )
+        return self._tower.pool(hidden)
 
 
-def _checkpointed(block: Any, hidden: Tensor) -> Tensor:
+def _checkpointed(block: Block, hidden: Tensor) -> Tensor:
     # Reading the state of random numbers is not allowed while a graph is captured.
     is_captured = hidden.is_cuda and torch.cuda.is_current_stream_capturing()
     return checkpoint(block, hidden, use_reentrant=False, preserve_rng_state=not is_captured)
 
 
-def _class_token(block: ResidualAttentionBlock, hidden: Tensor) -> Tensor:
-    """(N, L, D) -> (N, 1, D), the block's output for the first token."""
-    attended = block.attn.first_token(block.ln_1(hidden))
-    token = hidden[:, :1] + block.ls_1(attended)
-    return token + block.ls_2(block.mlp(block.ln_2(token)))
+class EncodesText(TextTower, Protocol):
+    """The run through a text tower's blocks, for a family's tower to inherit."""
+
+    def encode(
+        self, embeddings: Tensor, last_position: Tensor, layer: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Run the tower on token embeddings.
+
+        Args:
+            embeddings: (C, T, W), without positional embeddings, T at most the context length.
+            last_position: (C,) position that stands for the text.
+            layer: Also embed the output of this block; ``None``: of the last one.
+
+        Returns:
+            (C, E) class embeddings of the last block and (C, E) of block ``layer``.
+
+        Raises:
+            ValueError: There is no block ``layer``.
+        """
+        blocks = self.blocks
+        if layer is not None:
+            layer = whole_number("layer", layer, "a whole number or None")
+            if not 0 <= layer < len(blocks):
+                raise ValueError(f"layer must lie between 0 and {len(blocks) - 1}; got {layer}")
+        mask = self.mask(embeddings.shape[1])
+        hidden = self.start(embeddings)
+        intermediate = None
+        for index, block in enumerate(blocks):
+            hidden = block(hidden, mask)
+            if index == layer:
+                intermediate = hidden
+        final = self.pool(hidden, last_position)
+        return final, final if intermediate is None else self.pool(intermediate, last_position)
+
+
+def joint_space_of(norm: nn.Module, projection: Tensor | None) -> JointSpace:
+    """The joint space after a tower's final norm, if it is a LayerNorm, and projection."""
+    if isinstance(norm, nn.LayerNorm):
+        return JointSpace(norm.weight, norm.bias, norm.eps, projection)
+    return JointSpace(norm_eps=None, proj=projection)
+
+
+def features_of_patches(tower: VisionTower, hidden: Tensor) -> Tensor:
+    """(B, L, D) tokens of a block -> (B, patches, E) in the tower's joint space."""
+    space, patches = tower.joint_space, hidden[:, tower.num_prefix_tokens :]
+    if space.norm_eps is not None:
+        width = patches.shape[-1:]
+        patches = F.layer_norm(patches, width, space.norm_weight, space.norm_bias, space.norm_eps)
+    return patches if space.proj is None else patches @ space.proj

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.files import expand_user, open_regular
+from tir_kernels.towers import text_tower, vision_tower
 from tir_kernels.towers.loading.checkpoints import INDEX_ENDING, checkpoint_files, read_checkpoint
 from tir_kernels.towers.loading.hub import download_weights, load_tokenizer, tokenizer_files
 from tir_kernels.towers.loading.model_config import check_config, read_config, refuse_other_towers
 from tir_kernels.towers.loading.preprocess import Preprocess
 from tir_kernels.towers.loading.weights import StateDict, load_weights, state_dicts
-from tir_kernels.towers.open_clip import text_tower, vision_tower
 
 SAFETENSORS = (".safetensors",)
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")

@@ -6,8 +6,9 @@ from tiny_clip import Untouched, make_clip, make_images, make_token_ids, swap_to
 from torch import Tensor, nn
 
 from tir_kernels import adapters
-from tir_kernels.adapters.low_rank import LowRank, PhiloxRandomness
-from tir_kernels.towers.attention import SelfAttention
+from tir_kernels.adapters.low_rank import LowRank, LowRankSettings, PhiloxRandomness
+from tir_kernels.towers.open_clip import OpenClipBlock
+from tir_kernels.towers.opening import put_on
 
 VARIANTS = {
     "clip": make_clip,
@@ -17,6 +18,13 @@ VARIANTS = {
         {"ls_init_value": 0.3}, {"ls_init_value": 0.3}, quick_gelu=True
     ),
 }
+
+
+def make_low_rank(
+    width: int, rank: int, dropout: float, passes: bool, num_episodes: int | None = None
+) -> LowRank:
+    """The change of query, key and value, with alpha 8."""
+    return LowRank((3, width, width), LowRankSettings(rank, 8, dropout, passes, num_episodes))
 
 
 def encode(model: nn.Module) -> tuple[Tensor, Tensor]:
@@ -29,6 +37,11 @@ def randomise(lora: adapters.LoRA, size: float = 0.2) -> None:
     with torch.no_grad():
         for parameter in lora.parameters():
             parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+
+
+def opened(attention: nn.MultiheadAttention) -> nn.MultiheadAttention:
+    put_on(attention, object(), OpenClipBlock.opened)
+    return attention
 
 
 def merge(model: nn.Module, lora: adapters.LoRA) -> nn.Module:
@@ -124,8 +137,8 @@ def test_input_gradient(passes: bool) -> None:
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(32, 2, batch_first=True).eval()
     weight = attention.in_proj_weight
-    adapted = SelfAttention(attention)
-    adapted.low_rank = LowRank(32, 4, 8, 0.0, passes, None)
+    adapted = opened(attention)
+    adapted.low_rank = make_low_rank(32, 4, 0.0, passes)
     nn.init.normal_(adapted.low_rank.b, std=0.2)
     tokens, upstream = torch.randn(2, 5, 32, requires_grad=True), torch.randn(2, 5, 96)
 
@@ -138,7 +151,8 @@ def test_input_gradient(passes: bool) -> None:
     # The whole module, where the scores' own dependence on q and k is that of the adapted weights.
     output = adapted(tokens, tokens, tokens)[0]
     (whole,) = torch.autograd.grad(output.square().sum(), tokens)
-    merged = copy.deepcopy(attention)
+    merged = nn.MultiheadAttention(32, 2, batch_first=True).eval()
+    merged.load_state_dict(attention.state_dict(), strict=False)  # which has LoRA's factors too
     merged.in_proj_weight.data += change.detach()
     reference = merged(tokens, tokens, tokens, need_weights=False)[0]
     torch.testing.assert_close(output, reference)
@@ -175,7 +189,7 @@ def test_dropout_acts_in_training_alone_and_differs_between_projections() -> Non
         model.train()
         assert not torch.equal(model.encode_image(images), quiet)
     tokens = torch.randn(2, 6, 32)
-    low_rank = LowRank(32, 32, 8, 0.5, True, None)
+    low_rank = make_low_rank(32, 32, 0.5, True)
     with torch.no_grad():
         low_rank.a.copy_(torch.eye(32))
         low_rank.b.copy_(torch.eye(32))
@@ -188,7 +202,7 @@ def test_dropout_acts_in_training_alone_and_differs_between_projections() -> Non
 
 
 def test_mean_of_dropout_is_the_quiet_result() -> None:
-    low_rank = LowRank(8, 4, 8, 0.25, True, None)
+    low_rank = make_low_rank(8, 4, 0.25, True)
     nn.init.normal_(low_rank.b)
     tokens = torch.randn(1, 2, 8)
     with torch.no_grad():
@@ -397,7 +411,7 @@ def test_gradient_checkpointing_repeats_the_same_dropout() -> None:
 
 
 def test_one_input_only() -> None:
-    attention = SelfAttention(nn.MultiheadAttention(32, 2, batch_first=True))
+    attention = opened(nn.MultiheadAttention(32, 2, batch_first=True))
     tokens = torch.randn(1, 3, 32)
     with pytest.raises(ValueError, match="takes one input"):
         attention(tokens, tokens.clone(), tokens)
@@ -408,7 +422,7 @@ def test_one_input_only() -> None:
 @pytest.mark.parametrize("num_episodes", [None, 2])
 def test_frozen_projection_is_what_its_parts_are(num_episodes, dropout: float, precision: str):
     """The one function with its own gradient equals projection and change, one after the other."""
-    low_rank = LowRank(24, 4, 8, dropout, False, None, num_episodes)
+    low_rank = make_low_rank(24, 4, dropout, False, num_episodes)
     nn.init.normal_(low_rank.b, std=0.3)
     low_rank.randomness = PhiloxRandomness(
         torch.arange(num_episodes or 1), torch.tensor([3]), stream=2
@@ -460,7 +474,7 @@ def test_seeded_dropout_needs_a_next_step_to_change() -> None:
 
 def make_projection(passes_input_gradient: bool) -> tuple[LowRank, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(4)
-    low_rank = LowRank(24, 4, 8, 0.0, passes_input_gradient, None)
+    low_rank = make_low_rank(24, 4, 0.0, passes_input_gradient)
     with torch.no_grad():
         for parameter in low_rank.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))

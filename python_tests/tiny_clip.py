@@ -74,7 +74,7 @@ class Untouched:
     def _describe(self) -> Iterator[tuple[str, tuple]]:
         for name, module in self._model.named_modules():
             hooks = len(module._forward_hooks), len(module._forward_pre_hooks)
-            yield name, (id(module), module.training, hooks, sorted(vars(module)))
+            yield name, (id(module), type(module), module.training, hooks, sorted(vars(module)))
 
     def check(self) -> None:
         state = self._model.state_dict()

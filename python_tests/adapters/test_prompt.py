@@ -5,7 +5,7 @@ from tiny_clip import Untouched, make_clip, swap_token_order
 from torch import nn
 
 from tir_kernels.adapters import PromptContext, add_lora
-from tir_kernels.towers.open_clip import text_tower
+from tir_kernels.towers import text_tower
 
 NAMES = ["cat", "annual crop land", "melanocytic nevus", "dog"]
 CONTEXT_LENGTH = 20
@@ -95,7 +95,7 @@ def test_cut_after_the_end_of_text_is_exact(variant: str) -> None:
     cut = PromptContext(model, TOKENIZER, NAMES)
     full = PromptContext(model, TOKENIZER, NAMES)
     token_ids = TOKENIZER([f"a a a a {name}." for name in NAMES])
-    full.embeddings = text_tower(model).token_embedding(token_ids).detach()
+    full.embeddings = text_tower(model).embed(token_ids).detach()
     assert cut.embeddings.shape[1] == int((token_ids != 0).sum(1).max()) < CONTEXT_LENGTH
     gradients = []
     for prompt in (cut, full):

@@ -19,7 +19,7 @@ from tiny_clip import (
 from torch import Tensor, nn
 
 from tir_kernels import JointSpace
-from tir_kernels.towers.open_clip import joint_space, text_tower, vision_tower
+from tir_kernels.towers import text_tower, vision_tower
 
 TEXT_VARIANTS: dict[str, Callable[[], nn.Module]] = {
     "clip": make_clip,
@@ -71,7 +71,7 @@ def test_joint_space_is_what_the_tower_ends_with(
     hook = tower.transformer.register_forward_hook(lambda *call: outputs.append(call[2]))
     expected = tower(make_images())
     hook.remove()
-    space = joint_space(tower)
+    space = vision_tower(tower).joint_space
     if options.get("final_ln_after_pool"):
         found = project(space, normalise(space, tower._global_pool(outputs[0])[0]))
     else:
@@ -81,10 +81,10 @@ def test_joint_space_is_what_the_tower_ends_with(
 
 def test_vision_tower_of_a_model_and_on_its_own() -> None:
     model = make_clip()
-    assert vision_tower(model) is model.visual
-    assert vision_tower(model.visual) is model.visual
+    assert vision_tower(model).module is model.visual
+    assert vision_tower(model.visual).module is model.visual
     model = make_clip(custom_text=True)
-    assert vision_tower(model) is model.visual
+    assert vision_tower(model).module is model.visual
 
 
 def test_other_image_towers_are_refused() -> None:
@@ -108,10 +108,12 @@ def test_encode_is_the_models_encode_text(variant: str) -> None:
     model = TEXT_VARIANTS[variant]()
     before = Untouched(model)
     tower = text_tower(model)
-    assert model.get_submodule(tower.prefix) is tower.transformer
+    for block in tower.blocks:
+        assert model.get_submodule(block.path) is block.module
+        assert model.get_submodule(block.attention_path) is block.module.attn
     token_ids = make_token_ids()
     last = tower.last_position(token_ids)
-    found, intermediate = tower.encode(tower.token_embedding(token_ids), last)
+    found, intermediate = tower.encode(tower.embed(token_ids), last)
     torch.testing.assert_close(found, model.encode_text(token_ids))
     assert torch.equal(found, intermediate)
     before.check()
@@ -126,10 +128,10 @@ def test_intermediate_embeddings_are_those_of_a_tower_that_ends_there(
     model = TEXT_VARIANTS[variant]()
     tower = text_tower(model)
     token_ids = make_token_ids()
-    embeddings = tower.token_embedding(token_ids)
+    embeddings = tower.embed(token_ids)
     final, intermediate = tower.encode(embeddings, tower.last_position(token_ids), layer)
     torch.testing.assert_close(final, model.encode_text(token_ids))
-    tower.transformer.prune_intermediate_layers([layer])
+    getattr(model, "text", model).transformer.prune_intermediate_layers([layer])
     torch.testing.assert_close(intermediate, model.encode_text(token_ids))
 
 
@@ -140,7 +142,7 @@ def test_what_follows_the_end_of_text_does_not_matter() -> None:
     token_ids = make_token_ids()
     last = tower.last_position(token_ids)
     assert last.tolist() == [4, 7, 6]
-    cut = tower.token_embedding(token_ids[:, :8])
+    cut = tower.embed(token_ids[:, :8])
     torch.testing.assert_close(tower.encode(cut, last)[0], model.encode_text(token_ids))
 
 
@@ -153,7 +155,7 @@ def test_mixed_precision_weights(dtype: torch.dtype, custom_text: bool) -> None:
     convert_weights_to_lp(model, dtype)
     tower = text_tower(model)
     token_ids = make_token_ids()
-    found, _ = tower.encode(tower.token_embedding(token_ids), tower.last_position(token_ids))
+    found, _ = tower.encode(tower.embed(token_ids), tower.last_position(token_ids))
     expected = model.encode_text(token_ids)
     assert found.dtype == expected.dtype
     torch.testing.assert_close(found, expected)
@@ -189,4 +191,4 @@ def test_an_intermediate_layer_that_is_not_there_is_refused(layer: int) -> None:
     tower = text_tower(make_clip())
     token_ids = make_token_ids()
     with pytest.raises(ValueError, match=f"layer must lie between 0 and 2; got {layer}"):
-        tower.encode(tower.token_embedding(token_ids), tower.last_position(token_ids), layer)
+        tower.encode(tower.embed(token_ids), tower.last_position(token_ids), layer)

@@ -1,0 +1,90 @@
+"""The part of a tower's block that is alike in all families: where adapters are put."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import nn
+
+from tir_kernels.towers.opening import Opened, put_on, take_off
+from tir_kernels.towers.protocol import BlockAdapter
+
+
+class BlockBase:
+    """A view of one block of a model, with the attention at ``module.attn``.
+
+    Args:
+        module: The library's block.
+        path: Its path in the model.
+
+    Attributes:
+        opened: Class of a block, an attention or a linear map -> the class that stands in for it.
+    """
+
+    opened: ClassVar[Mapping[type, type[Opened]]]
+
+    def __init__(self, module: Any, path: str) -> None:
+        self.module = module
+        self.path = path
+
+    @property
+    def attention(self) -> Any:
+        return self.module.attn
+
+    @property
+    def attention_path(self) -> str:
+        return f"{self.path}.attn"
+
+    @property
+    def adapters(self) -> tuple[BlockAdapter, ...]:
+        return self.module.tir_adapters if isinstance(self.module, Opened) else ()
+
+    def check_attention(self) -> None:
+        """Refuse an attention that can't be opened, with a TypeError."""
+        raise NotImplementedError
+
+    def put(self, adapter: BlockAdapter, changes_attention: bool) -> None:
+        """Put an adapter on the block.
+
+        Args:
+            adapter: Sees what enters the block.
+            changes_attention: Whether it gives modifiers.
+
+        Raises:
+            TypeError: A block or attention that can't be opened.
+        """
+        if not isinstance(self.module, Opened) and type(self.module) not in self.opened:
+            raise TypeError(
+                f"model has a block of kind {type(self.module).__name__}, which no adapter knows"
+            )
+        if changes_attention:
+            self.check_attention()
+            put_on(self.attention, adapter, self.opened)
+        put_on(self.module, adapter, self.opened)
+
+    def take(self, adapter: BlockAdapter) -> None:
+        """Take an adapter off again; harmless where it is not on."""
+        take_off(self.module, adapter)
+        take_off(self.attention, adapter)
+
+    def put_low_rank(self, owner: Any, low_rank: nn.Module, handle: Any) -> None:
+        """Put LoRA on the owner of some linear maps of the block.
+
+        Raises:
+            TypeError: An attention that can't be opened.
+            RuntimeError: LoRA is on it already.
+        """
+        if getattr(owner, "low_rank", None) is not None:
+            raise RuntimeError(
+                "model has LoRA already: call remove() on the handle of its add_lora(), which "
+                "loras_of(model) finds"
+            )
+        self.check_attention()
+        put_on(owner, handle, self.opened)
+        owner.low_rank = low_rank
+
+    def take_low_rank(self, owner: Any, handle: Any) -> None:
+        """Take LoRA off again."""
+        del owner.low_rank
+        take_off(owner, handle)

@@ -1,0 +1,100 @@
+"""The seams of the towers: what adapters may rely on, and what a new family has to give.
+
+B images or texts, L tokens, D model width, H heads, d head width, E joint width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from tir_kernels import JointSpace
+
+
+class KeyWeights(Protocol):
+    """Weights of the keys that one operator derives and uses, so that they are never written."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor: ...
+    def form(self) -> Tensor: ...  # (B, L), for a modifier that has to see them
+
+
+class AttentionCall(NamedTuple):
+    """The inputs of one attention, after QK-norm and rotary embedding; modifiers change them."""
+
+    query: Tensor  # (B, H, L, d)
+    key: Tensor  # (B, H, L, d)
+    value: Tensor  # (B, H, L, d)
+    scale: float | None = None  # None: d ** -0.5
+    key_weights: Tensor | KeyWeights | None = None  # (B, L); None: all keys count alike
+    mask: Tensor | None = None  # added to the scores; (L, L) or (B, H, L, L)
+    backend: str = "auto"
+
+
+class Modifier(Protocol):
+    """A change of an attention call, given the tokens (B, L, D) that entered the block."""
+
+    def __call__(self, call: AttentionCall, hidden: Tensor) -> AttentionCall: ...
+
+
+class BlockAdapter(Protocol):
+    """An adapter on a block: it may change what enters, and the attention of the same pass."""
+
+    def enter(self, hidden: Tensor) -> tuple[Tensor, Modifier | None]: ...  # (B, L, D)
+
+
+class Linear(NamedTuple):
+    """One linear map of a block, perhaps packed with others into one matrix."""
+
+    owner: nn.Module  # takes the low-rank change, as the submodule ``low_rank``
+    shape: tuple[int, int, int]  # parts, output width, input width
+
+
+class Block(Protocol):
+    """A transformer block, batch first whatever the library's own layout is."""
+
+    @property
+    def attention_path(self) -> str: ...  # in the model
+    @property
+    def linears(self) -> Mapping[str, Linear]: ...  # "q", "k", "v"; of one owner, as packed
+    @property
+    def adapters(self) -> tuple[BlockAdapter, ...]: ...
+    @property
+    def computes_first_tokens(self) -> bool: ...  # whether first_tokens may stand in for the block
+    def __call__(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor: ...
+    def first_tokens(self, hidden: Tensor, count: int) -> Tensor: ...  # (B, count, D)
+    def put(self, adapter: BlockAdapter, changes_attention: bool) -> None: ...
+    def take(self, adapter: BlockAdapter) -> None: ...
+    def put_low_rank(self, owner: nn.Module, low_rank: nn.Module, handle: Any) -> None: ...
+    def take_low_rank(self, owner: nn.Module, handle: Any) -> None: ...
+
+
+class VisionTower(Protocol):
+    """An image tower in parts: ``pool(blocks(embed(images)))`` are the image features."""
+
+    @property
+    def num_prefix_tokens(self) -> int: ...  # class token and registers, in front of the patches
+    @property
+    def reads(self) -> int | None: ...  # how many of the first tokens pool reads; None: all
+    @property
+    def blocks(self) -> Sequence[Block]: ...
+    @property
+    def joint_space(self) -> JointSpace: ...
+    def embed(self, images: Tensor) -> Tensor: ...  # (B, 3, H, W) -> (B, L, D)
+    def pool(self, hidden: Tensor) -> Tensor: ...  # (B, L, D) -> (B, E)
+    def patch_features(self, hidden: Tensor) -> Tensor: ...  # (B, L, D) -> (B, patches, E)
+
+
+class TextTower(Protocol):
+    """A text tower in parts, from token ids (C, T) to class embeddings (C, E)."""
+
+    @property
+    def is_causal(self) -> bool: ...
+    @property
+    def blocks(self) -> Sequence[Block]: ...
+    def embed(self, token_ids: Tensor) -> Tensor: ...  # (C, T) -> (C, T, W), without positions
+    def last_position(self, token_ids: Tensor) -> Tensor: ...  # (C,), what pool reads
+    def start(self, embeddings: Tensor) -> Tensor: ...  # (C, T, W), what enters the first block
+    def mask(self, length: int) -> Tensor | None: ...  # of the attention to ``length`` tokens
+    def pool(self, hidden: Tensor, last_position: Tensor) -> Tensor: ...  # -> (C, E)
