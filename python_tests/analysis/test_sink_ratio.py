@@ -5,11 +5,11 @@ import open_clip
 import pytest
 import timm
 import torch
-from tir_kernels.towers.protocol import AttentionCall
 
 from tir_kernels import adapters, analysis
 from tir_kernels.analysis.measures import BlockView
 from tir_kernels.analysis.measures.sink_ratio import SinkRatio
+from tir_kernels.towers.protocol import AttentionCall
 
 
 def softmax(scores):

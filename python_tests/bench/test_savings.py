@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from clip.tiny_clip import Untouched
 from fewshot.training_cases import (
     EPISODES,
     METHOD,
@@ -20,6 +19,7 @@ from fewshot.training_cases import (
     make_tokenizer,
     steady_model,
 )
+from tiny_clip import Untouched
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

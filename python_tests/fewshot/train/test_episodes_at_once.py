@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from clip.tiny_clip import Untouched
 from fewshot.training_cases import (
     EPISODES,
     METHOD,
@@ -23,6 +22,7 @@ from fewshot.training_cases import (
     make_tokenizer,
     steady_model,
 )
+from tiny_clip import Untouched
 from torch import Tensor, nn
 
 from tir_kernels.demo import model_directory
