@@ -164,7 +164,7 @@ def test_damaged_files_are_not_used(setting, damage):
     assert torch.equal(again(0), setting.without_cache()(0))
     assert again.preprocess.decoded == 1
     (notice,) = setting.notices
-    assert notice.startswith(f"--cache: {path} is damaged; its image is decoded again")
+    assert notice.startswith(f"cache: {path} is damaged; its image is decoded again")
     last = setting.reader()
     assert torch.equal(last(0), setting.without_cache()(0))
     assert last.preprocess.decoded == 0
@@ -207,7 +207,7 @@ def test_images_may_vanish_once_they_are_in_the_cache(setting):
     (setting.root / "a" / "003.png").unlink()
     (setting.root / "b" / "001.png").unlink()
     assert torch.equal(reader.all(), plain)
-    complaint = r"can't read the image .*b/001\.png: .*No such file.*or pass --skip-unreadable"
+    complaint = r"can't read the image .*b/001\.png: .*No such file.*or pass skip_unreadable"
     with pytest.raises(FewShotError, match=complaint):
         reader(1, 1)
 
@@ -274,7 +274,7 @@ def test_a_folder_that_cannot_be_written_is_told_once(setting, tmp_path):
     assert torch.equal(reader.all(), setting.without_cache().all())
     assert torch.equal(reader(0, 1), setting.without_cache()(0, 1))
     (notice,) = setting.notices
-    assert notice.startswith(f"--cache: can't keep images in {setting.own_folder}: ")
+    assert notice.startswith(f"cache: can't keep images in {setting.own_folder}: ")
     assert "Not a directory" in notice
     assert "going on without" in notice
     assert torch.equal(reader.all(), setting.without_cache().all())
@@ -423,8 +423,8 @@ def test_without_a_home_folder_images_are_not_kept(no_home):
     assert open_cache(None, (3, 8, 8), notify=notices.append) is None
     (notice,) = notices
     assert "no home folder is known" in notice
-    assert "pass --cache DIR" in notice
-    with pytest.raises(FewShotError, match=r"--cache: .*no home folder.*~/images.*a whole path"):
+    assert "pass cache=DIR" in notice
+    with pytest.raises(FewShotError, match=r"cache: .*no home folder.*~/images.*a whole path"):
         open_cache("~/images", (3, 8, 8), notify=notices.append)
 
 

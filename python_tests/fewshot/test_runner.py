@@ -214,7 +214,7 @@ def test_non_finite_results_are_recorded_and_the_run_goes_on(setting):
     [
         (ValueError("layers must lie between\n0 and 4"), "episode 0, tir: layers must lie between"),
         (TypeError("model has no such tower"), "episode 0, tir: model has no such tower"),
-        (torch.OutOfMemoryError("CUDA ..."), "episode 0, tir: out of memory on cpu; lower --queri"),
+        (torch.OutOfMemoryError("CUDA ..."), "episode 0, tir: out of memory on cpu; lower queri"),
     ],
 )
 def test_errors_of_the_engine_become_one_line(setting, error, message):

@@ -254,7 +254,7 @@ def test_class_names_are_read_within_bounds(tmp_path, monkeypatch, text, complai
     if "larger" in complaint:
         monkeypatch.setattr("tir_kernels.fewshot.data.words.NAMES_BYTES", 100)
     (tmp_path / "names.json").write_text(text)
-    with pytest.raises(FewShotError, match=rf"--class-names: .*names\.json.*{complaint}"):
+    with pytest.raises(FewShotError, match=rf"class_names: .*names\.json.*{complaint}"):
         read_class_names(tmp_path / "names.json")
 
 
@@ -263,9 +263,9 @@ def test_class_names_are_regular_files(tmp_path):
     (tmp_path / "endless.csv").symlink_to("/dev/zero")
     (tmp_path / "long.csv").write_text("a," + "x" * 200_000)
     for name in ("pipe.json", "endless.csv"):
-        with pytest.raises(FewShotError, match=f"--class-names: can't read .*{name}.*regular file"):
+        with pytest.raises(FewShotError, match=f"class_names: can't read .*{name}.*regular file"):
             read_class_names(tmp_path / name)
-    with pytest.raises(FewShotError, match=r"--class-names: line 1 of .*: field larger than"):
+    with pytest.raises(FewShotError, match=r"class_names: line 1 of .*: field larger than"):
         read_class_names(tmp_path / "long.csv")
-    with pytest.raises(FewShotError, match=r"--class-names: can't read .*File name too long"):
+    with pytest.raises(FewShotError, match=r"class_names: can't read .*File name too long"):
         read_class_names("long" * 1000 + ".csv")

@@ -19,7 +19,10 @@ from tir_kernels.fewshot.data.listed_images import ImageFolder
 from tir_kernels.fewshot.data.listings import LIST_ENDINGS, Listing, class_name, shown_name
 from tir_kernels.fewshot.data.tables import read_table
 from tir_kernels.fewshot.data.words import class_words
-from tir_kernels.text import printable
+from tir_kernels.text import Notice, setting
+
+_DATA = setting("data")
+_IMAGES = setting("images")
 
 # A file's size in bytes, and a number that changes when it is written: nanoseconds since 1970.
 Stamp = tuple[int, int]
@@ -118,8 +121,9 @@ class ImageData:
         """
         if ways > len(self.classes):
             raise FewShotError(
-                f"--ways {ways} is more than the {len(self.classes)} classes in {self.name} "
-                f"({_some([entry.folder for entry in self.classes])}); lower --ways"
+                f"{setting('ways', ways)} is more than the {len(self.classes)} classes in "
+                f"{self.name} "
+                f"({_some([entry.folder for entry in self.classes])}); lower {setting('ways')}"
             )
         needed = shots + queries
         small = [entry for entry in self.classes if len(entry.files) < needed]
@@ -129,7 +133,7 @@ class ImageData:
             raise FewShotError(
                 f"class {small[0].folder!r} in {self.name} has {len(small[0].files)} images"
                 f"{left_out} but {needed} are needed ({shots} shots + {queries} queries){others}; "
-                "add images, remove the class, or lower --shots or --queries"
+                f"add images, remove the class, or lower {setting('shots')} or {setting('queries')}"
             )
 
 
@@ -152,13 +156,15 @@ def load_data(
     Raises:
         FewShotError: The data or the class names can't be used.
     """
-    for option, value in (("data", data), ("images", images), ("class-names", class_names)):
+    for name, value in (("data", data), ("images", images), ("class_names", class_names)):
         if value == "":
-            raise FewShotError(f"--{option} is empty; name what it should be, or leave it out")
+            raise FewShotError(f"{setting(name)} is empty; name what it should be, or leave it out")
     is_on_hub, path = str(data).startswith(HUB_PREFIX), Path(os.path.expanduser(data))
     is_list = not is_on_hub and _is_list(path)
     if images is not None and not is_list:
-        raise FewShotError(f"--images goes with a JSON or CSV file; --data {data} is none")
+        raise FewShotError(
+            f"{_IMAGES} goes with a JSON or CSV file; {setting('data', data)} is none"
+        )
     source: ImageSource
     if is_on_hub or _is_saved_data_set(path):
         source, files = load_hugging_face(str(data) if is_on_hub else path)
@@ -181,7 +187,7 @@ def load_data(
     )
     notes = (*listing.notes, note) if note else listing.notes
     # What they quote may come from file names and other programs.
-    notes = tuple(printable(line) for line in notes)
+    notes = tuple(Notice(line) for line in notes)
     return ImageData(source, classes, _fingerprint(classes), notes)
 
 
@@ -191,15 +197,15 @@ def _is_list(path: Path) -> bool:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FewShotError(
-            f"--data: {path} does not exist; pass a folder with a sub-folder per class, or a JSON "
+            f"{_DATA}: {path} does not exist; pass a folder with a sub-folder per class, or a JSON "
             "or CSV file"
         ) from error
     except (OSError, ValueError) as error:
-        raise FewShotError(f"--data: can't read {path}: {first_line(error)}") from error
+        raise FewShotError(f"{_DATA}: can't read {path}: {first_line(error)}") from error
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
         return stat.S_ISREG(mode)
     raise FewShotError(
-        f"--data: {path} is neither a folder nor a regular file, but a pipe or device; pass a "
+        f"{_DATA}: {path} is neither a folder nor a regular file, but a pipe or device; pass a "
         "folder with a sub-folder per class, or a JSON or CSV file"
     )
 
@@ -207,13 +213,13 @@ def _is_list(path: Path) -> bool:
 def _read_list(path: Path, root: Path, *, is_given: bool) -> Listing:
     """The images that a file lists, below a root that the user gave or that is the file's own."""
     if not os.path.isdir(root):
-        raise FewShotError(f"--images: there is no folder {root}")
+        raise FewShotError(f"{_IMAGES}: there is no folder {root}")
     # Where the user named a folder, absolute paths too are looked up in it.
     images = ImageFolder(path, root, takes_absolute=not is_given)
     ending = path.suffix.lower()
     if ending not in LIST_ENDINGS:
         raise FewShotError(
-            f"--data: {path} is a file but does not end in {', '.join(LIST_ENDINGS[:-1])} or "
+            f"{_DATA}: {path} is a file but does not end in {', '.join(LIST_ENDINGS[:-1])} or "
             f"{LIST_ENDINGS[-1]}; pass such a list, or a folder with a sub-folder per class"
         )
     return (read_json_list if ending == ".json" else read_table)(path, images)
@@ -227,7 +233,7 @@ def _stamps(source: ImageSource, names: Sequence[str]) -> tuple[Stamp, ...]:
     try:
         return tuple(source.stamp(name) for name in names)
     except (OSError, ValueError) as error:
-        raise FewShotError(f"--data: {first_line(error)}") from error
+        raise FewShotError(f"{_DATA}: {first_line(error)}") from error
 
 
 def _fingerprint(classes: Sequence[ImageClass]) -> str:

@@ -18,6 +18,9 @@ from tir_kernels.fewshot.data.documents import (
 )
 from tir_kernels.fewshot.data.listed_images import ImageFolder, Pair
 from tir_kernels.fewshot.data.listings import Listing, class_name
+from tir_kernels.text import setting
+
+_DATA = setting("data")
 
 # Columns by their name in lower case without spaces and underscores, the likelier first.
 _FILE_COLUMNS = (
@@ -75,7 +78,7 @@ class _Table:
             if len(several) > 1:
                 columns = " and ".join(repr(self.header[at]) for at in several[:2])
                 raise FewShotError(
-                    f"--data: {self.path} has the columns {columns}; rename the one that is not "
+                    f"{_DATA}: {self.path} has the columns {columns}; rename the one that is not "
                     "meant"
                 )
         return [at for several in found for at in several]
@@ -119,10 +122,10 @@ def read_table(path: Path, images: ImageFolder) -> Listing:
 
 
 def _read(path: Path) -> _Table:
-    text = read_document(path, "--data", at_most=LIST_BYTES)
+    text = read_document(path, "data", at_most=LIST_BYTES)
     header: list[str] = []
     rows: list[Row] = []
-    for line, cells in parse_rows(path, text, "--data", find_delimiter(text)):
+    for line, cells in parse_rows(path, text, "data", find_delimiter(text)):
         # Some tables, that of ChestX-ray8 among them, end lines with a comma.
         while len(cells) > len(header) and not cells[-1]:
             cells.pop()
@@ -132,14 +135,14 @@ def _read(path: Path) -> _Table:
             rows.append((line, cells))
         else:
             raise FewShotError(
-                f"--data: line {line} of {path} has {len(cells)} columns, its header {len(header)}"
+                f"{_DATA}: line {line} of {path} has {len(cells)} columns, its header {len(header)}"
             )
     return _Table(path, header, rows)
 
 
 def _no_column(table: _Table, known: Sequence[str], what: str) -> FewShotError:
     return FewShotError(
-        f"--data: {table.path} has no column of {what}s: its first line must name one of "
+        f"{_DATA}: {table.path} has no column of {what}s: its first line must name one of "
         f"{', '.join(known)}; it names {', '.join(table.header) or 'nothing'}"
     )
 
@@ -179,7 +182,7 @@ def _label_column(table: _Table, file: int, known: Sequence[int]) -> int:
     for at in named:
         if at in known:
             raise FewShotError(
-                f"--data: {table.path} has numbers in column {table.header[known[0]]!r} and names "
+                f"{_DATA}: {table.path} has numbers in column {table.header[known[0]]!r} and names "
                 f"in column {table.header[at]!r} that don't correspond one to one; rename the "
                 "column that is not meant"
             )
@@ -196,10 +199,10 @@ def _labelled(table: _Table, file: int, label: int) -> tuple[list[Pair], tuple[s
     for line, cells in table.rows:
         name, given = cells[file], cells[label]
         if not name or not given:
-            raise FewShotError(f"--data: line {line} of {table.path} lacks a file or a label")
+            raise FewShotError(f"{_DATA}: line {line} of {table.path} lacks a file or a label")
         if given.lower() in _MISSING:
             raise FewShotError(
-                f"--data: line {line} of {table.path} has the label {given!r}, which stands for "
+                f"{_DATA}: line {line} of {table.path} has the label {given!r}, which stands for "
                 "none; delete the line, or rename the class if it is one"
             )
         if len(given.split(_JOINT)) > 1:
@@ -214,7 +217,7 @@ def _labelled(table: _Table, file: int, label: int) -> tuple[list[Pair], tuple[s
         )
     if joint and not pairs:
         raise FewShotError(
-            f"--data: all rows of {table.path} have several labels, joined by {_JOINT}; images of "
+            f"{_DATA}: all rows of {table.path} have several labels, joined by {_JOINT}; images of "
             "one class each are needed"
         )
     if joint:
@@ -233,7 +236,7 @@ def _one_hot_columns(table: _Table, file: int) -> list[int]:
         if not all(flags):
             line, cells = table.rows[flags.index(False)]
             raise FewShotError(
-                f"--data: line {line} of {table.path} has {cells[at]!r} in column "
+                f"{_DATA}: line {line} of {table.path} has {cells[at]!r} in column "
                 f"{table.header[at]!r}, which otherwise holds 0 and 1"
             )
         columns.append(at)
@@ -245,7 +248,7 @@ def _one_hot(table: _Table, line: int, cells: Sequence[str], columns: Sequence[i
     if Counter(flags) == Counter({True: 1, False: len(flags) - 1}):
         return class_name(table.header[columns[flags.index(True)]])
     raise FewShotError(
-        f"--data: line {line} of {table.path} must have 1 in one of the columns "
+        f"{_DATA}: line {line} of {table.path} must have 1 in one of the columns "
         f"{', '.join(table.header[at] for at in columns)}, and 0 in the others"
     )
 

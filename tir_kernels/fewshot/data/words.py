@@ -17,6 +17,9 @@ from tir_kernels.fewshot.data.documents import (
     read_document,
 )
 from tir_kernels.fewshot.data.listings import LIST_ENDINGS, class_name, shown_name
+from tir_kernels.text import setting
+
+_CLASS_NAMES = setting("class_names")
 
 _EUROSAT = {
     "AnnualCrop": "annual crop land",
@@ -210,7 +213,7 @@ def class_words(
         if key not in given:
             close = get_close_matches(key, given, n=1)
             hint = f" (it has {close[0]!r})" if close else ""
-            raise FewShotError(f"--class-names: no words for class '{key}'{hint}; add them")
+            raise FewShotError(f"{_CLASS_NAMES}: no words for class '{key}'{hint}; add them")
         words[name] = given[key]
     return _checked(words), ""
 
@@ -221,14 +224,15 @@ def _default_words(names: Sequence[str]) -> tuple[dict[str, str], str]:
         if shown_name(name) != name:
             raise FewShotError(
                 f"the name of class '{shown_name(name)}' is not UTF-8, so it gives no words for "
-                "prompts; rename it, or give words for all classes with --class-names FILE"
+                "prompts; rename it, or give words for all classes with "
+                f"{setting('class_names', 'FILE')}"
             )
     has_index = _have_indices(names)
     words = _checked({name: default_words(name, has_index=has_index) for name in names})
     if all(re.fullmatch(r"n\d{8}|\d+([.,]\d*)?", name) for name in names):
         return words, (
             f"the classes' names are numbers such as {names[0]}, which say nothing in a prompt; "
-            "give them words with --class-names FILE"
+            f"give them words with {setting('class_names', 'FILE')}"
         )
     changed = {name: text for name, text in words.items() if _without_id(name, has_index) != name}
     note = f"class names are without the numbers in front: {_examples(changed, limit=6)}"
@@ -242,7 +246,7 @@ def _in_one_form(given: Mapping[str, str]) -> dict[str, str]:
         key = shown_name(class_name(name))
         if words.setdefault(key, text) != text:
             raise FewShotError(
-                f"--class-names: {key!r} is there twice, in different forms of Unicode; keep one"
+                f"{_CLASS_NAMES}: {key!r} is there twice, in different forms of Unicode; keep one"
             )
     return words
 
@@ -264,13 +268,14 @@ def _checked(words: dict[str, str]) -> dict[str, str]:
         if not isinstance(text, str) or not text.strip() or shown_name(text) != text:
             raise FewShotError(
                 f"class '{shown_name(name)}' has no words that a prompt can hold; give it some "
-                "with --class-names FILE"
+                f"with {setting('class_names', 'FILE')}"
             )
         other = owner.setdefault(_tokens(text), name)
         if other != name:
             raise FewShotError(
                 f"classes {other!r} and {name!r} have the same words {text!r}, so no prompt "
-                "can tell them apart; give them different words with --class-names FILE"
+                "can tell them apart; give them different words with "
+                f"{setting('class_names', 'FILE')}"
             )
     return words
 
@@ -288,35 +293,36 @@ def read_class_names(path: str | Path) -> dict[str, str]:
     ending = path.suffix.lower()
     if ending not in LIST_ENDINGS:
         raise FewShotError(
-            f"--class-names: {path} must end in .json or .csv, or be one of {', '.join(KNOWN_SETS)}"
+            f"{_CLASS_NAMES}: {path} must end in .json or .csv, or be one of "
+            f"{', '.join(KNOWN_SETS)}"
         )
-    text = read_document(path, "--class-names", at_most=NAMES_BYTES)
+    text = read_document(path, "class_names", at_most=NAMES_BYTES)
     if ending == ".json":
-        names = parse_json(path, text, "--class-names")
+        names = parse_json(path, text, "class_names")
         if not isinstance(names, dict):
-            raise FewShotError(f'--class-names: {path} must hold an object {{"folder": "words"}}')
+            raise FewShotError(f'{_CLASS_NAMES}: {path} must hold an object {{"folder": "words"}}')
     else:
         names = _read_table(path, text)
     for folder, words in names.items():
         if not isinstance(words, str) or not words.strip():
-            raise FewShotError(f"--class-names: {path} has no words for {folder!r}; add them")
+            raise FewShotError(f"{_CLASS_NAMES}: {path} has no words for {folder!r}; add them")
     return {folder: words.strip() for folder, words in names.items()}
 
 
 def _read_table(path: Path, text: str) -> dict[str, str]:
-    rows = parse_rows(path, text, "--class-names", find_delimiter(text))
+    rows = parse_rows(path, text, "class_names", find_delimiter(text))
     names: dict[str, str] = {}
     for number, (line, cells) in enumerate(rows):
         if number == 0 and cells[0].lower() == "folder":
             continue
         if len(cells) != 2:
             raise FewShotError(
-                f"--class-names: line {line} of {path} has {len(cells)} columns, not "
+                f"{_CLASS_NAMES}: line {line} of {path} has {len(cells)} columns, not "
                 "the 2 of 'folder,words'; put words that contain a comma in double quotes"
             )
         if cells[0] in names:
             raise FewShotError(
-                f"--class-names: line {line} of {path} names {cells[0]!r} again; "
+                f"{_CLASS_NAMES}: line {line} of {path} names {cells[0]!r} again; "
                 "keep one line per folder"
             )
         names[cells[0]] = cells[1]
