@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from tir_kernels.errors import FewShotError
-from tir_kernels.fewshot.data.words import KNOWN_SETS
+from tir_kernels.fewshot.data.known import KNOWN_SETS
 from tir_kernels.fewshot.interrupts import INTERRUPTED, PROGRAM, leaving_at_once, terminable
 from tir_kernels.fewshot.options import (
     NAME,

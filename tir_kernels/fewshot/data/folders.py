@@ -9,14 +9,10 @@ from pathlib import Path
 
 from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.fewshot.data.formats import image_endings, is_image_name
-from tir_kernels.fewshot.data.listings import (
-    LIST_ENDINGS,
-    Files,
-    Listing,
-    class_name,
-    shown_name,
-    sort_key,
-)
+from tir_kernels.fewshot.data.image_files import ImageFiles
+from tir_kernels.fewshot.data.names import class_name, shown_name, sort_key
+from tir_kernels.fewshot.data.protocol import Files, Listing
+from tir_kernels.fewshot.data.sources import list_endings
 from tir_kernels.fewshot.data.walk import (
     FileId,
     FoundImages,
@@ -36,6 +32,22 @@ _PARTS = re.compile(
 # What their names may hold beside that.
 _BESIDE_PARTS = re.compile(r"set|data(set)?|seg|split|folder|all|new|original|\d+|")
 _FIRST_PARTS = ("train", "training", "images")
+
+
+class ClassFolders:
+    """A folder that has a folder of images for each class."""
+
+    takes_images = False
+    endings = ()
+
+    def owns(self, data: str) -> bool:
+        """Whether it is a folder."""
+        return os.path.isdir(data)
+
+    def read(self, data: str, images: Path | None) -> tuple[ImageFiles, Listing]:
+        """List the images of each folder; see ``list_folders``."""
+        root = Path(data)
+        return ImageFiles(root), list_folders(root)
 
 
 def list_folders(root: Path) -> Listing:
@@ -92,7 +104,7 @@ def _class_folders(root: Path) -> tuple[list[str], LeftOut]:
 def _without_folders(root: Path, left_out: LeftOut) -> str:
     images = left_out["image", "beside the folders of the classes"]
     what = f"{images} images but no sub-folders" if images else "no sub-folders"
-    lists = sorted(each.name for each in root.iterdir() if each.suffix.lower() in LIST_ENDINGS)
+    lists = sorted(each.name for each in root.iterdir() if each.suffix.lower() in list_endings())
     way = f", or the list of them: {setting('data', root / lists[0])}" if images and lists else ""
     return f"{_DATA}: {root} has {what}; it needs one folder of images per class{way}"
 

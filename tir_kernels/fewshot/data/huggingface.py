@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tir_kernels.errors import FewShotError, first_line
-from tir_kernels.fewshot.data.listings import class_name
+from tir_kernels.fewshot.data.names import class_name
+from tir_kernels.fewshot.data.protocol import Files, Listing
 from tir_kernels.fewshot.data.walk import FileId, file_id
 from tir_kernels.text import setting
 
@@ -21,11 +22,31 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 HUB_PREFIX = "hf:"
+# What save_to_disk writes into a folder.
+_SAVED = ("dataset_dict.json", "dataset_info.json")
 
 _BATCH = 1000
 
 
-class HuggingFaceSource:
+class HuggingFaceData:
+    """A data set of the hub, ``hf:NAME`` or ``hf:NAME:SPLIT``, or a folder of ``save_to_disk``."""
+
+    takes_images = False
+    endings = ()
+
+    def owns(self, data: str) -> bool:
+        """Whether it has the prefix of the hub, or is a folder that holds a saved data set."""
+        saved = (os.path.join(data, name) for name in _SAVED)
+        return data.startswith(HUB_PREFIX) or any(map(os.path.isfile, saved))
+
+    def read(self, data: str, images: Path | None) -> tuple[RowImages, Listing]:
+        """List the images; see ``load_hugging_face``."""
+        is_on_hub = data.startswith(HUB_PREFIX)
+        source, files = load_hugging_face(data if is_on_hub else Path(data))
+        return source, Listing(files)
+
+
+class RowImages:
     """Images of a data set; their names are the numbers of their rows.
 
     Args:
@@ -58,7 +79,7 @@ class HuggingFaceSource:
         return self._stamps[int(name)]
 
 
-def load_hugging_face(data: str | Path) -> tuple[HuggingFaceSource, dict[str, list[str]]]:
+def load_hugging_face(data: str | Path) -> tuple[RowImages, Files]:
     """The images of each class of a data set with an image and a label in each row.
 
     Args:
@@ -93,7 +114,7 @@ def load_hugging_face(data: str | Path) -> tuple[HuggingFaceSource, dict[str, li
     # that was loaded is saved with it, that of ``images`` made anew by each release of datasets.
     version = int(hashlib.sha256(loaded._fingerprint.encode()).hexdigest()[:15], 16)
     try:
-        source = HuggingFaceSource(str(data), images, f"{data} {images._fingerprint}", version)
+        source = RowImages(str(data), images, f"{data} {images._fingerprint}", version)
     except (OSError, ValueError) as error:
         raise FewShotError(f"{_DATA}: {data} can't be read: {first_line(error)}") from error
     return source, {name: files[name] for name in sorted(files)}

@@ -8,11 +8,22 @@ from typing import Any
 
 from tir_kernels.errors import FewShotError
 from tir_kernels.fewshot.data.documents import LIST_BYTES, parse_json, read_document
-from tir_kernels.fewshot.data.listed_images import ImageFolder
-from tir_kernels.fewshot.data.listings import Listing, class_name
+from tir_kernels.fewshot.data.listed_images import ImageFolder, ImageList
+from tir_kernels.fewshot.data.names import class_name
+from tir_kernels.fewshot.data.protocol import Listing
 from tir_kernels.text import setting
 
 _DATA = setting("data")
+
+
+class JsonList(ImageList):
+    """A JSON file that lists images and their labels."""
+
+    endings = (".json",)
+
+    def listing(self, path: Path, images: ImageFolder) -> Listing:
+        """The images that the file lists; see ``read_json_list``."""
+        return read_json_list(path, images)
 
 
 def read_json_list(path: Path, images: ImageFolder) -> Listing:
@@ -23,7 +34,7 @@ def read_json_list(path: Path, images: ImageFolder) -> Listing:
 
     Args:
         path: The file.
-        images: Where its images are looked up.
+        images: Folder in which its images are looked up.
 
     Raises:
         FewShotError: The file is not such a list, or images are missing or ambiguous.

@@ -1,9 +1,10 @@
-"""Finding the images that a list names, which may be those of another machine or without ending."""
+"""Files that list images, whose names may be those of another machine or without ending."""
 
 from __future__ import annotations
 
 import os
 import unicodedata
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence, Set
 from functools import cached_property
@@ -11,7 +12,9 @@ from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
 from tir_kernels.errors import FewShotError, first_line
-from tir_kernels.fewshot.data.listings import Files, class_name, sort_key
+from tir_kernels.fewshot.data.image_files import ImageFiles
+from tir_kernels.fewshot.data.names import class_name, sort_key
+from tir_kernels.fewshot.data.protocol import Files, Listing
 from tir_kernels.fewshot.data.walk import FileId, file_id, find_images
 from tir_kernels.text import setting
 
@@ -20,6 +23,36 @@ _IMAGES = setting("images")
 
 # A listed image, and its class.
 Pair = tuple[str, str]
+
+
+class ImageList(ABC):
+    """A file that lists images which lie beside it, or in a folder that the user names."""
+
+    takes_images = True
+    endings: tuple[str, ...] = ()
+
+    def owns(self, data: str) -> bool:
+        """Whether it is a file with one of the endings."""
+        return os.path.isfile(data) and Path(data).suffix.lower() in self.endings
+
+    def read(self, data: str, images: Path | None) -> tuple[ImageFiles, Listing]:
+        """Read the list and look its images up."""
+        path = Path(data)
+        root = path.parent if images is None else images
+        if not os.path.isdir(root):
+            raise FewShotError(f"{_IMAGES}: there is no folder {root}")
+        # Where the user named a folder, absolute paths too are looked up in it.
+        folder = ImageFolder(path, root, takes_absolute=images is None)
+        return ImageFiles(root), self.listing(path, folder)
+
+    @abstractmethod
+    def listing(self, path: Path, images: ImageFolder) -> Listing:
+        """The images that the file lists.
+
+        Args:
+            path: The file.
+            images: Folder in which its images are looked up.
+        """
 
 
 class ImageFolder:

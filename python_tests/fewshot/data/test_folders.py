@@ -222,9 +222,9 @@ def test_places_that_hold_no_data(tmp_path):
     ]:
         with pytest.raises(FewShotError, match=complaint):
             load_data(data)
-    with pytest.raises(FewShotError, match="^images is empty"):
+    with pytest.raises(FewShotError, match=r"^images is empty"):
         load_data(tmp_path, images="")
-    with pytest.raises(FewShotError, match="^class_names is empty"):
+    with pytest.raises(FewShotError, match=r"^class_names is empty"):
         load_data(tmp_path, class_names="")
 
 

@@ -20,7 +20,7 @@ def test_unwritable_places(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FewShotError, match=r"^out: can't write in .*file"):
         RunFolder(tmp_path / "file")
-    with pytest.raises(FewShotError, match="^out: can't write in /proc/none"):
+    with pytest.raises(FewShotError, match=r"^out: can't write in /proc/none"):
         RunFolder("/proc/none")
     (tmp_path / "episodes.jsonl").mkdir()
     with pytest.raises(FewShotError, match=r"can't read .*episodes.jsonl"):

@@ -7,9 +7,8 @@ import pytest
 
 from tir_kernels.errors import FewShotError
 from tir_kernels.fewshot.data.dataset import load_data
+from tir_kernels.fewshot.data.known import known_sets
 from tir_kernels.fewshot.data.words import (
-    _SETS,
-    KNOWN_SETS,
     class_words,
     default_words,
     read_class_names,
@@ -142,8 +141,8 @@ def test_a_set_is_taken_only_if_it_has_all_classes(make_images):
 
 
 def test_words_of_known_sets_are_words_and_differ():
-    for key in KNOWN_SETS:
-        words = list(_SETS[key].values())
+    for each in known_sets().values():
+        words = list(each.words.values())
         assert len(set(words)) == len(words)
         for text in words:
             assert text == text.lower()

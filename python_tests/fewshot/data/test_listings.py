@@ -83,7 +83,8 @@ def test_ambiguous_missing_and_mistaken_images(folder):
 
     refused(
         [("/x/cats/1.png", 0)],
-        r"lists /x/cats/1\.png, which may be train/cats/1\.png or val/cats/1\.png in .*with images$",
+        r"lists /x/cats/1\.png, which may be train/cats/1\.png or val/cats/1\.png in "
+        r".*with images$",
     )
     refused([("/x/cats/9.png", 0)], r"lists /x/cats/9\.png, but no such file is in .*with images$")
     # 7.png is there, but beside images of another class.
@@ -140,7 +141,7 @@ def test_bad_lists(folder, name, content, complaint):
 
 def test_images_go_with_a_list_only(folder):
     add(folder, "a/1.png")
-    with pytest.raises(FewShotError, match="^images goes with a JSON or CSV file"):
+    with pytest.raises(FewShotError, match=r"^images goes with a JSON or CSV file"):
         load_data(folder, images=folder)
 
 
