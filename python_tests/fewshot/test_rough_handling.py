@@ -13,8 +13,8 @@ from pathlib import Path
 import fake_engine
 import pytest
 import torch
+from command_line import SMALL, assert_refused, results, with_value
 from small_images import write_images
-from test_command import SMALL, assert_refused, results, with_value
 
 from tir_kernels.fewshot import devices
 from tir_kernels.fewshot.command import main
@@ -48,7 +48,7 @@ def test_the_device_is_chosen_and_told(arguments, tmp_path, capsys, monkeypatch)
     assert fake_engine.run_main(arguments) == 0
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
-    assert devices.resolve_device("auto") == ("cuda", "--device auto: cuda (H100)")
+    assert devices.resolve_device("auto") == ("cuda", "device=auto: cuda (H100)")
     assert devices.resolve_device("cuda:1") == ("cuda:1", "")
 
 

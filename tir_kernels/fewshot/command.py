@@ -13,9 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from tir_kernels.errors import FewShotError
-from tir_kernels.fewshot.data.words import KNOWN_SETS
+from tir_kernels.fewshot.data.known import KNOWN_SETS
 from tir_kernels.fewshot.interrupts import INTERRUPTED, PROGRAM, leaving_at_once, terminable
-from tir_kernels.fewshot.options import NAME, Count, config_options, protocol_options
+from tir_kernels.fewshot.options import (
+    NAME,
+    Count,
+    config_options,
+    option_name,
+    protocol_options,
+    with_options,
+)
 from tir_kernels.fewshot.run.workers import Place
 from tir_kernels.fewshot.settings import METHODS, FewShotConfig
 from tir_kernels.fewshot.streams import forgiving_output
@@ -197,7 +204,9 @@ def _run(
     messages = Console(stderr=True, quiet=not place.is_first)
 
     def notify(text: str) -> None:
-        messages.print(printable(text), soft_wrap=True, highlight=False, markup=False, emoji=False)
+        messages.print(
+            with_options(text), soft_wrap=True, highlight=False, markup=False, emoji=False
+        )
 
     try:
         config = FewShotConfig(**config_values)
@@ -330,7 +339,7 @@ def _show(
 
     summary = summarise(records, methods)
     keep(summary)
-    print_summary(summary, Console())
+    print_summary(summary, Console(), with_options)
     if summary.failures:
         raise FewShotError(
             f"{summary.failures}; the other episodes are finished and the means leave these out: "
@@ -373,7 +382,7 @@ def _with_option_name(message: str) -> str:
     """A message that starts with a field's name, with its option's name instead."""
     name, space, rest = message.partition(" ")
     if name in {field.name for field in dataclasses.fields(FewShotConfig)}:
-        return f"--{name.replace('_', '-')}{space}{rest}"
+        return f"{option_name(name)}{space}{rest}"
     return message
 
 
@@ -437,8 +446,12 @@ def _answer(words: list[str], place: Place) -> int:
 
 def _tell(error: Exception, label: str) -> int:
     """Tell an error in a line, and return the exit status for it."""
-    text = error.format_message() if isinstance(error, click.ClickException) else str(error)
-    _say(f"{PROGRAM}{label}: error: {printable(' '.join(text.split()))}")
+    if isinstance(error, FewShotError):
+        text = with_options(error.notice)
+    else:
+        text = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        text = printable(" ".join(text.split()))
+    _say(f"{PROGRAM}{label}: error: {text}")
     return UNFORESEEN if isinstance(error, UnforeseenError) else BAD_INPUT
 
 

@@ -6,6 +6,8 @@ import platform
 
 import torch
 
+from tir_kernels.text import Notice, setting
+
 AUTO = "auto"
 
 
@@ -18,8 +20,8 @@ def resolve_device(name: str) -> tuple[str, str]:
     if name != AUTO:
         return name, ""
     if torch.cuda.is_available():
-        return "cuda", f"--device auto: cuda ({torch.cuda.get_device_name()})"
-    return "cpu", "--device auto: cpu, since PyTorch sees no CUDA GPU here"
+        return "cuda", Notice(f"{setting('device', 'auto')}: cuda ({torch.cuda.get_device_name()})")
+    return "cpu", Notice(f"{setting('device', 'auto')}: cpu, since PyTorch sees no CUDA GPU here")
 
 
 def is_slow_at(precision: str, device: str) -> bool:

@@ -16,6 +16,19 @@ import click
 from tir_kernels.fewshot.settings import PLACEMENTS, PRECISIONS, FewShotConfig
 from tir_kernels.operators.choose import BACKENDS
 from tir_kernels.rules import RULE_KINDS
+from tir_kernels.text import Notice, printable
+
+
+def option_name(name: str) -> str:
+    """The option of a setting: ``--class-names`` of ``class_names``."""
+    return f"--{name.replace('_', '-')}"
+
+
+def with_options(text: str) -> str:
+    """A line for the user, with options where it names settings."""
+    if isinstance(text, Notice):
+        return text.spelled(option_name, " ")
+    return printable(text)
 
 
 class Count(click.IntRange):
@@ -107,7 +120,7 @@ def config_options(**defaults: Any) -> Callable[[Callable], Callable]:
             defaults.setdefault("device", "auto")
             default = defaults.get(field.name, field.default)
             command = click.option(
-                f"--{field.name.replace('_', '-')}",
+                option_name(field.name),
                 type=_option_type(field.name, hints[field.name]),
                 default=default,
                 show_default=default is not None,

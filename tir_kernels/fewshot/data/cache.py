@@ -24,7 +24,9 @@ from torch import Tensor
 from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.fewshot.data.rgb import Conversion
 from tir_kernels.files import expand_user
-from tir_kernels.text import printable
+from tir_kernels.text import Notice, printable, setting
+
+_CACHE = setting("cache")
 
 # A file is this and, unless the image is unreadable, its pixels: a mark, the image's key, whether
 # there are pixels, what the image lost when it was converted, and the checksum of all the rest.
@@ -86,8 +88,11 @@ def open_cache(
     chosen = folder or default_cache_folder()
     if chosen is None:
         notify(
-            "--cache: no home folder is known to keep images in; going on without, so they are "
-            "decoded again in each run; pass --cache DIR, or --no-cache"
+            Notice(
+                f"{_CACHE}: no home folder is known to keep images in; going on without, so they "
+                "are decoded again in each run; "
+                f"pass {setting('cache', 'DIR')}, or {setting('no_cache')}"
+            )
         )
         return None
     return ImageCache(chosen, shape, notify=notify)
@@ -121,7 +126,7 @@ class ImageCache:
         try:
             root = expand_user(folder)
         except OSError as error:
-            raise FewShotError(f"--cache: {first_line(error)}; pass a whole path") from error
+            raise FewShotError(f"{_CACHE}: {first_line(error)}; pass a whole path") from error
         self.folder = root / f"user-{os.geteuid()}"
         self._shape = shape
         self._notify = notify
@@ -150,13 +155,13 @@ class ImageCache:
             self._foreign.add(key)
             self._tell_once(
                 "foreign",
-                f"--cache: {path} {error}, so it is not used, nor any other such file; their "
+                f"{_CACHE}: {path} {error}, so it is not used, nor any other such file; their "
                 "images are decoded again, and not kept",
             )
         except _DamagedError:
             self._tell_once(
                 "damaged",
-                f"--cache: {path} is damaged; its image is decoded again, and so are those of "
+                f"{_CACHE}: {path} is damaged; its image is decoded again, and so are those of "
                 "other damaged files",
             )
             if key in self._damaged:
@@ -291,7 +296,7 @@ class ImageCache:
         self._is_writable = False
         self._tell_once(
             "gave up",
-            f"--cache: can't keep images in {printable(str(self.folder))}: {first_line(error)}; "
+            f"{_CACHE}: can't keep images in {printable(str(self.folder))}: {first_line(error)}; "
             "going on without, so they are decoded again in each run",
         )
 
@@ -300,7 +305,7 @@ class ImageCache:
             is_new = kind not in self._told
             self._told.add(kind)
         if is_new:
-            self._notify(text)
+            self._notify(Notice(text))
 
 
 def _require_own(status: os.stat_result) -> None:

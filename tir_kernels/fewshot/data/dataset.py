@@ -9,65 +9,16 @@ import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
 
 from tir_kernels.errors import FewShotError, first_line
-from tir_kernels.fewshot.data.folders import list_folders
-from tir_kernels.fewshot.data.huggingface import HUB_PREFIX, load_hugging_face
-from tir_kernels.fewshot.data.json_lists import read_json_list
-from tir_kernels.fewshot.data.listed_images import ImageFolder
-from tir_kernels.fewshot.data.listings import LIST_ENDINGS, Listing, class_name, shown_name
-from tir_kernels.fewshot.data.tables import read_table
+from tir_kernels.fewshot.data.names import class_name, shown_name
+from tir_kernels.fewshot.data.protocol import ImageSource, Stamp
+from tir_kernels.fewshot.data.sources import data_sources, list_endings
 from tir_kernels.fewshot.data.words import class_words
-from tir_kernels.text import printable
+from tir_kernels.files import expand_user
+from tir_kernels.text import Notice, setting
 
-# A file's size in bytes, and a number that changes when it is written: nanoseconds since 1970.
-Stamp = tuple[int, int]
-
-
-class ImageSource(Protocol):
-    """Where the images of a data set lie.
-
-    Attributes:
-        identity: Text that differs wherever images of one name and stamp may differ.
-    """
-
-    @property
-    def identity(self) -> str: ...
-
-    def describe(self, name: str) -> str:
-        """Where an image is, for messages; for the name "" where all of them are."""
-
-    def file(self, name: str) -> Path | IO[bytes]:
-        """The file or path that Pillow opens; OSError or ValueError where it can't be had."""
-
-    def stamp(self, name: str) -> Stamp:
-        """A stamp that tells an image from an earlier one of its name; raises as ``file``."""
-
-
-@dataclass(frozen=True)
-class FileSource:
-    """Images that are files; names are paths relative to the root, or absolute ones."""
-
-    root: Path
-
-    @property
-    def identity(self) -> str:
-        """The root: files are not known by their content."""
-        return str(self.root.resolve())
-
-    def describe(self, name: str) -> str:
-        """The file's path."""
-        return str(self.root / name)
-
-    def file(self, name: str) -> Path:
-        """The file's path."""
-        return self.root / name
-
-    def stamp(self, name: str) -> Stamp:
-        """The file's size and time of modification."""
-        status = os.stat(os.path.join(self.root, name))
-        return status.st_size, status.st_mtime_ns
+_DATA = setting("data")
 
 
 @dataclass(frozen=True)
@@ -118,8 +69,9 @@ class ImageData:
         """
         if ways > len(self.classes):
             raise FewShotError(
-                f"--ways {ways} is more than the {len(self.classes)} classes in {self.name} "
-                f"({_some([entry.folder for entry in self.classes])}); lower --ways"
+                f"{setting('ways', ways)} is more than the {len(self.classes)} classes in "
+                f"{self.name} "
+                f"({_some([entry.folder for entry in self.classes])}); lower {setting('ways')}"
             )
         needed = shots + queries
         small = [entry for entry in self.classes if len(entry.files) < needed]
@@ -129,7 +81,7 @@ class ImageData:
             raise FewShotError(
                 f"class {small[0].folder!r} in {self.name} has {len(small[0].files)} images"
                 f"{left_out} but {needed} are needed ({shots} shots + {queries} queries){others}; "
-                "add images, remove the class, or lower --shots or --queries"
+                f"add images, remove the class, or lower {setting('shots')} or {setting('queries')}"
             )
 
 
@@ -142,32 +94,30 @@ def load_data(
     """List the classes and images of a data set; no image is decoded.
 
     Args:
-        data: A folder with a sub-folder of images per class, see ``list_folders``; a file that
-            lists images, see ``read_json_list`` and ``read_table``; ``hf:NAME`` or
-            ``hf:NAME:SPLIT``, a data set of Hugging Face; or a folder into which such a data set
-            was saved.
+        data: Data of one of the kinds in ``sources.SOURCES``: a folder with a sub-folder of images
+            per class, see ``list_folders``; a file that lists images, see ``read_json_list`` and
+            ``read_table``; ``hf:NAME`` or ``hf:NAME:SPLIT``, a data set of Hugging Face; or a
+            folder into which such a data set was saved.
         class_names: Words of each class, see ``class_words``.
         images: Folder of the images that a file lists; ``None``: the file's own.
 
     Raises:
         FewShotError: The data or the class names can't be used.
     """
-    for option, value in (("data", data), ("images", images), ("class-names", class_names)):
+    for name, value in (("data", data), ("images", images), ("class_names", class_names)):
         if value == "":
-            raise FewShotError(f"--{option} is empty; name what it should be, or leave it out")
-    is_on_hub, path = str(data).startswith(HUB_PREFIX), Path(os.path.expanduser(data))
-    is_list = not is_on_hub and _is_list(path)
-    if images is not None and not is_list:
-        raise FewShotError(f"--images goes with a JSON or CSV file; --data {data} is none")
-    source: ImageSource
-    if is_on_hub or _is_saved_data_set(path):
-        source, files = load_hugging_face(str(data) if is_on_hub else path)
-        listing = Listing(files)
-    elif is_list:
-        root = path.parent if images is None else Path(os.path.expanduser(images))
-        source, listing = FileSource(root), _read_list(path, root, is_given=images is not None)
-    else:
-        source, listing = FileSource(path), list_folders(path)
+            raise FewShotError(f"{setting(name)} is empty; name what it should be, or leave it out")
+    place = _expanded("data", data)
+    kind = next((each for each in data_sources() if each.owns(place)), None)
+    if kind is None:
+        raise _unknown(place)
+    if images is not None and not kind.takes_images:
+        raise FewShotError(
+            f"{setting('images')} goes with a JSON or CSV file; {setting('data', data)} is none"
+        )
+    source, listing = kind.read(
+        place, None if images is None else Path(_expanded("images", images))
+    )
     words, note = class_words(list(listing.files), class_names)
     classes = tuple(
         ImageClass(
@@ -181,53 +131,46 @@ def load_data(
     )
     notes = (*listing.notes, note) if note else listing.notes
     # What they quote may come from file names and other programs.
-    notes = tuple(printable(line) for line in notes)
+    notes = tuple(Notice(line) for line in notes)
     return ImageData(source, classes, _fingerprint(classes), notes)
 
 
-def _is_list(path: Path) -> bool:
-    """Whether the data is a file, and not a folder; refuses what is neither."""
+def _expanded(name: str, value: str | Path) -> str:
+    """A setting's value with the user's home folder in place of a leading ``~``."""
     try:
-        mode = os.stat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise FewShotError(
-            f"--data: {path} does not exist; pass a folder with a sub-folder per class, or a JSON "
-            "or CSV file"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise FewShotError(f"--data: can't read {path}: {first_line(error)}") from error
-    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
-        return stat.S_ISREG(mode)
-    raise FewShotError(
-        f"--data: {path} is neither a folder nor a regular file, but a pipe or device; pass a "
-        "folder with a sub-folder per class, or a JSON or CSV file"
-    )
+        return str(expand_user(value)) if str(value).startswith("~") else str(value)
+    except OSError as error:
+        raise FewShotError(f"{setting(name)}: {first_line(error)}; pass a whole path") from error
 
 
-def _read_list(path: Path, root: Path, *, is_given: bool) -> Listing:
-    """The images that a file lists, below a root that the user gave or that is the file's own."""
-    if not os.path.isdir(root):
-        raise FewShotError(f"--images: there is no folder {root}")
-    # Where the user named a folder, absolute paths too are looked up in it.
-    images = ImageFolder(path, root, takes_absolute=not is_given)
-    ending = path.suffix.lower()
-    if ending not in LIST_ENDINGS:
-        raise FewShotError(
-            f"--data: {path} is a file but does not end in {', '.join(LIST_ENDINGS[:-1])} or "
-            f"{LIST_ENDINGS[-1]}; pass such a list, or a folder with a sub-folder per class"
+def _unknown(data: str) -> FewShotError:
+    """The error of data that no source owns."""
+    endings = list_endings()
+    try:
+        mode = os.stat(data).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return FewShotError(
+            f"{_DATA}: {Path(data)} does not exist; pass a folder with a sub-folder per class, or "
+            "a JSON or CSV file"
         )
-    return (read_json_list if ending == ".json" else read_table)(path, images)
-
-
-def _is_saved_data_set(path: Path) -> bool:
-    return (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file()
+    except (OSError, ValueError) as error:
+        return FewShotError(f"{_DATA}: can't read {Path(data)}: {first_line(error)}")
+    if stat.S_ISREG(mode):
+        return FewShotError(
+            f"{_DATA}: {Path(data)} is a file but does not end in {', '.join(endings[:-1])} or "
+            f"{endings[-1]}; pass such a list, or a folder with a sub-folder per class"
+        )
+    return FewShotError(
+        f"{_DATA}: {Path(data)} is neither a folder nor a regular file, but a pipe or device; pass "
+        "a folder with a sub-folder per class, or a JSON or CSV file"
+    )
 
 
 def _stamps(source: ImageSource, names: Sequence[str]) -> tuple[Stamp, ...]:
     try:
         return tuple(source.stamp(name) for name in names)
     except (OSError, ValueError) as error:
-        raise FewShotError(f"--data: {first_line(error)}") from error
+        raise FewShotError(f"{_DATA}: {first_line(error)}") from error
 
 
 def _fingerprint(classes: Sequence[ImageClass]) -> str:

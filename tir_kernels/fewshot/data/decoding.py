@@ -16,6 +16,7 @@ from tir_kernels.fewshot.data.formats import RASTER_FORMATS
 from tir_kernels.fewshot.data.rgb import VERSION, Conversion, UnreadableImageError, to_rgb
 from tir_kernels.fewshot.data.unsupported import refusal
 from tir_kernels.files import open_regular
+from tir_kernels.text import setting
 
 # What it logs of a refused file is in the refusal, and without this it would go to stderr.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
@@ -98,6 +99,7 @@ def problems_explained() -> Iterator[None]:
 def _too_large(why: str) -> UnreadableImageError:
     return UnreadableImageError(
         why,
-        "make it smaller, or pass --max-pixels N with a larger N if it can be trusted",
+        f"make it smaller, or pass {setting('max_pixels', 'N')} with a larger N if it can be "
+        "trusted",
         is_lasting=False,
     )

@@ -11,6 +11,7 @@ from typing import Any
 from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.fewshot.strict_json import RepeatedNameError, without_repeats
 from tir_kernels.files import MIB, read_text
+from tir_kernels.text import setting
 
 # Two million paths of a hundred bytes; with more, something else was named by mistake.
 LIST_BYTES = 256 * MIB
@@ -21,12 +22,12 @@ NAMES_BYTES = 16 * MIB
 Row = tuple[int, list[str]]
 
 
-def read_document(path: Path, option: str, *, at_most: int) -> str:
+def read_document(path: Path, name: str, *, at_most: int) -> str:
     """The text of a UTF-8 file.
 
     Args:
         path: The file.
-        option: The command line's option that names it, for messages.
+        name: Name of the setting that names the file, for messages.
         at_most: Bytes it may have.
 
     Raises:
@@ -35,13 +36,13 @@ def read_document(path: Path, option: str, *, at_most: int) -> str:
     try:
         text = read_text(path, at_most=at_most)
     except (OSError, ValueError) as error:
-        raise FewShotError(f"{option}: can't read {path}: {first_line(error)}") from error
+        raise FewShotError(f"{setting(name)}: can't read {path}: {first_line(error)}") from error
     if "\0" in text:  # UTF-16 without its mark is valid UTF-8, but full of them
-        raise FewShotError(f"{option}: {path} holds NUL characters; save it as UTF-8 text")
+        raise FewShotError(f"{setting(name)}: {path} holds NUL characters; save it as UTF-8 text")
     return text
 
 
-def parse_json(path: Path, text: str, option: str) -> Any:
+def parse_json(path: Path, text: str, name: str) -> Any:
     """The content of a JSON text; an object that has a key twice is refused.
 
     Raises:
@@ -51,12 +52,14 @@ def parse_json(path: Path, text: str, option: str) -> Any:
         return json.loads(text, object_pairs_hook=without_repeats)
     except RepeatedNameError as error:
         raise FewShotError(
-            f"{option}: {path} has {error.name!r} twice; keep one of them"
+            f"{setting(name)}: {path} has {error.name!r} twice; keep one of them"
         ) from error
     except ValueError as error:
-        raise FewShotError(f"{option}: {path} is not valid JSON: {first_line(error)}") from error
+        raise FewShotError(
+            f"{setting(name)}: {path} is not valid JSON: {first_line(error)}"
+        ) from error
     except RecursionError as error:
-        raise FewShotError(f"{option}: {path} is nested too deeply") from error
+        raise FewShotError(f"{setting(name)}: {path} is nested too deeply") from error
 
 
 def find_delimiter(text: str) -> str:
@@ -72,7 +75,7 @@ def find_delimiter(text: str) -> str:
     return max(",;\t", key=columns)
 
 
-def parse_rows(path: Path, text: str, option: str, delimiter: str) -> list[Row]:
+def parse_rows(path: Path, text: str, name: str, delimiter: str) -> list[Row]:
     """The rows of a table; empty lines are left out.
 
     Raises:
@@ -87,5 +90,5 @@ def parse_rows(path: Path, text: str, option: str, delimiter: str) -> list[Row]:
             if any(cells):
                 rows.append((reader.line_num, cells))
     except csv.Error as error:
-        raise FewShotError(f"{option}: line {reader.line_num} of {path}: {error}") from error
+        raise FewShotError(f"{setting(name)}: line {reader.line_num} of {path}: {error}") from error
     return rows

@@ -9,14 +9,10 @@ from pathlib import Path
 
 from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.fewshot.data.formats import image_endings, is_image_name
-from tir_kernels.fewshot.data.listings import (
-    LIST_ENDINGS,
-    Files,
-    Listing,
-    class_name,
-    shown_name,
-    sort_key,
-)
+from tir_kernels.fewshot.data.image_files import ImageFiles
+from tir_kernels.fewshot.data.names import class_name, shown_name, sort_key
+from tir_kernels.fewshot.data.protocol import Files, Listing
+from tir_kernels.fewshot.data.sources import list_endings
 from tir_kernels.fewshot.data.walk import (
     FileId,
     FoundImages,
@@ -24,6 +20,9 @@ from tir_kernels.fewshot.data.walk import (
     find_images,
     is_left_by_tools,
 )
+from tir_kernels.text import setting
+
+_DATA = setting("data")
 
 # Parts into which data sets are divided, each with the classes in it.
 _PARTS = re.compile(
@@ -33,6 +32,22 @@ _PARTS = re.compile(
 # What their names may hold beside that.
 _BESIDE_PARTS = re.compile(r"set|data(set)?|seg|split|folder|all|new|original|\d+|")
 _FIRST_PARTS = ("train", "training", "images")
+
+
+class ClassFolders:
+    """A folder that has a folder of images for each class."""
+
+    takes_images = False
+    endings = ()
+
+    def owns(self, data: str) -> bool:
+        """Whether it is a folder."""
+        return os.path.isdir(data)
+
+    def read(self, data: str, images: Path | None) -> tuple[ImageFiles, Listing]:
+        """List the images of each folder; see ``list_folders``."""
+        root = Path(data)
+        return ImageFiles(root), list_folders(root)
 
 
 def list_folders(root: Path) -> Listing:
@@ -50,7 +65,7 @@ def list_folders(root: Path) -> Listing:
         folders, left_out = _class_folders(root)
         found = {name: find_images(root, name) for name in folders}
     except OSError as error:
-        raise FewShotError(f"--data: can't list {root}: {first_line(error)}") from error
+        raise FewShotError(f"{_DATA}: can't list {root}: {first_line(error)}") from error
     if not folders:
         raise FewShotError(_without_folders(root, left_out))
     _refuse_twins(root, folders)
@@ -60,7 +75,7 @@ def list_folders(root: Path) -> Listing:
     if not any(each.names for each in found.values()):
         others = f" (left out: {left_out})" if left_out else ""
         raise FewShotError(
-            f"--data: no images in the sub-folders of {root}{others}; "
+            f"{_DATA}: no images in the sub-folders of {root}{others}; "
             f"files with these endings are read: {' '.join(sorted(image_endings()))}"
         )
     files = {class_name(name): sorted(found[name].names.values(), key=sort_key) for name in folders}
@@ -89,9 +104,9 @@ def _class_folders(root: Path) -> tuple[list[str], LeftOut]:
 def _without_folders(root: Path, left_out: LeftOut) -> str:
     images = left_out["image", "beside the folders of the classes"]
     what = f"{images} images but no sub-folders" if images else "no sub-folders"
-    lists = sorted(each.name for each in root.iterdir() if each.suffix.lower() in LIST_ENDINGS)
-    way = f", or the list of them: --data {root / lists[0]}" if images and lists else ""
-    return f"--data: {root} has {what}; it needs one folder of images per class{way}"
+    lists = sorted(each.name for each in root.iterdir() if each.suffix.lower() in list_endings())
+    way = f", or the list of them: {setting('data', root / lists[0])}" if images and lists else ""
+    return f"{_DATA}: {root} has {what}; it needs one folder of images per class{way}"
 
 
 def _refuse_twins(root: Path, folders: Sequence[str]) -> None:
@@ -101,7 +116,8 @@ def _refuse_twins(root: Path, folders: Sequence[str]) -> None:
         other = owners.setdefault(shown_name(class_name(name)), name)
         if other != name:
             raise FewShotError(
-                f"--data: {root} has two folders called {shown_name(name)!r}, written in different "
+                f"{_DATA}: {root} has two folders called {shown_name(name)!r}, written in "
+                "different "
                 "forms of Unicode; rename or merge them"
             )
 
@@ -113,7 +129,7 @@ def _refuse_shared_files(root: Path, found: Mapping[str, FoundImages]) -> None:
             other, other_name = owners.setdefault(file, (folder, name))
             if other != folder:
                 raise FewShotError(
-                    f"--data: classes {other!r} and {folder!r} of {root} share a file: "
+                    f"{_DATA}: classes {other!r} and {folder!r} of {root} share a file: "
                     f"{other_name} and {name} are links to it or the same; keep one of them"
                 )
 
@@ -128,15 +144,16 @@ def _about_parts(root: Path, files: Files) -> tuple[str, ...]:
     first = next((name for name in divided_parts if name.lower() in _FIRST_PARTS), None)
     if len(classes) == 1 and len(divided) == 1:
         raise FewShotError(
-            f"--data: {root} has images in the one folder {divided[0]!r}, in its folders "
+            f"{_DATA}: {root} has images in the one folder {divided[0]!r}, in its folders "
             f"{_some(inside[divided[0]])}; if these are the classes, pass "
-            f"--data {root / divided[0]}"
+            f"{setting('data', root / divided[0])}"
         )
     if len(divided_parts) > 1 or (divided_parts and len(parts) == len(classes)):
         first = first or divided_parts[0]
         raise FewShotError(
-            f"--data: {root} has the parts of a data set, {_some(parts)}, with the classes as "
-            f"folders in them ({_some(inside[first])}); pass one part: --data {root / first}"
+            f"{_DATA}: {root} has the parts of a data set, {_some(parts)}, with the classes as "
+            f"folders in them ({_some(inside[first])}); pass one part: "
+            f"{setting('data', root / first)}"
         )
     if len(parts) == len(classes):
         return (f"the classes of {root} are called {_some(parts)}, as parts of data sets are",)
@@ -144,7 +161,7 @@ def _about_parts(root: Path, files: Files) -> tuple[str, ...]:
         return (
             f"all classes of {root} ({_some(list(classes))}) have the same folders in them "
             f"({_some(inside[divided[0]])}), whose images all count; if those are the classes, "
-            f"pass --data {root / divided[0]}",
+            f"pass {setting('data', root / divided[0])}",
         )
     return ()
 

@@ -11,18 +11,42 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tir_kernels.errors import FewShotError, first_line
-from tir_kernels.fewshot.data.listings import class_name
+from tir_kernels.fewshot.data.names import class_name
+from tir_kernels.fewshot.data.protocol import Files, Listing
 from tir_kernels.fewshot.data.walk import FileId, file_id
+from tir_kernels.text import setting
+
+_DATA = setting("data")
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 HUB_PREFIX = "hf:"
+# What save_to_disk writes into a folder.
+_SAVED = ("dataset_dict.json", "dataset_info.json")
 
 _BATCH = 1000
 
 
-class HuggingFaceSource:
+class HuggingFaceData:
+    """A data set of the hub, ``hf:NAME`` or ``hf:NAME:SPLIT``, or a folder of ``save_to_disk``."""
+
+    takes_images = False
+    endings = ()
+
+    def owns(self, data: str) -> bool:
+        """Whether it has the prefix of the hub, or is a folder that holds a saved data set."""
+        saved = (os.path.join(data, name) for name in _SAVED)
+        return data.startswith(HUB_PREFIX) or any(map(os.path.isfile, saved))
+
+    def read(self, data: str, images: Path | None) -> tuple[RowImages, Listing]:
+        """List the images; see ``load_hugging_face``."""
+        is_on_hub = data.startswith(HUB_PREFIX)
+        source, files = load_hugging_face(data if is_on_hub else Path(data))
+        return source, Listing(files)
+
+
+class RowImages:
     """Images of a data set; their names are the numbers of their rows.
 
     Args:
@@ -55,7 +79,7 @@ class HuggingFaceSource:
         return self._stamps[int(name)]
 
 
-def load_hugging_face(data: str | Path) -> tuple[HuggingFaceSource, dict[str, list[str]]]:
+def load_hugging_face(data: str | Path) -> tuple[RowImages, Files]:
     """The images of each class of a data set with an image and a label in each row.
 
     Args:
@@ -70,7 +94,8 @@ def load_hugging_face(data: str | Path) -> tuple[HuggingFaceSource, dict[str, li
         import datasets
     except ImportError as error:
         raise FewShotError(
-            f"--data {data} needs the package datasets ({first_line(error)}); install it with: "
+            f"{setting('data', data)} needs the package datasets ({first_line(error)}); install "
+            "it with: "
             'pip install "tir_kernels[huggingface]"'
         ) from error
     loaded = _load(datasets, data)
@@ -80,18 +105,18 @@ def load_hugging_face(data: str | Path) -> tuple[HuggingFaceSource, dict[str, li
     files: defaultdict[str, list[str]] = defaultdict(list)
     for row, number in enumerate(loaded.with_format("numpy")[label][:]):
         if not 0 <= number < len(names):  # nor is that so of the NaN that stands for none
-            raise FewShotError(f"--data: row {row} of {data} has no label; choose another split")
+            raise FewShotError(f"{_DATA}: row {row} of {data} has no label; choose another split")
         files[class_name(names[int(number)])].append(str(row))
     if not files:
-        raise FewShotError(f"--data: {data} has no rows")
+        raise FewShotError(f"{_DATA}: {data} has no rows")
     images = loaded.select_columns(image).cast_column(image, datasets.Image(decode=False))
     # A data set on the hub may change under its name; the fingerprint is of its content. The one
     # that was loaded is saved with it, that of ``images`` made anew by each release of datasets.
     version = int(hashlib.sha256(loaded._fingerprint.encode()).hexdigest()[:15], 16)
     try:
-        source = HuggingFaceSource(str(data), images, f"{data} {images._fingerprint}", version)
+        source = RowImages(str(data), images, f"{data} {images._fingerprint}", version)
     except (OSError, ValueError) as error:
-        raise FewShotError(f"--data: {data} can't be read: {first_line(error)}") from error
+        raise FewShotError(f"{_DATA}: {data} can't be read: {first_line(error)}") from error
     return source, {name: files[name] for name in sorted(files)}
 
 
@@ -104,14 +129,14 @@ def _load(datasets: Any, data: str | Path) -> Dataset:
             loaded = datasets.load_dataset(name, split=split or None)
     except Exception as error:
         raise FewShotError(
-            f"--data: can't load {data}: {type(error).__name__}: {first_line(error)}; check the "
+            f"{_DATA}: can't load {data}: {type(error).__name__}: {first_line(error)}; check the "
             "name, the split and the network, or pass a folder that save_to_disk wrote"
         ) from error
     if isinstance(loaded, datasets.DatasetDict):
         if len(loaded) > 1:
             way = f"{data}/SPLIT" if isinstance(data, Path) else f"{data}:SPLIT"
             raise FewShotError(
-                f"--data: {data} has several splits ({', '.join(loaded)}); choose one: {way}"
+                f"{_DATA}: {data} has several splits ({', '.join(loaded)}); choose one: {way}"
             )
         (loaded,) = loaded.values()
     return loaded
@@ -125,7 +150,8 @@ def _column(data: str | Path, loaded: Dataset, kind: type, usual: str) -> str:
         return usual
     columns = ", ".join(f"{name} ({type(f).__name__})" for name, f in loaded.features.items())
     raise FewShotError(
-        f"--data: {data} has {len(found) or 'no'} columns of type {kind.__name__}, and none called "
+        f"{_DATA}: {data} has {len(found) or 'no'} columns of type {kind.__name__}, and none "
+        "called "
         f"{usual!r}: it has {columns}; rename or cast one and save the data set with save_to_disk"
     )
 

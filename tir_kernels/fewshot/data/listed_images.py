@@ -1,9 +1,10 @@
-"""Finding the images that a list names, which may be those of another machine or without ending."""
+"""Files that list images, whose names may be those of another machine or without ending."""
 
 from __future__ import annotations
 
 import os
 import unicodedata
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence, Set
 from functools import cached_property
@@ -11,11 +12,47 @@ from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
 from tir_kernels.errors import FewShotError, first_line
-from tir_kernels.fewshot.data.listings import Files, class_name, sort_key
+from tir_kernels.fewshot.data.image_files import ImageFiles
+from tir_kernels.fewshot.data.names import class_name, sort_key
+from tir_kernels.fewshot.data.protocol import Files, Listing
 from tir_kernels.fewshot.data.walk import FileId, file_id, find_images
+from tir_kernels.text import setting
+
+_DATA = setting("data")
+_IMAGES = setting("images")
 
 # A listed image, and its class.
 Pair = tuple[str, str]
+
+
+class ImageList(ABC):
+    """A file that lists images which lie beside it, or in a folder that the user names."""
+
+    takes_images = True
+    endings: tuple[str, ...] = ()
+
+    def owns(self, data: str) -> bool:
+        """Whether it is a file with one of the endings."""
+        return os.path.isfile(data) and Path(data).suffix.lower() in self.endings
+
+    def read(self, data: str, images: Path | None) -> tuple[ImageFiles, Listing]:
+        """Read the list and look its images up."""
+        path = Path(data)
+        root = path.parent if images is None else images
+        if not os.path.isdir(root):
+            raise FewShotError(f"{_IMAGES}: there is no folder {root}")
+        # Where the user named a folder, absolute paths too are looked up in it.
+        folder = ImageFolder(path, root, takes_absolute=images is None)
+        return ImageFiles(root), self.listing(path, folder)
+
+    @abstractmethod
+    def listing(self, path: Path, images: ImageFolder) -> Listing:
+        """The images that the file lists.
+
+        Args:
+            path: The file.
+            images: Folder in which its images are looked up.
+        """
 
 
 class ImageFolder:
@@ -51,14 +88,15 @@ class ImageFolder:
                 other, other_label = owners[file]
                 classes = f" in classes {other_label!r} and {label!r}" * (label != other_label)
                 raise FewShotError(
-                    f"--data: {self._listing} lists {other} and {listed}, which are the same file, "
+                    f"{_DATA}: {self._listing} lists {other} and {listed}, which are the same "
+                    "file, "
                     f"{self._root / name}{classes}; keep one of them, or pass the images' own "
-                    "folder with --images"
+                    f"folder with {_IMAGES}"
                 )
             owners[file] = listed, label
             files[label].append(name)
         if not files:
-            raise FewShotError(f"--data: {self._listing} lists no images")
+            raise FewShotError(f"{_DATA}: {self._listing} lists no images")
         return {label: sorted(files[label], key=sort_key) for label in sorted(files)}
 
     def has(self, listed: str) -> bool:
@@ -84,13 +122,13 @@ class ImageFolder:
         best = [each for each, count in shared.items() if count == max(shared.values())]
         if not best:
             raise FewShotError(
-                f"--data: {self._listing} lists {listed}, but no such file is in {self._root} or "
-                "the folders in it; pass the images' folder with --images"
+                f"{_DATA}: {self._listing} lists {listed}, but no such file is in {self._root} or "
+                f"the folders in it; pass the images' folder with {_IMAGES}"
             )
         if len(best) > 1:
             raise FewShotError(
-                f"--data: {self._listing} lists {listed}, which may be {best[0]} or {best[1]} in "
-                f"{self._root}; pass the folder that has only one of them with --images"
+                f"{_DATA}: {self._listing} lists {listed}, which may be {best[0]} or {best[1]} in "
+                f"{self._root}; pass the folder that has only one of them with {_IMAGES}"
             )
         return best[0].as_posix()
 
@@ -104,7 +142,7 @@ class ImageFolder:
             return file_id(os.stat(self._root / name))
         except OSError as error:
             raise FewShotError(
-                f"--data: {self._listing} lists {listed}: {first_line(error)}"
+                f"{_DATA}: {self._listing} lists {listed}: {first_line(error)}"
             ) from error
 
     def _candidates(self, path: PurePosixPath) -> Sequence[PurePosixPath]:
@@ -118,7 +156,9 @@ class ImageFolder:
         try:
             found = find_images(self._root)
         except OSError as error:
-            raise FewShotError(f"--images: can't list {self._root}: {first_line(error)}") from error
+            raise FewShotError(
+                f"{_IMAGES}: can't list {self._root}: {first_line(error)}"
+            ) from error
         for name in sorted(found.names.values()):
             path = PurePosixPath(name)
             paths[class_name(path.name)].append(path)

@@ -12,6 +12,7 @@ from tir_kernels.fewshot.data.dataset import ImageData
 from tir_kernels.fewshot.data.reader import ImageReader
 from tir_kernels.fewshot.data.views import with_views
 from tir_kernels.fewshot.episode import Episode, EpisodePlan, random_state
+from tir_kernels.text import setting
 
 
 def load_episode(
@@ -69,7 +70,7 @@ def load_episode(
             raise FewShotError(
                 f"class {entry.folder!r} in {data.name} has {len(readable)} readable images but "
                 f"{needed} are needed ({shots} shots + {queries} queries); "
-                "add images, or lower --shots or --queries"
+                f"add images, or lower {setting('shots')} or {setting('queries')}"
             )
         support += readable[:shots]
         query += readable[shots:]

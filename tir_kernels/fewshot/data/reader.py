@@ -17,7 +17,7 @@ from tir_kernels.fewshot.data.cache import ImageCache, KeptImage
 from tir_kernels.fewshot.data.dataset import ImageClass, ImageData
 from tir_kernels.fewshot.data.decoding import Decoding, problems_explained
 from tir_kernels.fewshot.data.rgb import NOTES, Conversion, UnreadableImageError
-from tir_kernels.text import printable
+from tir_kernels.text import Notice, setting
 from tir_kernels.towers.loading.preprocess import Preprocess
 
 
@@ -175,17 +175,19 @@ class ImageReader:
         for conversion, text in NOTES.items():
             if conversion in conversions and conversion not in self._told:
                 where = self._source.describe(name)
-                self._notify(printable(f"{where} {text} (said once, for all such images)"))
+                self._notify(Notice(f"{where} {text} (said once, for all such images)"))
         self._told |= conversions
         if not loaded.is_kept:
             self._hold(name, pixels)
         return pixels
 
     def _error(self, name: str, problem: Exception | None) -> FewShotError:
-        advice = getattr(problem, "advice", "repair or remove it")
+        advice = "repair or remove it"
+        if isinstance(problem, UnreadableImageError):
+            advice = problem.advice.marked
         return FewShotError(
             f"can't read the image {self._source.describe(name)}: "
-            f"{first_line(problem or ValueError())}; {advice}, or pass --skip-unreadable"
+            f"{first_line(problem or ValueError())}; {advice}, or pass {setting('skip_unreadable')}"
         )
 
     def _hold(self, name: str, pixels: Tensor) -> None:

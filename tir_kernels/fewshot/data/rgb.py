@@ -12,6 +12,8 @@ from enum import Flag, auto
 import numpy as np
 from PIL import Image, ImageFile
 
+from tir_kernels.text import Notice, setting
+
 # Goes up when the same file gives other RGB values.
 VERSION = 2
 
@@ -26,23 +28,24 @@ _COLOURS = {2: 3, 5: 4, 6: 3, 8: 3}  # per photometric interpretation; the other
 # Of the 2 and 4 bits of grey PNG images to 8.
 _SCALES = {"L;2": 85, "L;4": 17}
 
-_ITS_RANGE = "convert it to 8 bits, in one way for all images, or pass --white-value"
+_ITS_RANGE = f"convert it to 8 bits, in one way for all images, or pass {setting('white_value')}"
 
 
 class UnreadableImageError(Exception):
     """A file whose content can't be made an RGB image.
 
     Args:
-        message: Why, as the end of "can't read the image x.png: ...".
-        advice: What to do.
+        message: The reason, as the end of "can't read the image x.png: ...".
+        advice: The remedy. Both may name settings by ``tir_kernels.text.setting``.
         is_lasting: Whether reading the same content again, here, would fail again.
     """
 
     def __init__(
         self, message: str, advice: str = "repair or remove it", *, is_lasting: bool = True
     ) -> None:
-        super().__init__(message)
-        self.advice = advice
+        self.notice = Notice(message)
+        super().__init__(str(self.notice))
+        self.advice = Notice(advice)
         self.is_lasting = is_lasting
 
 
@@ -62,9 +65,10 @@ class Conversion(Flag):
 NOTES = {
     Conversion.WIDE: "has more than 8 bits per value, of which the upper 8 are kept",
     Conversion.DARK: "uses less than a sixteenth of its range, so little can be told apart; if "
-    "white is a smaller value in all images, 4095 for instance, pass --white-value 4095 (grey "
-    "images), or convert them to 8 bits, in one way for all",
-    Conversion.WHITE_VALUE: "is converted to 8 bits with --white-value as white and 0 as black",
+    "white is a smaller value in all images, 4095 for instance, pass "
+    f"{setting('white_value', 4095)} (grey images), or convert them to 8 bits, in one way for all",
+    Conversion.WHITE_VALUE: f"is converted to 8 bits with {setting('white_value')} as white and "
+    "0 as black",
     Conversion.FLOAT: "has floating-point values, of which 0 is black and 1 is white",
     Conversion.TRANSPARENT: "is transparent in parts and placed on white",
     Conversion.FRAMES: "has several frames or pages, of which the first is used",
@@ -102,7 +106,8 @@ def to_rgb(
         if is_wide:
             if white_value is not None and stated_white is None:
                 raise UnreadableImageError(
-                    "--white-value can't be heeded, since Pillow reads only the upper 8 of its 16 "
+                    f"{setting('white_value')} can't be heeded, since Pillow reads only the "
+                    "upper 8 of its 16 "
                     "bits",
                     "convert it to 8 bits, in one way for all images",
                 )

@@ -16,10 +16,16 @@ from tir_kernels.fewshot.data.documents import (
     parse_rows,
     read_document,
 )
-from tir_kernels.fewshot.data.listed_images import ImageFolder, Pair
-from tir_kernels.fewshot.data.listings import Listing, class_name
+from tir_kernels.fewshot.data.known import known_sets
+from tir_kernels.fewshot.data.known.protocol import KnownTable
+from tir_kernels.fewshot.data.listed_images import ImageFolder, ImageList, Pair
+from tir_kernels.fewshot.data.names import class_name
+from tir_kernels.fewshot.data.protocol import Listing
+from tir_kernels.text import setting
 
-# Columns by their name in lower case without spaces and underscores, the likelier first.
+_DATA = setting("data")
+
+# The usual names of columns, in lower case without spaces and underscores, the likelier first.
 _FILE_COLUMNS = (
     "image", "file", "filename", "imageid", "imageindex", "path", "images", "img", "filepath",
     "imagepath", "imgpath", "imagename", "imgname", "imagefile", "imagefilename", "imgid", "isicid",
@@ -30,16 +36,6 @@ _LABEL_COLUMNS = (
     "labelname", "categoryname", "categories", "target", "diagnosis", "species", "classid",
     "labelid", "categoryid",
 )  # fmt: skip
-_ISIC_COLUMNS = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
-_CHESTX_CLASSES = (
-    "Atelectasis",
-    "Cardiomegaly",
-    "Effusion",
-    "Infiltration",
-    "Mass",
-    "Nodule",
-    "Pneumothorax",
-)
 # What programs write where there is no value.
 _MISSING = {"nan", "na", "n/a", "#n/a", "<na>", "none", "null"}
 # Between several labels of one image.
@@ -69,30 +65,40 @@ class _Table:
 
     def positions(self, known: Sequence[str]) -> list[int]:
         """The columns with one of these names, in the names' order."""
-        names = [re.sub(r"[\s_-]", "", name).lower() for name in self.header]
+        names = [_plain(name) for name in self.header]
         found = [[at for at, name in enumerate(names) if name == each] for each in known]
         for several in found:
             if len(several) > 1:
                 columns = " and ".join(repr(self.header[at]) for at in several[:2])
                 raise FewShotError(
-                    f"--data: {self.path} has the columns {columns}; rename the one that is not "
+                    f"{_DATA}: {self.path} has the columns {columns}; rename the one that is not "
                     "meant"
                 )
         return [at for several in found for at in several]
 
 
+class TableList(ImageList):
+    """A CSV or TSV file with a row for each image."""
+
+    endings = (".csv", ".tsv")
+
+    def listing(self, path: Path, images: ImageFolder) -> Listing:
+        """The images that the file lists; see ``read_table``."""
+        return read_table(path, images)
+
+
 def read_table(path: Path, images: ImageFolder) -> Listing:
     """The images of a table with a header line, of comma, semicolon or tab.
 
-    Three kinds are understood, by their columns: a file and a label; a file and a column of 0 and 1
-    per class, as the ground truth of ISIC; and the table of ChestX-ray8, of which the rows with a
-    single label are kept that is one of the seven of the few-shot benchmark. Where labels are
-    numbers and another column has a name for each, the names are taken. Files may be without their
-    ending. Rows with several labels joined by "|" are left out.
+    Two kinds are understood, by their columns: a file and a label, and a file and a column of 0 and
+    1 per class, as the ground truth of ISIC. Of the table of a known data set, such as ChestX-ray8,
+    the rows are kept that have a single label, and one that belongs to the data set's task. Where
+    labels are numbers and another column has a name for each, the names are taken. Files may be
+    without their ending. Rows with several labels joined by "|" are left out.
 
     Args:
         path: The file, whose ending is .csv or .tsv.
-        images: Where its images are looked up.
+        images: Folder in which its images are looked up.
 
     Raises:
         FewShotError: The file is not such a table, a row has no label, or images are missing or
@@ -100,29 +106,66 @@ def read_table(path: Path, images: ImageFolder) -> Listing:
     """
     table = _read(path)
     file = _file_column(table, images)
-    labels = table.positions(_LABEL_COLUMNS)
+    labels = table.positions(_label_columns())
     labels = [at for at in labels if at != file]
-    if set(_ISIC_COLUMNS) <= set(table.header):
-        classes = [table.header.index(name) for name in _ISIC_COLUMNS]
-    else:
-        classes = [] if labels else _one_hot_columns(table, file)
+    classes = _known_one_hot_columns(table)
+    if not classes and not labels:
+        classes = _one_hot_columns(table, file)
     if classes:
         pairs = [(cells[file], _one_hot(table, line, cells, classes)) for line, cells in table.rows]
         note = _columns_note(table, file, [table.header[at] for at in classes])
         return Listing(images.resolve(pairs), note)
     if not labels:
-        raise _no_column(table, _LABEL_COLUMNS, "label")
+        raise _no_column(table, _label_columns(), "label")
     label = _label_column(table, file, labels)
     pairs, note = _labelled(table, file, label)
     note = _columns_note(table, file, [table.header[label]]) + note
     return Listing(images.resolve(pairs), note)
 
 
+def _plain(column: str) -> str:
+    """A column's name in lower case without spaces and underscores."""
+    return re.sub(r"[\s_-]", "", column).lower()
+
+
+def _known_tables() -> list[KnownTable]:
+    return [each.table for each in known_sets().values() if each.table is not None]
+
+
+def _file_columns() -> list[str]:
+    """The names of columns of files, the likelier first."""
+    own = [_plain(each.file) for each in _known_tables() if each.file]
+    return list(dict.fromkeys((*_FILE_COLUMNS, *own)))
+
+
+def _label_columns() -> list[str]:
+    """The names of columns of labels, the likelier first."""
+    own = [_plain(each.label) for each in _known_tables() if each.label]
+    return list(dict.fromkeys((*_LABEL_COLUMNS, *own)))
+
+
+def _known_one_hot_columns(table: _Table) -> list[int]:
+    """The columns of 0 and 1 of a known data set, where the table has all of them."""
+    for each in _known_tables():
+        if each.one_hot and set(each.one_hot) <= set(table.header):
+            return [table.header.index(name) for name in each.one_hot]
+    return []
+
+
+def _known_labels(table: _Table, label: int) -> tuple[str, ...]:
+    """The labels that are kept of a known data set's table; none where all are."""
+    for each in _known_tables():
+        is_label = table.header[label].lower() == each.label.lower()
+        if each.kept and is_label and table.positions([_plain(each.file)]):
+            return each.kept
+    return ()
+
+
 def _read(path: Path) -> _Table:
-    text = read_document(path, "--data", at_most=LIST_BYTES)
+    text = read_document(path, "data", at_most=LIST_BYTES)
     header: list[str] = []
     rows: list[Row] = []
-    for line, cells in parse_rows(path, text, "--data", find_delimiter(text)):
+    for line, cells in parse_rows(path, text, "data", find_delimiter(text)):
         # Some tables, that of ChestX-ray8 among them, end lines with a comma.
         while len(cells) > len(header) and not cells[-1]:
             cells.pop()
@@ -132,14 +175,14 @@ def _read(path: Path) -> _Table:
             rows.append((line, cells))
         else:
             raise FewShotError(
-                f"--data: line {line} of {path} has {len(cells)} columns, its header {len(header)}"
+                f"{_DATA}: line {line} of {path} has {len(cells)} columns, its header {len(header)}"
             )
     return _Table(path, header, rows)
 
 
 def _no_column(table: _Table, known: Sequence[str], what: str) -> FewShotError:
     return FewShotError(
-        f"--data: {table.path} has no column of {what}s: its first line must name one of "
+        f"{_DATA}: {table.path} has no column of {what}s: its first line must name one of "
         f"{', '.join(known)}; it names {', '.join(table.header) or 'nothing'}"
     )
 
@@ -151,13 +194,13 @@ def _file_column(table: _Table, images: ImageFolder) -> int:
     def found(at: int) -> int:
         return sum(bool(cells[at]) and images.has(cells[at]) for _, cells in sample)
 
-    known = table.positions(_FILE_COLUMNS)
+    known = table.positions(_file_columns())
     if known:
         return max(known, key=found) if len(known) > 1 else known[0]
     for at in range(len(table.header)):
         if sample and found(at) == len(sample):
             return at
-    raise _no_column(table, _FILE_COLUMNS, "file")
+    raise _no_column(table, _file_columns(), "file")
 
 
 def _label_column(table: _Table, file: int, known: Sequence[int]) -> int:
@@ -165,7 +208,7 @@ def _label_column(table: _Table, file: int, known: Sequence[int]) -> int:
     first = table.column(known[0])
     if not _are_numbers(first):
         return known[0]
-    ids = table.positions(_FILE_COLUMNS)
+    ids = table.positions(_file_columns())
     others = [at for at in range(len(table.header)) if at not in (file, *known, *ids)]
     named = [at for at in (*known[1:], *others) if not _are_numbers(table.column(at))]
     for at in named:
@@ -179,7 +222,7 @@ def _label_column(table: _Table, file: int, known: Sequence[int]) -> int:
     for at in named:
         if at in known:
             raise FewShotError(
-                f"--data: {table.path} has numbers in column {table.header[known[0]]!r} and names "
+                f"{_DATA}: {table.path} has numbers in column {table.header[known[0]]!r} and names "
                 f"in column {table.header[at]!r} that don't correspond one to one; rename the "
                 "column that is not meant"
             )
@@ -196,25 +239,25 @@ def _labelled(table: _Table, file: int, label: int) -> tuple[list[Pair], tuple[s
     for line, cells in table.rows:
         name, given = cells[file], cells[label]
         if not name or not given:
-            raise FewShotError(f"--data: line {line} of {table.path} lacks a file or a label")
+            raise FewShotError(f"{_DATA}: line {line} of {table.path} lacks a file or a label")
         if given.lower() in _MISSING:
             raise FewShotError(
-                f"--data: line {line} of {table.path} has the label {given!r}, which stands for "
+                f"{_DATA}: line {line} of {table.path} has the label {given!r}, which stands for "
                 "none; delete the line, or rename the class if it is one"
             )
         if len(given.split(_JOINT)) > 1:
             joint += 1
         else:
             pairs.append((name, class_name(given)))
-    if table.header[label].lower() == "finding labels" and table.positions(["imageindex"]):
-        kept = [pair for pair in pairs if pair[1] in _CHESTX_CLASSES]
+    if known := _known_labels(table, label):
+        kept = [pair for pair in pairs if pair[1] in known]
         return kept, (
             f"{table.path}: {len(kept)} of {len(table.rows)} images kept, those with a single "
-            f"label that is one of {', '.join(_CHESTX_CLASSES)}",
+            f"label that is one of {', '.join(known)}",
         )
     if joint and not pairs:
         raise FewShotError(
-            f"--data: all rows of {table.path} have several labels, joined by {_JOINT}; images of "
+            f"{_DATA}: all rows of {table.path} have several labels, joined by {_JOINT}; images of "
             "one class each are needed"
         )
     if joint:
@@ -233,7 +276,7 @@ def _one_hot_columns(table: _Table, file: int) -> list[int]:
         if not all(flags):
             line, cells = table.rows[flags.index(False)]
             raise FewShotError(
-                f"--data: line {line} of {table.path} has {cells[at]!r} in column "
+                f"{_DATA}: line {line} of {table.path} has {cells[at]!r} in column "
                 f"{table.header[at]!r}, which otherwise holds 0 and 1"
             )
         columns.append(at)
@@ -245,7 +288,7 @@ def _one_hot(table: _Table, line: int, cells: Sequence[str], columns: Sequence[i
     if Counter(flags) == Counter({True: 1, False: len(flags) - 1}):
         return class_name(table.header[columns[flags.index(True)]])
     raise FewShotError(
-        f"--data: line {line} of {table.path} must have 1 in one of the columns "
+        f"{_DATA}: line {line} of {table.path} must have 1 in one of the columns "
         f"{', '.join(table.header[at] for at in columns)}, and 0 in the others"
     )
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from tir_kernels.errors import FewShotError
+from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.fewshot.data.documents import (
     NAMES_BYTES,
     find_delimiter,
@@ -16,99 +15,15 @@ from tir_kernels.fewshot.data.documents import (
     parse_rows,
     read_document,
 )
-from tir_kernels.fewshot.data.listings import LIST_ENDINGS, class_name, shown_name
+from tir_kernels.fewshot.data.known import KNOWN_SETS, known_set
+from tir_kernels.fewshot.data.names import class_name, shown_name
+from tir_kernels.files import expand_user
+from tir_kernels.text import setting
 
-_EUROSAT = {
-    "AnnualCrop": "annual crop land",
-    "Forest": "forest",
-    "HerbaceousVegetation": "herbaceous vegetation land",
-    "Highway": "highway or road",
-    "Industrial": "industrial buildings",
-    "Pasture": "pasture land",
-    "PermanentCrop": "permanent crop land",
-    "Residential": "residential buildings",
-    "River": "river",
-    "SeaLake": "sea or lake",
-}
-
-_ISIC2018 = {
-    "AKIEC": "actinic keratosis",
-    "BCC": "basal cell carcinoma",
-    "BKL": "benign keratosis",
-    "DF": "dermatofibroma",
-    "MEL": "melanoma",
-    "NV": "melanocytic nevus",
-    "VASC": "vascular lesion",
-}
-
-_CHESTX = (
-    "Atelectasis Cardiomegaly Consolidation Edema Effusion Emphysema Fibrosis Hernia Infiltration "
-    "Mass No_Finding Nodule Pleural_Thickening Pneumonia Pneumothorax"
-)
-
-_PLANTVILLAGE = """
-Apple___Apple_scab
-Apple___Black_rot
-Apple___Cedar_apple_rust
-Apple___healthy
-Blueberry___healthy
-Cherry_(including_sour)___Powdery_mildew
-Cherry_(including_sour)___healthy
-Corn_(maize)___Cercospora_leaf_spot Gray_leaf_spot
-Corn_(maize)___Common_rust_
-Corn_(maize)___Northern_Leaf_Blight
-Corn_(maize)___healthy
-Grape___Black_rot
-Grape___Esca_(Black_Measles)
-Grape___Leaf_blight_(Isariopsis_Leaf_Spot)
-Grape___healthy
-Orange___Haunglongbing_(Citrus_greening)
-Peach___Bacterial_spot
-Peach___healthy
-Pepper,_bell___Bacterial_spot
-Pepper,_bell___healthy
-Potato___Early_blight
-Potato___Late_blight
-Potato___healthy
-Raspberry___healthy
-Soybean___healthy
-Squash___Powdery_mildew
-Strawberry___Leaf_scorch
-Strawberry___healthy
-Tomato___Bacterial_spot
-Tomato___Early_blight
-Tomato___Late_blight
-Tomato___Leaf_Mold
-Tomato___Septoria_leaf_spot
-Tomato___Spider_mites Two-spotted_spider_mite
-Tomato___Target_Spot
-Tomato___Tomato_Yellow_Leaf_Curl_Virus
-Tomato___Tomato_mosaic_virus
-Tomato___healthy
-"""
-
-# Where the folder's name has two names for one disease, or misspells it.
-_DISEASES = {
-    "Cercospora_leaf_spot Gray_leaf_spot": "gray leaf spot",
-    "Esca_(Black_Measles)": "black measles",
-    "Haunglongbing_(Citrus_greening)": "citrus greening",
-    "Spider_mites Two-spotted_spider_mite": "two-spotted spider mites",
-}
+_CLASS_NAMES = setting("class_names")
 
 # A number that may count classes, and what parts it from the word behind it.
 _INDEX = re.compile(r"^(?P<number>\d{1,9})(?P<separator>[\s._-]+)(?=[^\W\d_])")
-
-
-def _plant_words(folder: str) -> str:
-    plant, _, state = folder.partition("___")
-    # "Pepper,_bell" is a bell pepper; what stands in brackets explains the rest.
-    parts = re.sub(r"_\(.*\)", "", plant).split(",_")
-    plant = " ".join(reversed(parts)).lower()
-    if state == "healthy":
-        return f"healthy {plant} leaf"
-    disease = re.sub(r"_\(.*\)", "", state)
-    disease = _DISEASES.get(state, disease.strip("_").replace("_", " ").lower())
-    return f"{plant} leaf with {disease.removeprefix(f'{plant} ')}"
 
 
 def default_words(folder: str, *, has_index: bool = False) -> str:
@@ -165,15 +80,6 @@ def _tokens(words: str) -> str:
     return " ".join(class_name(words).lower().split())
 
 
-_SETS: dict[str, Mapping[str, str]] = {
-    "plantvillage": {name: _plant_words(name) for name in _PLANTVILLAGE.strip().splitlines()},
-    "eurosat": _EUROSAT,
-    "isic2018": _ISIC2018,
-    "chestx": {name: default_words(name) for name in _CHESTX.split()},
-}
-KNOWN_SETS = tuple(_SETS)
-
-
 def class_words(
     names: Sequence[str], given: Mapping[str, str] | str | Path | None = None
 ) -> tuple[dict[str, str], str]:
@@ -197,9 +103,9 @@ def class_words(
             return _default_words(names)
         note = f"class names are those of {known}: {_examples(_known(known, names))}"
         return _checked(_known(known, names)), note
-    if isinstance(given, str) and given in _SETS:
+    if isinstance(given, str) and given in KNOWN_SETS:
         # The set's own names stand beside those found, for the hint at a name that is not known.
-        given = {**_SETS[given], **_known(given, names)}
+        given = {**known_set(given).words, **_known(given, names)}
     elif not isinstance(given, Mapping):
         given = read_class_names(given)
     given = _in_one_form(given)
@@ -210,7 +116,7 @@ def class_words(
         if key not in given:
             close = get_close_matches(key, given, n=1)
             hint = f" (it has {close[0]!r})" if close else ""
-            raise FewShotError(f"--class-names: no words for class '{key}'{hint}; add them")
+            raise FewShotError(f"{_CLASS_NAMES}: no words for class '{key}'{hint}; add them")
         words[name] = given[key]
     return _checked(words), ""
 
@@ -221,14 +127,15 @@ def _default_words(names: Sequence[str]) -> tuple[dict[str, str], str]:
         if shown_name(name) != name:
             raise FewShotError(
                 f"the name of class '{shown_name(name)}' is not UTF-8, so it gives no words for "
-                "prompts; rename it, or give words for all classes with --class-names FILE"
+                "prompts; rename it, or give words for all classes with "
+                f"{setting('class_names', 'FILE')}"
             )
     has_index = _have_indices(names)
     words = _checked({name: default_words(name, has_index=has_index) for name in names})
     if all(re.fullmatch(r"n\d{8}|\d+([.,]\d*)?", name) for name in names):
         return words, (
             f"the classes' names are numbers such as {names[0]}, which say nothing in a prompt; "
-            "give them words with --class-names FILE"
+            f"give them words with {setting('class_names', 'FILE')}"
         )
     changed = {name: text for name, text in words.items() if _without_id(name, has_index) != name}
     note = f"class names are without the numbers in front: {_examples(changed, limit=6)}"
@@ -242,13 +149,13 @@ def _in_one_form(given: Mapping[str, str]) -> dict[str, str]:
         key = shown_name(class_name(name))
         if words.setdefault(key, text) != text:
             raise FewShotError(
-                f"--class-names: {key!r} is there twice, in different forms of Unicode; keep one"
+                f"{_CLASS_NAMES}: {key!r} is there twice, in different forms of Unicode; keep one"
             )
     return words
 
 
 def _known(key: str, names: Iterable[str]) -> dict[str, str]:
-    spellings = {_spelling(name): words for name, words in _SETS[key].items()}
+    spellings = {_spelling(name): words for name, words in known_set(key).words.items()}
     return {name: spellings[_spelling(name)] for name in names if _spelling(name) in spellings}
 
 
@@ -264,13 +171,14 @@ def _checked(words: dict[str, str]) -> dict[str, str]:
         if not isinstance(text, str) or not text.strip() or shown_name(text) != text:
             raise FewShotError(
                 f"class '{shown_name(name)}' has no words that a prompt can hold; give it some "
-                "with --class-names FILE"
+                f"with {setting('class_names', 'FILE')}"
             )
         other = owner.setdefault(_tokens(text), name)
         if other != name:
             raise FewShotError(
                 f"classes {other!r} and {name!r} have the same words {text!r}, so no prompt "
-                "can tell them apart; give them different words with --class-names FILE"
+                "can tell them apart; give them different words with "
+                f"{setting('class_names', 'FILE')}"
             )
     return words
 
@@ -284,39 +192,43 @@ def read_class_names(path: str | Path) -> dict[str, str]:
     Raises:
         FewShotError: The file can't be read or is not such a map.
     """
-    path = Path(os.path.expanduser(path))
+    try:
+        path = expand_user(path)
+    except OSError as error:
+        raise FewShotError(f"{_CLASS_NAMES}: {first_line(error)}; pass a whole path") from error
     ending = path.suffix.lower()
-    if ending not in LIST_ENDINGS:
+    if ending not in (".json", ".csv", ".tsv"):
         raise FewShotError(
-            f"--class-names: {path} must end in .json or .csv, or be one of {', '.join(KNOWN_SETS)}"
+            f"{_CLASS_NAMES}: {path} must end in .json or .csv, or be one of "
+            f"{', '.join(KNOWN_SETS)}"
         )
-    text = read_document(path, "--class-names", at_most=NAMES_BYTES)
+    text = read_document(path, "class_names", at_most=NAMES_BYTES)
     if ending == ".json":
-        names = parse_json(path, text, "--class-names")
+        names = parse_json(path, text, "class_names")
         if not isinstance(names, dict):
-            raise FewShotError(f'--class-names: {path} must hold an object {{"folder": "words"}}')
+            raise FewShotError(f'{_CLASS_NAMES}: {path} must hold an object {{"folder": "words"}}')
     else:
         names = _read_table(path, text)
     for folder, words in names.items():
         if not isinstance(words, str) or not words.strip():
-            raise FewShotError(f"--class-names: {path} has no words for {folder!r}; add them")
+            raise FewShotError(f"{_CLASS_NAMES}: {path} has no words for {folder!r}; add them")
     return {folder: words.strip() for folder, words in names.items()}
 
 
 def _read_table(path: Path, text: str) -> dict[str, str]:
-    rows = parse_rows(path, text, "--class-names", find_delimiter(text))
+    rows = parse_rows(path, text, "class_names", find_delimiter(text))
     names: dict[str, str] = {}
     for number, (line, cells) in enumerate(rows):
         if number == 0 and cells[0].lower() == "folder":
             continue
         if len(cells) != 2:
             raise FewShotError(
-                f"--class-names: line {line} of {path} has {len(cells)} columns, not "
+                f"{_CLASS_NAMES}: line {line} of {path} has {len(cells)} columns, not "
                 "the 2 of 'folder,words'; put words that contain a comma in double quotes"
             )
         if cells[0] in names:
             raise FewShotError(
-                f"--class-names: line {line} of {path} names {cells[0]!r} again; "
+                f"{_CLASS_NAMES}: line {line} of {path} names {cells[0]!r} again; "
                 "keep one line per folder"
             )
         names[cells[0]] = cells[1]

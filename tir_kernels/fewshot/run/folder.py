@@ -23,6 +23,9 @@ from tir_kernels.fewshot.run.records import Record, RunShape
 from tir_kernels.fewshot.run.workers import GROUP_KINDS, Place, RunLock
 from tir_kernels.fewshot.strict_json import decode_json, encode_json
 from tir_kernels.files import MIB, expand_user, read_bytes
+from tir_kernels.text import setting
+
+_OUT = setting("out")
 
 SETTINGS_NAME = "settings.json"
 SUMMARY_NAME = "summary.json"
@@ -81,7 +84,7 @@ def finished_records(
     left = episodes * len(_shape(new).methods or ()) - len(records)
     if left > 0:
         raise FewShotError(
-            f"--out: can't write in {path}, and {left} results of the run are not there yet; make "
+            f"{_OUT}: can't write in {path}, and {left} results of the run are not there yet; make "
             "the folder writable, or choose another"
         )
     return records
@@ -94,11 +97,13 @@ def expanded_out(folder: str | Path) -> Path:
         FewShotError: It is empty, which would be the current folder, or there is no home.
     """
     if not str(folder).strip():
-        raise FewShotError("--out is empty; name a folder, or . for the current one")
+        raise FewShotError(f"{_OUT} is empty; name a folder, or . for the current one")
     try:
         return expand_user(folder)
     except OSError as error:
-        raise FewShotError(f"--out {folder}: {first_line(error)}; name it in full") from error
+        raise FewShotError(
+            f"{setting('out', folder)}: {first_line(error)}; name it in full"
+        ) from error
 
 
 def _sorted(records: Iterable[Record], methods: Sequence[str]) -> list[Record]:
@@ -184,7 +189,8 @@ class RunFolder:
             about = old.get("about", about)
         elif journals := journal_paths(self.path):
             raise FewShotError(
-                f"--out: {self.path} has {journals[0].name} but no {SETTINGS_NAME}, so it can't be "
+                f"{_OUT}: {self.path} has {journals[0].name} but no {SETTINGS_NAME}, so it "
+                "can't be "
                 "continued; choose another folder"
             )
         write_json(path, {**new, "about": about})
@@ -197,11 +203,11 @@ def _refuse_others_files(folder: Path) -> None:
         names += [path.name for path in journal_paths(folder)] if folder.is_dir() else []
         kinds = {name: _kind(folder / name) for name in names}
     except (OSError, ValueError) as error:
-        raise FewShotError(f"--out: can't read {folder}: {first_line(error)}") from error
+        raise FewShotError(f"{_OUT}: can't read {folder}: {first_line(error)}") from error
     for name, kind in kinds.items():
         if kind is not None and not stat.S_ISREG(kind):
             raise FewShotError(
-                f"--out: {folder / name} is not a file of a run but "
+                f"{_OUT}: {folder / name} is not a file of a run but "
                 f"{'a link' if stat.S_ISLNK(kind) else 'something else'}; choose another folder"
             )
     if kinds[SETTINGS_NAME] is not None:
@@ -209,7 +215,7 @@ def _refuse_others_files(folder: Path) -> None:
     for name, is_ours in ((SUMMARY_NAME, _is_summary), (LOCK_NAME, _is_lock)):
         if kinds[name] is not None and not is_ours(folder / name):
             raise FewShotError(
-                f"--out: {folder / name} was not written by a run; choose another folder, or move "
+                f"{_OUT}: {folder / name} was not written by a run; choose another folder, or move "
                 "that file"
             )
 
@@ -252,7 +258,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
         raise FewShotError(
-            f"--out: {path} is damaged, or not of a run ({reason}); choose another folder"
+            f"{_OUT}: {path} is damaged, or not of a run ({reason}); choose another folder"
         ) from error
     return old
 
@@ -285,16 +291,17 @@ def _refuse_changes(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if changed:
         words = "; ".join(
-            f"--{key.replace('_', '-')} was {_shown(before.get(key))}, is {_shown(now.get(key))}"
+            f"{setting(key)} was {_shown(before.get(key))}, is {_shown(now.get(key))}"
             for key in changed
         )
         raise FewShotError(
-            f"--out: {folder} holds a run with other settings: {words}; give the old values to "
+            f"{_OUT}: {folder} holds a run with other settings: {words}; give the old values to "
             "continue it, or choose another folder"
         )
     if new["episodes"] < old["episodes"]:
         raise FewShotError(
-            f"--out: {folder} holds a run of {old['episodes']} episodes; --episodes may grow but "
+            f"{_OUT}: {folder} holds a run of {old['episodes']} episodes; {setting('episodes')} "
+            "may grow but "
             f"not shrink to {new['episodes']}"
         )
 

@@ -36,19 +36,6 @@ def _damaged(path: Path, number: int, reason: str) -> FewShotError:
     )
 
 
-def read_journal(path: str | Path) -> list[Record]:
-    """The records of one journal file, in order; a torn last line is left out, repeats count once.
-
-    Raises:
-        FewShotError: The file can't be read, or a whole line of it is not a record.
-    """
-    path = Path(path)
-    records: dict[tuple[int, str], Record] = {}
-    for line in _parse(path, _whole_lines(_read_bytes(path)), lines_before=0):
-        records.setdefault(line.record.key, line.record)
-    return list(records.values())
-
-
 def journal_name(number: int) -> str:
     """The name of the journal of this number; a process that runs alone has number 0."""
     return f"episodes.{number}.jsonl" if number else "episodes.jsonl"

@@ -23,6 +23,7 @@ from tir_kernels.fewshot.run.journal import Journal
 from tir_kernels.fewshot.run.records import OK, Record
 from tir_kernels.fewshot.settings import FewShotConfig
 from tir_kernels.fewshot.train.memory import with_one_memory_error
+from tir_kernels.text import setting
 from tir_kernels.towers.loading.models import LoadedModel
 
 NON_FINITE_LOSS = "non-finite loss"
@@ -171,7 +172,7 @@ def require_distinct_prompts(data: ImageData, tokenizer: Callable[[list[str]], T
             raise FewShotError(
                 f"classes {other.folder!r} and {entry.folder!r} have the words {other.words!r} and "
                 f"{entry.words!r}, which the model's tokenizer does not tell apart; give them "
-                "others with --class-names FILE"
+                f"others with {setting('class_names', 'FILE')}"
             )
 
 
@@ -209,8 +210,10 @@ def _explained(where: str, config: FewShotConfig) -> Iterator[None]:
             yield
     except torch.OutOfMemoryError as error:
         raise FewShotError(
-            f"{where}: out of memory on {config.device}; lower --queries, --shots or --ways, or "
-            "use --checkpoint or --precision bfloat16; what is finished is kept"
+            f"{where}: out of memory on {config.device}; lower {setting('queries')}, "
+            f"{setting('shots')} or {setting('ways')}, or "
+            f"use {setting('checkpoint')} or {setting('precision', 'bfloat16')}; what is "
+            "finished is kept"
         ) from error
     except (ValueError, TypeError) as error:
         # The engine's own checks: a layer the model does not have, a class name that is too long.

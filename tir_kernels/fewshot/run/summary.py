@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
@@ -14,7 +14,7 @@ from rich.text import Text
 from scipy import stats
 
 from tir_kernels.fewshot.run.records import OK, Record, skipped_images
-from tir_kernels.text import printable
+from tir_kernels.text import Notice, printable, setting
 
 
 @dataclass(frozen=True)
@@ -133,12 +133,20 @@ def _episodes(failed: dict[int, str], status: str, limit: int = 8) -> str:
     return f"episode{plural} {', '.join(numbers[:limit])}{rest}"
 
 
-def print_summary(summary: Summary, console: Console) -> None:
-    """Print the tables, and what the reader must know to read them."""
+def print_summary(
+    summary: Summary, console: Console, spelled: Callable[[Notice], str] = str
+) -> None:
+    """Print the tables, and what the reader must know to read them.
+
+    Args:
+        summary: The findings.
+        console: Console to print to.
+        spelled: Gives a line's text, with settings named as the reader knows them.
+    """
 
     def say(text: str) -> None:
         # Names come from files, and brackets in them are no markup.
-        console.print(printable(text), markup=False, emoji=False, highlight=False)
+        console.print(spelled(Notice(text)), markup=False, emoji=False, highlight=False)
 
     table = Table(title="Accuracy, mean ± 95 % confidence interval over episodes")
     table.add_column("method")
@@ -159,7 +167,7 @@ def print_summary(summary: Summary, console: Console) -> None:
             table.add_row(_cell(names), str(pair.accuracy.episodes), _percent(pair.accuracy, "+"))
         console.print(table)
     if any(entry.accuracy.episodes == 1 for entry in summary.methods):
-        say("One episode gives no interval; raise --episodes for one.")
+        say(f"One episode gives no interval; raise {setting('episodes')} for one.")
     if summary.skipped_images:
         say(f"Unreadable images that were skipped: {', '.join(summary.skipped_images)}")
 

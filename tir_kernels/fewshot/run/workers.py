@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tir_kernels.errors import FewShotError, first_line
+from tir_kernels.text import setting
+
+_OUT = setting("out")
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class RunLock:
             self._file = os.open(path, flags, 0o644)
         except (OSError, ValueError) as error:
             raise FewShotError(
-                f"--out: can't write in {path.parent}: {first_line(error)}; choose another folder"
+                f"{_OUT}: can't write in {path.parent}: {first_line(error)}; choose another folder"
             ) from error
         try:
             if place.is_first:
@@ -145,7 +148,7 @@ class RunLock:
         except OSError as error:  # a full disk
             self.close()
             raise FewShotError(
-                f"--out: can't write in {path.parent}: {first_line(error)}; choose another folder"
+                f"{_OUT}: can't write in {path.parent}: {first_line(error)}; choose another folder"
             ) from error
         except BaseException:
             self.close()
@@ -212,7 +215,7 @@ class RunLock:
                 os.pwrite(self._file, name, 0)
             elif self._group() != self._place.group:
                 raise FewShotError(
-                    f"--out: another process is running in {self._path.parent} "
+                    f"{_OUT}: another process is running in {self._path.parent} "
                     f"({self._group()}); wait for it, or choose another folder"
                 )
             self._call(fcntl.LOCK_SH, _MEMBERS)
@@ -232,7 +235,7 @@ class RunLock:
     def _pause(self, deadline: float) -> None:
         if time.monotonic() > deadline:
             raise FewShotError(
-                f"--out: the first of the {self._place.count} processes did not come to "
+                f"{_OUT}: the first of the {self._place.count} processes did not come to "
                 f"{self._path.parent}; choose a folder that all machines share"
             )
         time.sleep(_LOOK_SECONDS)
@@ -254,6 +257,6 @@ class RunLock:
             raise
         except OSError as error:
             raise FewShotError(
-                f"--out: can't lock {self._path}: {first_line(error)}; choose a folder on a disk "
+                f"{_OUT}: can't lock {self._path}: {first_line(error)}; choose a folder on a disk "
                 "that supports locks"
             ) from error

@@ -16,6 +16,10 @@ import open_clip
 from torch import Tensor
 
 from tir_kernels.errors import FewShotError, first_line
+from tir_kernels.text import setting
+
+_MODEL = setting("model")
+_PRETRAINED = setting("pretrained")
 
 # Any of these is enough for the transformers library to make a tokenizer.
 TOKENIZER_FILES = (
@@ -68,12 +72,12 @@ def download_weights(tag: dict[str, Any], name: str) -> Path:
             return Path(open_clip.download_pretrained(tag))
     _require_cache(bool(tag.get("hf_hub")), name)
     if tag.get("hf_hub"):
-        _require_network(f"--pretrained: the weights of {name}", "a checkpoint file")
+        _require_network(f"{_PRETRAINED}: the weights of {name}", "a checkpoint file")
     try:
         return Path(open_clip.download_pretrained(tag))
     except Exception as error:
         raise FewShotError(
-            f"--pretrained: can't download the weights of {name}: "
+            f"{_PRETRAINED}: can't download the weights of {name}: "
             f"{first_line(error)}; check the network, or pass a checkpoint file instead"
         ) from error
 
@@ -94,7 +98,7 @@ def load_tokenizer(
     options = text_config.get("tokenizer_kwargs") or {}
     if not isinstance(options, dict) or "bpe_path" in options:
         raise FewShotError(
-            f"--model: {folder or open_clip_name}: tokenizer_kwargs must be an object without "
+            f"{_MODEL}: {folder or open_clip_name}: tokenizer_kwargs must be an object without "
             "bpe_path; remove it from text_cfg"
         )
     source = text_config.get("hf_tokenizer_name")
@@ -102,13 +106,13 @@ def load_tokenizer(
         return open_clip.get_tokenizer(open_clip_name)
     if folder is not None and not tokenizer_files(folder):
         raise FewShotError(
-            f"--model: {folder} has no tokenizer; put tokenizer.json and tokenizer_config.json of "
+            f"{_MODEL}: {folder} has no tokenizer; put tokenizer.json and tokenizer_config.json of "
             f"{source!r} into it"
         )
 
     if not _has_transformers():
         raise FewShotError(
-            f"--model: the tokenizer {source!r} of {folder or open_clip_name} needs the "
+            f"{_MODEL}: the tokenizer {source!r} of {folder or open_clip_name} needs the "
             "transformers library: pip install transformers"
         )
 
@@ -122,12 +126,12 @@ def load_tokenizer(
     with contextlib.suppress(Exception), offline():
         return load()
     _require_cache(True, f"the tokenizer {source}")
-    _require_network(f"--model: the tokenizer {source!r} of {open_clip_name}", _LOCAL_MODEL)
+    _require_network(f"{_MODEL}: the tokenizer {source!r} of {open_clip_name}", _LOCAL_MODEL)
     try:
         return load()
     except Exception as error:
         raise FewShotError(
-            f"--model: the tokenizer {source!r} of {open_clip_name} is not in the cache and can't "
+            f"{_MODEL}: the tokenizer {source!r} of {open_clip_name} is not in the cache and can't "
             f"be downloaded ({first_line(error)}); check the network, or pass {_LOCAL_MODEL}"
         ) from error
 

@@ -15,7 +15,11 @@ from torch import Tensor
 
 from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.files import MIB, read_text
+from tir_kernels.text import setting
 from tir_kernels.towers.loading.weights import StateDict
+
+_MODEL = setting("model")
+_PRETRAINED = setting("pretrained")
 
 CONFIG_NAME = "open_clip_config.json"
 
@@ -56,12 +60,12 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise TypeError("'model_cfg' is no object")
     except FileNotFoundError as error:
         raise FewShotError(
-            f"--model: {folder} has no {CONFIG_NAME}; pass a folder that has it beside the "
-            "weights, or an architecture name with --pretrained"
+            f"{_MODEL}: {folder} has no {CONFIG_NAME}; pass a folder that has it beside the "
+            f"weights, or an architecture name with {_PRETRAINED}"
         ) from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise FewShotError(
-            f"--model: {path} is not a model configuration with 'model_cfg' ({first_line(error)})"
+            f"{_MODEL}: {path} is not a model configuration with 'model_cfg' ({first_line(error)})"
         ) from error
     _check_preprocessing(config.get("preprocess_cfg"), path)
     return config
@@ -90,7 +94,7 @@ def check_config(config: dict[str, Any], found: list[StateDict], source: str) ->
     for name, kind in _SECTIONS.items():
         section = config.get(name)
         if not isinstance(section, dict):
-            raise FewShotError(f"--model: {source} has no {name}; pass one of open_clip's")
+            raise FewShotError(f"{_MODEL}: {source} has no {name}; pass one of open_clip's")
         fields = dataclasses.fields(kind)
         _check_flags(
             section, [field.name for field in fields if isinstance(field.default, bool)], source
@@ -104,7 +108,7 @@ def check_config(config: dict[str, Any], found: list[StateDict], source: str) ->
     held, wanted = _num_bytes(tensors), _num_parameters(config)
     if wanted > max(held, _SMALL_MODEL):  # no weights take less than a byte for a parameter
         raise FewShotError(
-            f"--model: {source} describes a model of {wanted:.2g} parameters, but the weights are "
+            f"{_MODEL}: {source} describes a model of {wanted:.2g} parameters, but the weights are "
             f"{held:.2g} bytes; pass the configuration that belongs to them"
         )
 
@@ -125,7 +129,7 @@ def refuse_other_towers(config: dict[str, Any], source: str) -> None:
         other = "model is a CoCa with a decoder"
     if other:
         raise FewShotError(
-            f"--model: {source} can't be used: its {other}, and only open_clip's own CLIP "
+            f"{_MODEL}: {source} can't be used: its {other}, and only open_clip's own CLIP "
             "transformers can be re-weighted; choose an architecture such as ViT-B-16"
         )
 
@@ -134,7 +138,7 @@ def _check_flags(section: dict[str, Any], names: Iterable[str], source: str) -> 
     for name in names:
         if not isinstance(section.get(name, False), bool):
             raise FewShotError(
-                f"--model: {source}: {name} must be true or false; it is {section[name]!r}"
+                f"{_MODEL}: {source}: {name} must be true or false; it is {section[name]!r}"
             )
 
 
@@ -145,7 +149,7 @@ def _check_numbers(section: dict[str, Any], name: str, largest: int, source: str
             continue
         if not abs(value) <= largest:
             raise FewShotError(
-                f"--model: {source}: {name}.{key} is {_short(value)}, but for these weights "
+                f"{_MODEL}: {source}: {name}.{key} is {_short(value)}, but for these weights "
                 f"{largest:,} is the most; pass the configuration that belongs to them"
             )
 
@@ -155,12 +159,12 @@ def _check_size(value: Any, name: str, bound: int, source: str, *, pair: bool = 
     for size in values:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise FewShotError(
-                f"--model: {source}: {name} must be a whole number of at least 1; "
+                f"{_MODEL}: {source}: {name} must be a whole number of at least 1; "
                 f"it is {_short(size)}"
             )
         if size > bound:
             raise FewShotError(
-                f"--model: {source}: {name} is {_short(size)}, but {bound:,} is the most that "
+                f"{_MODEL}: {source}: {name} is {_short(size)}, but {bound:,} is the most that "
                 "is built; pass the configuration that belongs to the weights"
             )
 
@@ -171,7 +175,7 @@ def _check_patches(vision: dict[str, Any], source: str) -> None:
     )
     if (image[0] // patch[0]) * (image[1] // patch[1]) > MAX_PATCHES:
         raise FewShotError(
-            f"--model: {source}: images of {_short(image[0])} x {_short(image[1])} pixels have "
+            f"{_MODEL}: {source}: images of {_short(image[0])} x {_short(image[1])} pixels have "
             f"more than {MAX_PATCHES:,} patches, the most that attention can take; choose a "
             "smaller vision_cfg.image_size"
         )
@@ -203,14 +207,14 @@ def _check_preprocessing(preprocess: Any, path: Path) -> None:
     if preprocess is None:
         return
     if not isinstance(preprocess, dict):
-        raise FewShotError(f"--model: {path}: preprocess_cfg must be an object of settings")
+        raise FewShotError(f"{_MODEL}: {path}: preprocess_cfg must be an object of settings")
     for name in ("mean", "std"):
         values = preprocess.get(name, [1, 1, 1])
         is_right = isinstance(values, list) and len(values) == 3 and all(map(_is_number, values))
         if not is_right or (name == "std" and min(values) <= 0):
             least = " above 0" if name == "std" else ""
             raise FewShotError(
-                f"--model: {path}: preprocess_cfg.{name} must be three numbers{least}; "
+                f"{_MODEL}: {path}: preprocess_cfg.{name} must be three numbers{least}; "
                 f"it is {_short(values)}"
             )
 

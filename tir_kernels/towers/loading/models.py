@@ -21,12 +21,16 @@ from torch import Tensor, nn
 
 from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.files import expand_user, open_regular
+from tir_kernels.text import Notice, setting
 from tir_kernels.towers import text_tower, vision_tower
 from tir_kernels.towers.loading.checkpoints import INDEX_ENDING, checkpoint_files, read_checkpoint
 from tir_kernels.towers.loading.hub import download_weights, load_tokenizer, tokenizer_files
 from tir_kernels.towers.loading.model_config import check_config, read_config, refuse_other_towers
 from tir_kernels.towers.loading.preprocess import Preprocess
 from tir_kernels.towers.loading.weights import StateDict, load_weights, state_dicts
+
+_MODEL = setting("model")
+_PRETRAINED = setting("pretrained")
 
 SAFETENSORS = (".safetensors",)
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
@@ -97,7 +101,7 @@ def _load(source: _Source, target: torch.device) -> LoadedModel:
         raise
     except Exception as error:
         raise FewShotError(
-            f"--model: {source.description} has no usable preprocessing or tokenizer: "
+            f"{_MODEL}: {source.description} has no usable preprocessing or tokenizer: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
     return LoadedModel(
@@ -106,7 +110,7 @@ def _load(source: _Source, target: torch.device) -> LoadedModel:
         tokenizer,
         source.description,
         _fingerprint(source, preprocess_cfg),
-        tuple(notes),
+        tuple(map(Notice, notes)),
     )
 
 
@@ -138,7 +142,7 @@ class _Source:
 
 def _find(name: str, pretrained: str | None) -> _Source:
     if not name.strip() or (pretrained is not None and not pretrained.strip()):
-        argument = "--model" if not name.strip() else "--pretrained"
+        argument = _MODEL if not name.strip() else _PRETRAINED
         raise FewShotError(f"{argument} is empty; pass a name or a path")
     try:
         folder = expand_user(name)
@@ -150,7 +154,8 @@ def _find(name: str, pretrained: str | None) -> _Source:
             return _from_architecture(architecture, pretrained)
     except OSError as error:
         raise FewShotError(
-            f"--model: can't read {error.filename or name}: {error.strerror or first_line(error)}; "
+            f"{_MODEL}: can't read {error.filename or name}: "
+            f"{error.strerror or first_line(error)}; "
             "pass a path that can be read"
         ) from error
     raise FewShotError(_unknown_model(name))
@@ -168,18 +173,18 @@ def _weights_in(folder: Path, pretrained: str | None) -> Path:
         for path in (expand_user(pretrained), folder / pretrained):
             if os.path.isfile(path):
                 return path
-        raise FewShotError(f"--pretrained: no file {pretrained} here or in {folder}")
+        raise FewShotError(f"{_PRETRAINED}: no file {pretrained} here or in {folder}")
     for found in _weights_files(folder):
         if len(found) == 1:
             return found[0]
         if found:
             names = ", ".join(path.name for path in found)
             raise FewShotError(
-                f"--model: {folder} has several weights files ({names}); "
-                "say which with --pretrained FILE"
+                f"{_MODEL}: {folder} has several weights files ({names}); "
+                f"say which with {setting('pretrained', 'FILE')}"
             )
     raise FewShotError(
-        f"--model: {folder} has no weights; put a {' or '.join(SAFETENSORS + PICKLES)} file in it"
+        f"{_MODEL}: {folder} has no weights; put a {' or '.join(SAFETENSORS + PICKLES)} file in it"
     )
 
 
@@ -202,7 +207,8 @@ def _from_architecture(name: str, pretrained: str | None) -> _Source:
     if pretrained is None:
         known = f"a tag ({', '.join(tags)}) or " if tags else ""
         raise FewShotError(
-            f"--model {name} needs weights: pass {known}a checkpoint file with --pretrained"
+            f"{setting('model', name)} needs weights: pass {known}a checkpoint file with "
+            f"{_PRETRAINED}"
         )
     description = f"{name} with {pretrained}"
     config = open_clip.get_model_config(name)
@@ -230,11 +236,13 @@ def _weights_file(name: str, pretrained: str, tags: list[str]) -> Path:
     if os.path.isdir(path):
         found = [file.name for files in _weights_files(path) for file in files]
         files = f"one of its files ({', '.join(found)})" if found else "a file; it has no weights"
-        raise FewShotError(f"--pretrained: {pretrained} is a folder; pass {files}")
+        raise FewShotError(f"{_PRETRAINED}: {pretrained} is a folder; pass {files}")
     if os.path.exists(path):
-        raise FewShotError(f"--pretrained: {pretrained} is not a regular file; pass a weights file")
+        raise FewShotError(
+            f"{_PRETRAINED}: {pretrained} is not a regular file; pass a weights file"
+        )
     known = f"a tag of {name} ({', '.join(tags)})" if tags else f"a tag ({name} has none)"
-    raise FewShotError(f"--pretrained: {pretrained} is neither a file nor {known}")
+    raise FewShotError(f"{_PRETRAINED}: {pretrained} is neither a file nor {known}")
 
 
 def _notes_on_activation(source: _Source, found: list[StateDict]) -> list[str]:
@@ -252,7 +260,7 @@ def _notes_on_activation(source: _Source, found: list[StateDict]) -> list[str]:
     if source.folder is not None:
         remedy = 'set "quick_gelu": true in the "model_cfg" of its configuration'
     elif f"{name}-quickgelu" in open_clip.list_models():
-        remedy = f"pass --model {name}-quickgelu"
+        remedy = f"pass {setting('model', f'{name}-quickgelu')}"
     else:
         remedy = 'pass a folder whose configuration says "quick_gelu": true'
     if any(state.is_openai for state in found):
@@ -286,32 +294,34 @@ def _build(source: _Source) -> nn.Module:
             )
     except Exception as error:
         raise FewShotError(
-            f"--model: open_clip can't build {source.architecture}: "
+            f"{_MODEL}: open_clip can't build {source.architecture}: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
     try:
         vision_tower(model)
         text_tower(model)
     except (TypeError, ValueError) as error:
-        raise FewShotError(f"--model: {source.description}: {first_line(error)}") from error
+        raise FewShotError(f"{_MODEL}: {source.description}: {first_line(error)}") from error
     return model.float()  # built in the default dtype, which may be another
 
 
 def _unknown_model(name: str) -> str:
     if name.startswith("hf-hub:"):
-        return f"--model: download {name.removeprefix('hf-hub:')} and pass its folder"
+        return f"{_MODEL}: download {name.removeprefix('hf-hub:')} and pass its folder"
     if name.startswith("local-dir:"):
-        return f"--model: pass the folder {name.removeprefix('local-dir:')} without local-dir:"
+        return f"{_MODEL}: pass the folder {name.removeprefix('local-dir:')} without local-dir:"
     if os.path.isfile(name):
-        return f"--model: {name} is a file; pass its architecture and --pretrained {name}"
+        return (
+            f"{_MODEL}: {name} is a file; pass its architecture and {setting('pretrained', name)}"
+        )
     # Case, separators and OpenAI's "@336px" are the usual slips, and would spoil the likeness.
     names = {_plain(known): known for known in open_clip.list_models()}
     close = get_close_matches(_plain(name), names, n=3, cutoff=0.5)
     likely = names.get(_plain(name)) or names.get(_plain(name.split(":")[0]))
     if len(Path(name).parts) > 1 and not likely:
-        return f"--model: there is no folder {name}"
+        return f"{_MODEL}: there is no folder {name}"
     hint = f"; the nearest are {', '.join(names[key] for key in close)}" if close else ""
-    return f"--model: {name} is neither a folder nor an open_clip architecture{hint}"
+    return f"{_MODEL}: {name} is neither a folder nor an open_clip architecture{hint}"
 
 
 def _plain(name: str) -> str:
@@ -325,10 +335,13 @@ def _usable_device(device: str | torch.device) -> torch.device:
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise FewShotError(
-            f"--device {device} can't be used here: {first_line(error)}; --device cpu always works"
+            f"{setting('device', device)} can't be used here: {first_line(error)}; "
+            f"{setting('device', 'cpu')} always works"
         ) from error
     if target.type == "meta":
-        raise FewShotError("--device meta holds no values; pass cpu or another device")
+        raise FewShotError(
+            f"{setting('device', 'meta')} holds no values; pass cpu or another device"
+        )
     return target
 
 
@@ -337,7 +350,8 @@ def _move(model: nn.Module, device: torch.device) -> nn.Module:
         return model.to(device)
     except RuntimeError as error:  # of which running out of memory is one
         raise FewShotError(
-            f"--device {device} can't take the model: {first_line(error)}; free its memory, or "
+            f"{setting('device', device)} can't take the model: {first_line(error)}; free its "
+            "memory, or "
             "pass another device"
         ) from error
 

@@ -94,7 +94,7 @@ def test_images_that_are_files(datasets, monkeypatch, tmp_path):
     with pytest.raises(FewShotError, match=r"rows 0 and 2 are the same file, .*2\.png"):
         load_data("hf:some/one")
     (tmp_path / "0.png").unlink()
-    with pytest.raises(FewShotError, match=r"--data: hf:some/one .*No such file.*0\.png"):
+    with pytest.raises(FewShotError, match=r"data: hf:some/one .*No such file.*0\.png"):
         load_data("hf:some/one")
     os.mkfifo(tmp_path / "0.png")
     with pytest.raises(FewShotError, match=r"0\.png of row 0 is not a regular file"):
@@ -139,7 +139,7 @@ def test_fingerprint_and_cache_follow_the_content(make, tmp_path):
 def test_an_unreadable_row_is_named(make):
     encoded = [{"bytes": b"damaged", "path": None}] * 5
     data = load_data(make(encoded=encoded))
-    with pytest.raises(FewShotError, match=r"can't read the image row 0 of .*--skip-unreadable"):
+    with pytest.raises(FewShotError, match=r"can't read the image row 0 of .*skip_unreadable"):
         ImageReader(data, small_preprocess).read(data.classes[1], 0)
 
 
@@ -192,7 +192,7 @@ def test_columns(datasets, make):
 def test_damaged_folders(datasets, make):
     folder = make()
     (folder / "state.json").write_text("{")
-    with pytest.raises(FewShotError, match=r"--data: can't load .*save_to_disk wrote"):
+    with pytest.raises(FewShotError, match=r"data: can't load .*save_to_disk wrote"):
         load_data(folder)
 
 

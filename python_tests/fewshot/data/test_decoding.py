@@ -178,10 +178,10 @@ def one(value, type_):
 
 REFUSALS = {
     "signed 8": (tiff(one(-3, np.int8), kind=2), "its values are signed; convert"),
-    "signed 16": (tiff(one(-3, np.int16), kind=2), "signed or of 32 bits.*--white-value"),
-    "signed 32": (tiff(one(3, np.int32), kind=2), "signed or of 32 bits.*--white-value"),
-    "unsigned 32": (tiff(one(3, np.uint32)), "signed or of 32 bits.*--white-value"),
-    "float above 1": (tiff(one(912, np.float32), kind=3), "go from 912 to 912.*--white-value"),
+    "signed 16": (tiff(one(-3, np.int16), kind=2), "signed or of 32 bits.*white_value"),
+    "signed 32": (tiff(one(3, np.int32), kind=2), "signed or of 32 bits.*white_value"),
+    "unsigned 32": (tiff(one(3, np.uint32)), "signed or of 32 bits.*white_value"),
+    "float above 1": (tiff(one(912, np.float32), kind=3), "go from 912 to 912.*white_value"),
     "float below 0": (tiff(one(-0.5, np.float32), kind=3), "go from -0.5 to -0.5"),
     "not a number": (tiff(one(np.nan, np.float32), kind=3), "values that are no numbers"),
     "lab": (encoded(Image.new("LAB", (4, 4)), "TIFF"), "its colours are LAB; convert it to RGB"),
@@ -349,7 +349,7 @@ def test_the_limit_of_pixels(small_limit):
     content = encoded(Image.fromarray(COLOUR))
     text = refused(content)
     assert "64 pixels" in text
-    assert "pass --max-pixels N with a larger N" in text
+    assert "pass max_pixels=N with a larger N" in text
     assert "64 pixels, more than 63" in refused(content, max_pixels=63)
     for kind in ("PNG", "TIFF", "WEBP", "GIF"):
         assert decoded(encoded(Image.fromarray(COLOUR), kind), max_pixels=64)[0].shape == (8, 8, 3)

@@ -85,7 +85,7 @@ def test_unusable_folders(tmp_path, make_images):
 
 def test_too_few_classes_or_images(make_images):
     data = load_data(make_images({"a": 8, "b": 3, "c": 2, "d": 8}))
-    with pytest.raises(FewShotError, match=r"--ways 5 is more than the 4 classes in .*a, b, c"):
+    with pytest.raises(FewShotError, match=r"ways=5 is more than the 4 classes in .*a, b, c"):
         data.require(ways=5, shots=1, queries=1)
     complaint = r"class 'b' .* has 3 images but 6 are needed .*\(1 more classes have too few\)"
     with pytest.raises(FewShotError, match=complaint):
@@ -155,7 +155,7 @@ def test_unreadable_images(make_images, damage):
         path.write_bytes(
             {"text": b"hello", "truncated": whole[: len(whole) // 2], "empty": b""}[damage]
         )
-    with pytest.raises(FewShotError, match=rf"can't read the image {path}: .*--skip-unreadable"):
+    with pytest.raises(FewShotError, match=rf"can't read the image {path}: .*skip_unreadable"):
         ImageReader(data, small_preprocess).read(data.classes[0], 0)
     lenient = ImageReader(data, small_preprocess, skip_unreadable=True)
     assert lenient.read(data.classes[0], 0) is None

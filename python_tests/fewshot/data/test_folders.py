@@ -169,9 +169,7 @@ def test_links_to_nothing_and_what_is_no_file(add):
 )
 def test_parts_of_a_data_set_are_not_classes(add, parts, first):
     root = add(*(f"{part}/{kind}/1.png" for part in parts for kind in ("cat", "dog")))
-    complaint = (
-        rf"has the parts of a data set, .*\(cat, dog\); pass one part: --data {root}/{first}"
-    )
+    complaint = rf"has the parts of a data set, .*\(cat, dog\); pass one part: data={root}/{first}"
     with pytest.raises(FewShotError, match=complaint):
         load_data(root)
     add("test1/1.png")  # one without labels beside them
@@ -182,7 +180,7 @@ def test_parts_of_a_data_set_are_not_classes(add, parts, first):
 
 def test_a_folder_too_many_is_named(add):
     root = add("2750/Forest/1.png", "2750/River/1.png")
-    with pytest.raises(FewShotError, match=f"Forest, River; .* pass --data {root}/2750"):
+    with pytest.raises(FewShotError, match=f"Forest, River; .* pass data={root}/2750"):
         load_data(root)
 
 
@@ -205,7 +203,7 @@ def test_images_without_folders(add):
     with pytest.raises(FewShotError, match="has 2 images but no sub-folders; it needs"):
         load_data(root)
     (root / "labels.csv").write_text("image,label\n1.png,cat\n2.png,dog\n")
-    with pytest.raises(FewShotError, match=f"or the list of them: --data {root}/labels.csv"):
+    with pytest.raises(FewShotError, match=f"or the list of them: data={root}/labels.csv"):
         load_data(root)
     add("cat/3.png", "dog/4.png")
     note = f"left out of {root}: 2 images beside the folders of the classes"
@@ -217,23 +215,23 @@ def test_places_that_hold_no_data(tmp_path):
     for data, complaint in [
         (tmp_path / "list.json", "neither a folder nor a regular file"),
         ("/dev/zero", "neither a folder nor a regular file"),
-        ("", "--data is empty"),
+        ("", "^data is empty"),
         ("nul\0byte", "can't read nul"),
         ("long" * 1000, "can't read long.*too long"),
         ("~nobody-here/data", "does not exist"),
     ]:
         with pytest.raises(FewShotError, match=complaint):
             load_data(data)
-    with pytest.raises(FewShotError, match="--images is empty"):
+    with pytest.raises(FewShotError, match=r"^images is empty"):
         load_data(tmp_path, images="")
-    with pytest.raises(FewShotError, match="--class-names is empty"):
+    with pytest.raises(FewShotError, match=r"^class_names is empty"):
         load_data(tmp_path, class_names="")
 
 
 def test_names_that_are_not_utf_8(add, tmp_path):
     raw = os.fsdecode(b"for\xeat")
     root = add(f"{raw}/1.png", "River/\udce9.png")
-    with pytest.raises(FewShotError, match=r"class 'for\\xeat' is not UTF-8, .* --class-names"):
+    with pytest.raises(FewShotError, match=r"class 'for\\xeat' is not UTF-8, .* class_names"):
         load_data(root)
     (tmp_path / "names.json").write_text('{"for\\\\xeat": "forest", "River": "river"}')
     for names in ({raw: "forest", "River": "river"}, tmp_path / "names.json"):

@@ -7,9 +7,8 @@ import pytest
 
 from tir_kernels.errors import FewShotError
 from tir_kernels.fewshot.data.dataset import load_data
+from tir_kernels.fewshot.data.known import known_sets
 from tir_kernels.fewshot.data.words import (
-    _SETS,
-    KNOWN_SETS,
     class_words,
     default_words,
     read_class_names,
@@ -142,8 +141,8 @@ def test_a_set_is_taken_only_if_it_has_all_classes(make_images):
 
 
 def test_words_of_known_sets_are_words_and_differ():
-    for key in KNOWN_SETS:
-        words = list(_SETS[key].values())
+    for each in known_sets().values():
+        words = list(each.words.values())
         assert len(set(words)) == len(words)
         for text in words:
             assert text == text.lower()
@@ -254,7 +253,7 @@ def test_class_names_are_read_within_bounds(tmp_path, monkeypatch, text, complai
     if "larger" in complaint:
         monkeypatch.setattr("tir_kernels.fewshot.data.words.NAMES_BYTES", 100)
     (tmp_path / "names.json").write_text(text)
-    with pytest.raises(FewShotError, match=rf"--class-names: .*names\.json.*{complaint}"):
+    with pytest.raises(FewShotError, match=rf"class_names: .*names\.json.*{complaint}"):
         read_class_names(tmp_path / "names.json")
 
 
@@ -263,9 +262,9 @@ def test_class_names_are_regular_files(tmp_path):
     (tmp_path / "endless.csv").symlink_to("/dev/zero")
     (tmp_path / "long.csv").write_text("a," + "x" * 200_000)
     for name in ("pipe.json", "endless.csv"):
-        with pytest.raises(FewShotError, match=f"--class-names: can't read .*{name}.*regular file"):
+        with pytest.raises(FewShotError, match=f"class_names: can't read .*{name}.*regular file"):
             read_class_names(tmp_path / name)
-    with pytest.raises(FewShotError, match=r"--class-names: line 1 of .*: field larger than"):
+    with pytest.raises(FewShotError, match=r"class_names: line 1 of .*: field larger than"):
         read_class_names(tmp_path / "long.csv")
-    with pytest.raises(FewShotError, match=r"--class-names: can't read .*File name too long"):
+    with pytest.raises(FewShotError, match=r"class_names: can't read .*File name too long"):
         read_class_names("long" * 1000 + ".csv")

@@ -63,3 +63,10 @@ class Reading:
     def all(self):
         entry = self.data.classes[0]
         return torch.stack(self.images.read_many([(entry, n) for n in range(len(entry.files))]))
+
+
+def command(root, out, *options):
+    """The command line of a small run on the stand-in."""
+    arguments = ["run", "--data", str(root), "--model", "fake", "--method", "lora", "--steps=1"]
+    arguments += ["--ways=3", "--shots=2", "--queries=2", "--episodes=2", "--backend=reference"]
+    return [*arguments, "--out", str(out), *options]

@@ -163,7 +163,7 @@ def no_home(monkeypatch):
 def test_a_local_model_needs_no_home(tiny_model_folder, no_home):
     loaded = load_model(str(tiny_model_folder))
     assert loaded.tokenizer(["a"]).shape == (1, 16)
-    with pytest.raises(FewShotError, match="--model: can't read ~/model: no home folder is known"):
+    with pytest.raises(FewShotError, match="model: can't read ~/model: no home folder is known"):
         load_model("~/model")
     with pytest.raises(FewShotError, match=r"can't read ~/weights.pt: no home folder is known"):
         load_model("ViT-B-32", "~/weights.pt")

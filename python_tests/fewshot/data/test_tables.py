@@ -69,7 +69,7 @@ def test_numbers_without_names_are_said(table):
     assert list(found(data)) == ["3", "6"]
     (note,) = data.notes
     assert "names are numbers such as 3, which say nothing in a prompt" in note
-    assert "--class-names" in note
+    assert "class_names" in note
     assert table(text, class_names={"6": "cat", "3": "dog"}).notes == ()
 
 
@@ -127,7 +127,7 @@ def test_rows_with_several_labels_are_left_out(table):
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "cp1252"])
 def test_tables_in_other_encodings(table, encoding):
-    with pytest.raises(FewShotError, match=r"--data: .*list\.csv.*save it as UTF-8"):
+    with pytest.raises(FewShotError, match=r"data: .*list\.csv.*save it as UTF-8"):
         table("file,label\n1.png,forêt\n", encoding=encoding)
 
 

@@ -120,7 +120,7 @@ def test_towers_of_other_libraries(folder, tiny_config, unbuilt, section, settin
 
 def test_architectures_with_other_towers(unbuilt):
     for name in ("roberta-ViT-B-32", "ViT-B-16-SigLIP", "RN50", "coca_ViT-B-32"):
-        with pytest.raises(FewShotError, match=f"--model: {name} can't be used: its "):
+        with pytest.raises(FewShotError, match=f"model: {name} can't be used: its "):
             load_model(name, "weights.pt")
 
 

@@ -1,37 +1,14 @@
-"""Listings of images, wherever they were read, and the names that are the same class."""
+"""Names of classes: those that are the same, in which order, and as text that can be shown."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import NamedTuple
 
 from tir_kernels.text import printable
 
 # Python holds bytes of file names that are not UTF-8 as such characters.
 _NOT_UTF_8 = re.compile("[\ud800-\udfff]")
-
-# Of files that list images.
-LIST_ENDINGS = (".json", ".csv", ".tsv")
-
-# Class -> names of its images, both sorted.
-Files = dict[str, list[str]]
-
-
-class Listing(NamedTuple):
-    """The images of each class.
-
-    Args:
-        files: Class -> names of its images, both in the order of ``sort_key``.
-        notes: Lines for the user on what was understood, and on what was left out.
-        left_out: Class -> what else its folder holds, in words.
-    """
-
-    files: Files
-    notes: tuple[str, ...] = ()
-    left_out: Mapping[str, str] = MappingProxyType({})
 
 
 def class_name(name: str) -> str:

@@ -13,7 +13,6 @@ from tir_kernels.fewshot.run.journal import (
     Journal,
     JournalReader,
     journal_name,
-    read_journal,
 )
 from tir_kernels.fewshot.run.records import Record, RunShape, skipped_images
 
@@ -49,7 +48,7 @@ def test_records_round_trip(path):
     for entry in records:
         journal.append(entry)
     journal.close()
-    assert read_journal(path) == records == journal.news() == journal.records
+    assert JournalReader(path.parent).news() == records == journal.news() == journal.records
     assert skipped_images(records) == ["A/1.png"]
     again = Journal(path)
     assert again.records == records
@@ -73,13 +72,13 @@ def test_torn_last_line_is_dropped_and_written_anew(path, cut):
     journal.close()
     # Without its line feed even a complete line counts as torn.
     path.write_bytes(path.read_bytes() + record(1).to_line()[:-1][:cut])
-    assert read_journal(path) == [record(0)]
+    assert JournalReader(path.parent).news() == [record(0)]
     journal = Journal(path)
     assert "torn" in journal.note
     assert (1, "tir") not in journal
     journal.append(record(1))
     journal.close()
-    assert read_journal(path) == [record(0), record(1)]
+    assert JournalReader(path.parent).news() == [record(0), record(1)]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +119,7 @@ def test_torn_last_line_is_dropped_and_written_anew(path, cut):
 def test_damaged_line_is_named(path, line, reason):
     content = record(0).to_line() + line + b"\n" + record(2).to_line()
     path.write_bytes(content)
-    for read in (read_journal, Journal):
+    for read in (lambda path: JournalReader(path.parent).news(), Journal):
         with pytest.raises(FewShotError, match=f"line 2 of .*episodes.jsonl is damaged .*{reason}"):
             read(path)
     assert path.read_bytes() == content
@@ -129,7 +128,7 @@ def test_damaged_line_is_named(path, line, reason):
 def test_repeated_and_extended_records(path):
     newer = record(1).to_line().replace(b'"status"', b'"new_key": [1], "status"')
     path.write_bytes(record(0).to_line() + record(0, correct=1, accuracy=0.25).to_line() + newer)
-    assert read_journal(path) == [record(0), record(1)]
+    assert JournalReader(path.parent).news() == [record(0), record(1)]
 
 
 def test_full_disk_keeps_the_journal_readable(path):
@@ -143,11 +142,11 @@ def test_full_disk_keeps_the_journal_readable(path):
             journal.append(record(1))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert read_journal(path) == [record(0)]
+    assert JournalReader(path.parent).news() == [record(0)]
     assert path.read_bytes().endswith(b"\n")
     assert (1, "tir") not in journal
     journal.append(record(1))
-    assert read_journal(path) == [record(0), record(1)]
+    assert JournalReader(path.parent).news() == [record(0), record(1)]
     journal.close()
 
 
@@ -228,7 +227,7 @@ def test_any_name_survives(path):
     journal = Journal(path)
     journal.append(entry)
     journal.close()
-    assert read_journal(path) == [entry]
+    assert JournalReader(path.parent).news() == [entry]
     path.read_bytes().decode()
 
 

@@ -16,7 +16,7 @@ from tir_kernels.fewshot.data.dataset import load_data
 from tir_kernels.fewshot.data.reader import ImageReader
 from tir_kernels.fewshot.episode import episode_seed
 from tir_kernels.fewshot.run.folder import RunFolder
-from tir_kernels.fewshot.run.journal import read_journal
+from tir_kernels.fewshot.run.journal import JournalReader
 from tir_kernels.fewshot.run.records import Record
 from tir_kernels.fewshot.run.runner import RunPlan, run_episodes
 from tir_kernels.fewshot.run.summary import Estimate, print_summary, summarise
@@ -115,9 +115,9 @@ def test_stopped_and_continued_equals_uninterrupted(setting, stop_after):
 
     with pytest.raises(KeyboardInterrupt):
         setting.run(interrupted)
-    assert timeless(read_journal(setting.path)) == whole[:stop_after]
+    assert timeless(JournalReader(setting.path.parent).news()) == whole[:stop_after]
     assert timeless(setting.run()) == whole[stop_after:]
-    assert timeless(read_journal(setting.path)) == whole
+    assert timeless(JournalReader(setting.path.parent).news()) == whole
     assert setting.run() == []
 
 
@@ -164,10 +164,10 @@ def test_several_at_once_go_on_where_the_run_stopped(setting):
 
     with pytest.raises(KeyboardInterrupt):
         setting.run(interrupted)
-    assert len(read_journal(setting.path)) == 4
+    assert len(JournalReader(setting.path.parent).news()) == 4
     setting.plan = replace(setting.plan, parallel=2)
     setting.run()
-    records = timeless(read_journal(setting.path))
+    records = timeless(JournalReader(setting.path.parent).news())
     assert sorted(records, key=lambda r: (r.episode, METHODS.index(r.method))) == whole
 
 
@@ -201,7 +201,7 @@ def test_non_finite_results_are_recorded_and_the_run_goes_on(setting):
             assert record.accuracy is None
             assert record.final_loss is None
             assert record.total == 12
-    assert read_journal(setting.path) == records
+    assert JournalReader(setting.path.parent).news() == records
     summary = summarise(records, METHODS)
     assert summary.failures == (
         "lora: non-finite loss in episodes 0, 1, 2, 3; "
@@ -214,7 +214,7 @@ def test_non_finite_results_are_recorded_and_the_run_goes_on(setting):
     [
         (ValueError("layers must lie between\n0 and 4"), "episode 0, tir: layers must lie between"),
         (TypeError("model has no such tower"), "episode 0, tir: model has no such tower"),
-        (torch.OutOfMemoryError("CUDA ..."), "episode 0, tir: out of memory on cpu; lower --queri"),
+        (torch.OutOfMemoryError("CUDA ..."), "episode 0, tir: out of memory on cpu; lower queri"),
     ],
 )
 def test_errors_of_the_engine_become_one_line(setting, error, message):

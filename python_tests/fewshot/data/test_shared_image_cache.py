@@ -9,10 +9,9 @@ import time
 
 import pytest
 import torch
-from cached_images import Counting, Setting
+from cached_images import Counting, Setting, command
 from fake_engine import run_main
 from small_images import write_images
-from test_image_cache import command
 
 from tir_kernels.fewshot.data import cache as image_cache
 

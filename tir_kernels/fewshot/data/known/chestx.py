@@ -1,0 +1,37 @@
+"""ChestX-ray8 and ChestX-ray14: chest X-rays with the findings in them (arXiv 1705.02315)."""
+
+from tir_kernels.fewshot.data.known.protocol import KnownSet, KnownTable
+
+CHESTX = KnownSet(
+    words={
+        "Atelectasis": "atelectasis",
+        "Cardiomegaly": "cardiomegaly",
+        "Consolidation": "consolidation",
+        "Edema": "edema",
+        "Effusion": "effusion",
+        "Emphysema": "emphysema",
+        "Fibrosis": "fibrosis",
+        "Hernia": "hernia",
+        "Infiltration": "infiltration",
+        "Mass": "mass",
+        "No_Finding": "no finding",
+        "Nodule": "nodule",
+        "Pleural_Thickening": "pleural thickening",
+        "Pneumonia": "pneumonia",
+        "Pneumothorax": "pneumothorax",
+    },
+    table=KnownTable(
+        file="Image Index",
+        label="Finding Labels",
+        # The seven of the cross-domain few-shot benchmark (arXiv 1912.07200).
+        kept=(
+            "Atelectasis",
+            "Cardiomegaly",
+            "Effusion",
+            "Infiltration",
+            "Mass",
+            "Nodule",
+            "Pneumothorax",
+        ),
+    ),
+)

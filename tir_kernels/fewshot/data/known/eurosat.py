@@ -1,0 +1,18 @@
+"""EuroSAT: satellite images of ten kinds of land use (arXiv 1709.00029)."""
+
+from tir_kernels.fewshot.data.known.protocol import KnownSet
+
+EUROSAT = KnownSet(
+    words={
+        "AnnualCrop": "annual crop land",
+        "Forest": "forest",
+        "HerbaceousVegetation": "herbaceous vegetation land",
+        "Highway": "highway or road",
+        "Industrial": "industrial buildings",
+        "Pasture": "pasture land",
+        "PermanentCrop": "permanent crop land",
+        "Residential": "residential buildings",
+        "River": "river",
+        "SeaLake": "sea or lake",
+    }
+)

@@ -1,0 +1,16 @@
+"""ISIC 2018, task 3: dermoscopic images of seven kinds of skin lesions (arXiv 1902.03368)."""
+
+from tir_kernels.fewshot.data.known.protocol import KnownSet, KnownTable
+
+ISIC2018 = KnownSet(
+    words={
+        "AKIEC": "actinic keratosis",
+        "BCC": "basal cell carcinoma",
+        "BKL": "benign keratosis",
+        "DF": "dermatofibroma",
+        "MEL": "melanoma",
+        "NV": "melanocytic nevus",
+        "VASC": "vascular lesion",
+    },
+    table=KnownTable(one_hot=("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")),
+)

@@ -1,0 +1,42 @@
+"""The seam of known data sets: what the package knows of one.
+
+A known data set is one ``KnownSet`` in a file of its own and one line in ``KNOWN_SETS`` of
+``__init__.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class KnownTable:
+    """The table in which a data set is published.
+
+    Args:
+        file: Name of its column of files, unless that is one of the usual ones.
+        label: Name of its column of labels, unless that is one of the usual ones.
+        one_hot: Names of its columns of 0 and 1, one a class; such a table has no column of labels.
+        kept: Labels whose images are kept where a table has both columns above; others are left
+            out. Empty: all.
+    """
+
+    file: str = ""
+    label: str = ""
+    one_hot: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class KnownSet:
+    """A data set whose classes are known by name.
+
+    Args:
+        words: Class, as the data set's folders or labels call it -> words of a prompt. Copies may
+            spell the classes with other cases, spaces and signs.
+        table: The table in which it is published, if there is one.
+    """
+
+    words: Mapping[str, str]
+    table: KnownTable | None = None

@@ -1,0 +1,28 @@
+"""The registry of data sources."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+
+from tir_kernels.fewshot.data.protocol import DataSource
+
+# Name -> "module:class" of a ``DataSource``; the first that owns the data reads it.
+SOURCES = {
+    "hugging face": "tir_kernels.fewshot.data.huggingface:HuggingFaceData",
+    "json list": "tir_kernels.fewshot.data.json_lists:JsonList",
+    "table": "tir_kernels.fewshot.data.tables:TableList",
+    "folder": "tir_kernels.fewshot.data.folders:ClassFolders",
+}
+
+
+def data_sources() -> Iterator[DataSource]:
+    """The sources, in the order in which they are asked."""
+    for place in SOURCES.values():
+        module, _, name = place.partition(":")
+        yield getattr(importlib.import_module(module), name)()
+
+
+def list_endings() -> tuple[str, ...]:
+    """The endings of all files that list images."""
+    return tuple(ending for source in data_sources() for ending in source.endings)
