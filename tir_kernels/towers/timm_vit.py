@@ -97,6 +97,7 @@ class TimmBlock(BlockBase):
 
     @property
     def linears(self) -> dict[str, Linear]:
+        self.check_attention()
         qkv = self.attention.qkv
         shape = (3, qkv.out_features // 3, qkv.in_features)
         return {name: Linear(qkv, shape) for name in ("q", "k", "v")}
