@@ -16,9 +16,9 @@ ALLOWED = {
     "rules": TOOLS,
     "backends": {"rules", *TOOLS},
     "operators": {"backends", "rules", *TOOLS},
-    "towers": {"__init__", "adapters", "operators", *TOOLS},
+    "towers": {"__init__", "operators", *TOOLS},
     "adapters": {"__init__", "towers", "operators", *TOOLS},
-    "demo": set(),
+    "demo": {"towers"},
     "fewshot": {"__init__", "towers", "adapters", "demo", "operators", "rules", *TOOLS},
 }
 
@@ -54,6 +54,14 @@ def test_imports(room: str) -> None:
     for path in sorted(folder.rglob("*.py")) or [folder.with_suffix(".py")]:
         used = {room_of(module) for module in imports(path)} - {None, room}
         assert used <= ALLOWED[room], f"{path} imports from {used - ALLOWED[room]}"
+
+
+def test_model_libraries_are_known_to_towers_alone() -> None:
+    libraries = {"open_clip", "timm", "transformers"}
+    for path in PACKAGE.rglob("*.py"):
+        if path.relative_to(PACKAGE).parts[0] != "towers":
+            used = {module.split(".")[0] for module in imports(path)}
+            assert not used & libraries, f"{path} imports {used & libraries}"
 
 
 def test_backends_do_not_know_each_other() -> None:

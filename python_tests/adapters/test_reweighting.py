@@ -20,6 +20,7 @@ from tiny_clip import (
     swap_token_order,
 )
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from tir_kernels import WeightRule, adapters, token_weights
 from tir_kernels.towers import vision_tower
@@ -488,6 +489,33 @@ def test_what_was_compiled_before_notices(placement: str) -> None:
         assert (reweighted - plain).abs().max() > 1e-3
         torch.testing.assert_close(compiled(images), reweighted)
     torch.testing.assert_close(compiled(images), plain)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@torch.no_grad()
+def test_export_leaves_nothing_behind(placement: str, strict: bool) -> None:
+    model, images = make_clip({"layers": 2}), make_images()
+    with adapters.add_reweighting(model, [0], placement) as handle:
+        handle.set_class_embeddings(classes_for(model))
+        expected = model.visual(images)
+        counts = dict(handle.last_counts)
+        program = torch.export.export(model.visual, (images,), strict=strict)
+        assert handle.last_counts.keys() == counts.keys()
+        assert handle.last_counts[0] is counts[0]
+    torch.testing.assert_close(program.module()(images), expected)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@torch.no_grad()
+def test_fake_tensors_leave_nothing_behind(placement: str) -> None:
+    model = make_clip({"layers": 2})
+    with adapters.add_reweighting(model, [0], placement) as handle:
+        handle.set_class_embeddings(classes_for(model))
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            output = model.visual(mode.from_tensor(make_images()))
+        assert output.shape == (4, 16)
+        assert handle.last_counts == {}
 
 
 @torch.no_grad()

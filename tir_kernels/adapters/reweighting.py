@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tir_kernels import (
+    JointSpace,
     WeightRule,
     reweight_tokens,
     reweighted_attention,
@@ -97,11 +98,18 @@ class Reweighting(Handle):
                 "class embeddings are not set: call handle.set_class_embeddings((C, E) tensor) "
                 "before the model's first forward pass; reweighting_of(model) gives the handle"
             )
+        space, table = self._tower.joint_space, self.table
+        class_embeddings = self._class_embeddings
+        parts = [part for part in (space.norm_weight, space.proj) if part is not None]
+        if parts and parts[0].device != tokens.device:  # in a replica of nn.DataParallel
+            class_embeddings = class_embeddings.to(tokens.device)
+            table = None if table is None else table.to(tokens.device)
+            space = _moved(space, tokens.device)
         return {
-            "class_embeddings": self._class_embeddings,
-            "joint_space": self._tower.joint_space,
+            "class_embeddings": class_embeddings,
+            "joint_space": space,
             "rule": self._rule,
-            "table": self.table,
+            "table": table,
             "num_prefix_tokens": self._tower.num_prefix_tokens,
             "backend": self._backend,
         }
@@ -110,6 +118,15 @@ class Reweighting(Handle):
         # Not what a tracer has in place of tensors, which would outlive it.
         if type(counts) is Tensor and not torch.compiler.is_exporting():
             self.last_counts[layer] = counts
+
+
+def _moved(space: JointSpace, device: torch.device) -> JointSpace:
+    def on_device(part: Tensor | None) -> Tensor | None:
+        return None if part is None else part.to(device)
+
+    parts = (space.norm_weight, space.norm_bias, space.proj)
+    weight, bias, proj = (on_device(part) for part in parts)
+    return JointSpace(weight, bias, space.norm_eps, proj)
 
 
 @dataclass(frozen=True)

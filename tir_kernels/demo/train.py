@@ -8,21 +8,23 @@ batch is drawn afresh, so no image is seen twice. The result is a folder that op
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import torch
-from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
 from rich.progress import Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tir_kernels.demo.drawings import IMAGE_SIZE, SourceDrawing, draw_source
+from tir_kernels.towers.loading.new_models import (
+    contrastive_loss,
+    new_model,
+    read_model,
+    write_model,
+)
 
 # The text tower is narrow because its table of 49408 word pieces is half of the file as it is.
 MODEL_CONFIG: dict[str, Any] = {
@@ -69,11 +71,7 @@ def as_images(drawings: list[SourceDrawing]) -> Tensor:
 
 def save_model(model: torch.nn.Module, folder: Path) -> None:
     """Write config and float16 weights under the names open_clip's `local-dir:` looks for."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {"model_cfg": MODEL_CONFIG, "preprocess_cfg": PREPROCESS_CONFIG}
-    (folder / HF_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, folder / HF_SAFE_WEIGHTS_NAME)
+    write_model(model, {"model_cfg": MODEL_CONFIG, "preprocess_cfg": PREPROCESS_CONFIG}, folder)
 
 
 @torch.no_grad()
@@ -82,8 +80,7 @@ def source_accuracy(folder: Path, *, groups: int, seed: int = 0) -> float:
 
     Drawings come in `groups` of 128; chance is one in 128.
     """
-    model = open_clip.create_model(f"local-dir:{folder}").eval()
-    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    model, tokenizer = read_model(folder)
     correct = 0
     for group in range(groups):
         drawings = [
@@ -104,8 +101,7 @@ def train(out: Path, *, steps: int, seed: int = 0) -> None:
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
     torch.manual_seed(seed)
-    model = open_clip.CLIP(**MODEL_CONFIG)
-    tokenizer = open_clip.SimpleTokenizer(context_length=MODEL_CONFIG["text_cfg"]["context_length"])
+    model, tokenizer = new_model(MODEL_CONFIG)
     # Decay is for matrices; norms, biases and the temperature are better left alone.
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
@@ -119,7 +115,7 @@ def train(out: Path, *, steps: int, seed: int = 0) -> None:
         return min((step + 1) / WARMUP_STEPS, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    contrastive = open_clip.ClipLoss()
+    contrastive = contrastive_loss()
     columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}")) as progress:
         task = progress.add_task("training", total=steps, loss=math.nan)

@@ -387,7 +387,8 @@ def _with_option_name(message: str) -> str:
 
 
 def _versions() -> dict[str, str]:
-    import open_clip
+    from importlib.metadata import version
+
     import torch
 
     import tir_kernels
@@ -395,7 +396,7 @@ def _versions() -> dict[str, str]:
     return {
         "tir_kernels": tir_kernels.__version__,
         "torch": torch.__version__,
-        "open_clip": open_clip.__version__,
+        "open_clip": version("open_clip_torch"),
     }
 
 

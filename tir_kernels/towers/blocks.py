@@ -30,7 +30,7 @@ class BlockBase:
 
     @property
     def attention(self) -> Any:
-        return self.module.attn
+        return getattr(self.module, "attn", None)
 
     @property
     def attention_path(self) -> str:
@@ -65,8 +65,9 @@ class BlockBase:
 
     def take(self, adapter: BlockAdapter) -> None:
         """Take an adapter off again; harmless where it is not on."""
-        take_off(self.module, adapter)
-        take_off(self.attention, adapter)
+        if any(each is adapter for each in self.adapters):
+            take_off(self.module, adapter)
+            take_off(self.attention, adapter)
 
     def put_low_rank(self, owner: Any, low_rank: nn.Module, handle: Any) -> None:
         """Put LoRA on the owner of some linear maps of the block.

@@ -175,21 +175,19 @@ class OpenClipBlock(BlockBase):
             require_own_forward(self.module)
         super().put(adapter, changes_attention)
 
-    @property
-    def computes_first_tokens(self) -> bool:
-        return (
-            self._batch_first
-            and type(self.module) is ResidualAttentionBlock  # an adapter needs all its tokens
-            and isinstance(self.attention, _OpenedMultiheadAttention)
-        )
-
     def __call__(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         if self._batch_first:
             return self.module(hidden, attn_mask=mask)
         return self.module(hidden.transpose(0, 1), attn_mask=mask).transpose(0, 1)
 
-    def first_tokens(self, hidden: Tensor, count: int) -> Tensor:
+    def first_tokens(self, hidden: Tensor, count: int) -> Tensor | None:
         block = self.module
+        if not (
+            self._batch_first
+            and type(block) is ResidualAttentionBlock  # an adapter needs all its tokens
+            and isinstance(block.attn, _OpenedMultiheadAttention)
+        ):
+            return None
         attended = block.attn.first_tokens(block.ln_1(hidden), count)
         first = hidden[:, :count] + block.ls_1(attended)
         return first + block.ls_2(block.mlp(block.ln_2(first)))

@@ -49,12 +49,10 @@ class ImageEncoder:
                 hidden = _checkpointed(block, hidden)
             else:
                 hidden = block(hidden)
-        count = self._tower.reads
-        if self._class_token_only and count is not None and last.computes_first_tokens:
-            hidden = last.first_tokens(hidden, count)
-        else:
-            hidden = last(hidden)
-        return self._tower.pool(hidden)
+        count, first = self._tower.reads, None
+        if self._class_token_only and count is not None:
+            first = last.first_tokens(hidden, count)
+        return self._tower.pool(last(hidden) if first is None else first)
 
 
 def _checkpointed(block: Block, hidden: Tensor) -> Tensor:

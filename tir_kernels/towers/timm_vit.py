@@ -97,6 +97,7 @@ class TimmBlock(BlockBase):
 
     @property
     def linears(self) -> dict[str, Linear]:
+        self.check_attention()
         qkv = self.attention.qkv
         shape = (3, qkv.out_features // 3, qkv.in_features)
         return {name: Linear(qkv, shape) for name in ("q", "k", "v")}
@@ -130,16 +131,14 @@ class TimmBlock(BlockBase):
         super().take_low_rank(owner, handle)
         take_off(self.attention, handle)
 
-    @property
-    def computes_first_tokens(self) -> bool:
-        is_free = type(self.module) is Block  # an adapter needs all its tokens
-        return is_free and isinstance(self.attention, _OpenedAttention)
-
     def __call__(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         return self.module(hidden) if mask is None else self.module(hidden, attn_mask=mask)
 
-    def first_tokens(self, hidden: Tensor, count: int) -> Tensor:
+    def first_tokens(self, hidden: Tensor, count: int) -> Tensor | None:
         block = self.module
+        # An adapter on the block needs all its tokens.
+        if type(block) is not Block or not isinstance(block.attn, _OpenedAttention):
+            return None
         attended = block.attn.first_tokens(block.norm1(hidden), count)
         return _after_attention(block, hidden[:, :count], attended)
 
