@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tir_kernels.operators.checks import require_backend
 from tir_kernels.rules import RULE_KINDS, WeightRule
 from tir_kernels.scalars import real_number, whole_number
 
@@ -94,6 +93,9 @@ class FewShotConfig:
         _require_choice("placement", self.placement, PLACEMENTS)
         _require_choice("precision", self.precision, PRECISIONS)
         _require_choice("rule", self.rule, RULE_KINDS)
+        # Here, since it brings PyTorch, which a command line's --help should not wait for.
+        from tir_kernels.operators.checks import require_backend
+
         require_backend(self.backend)
         for name, (least, most, reason) in _BOUNDS.items():
             value = getattr(self, name)

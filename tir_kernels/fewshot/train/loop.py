@@ -219,14 +219,18 @@ def finetune_episodes(
     return [results[position] for position in range(len(episodes))]
 
 
+def trains_alone(config: FewShotConfig) -> bool:
+    """Whether an episode is trained by itself: in float16, whose loss scale can't be shared."""
+    return config.precision == "float16" and config.method != "zero-shot"
+
+
 def _resolve_parallel(parallel: int | str | None, config: FewShotConfig) -> int | str | None:
-    is_float16 = config.precision == "float16" and config.method != "zero-shot"
     if parallel is None or parallel == "auto":
-        return 1 if is_float16 else parallel
+        return 1 if trains_alone(config) else parallel
     number = whole_number("parallel", parallel, "an int, 'auto' or None")
     if number < 1:
         raise ValueError(f"parallel must be at least 1; got {number}")
-    if is_float16 and number > 1:
+    if number > 1 and trains_alone(config):
         raise ValueError(
             f"parallel must be 1 with precision='float16', whose loss scale episodes can't share; "
             f"got {number}: use precision='bfloat16' to train several at once"
@@ -301,7 +305,7 @@ def episodes_that_fit(
         torch.OutOfMemoryError: Memory does not suffice for this one.
     """
     _check_episode(episode)
-    if config.method == "zero-shot" or config.precision == "float16":
+    if config.method == "zero-shot" or trains_alone(config):
         return 1
     device = torch.device(config.device)
     with with_one_memory_error(), ExitStack() as stack:
