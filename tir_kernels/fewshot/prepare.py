@@ -92,7 +92,7 @@ class PreparedRun:
         reading: The way in which images are read.
         config: All other settings; ``options.methods`` take the place of its ``method``.
         place: This process among those that share the run.
-        messages: Where the user is told things.
+        messages: Voice that tells the user things.
 
     Raises:
         FewShotError: A setting can't be used, or the data can't.

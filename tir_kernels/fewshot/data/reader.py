@@ -64,11 +64,11 @@ class ImageReader:
     Args:
         data: The images.
         preprocess: The model's preprocessing.
-        cache: Where decoded images are kept on the disk; ``None``: nowhere.
+        cache: Cache of decoded images on the disk; ``None``: none is kept there.
         skip_unreadable: Answer ``None`` for an image that can't be decoded instead of raising.
         memory_bytes: Most memory for decoded images that are not in the cache.
-        decoding: How files are decoded.
-        notify: Told, in a line for each kind, of images that lose something when they become
+        decoding: Settings of the decoder.
+        notify: Called with a line for each kind of images that lose something when they become
             8-bit RGB.
     """
 

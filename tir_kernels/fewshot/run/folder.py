@@ -120,7 +120,7 @@ class RunFolder:
 
     Args:
         path: The folder; it is created if missing.
-        place: Which of the run's processes this is; ``None``: the only one.
+        place: Place of this process among the run's; ``None``: it is the only one.
 
     Attributes:
         path: The folder.

@@ -20,7 +20,7 @@ from tir_kernels.text import Notice, printable
 
 
 class Messages:
-    """The place where a user is told things while a run goes on.
+    """A voice that tells the user things while a run goes on.
 
     Args:
         console: Console to print to.
@@ -45,7 +45,8 @@ class RunDisplay:
     """Shows finished results with the running accuracy of each method, and the steps of a training.
 
     Args:
-        console: Where to; without a terminal behind it, finished results are printed line by line.
+        console: Console to print to; without a terminal behind it, finished results are printed
+            line by line.
         episodes: Episodes of the run.
         methods: Its methods.
         steps: Training steps of one result.

@@ -64,7 +64,7 @@ class Trainer(Protocol):
         Args:
             episodes: Episodes to train on.
             config: An arm's config.
-            on_step: Called with an episode's position, its step from 0, and the step's loss.
+            on_step: Function called with an episode's position, a step from 0, and its loss.
 
         Returns:
             For each episode an object with ``query_logits``, ``losses`` and ``support_accuracy``,
@@ -127,11 +127,11 @@ def run_episodes(
     Args:
         plan: The plan.
         data: Classes and images.
-        images: Reads the images.
-        trainer: Trains on episodes.
-        folder: Hands out the episodes.
-        journal: Keeps the records.
-        on_step: Is called after each training step.
+        images: Reader of the images.
+        trainer: Model and the way in which it is trained.
+        folder: Folder of the run, which hands out the episodes.
+        journal: Journal of this process.
+        on_step: Function called after each training step.
 
     Yields:
         The records of all processes, but not those the journal had at the beginning.
