@@ -7,32 +7,24 @@ import contextlib
 import dataclasses
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tir_kernels.errors import FewShotError
 from tir_kernels.fewshot.data.known import KNOWN_SETS
 from tir_kernels.fewshot.interrupts import INTERRUPTED, PROGRAM, leaving_at_once, terminable
-from tir_kernels.fewshot.options import (
-    NAME,
-    Count,
-    config_options,
-    option_name,
-    protocol_options,
-    with_options,
-)
+from tir_kernels.fewshot.options import NAME, Count, config_options, protocol_options, with_options
 from tir_kernels.fewshot.run.workers import Place
+from tir_kernels.fewshot.run_options import Inputs, Reading, RunOptions, settings_named
 from tir_kernels.fewshot.settings import METHODS, FewShotConfig
 from tir_kernels.fewshot.streams import forgiving_output
 from tir_kernels.fewshot.unforeseen import UnforeseenError, describe_unforeseen
-from tir_kernels.text import printable
+from tir_kernels.text import printable, setting
 
 if TYPE_CHECKING:
-    from tir_kernels.fewshot.run.records import Record
     from tir_kernels.fewshot.run.summary import Summary
-    from tir_kernels.towers.loading.models import LoadedModel
 
 BAD_INPUT = 2
 UNFORESEEN = 1
@@ -158,192 +150,59 @@ def _demo(out: str, options: dict[str, Any]) -> None:
     try:
         write_image_folder(images)
     except OSError as error:
-        raise FewShotError(f"--out: can't write images to {images}: {first_line(error)}") from error
+        raise FewShotError(
+            f"{setting('out')}: can't write images to {images}: {first_line(error)}"
+        ) from error
     _run(
-        data=str(images),
-        model=str(model_directory()),
-        pretrained=None,
         out=out,
-        methods=("tir", "lora", "zero-shot"),
+        data=str(images),
         class_names=str(images / "class_names.json"),
-        images=None,
-        cache=None,
+        model=str(model_directory()),
+        methods=("tir", "lora", "zero-shot"),
         no_cache=True,
-        max_pixels=None,
-        white_value=None,
-        skip_unreadable=False,
         **options,
     )
 
 
-def _run(
-    *,
-    data: str,
-    model: str,
-    pretrained: str | None,
-    out: str,
-    methods: Sequence[str],
-    class_names: str | None,
-    images: str | None,
-    cache: str | None,
-    no_cache: bool,
-    max_pixels: int | None,
-    white_value: float | None,
-    skip_unreadable: bool,
-    ways: int,
-    queries: int,
-    episodes: int,
-    augment: int,
-    parallel_episodes: int | Literal["auto"],
-    checkpoint: bool,
-    **config_values: Any,
-) -> None:
+def _run(**options: Any) -> None:
+    """Carry out a run with the options of the command ``run``; what is left out has its default."""
     from rich.console import Console
+
+    def taken(kind: type) -> Any:
+        """The options that are fields of a dataclass, as one of these."""
+        names = [field.name for field in dataclasses.fields(kind) if field.name in options]
+        return kind(**{name: options[name] for name in names})
 
     place = Place.of_this_process()
-    messages = Console(stderr=True, quiet=not place.is_first)
+    console = Console(stderr=True, quiet=not place.is_first)
+    with settings_named():
+        config = taken(FewShotConfig)
+    with leaving_at_once(), console.status("loading libraries"):
+        from tir_kernels.fewshot.prepare import PreparedRun
+        from tir_kernels.fewshot.run.folder import is_read_only
+        from tir_kernels.fewshot.run.progress import Messages
 
-    def notify(text: str) -> None:
-        messages.print(
-            with_options(text), soft_wrap=True, highlight=False, markup=False, emoji=False
-        )
-
-    try:
-        config = FewShotConfig(**config_values)
-    except (ValueError, TypeError) as error:
-        raise FewShotError(_with_option_name(str(error))) from error
-    with leaving_at_once(), messages.status("loading libraries"):
-        import torch
-
-        from tir_kernels.fewshot.data.cache import open_cache
-        from tir_kernels.fewshot.data.dataset import load_data
-        from tir_kernels.fewshot.data.decoding import Decoding
-        from tir_kernels.fewshot.data.reader import ImageReader
-        from tir_kernels.fewshot.devices import is_slow_at, resolve_device
-        from tir_kernels.fewshot.run.folder import (
-            SUMMARY_NAME,
-            RunFolder,
-            finished_records,
-            is_read_only,
-            read_run,
-            write_json,
-        )
-        from tir_kernels.fewshot.run.progress import RunDisplay
-        from tir_kernels.fewshot.run.runner import RunPlan, require_distinct_prompts, run_episodes
-        from tir_kernels.towers.loading.models import load_model
-
-    if config.precision == "float16" and parallel_episodes not in ("auto", 1):
-        raise FewShotError(
-            f"--parallel-episodes {parallel_episodes} does not go with --precision float16, whose "
-            "loss scale episodes can't share; leave it out, or use --precision bfloat16"
-        )
-    device, note = resolve_device(config.device)
-    if note:
-        notify(note)
-    config = dataclasses.replace(config, device=device)
-    try:
-        decoding = Decoding(max_pixels, white_value)
-    except ValueError as error:
-        raise FewShotError(f"--{str(error).replace('_', '-', 1)}") from error
-    _require_backend(config)
-    # A method named twice is still one method.
-    names = tuple(dict.fromkeys(methods))
-    own = dataclasses.replace(config, device=place.own_device(config.device))
-    plan = RunPlan(ways, queries, episodes, names, own, parallel_episodes, augment, checkpoint)
-    with messages.status("listing the images"):
-        source = load_data(data, class_names=class_names, images=images)
-    for note in source.notes:
-        notify(note)
-    source.require(ways=ways, shots=config.shots, queries=queries)
-
-    def load() -> tuple[LoadedModel, dict[str, Any]]:
-        """The model, and all settings of the run."""
-        with messages.status("loading the model"):
-            loaded = load_model(model, pretrained, device=own.device)
-        for note in loaded.notes:
-            notify(note)
-        require_distinct_prompts(source, loaded.tokenizer)
-        # Another number of processes, on other devices, may continue the run.
-        settings = plan.settings(source, loaded) | {"device": config.device}
-        if white_value is not None:
-            settings["white_value"] = white_value
-        return loaded, settings
-
-    if is_read_only(out):
-        _, settings = load()
-        _show(finished_records(out, settings, episodes), plan.methods, place)
-        return
-    with RunFolder(out, place) as folder:
-        loaded, settings = load()
-        if is_slow_at(config.precision, own.device):
-            notify(
-                f"this processor has no instructions for products of {config.precision} numbers: "
-                "--precision float32 would be faster"
-            )
-        if own.device != config.device:
-            # For what takes the current device unasked, as the capture of CUDA graphs does.
-            torch.cuda.set_device(own.device)
-        about = {"data": source.name, "model": loaded.description, **_versions()}
-        folder.claim(settings, episodes, about)
-        with folder.journal() as journal:
-            if journal.note:
-                notify(journal.note)
-            display = RunDisplay(
-                messages,
-                episodes=episodes,
-                methods=plan.methods,
-                steps=config.steps,
-                finished=journal.records,
-            )
-            kept = None
-            if not no_cache:
-                kept = open_cache(cache, loaded.preprocess.shape, notify=notify)
-            reader = ImageReader(
-                source,
-                loaded.preprocess,
-                cache=kept,
-                skip_unreadable=skip_unreadable,
-                decoding=decoding,
-                notify=notify,
-            )
-            with display:
-                for record in run_episodes(
-                    plan, source, reader, loaded, folder, journal, on_step=display.step
-                ):
-                    display.finished(record)
-        if journal.repeats:
-            notify(
-                f"{journal.repeats} results were in the journals more than once and count once: "
-                f"locks in {folder.path} may not reach all machines"
-            )
-
-        def keep(summary: Summary) -> None:
-            write_json(folder.path / SUMMARY_NAME, summary.to_json())
-
-        _show(read_run(folder.path), plan.methods, place, keep)
+    messages = Messages(console, with_options)
+    prepared = PreparedRun(
+        taken(RunOptions), taken(Inputs), taken(Reading), config, place, messages
+    )
+    summary = prepared.finished() if is_read_only(options["out"]) else prepared.run()
+    if summary is not None:
+        _show(summary)
 
 
-def _show(
-    records: Sequence[Record],
-    methods: Sequence[str],
-    place: Place,
-    keep: Callable[[Summary], None] = lambda summary: None,
-) -> None:
-    """Print a finished run's tables, once the summary is kept."""
-    if not place.is_first:
-        return
-    # Here, since it brings SciPy, which no training needs to wait for.
+def _show(summary: Summary) -> None:
+    """Print a finished run's tables, and say where there is no result."""
     from rich.console import Console
 
-    from tir_kernels.fewshot.run.summary import print_summary, summarise
+    from tir_kernels.fewshot.run.summary import print_summary
 
-    summary = summarise(records, methods)
-    keep(summary)
     print_summary(summary, Console(), with_options)
     if summary.failures:
         raise FewShotError(
             f"{summary.failures}; the other episodes are finished and the means leave these out: "
-            "lower --lora-lr or --context-lr, or use --precision float32, with another --out"
+            f"lower {setting('lora_lr')} or {setting('context_lr')}, or use "
+            f"{setting('precision', 'float32')}, with another {setting('out')}"
         )
 
 
@@ -364,40 +223,6 @@ def _without_tracebacks(out: str) -> Iterator[None]:
                 "memory, or end other programs, and give the same command again"
             ) from error
         raise describe_unforeseen(error, expanded_out(out)) from error
-
-
-def _require_backend(config: FewShotConfig) -> None:
-    if config.backend == "auto":
-        return
-    import torch
-
-    from tir_kernels.operators.choose import refusal
-
-    error = refusal(config.backend, torch.device(config.device), False)
-    if error is not None:
-        raise FewShotError(f"--{str(error).replace('=', ' ', 1)}")
-
-
-def _with_option_name(message: str) -> str:
-    """A message that starts with a field's name, with its option's name instead."""
-    name, space, rest = message.partition(" ")
-    if name in {field.name for field in dataclasses.fields(FewShotConfig)}:
-        return f"{option_name(name)}{space}{rest}"
-    return message
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    import torch
-
-    import tir_kernels
-
-    return {
-        "tir_kernels": tir_kernels.__version__,
-        "torch": torch.__version__,
-        "open_clip": version("open_clip_torch"),
-    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

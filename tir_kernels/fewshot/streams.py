@@ -15,7 +15,7 @@ class ForgivingStream:
     What the stream's encoding lacks is written as Python would escape it.
 
     Args:
-        stream: Where to; ``None``, as Python has it for a closed standard output: nowhere.
+        stream: Stream to write to; ``None``, as Python has it for a closed standard output: none.
 
     Attributes:
         failure: Why something could not be written, or empty.

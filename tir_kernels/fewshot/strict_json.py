@@ -30,7 +30,7 @@ def encode_json(content: Any, **options: Any) -> bytes:
 
 
 def decode_json(content: bytes) -> Any:
-    """What strict JSON in UTF-8 holds.
+    """The content of strict JSON in UTF-8.
 
     Raises:
         ValueError: It is none, is nested too deeply, or gives a name two values.

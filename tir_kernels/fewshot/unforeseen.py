@@ -24,7 +24,7 @@ def describe_unforeseen(error: BaseException, folder: Path | None) -> Unforeseen
 
     Args:
         error: The exception.
-        folder: Where the file goes, if it can be written there; else, and for ``None``, it goes to
+        folder: Folder of the file, if it can be written there; else, and for ``None``, it goes to
             the system's folder for temporary files.
     """
     what = f"{type(error).__name__}: {first_line(error)}"

@@ -1,6 +1,7 @@
 """Augmented views: what is drawn, what is made of it, and that a run's views never change."""
 
 import json
+from dataclasses import replace
 
 import fake_engine
 import numpy as np
@@ -14,7 +15,8 @@ from tir_kernels.fewshot.data.load import load_episode
 from tir_kernels.fewshot.data.reader import ImageReader
 from tir_kernels.fewshot.data.views import View, apply_view, draw_views, with_views
 from tir_kernels.fewshot.episode import plan_episode
-from tir_kernels.fewshot.run.runner import RunPlan
+from tir_kernels.fewshot.prepare import run_settings
+from tir_kernels.fewshot.run_options import RunOptions
 from tir_kernels.fewshot.settings import FewShotConfig
 
 
@@ -116,10 +118,10 @@ def test_augmented_episodes(make_images):
 
 def test_augmentation_is_a_setting_only_where_it_is_on(make_images):
     data = load_data(make_images())
-    plan = RunPlan(3, 4, 1, ("lora",), FewShotConfig())
-    assert "augment" not in plan.settings(data, fake_model())
-    plan = RunPlan(3, 4, 1, ("lora",), FewShotConfig(), augment=4)
-    assert plan.settings(data, fake_model())["augment"] == 4
+    plain = RunOptions("out", ("lora",), ways=3, queries=4, episodes=1)
+    assert "augment" not in run_settings(FewShotConfig(), plain, data, fake_model())
+    more = replace(plain, augment=4)
+    assert run_settings(FewShotConfig(), more, data, fake_model())["augment"] == 4
 
 
 def test_the_command_line_augments(make_images, tmp_path, capsys, monkeypatch):

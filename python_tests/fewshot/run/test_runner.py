@@ -1,9 +1,11 @@
 """The loop over episodes and methods, and the summary of what it found."""
 
+import contextlib
 import io
 import json
 import math
 from dataclasses import replace
+from unittest import mock
 
 import fake_engine
 import pytest
@@ -15,12 +17,14 @@ from tir_kernels.errors import FewShotError
 from tir_kernels.fewshot.data.dataset import load_data
 from tir_kernels.fewshot.data.reader import ImageReader
 from tir_kernels.fewshot.episode import episode_seed
+from tir_kernels.fewshot.prepare import ModelTrainer
 from tir_kernels.fewshot.run.folder import RunFolder
 from tir_kernels.fewshot.run.journal import JournalReader
 from tir_kernels.fewshot.run.records import Record
-from tir_kernels.fewshot.run.runner import RunPlan, run_episodes
+from tir_kernels.fewshot.run.runner import Arm, RunPlan, run_episodes
 from tir_kernels.fewshot.run.summary import Estimate, print_summary, summarise
 from tir_kernels.fewshot.settings import FewShotConfig
+from tir_kernels.fewshot.train import loop
 from tir_kernels.fewshot.train.loop import NonFiniteLossError
 from tir_kernels.towers.loading.models import load_model
 
@@ -35,22 +39,19 @@ class Setting:
         self.images = ImageReader(self.data, fake_engine.small_preprocess)
         self.model = fake_engine.fake_model()
         self.path = folder / "episodes.jsonl"
+        self.checkpoint = False
         config = FewShotConfig(steps=3, shots=2, backend="reference")
-        self.plan = RunPlan(ways=3, queries=4, episodes=4, methods=METHODS, config=config)
+        arms = tuple(Arm(method, replace(config, method=method)) for method in METHODS)
+        self.plan = RunPlan(ways=3, shots=2, queries=4, episodes=4, arms=arms)
 
     def run(self, finetune=fake_engine.fake_finetune, **options):
-        with RunFolder(self.path.parent) as folder, folder.journal() as journal:
+        trainer = ModelTrainer(self.model, checkpoint=self.checkpoint)
+        stand_in = contextlib.nullcontext()
+        if finetune is not None:
+            stand_in = mock.patch.object(loop, "finetune_episodes", fake_engine.at_once(finetune))
+        with RunFolder(self.path.parent) as folder, folder.journal() as journal, stand_in:
             return list(
-                run_episodes(
-                    self.plan,
-                    self.data,
-                    self.images,
-                    self.model,
-                    folder,
-                    journal,
-                    finetune=None if finetune is None else fake_engine.at_once(finetune),
-                    **options,
-                )
+                run_episodes(self.plan, self.data, self.images, trainer, folder, journal, **options)
             )
 
 
@@ -141,7 +142,8 @@ def test_auto_takes_what_fits_for_every_method(setting, monkeypatch):
         return {"tir": 2, "lora": 3}[config.method]
 
     monkeypatch.setattr("tir_kernels.fewshot.train.loop.episodes_that_fit", episodes_that_fit)
-    setting.plan = replace(setting.plan, parallel="auto", checkpoint=True)
+    setting.plan = replace(setting.plan, parallel="auto")
+    setting.checkpoint = True
     records = setting.run()
     assert asked == [("tir", True), ("lora", True)]
     assert [record.method for record in records[:3]] == ["tir", "tir", "lora"]

@@ -8,7 +8,8 @@ import time
 import pytest
 
 from tir_kernels.errors import FewShotError
-from tir_kernels.fewshot.run.workers import Place, RunLock
+from tir_kernels.fewshot.run.lock import RunLock
+from tir_kernels.fewshot.run.workers import Place
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "job7",

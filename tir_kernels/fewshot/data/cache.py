@@ -45,7 +45,7 @@ class KeptImage(NamedTuple):
 
     Args:
         pixels: (3, H, W) uint8, or ``None`` for an image that is known to be unreadable.
-        conversions: What it lost on its way to them.
+        conversions: Losses on its way to them.
     """
 
     pixels: Tensor | None
@@ -80,7 +80,7 @@ def open_cache(
     Args:
         folder: The folder, or ``None``.
         shape: (3, H, W) of its images.
-        notify: Told of what is wrong with the cache.
+        notify: Called with a line on what is wrong with the cache.
 
     Raises:
         FewShotError: The folder's name starts with ``~``, and no home folder is known.
@@ -114,7 +114,7 @@ class ImageCache:
     Args:
         folder: The folder; it is created when something is to be kept.
         shape: (3, H, W) of its images.
-        notify: Told, in a line, of what is wrong with the cache.
+        notify: Called with a line on what is wrong with the cache.
 
     Raises:
         FewShotError: The folder's name starts with ``~``, and no home folder is known.

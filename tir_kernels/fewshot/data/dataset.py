@@ -30,7 +30,7 @@ class ImageClass:
         words: The words a prompt uses.
         files: Its images' names in the data's source.
         stamps: Size and time of each, when the data was listed.
-        left_out: What else its folder holds, in words.
+        left_out: Other content of its folder, in words.
     """
 
     folder: str
@@ -45,7 +45,7 @@ class ImageData:
     """Classes of images, sorted by name.
 
     Args:
-        source: Where the images lie.
+        source: The place in which the images lie.
         classes: The classes.
         fingerprint: Digest of class words, and of the names, sizes and times of images.
         notes: Lines for the user on how the data was understood.
@@ -58,7 +58,7 @@ class ImageData:
 
     @property
     def name(self) -> str:
-        """Where the images are, for messages."""
+        """The place of the images, for messages."""
         return self.source.describe("")
 
     def require(self, *, ways: int, shots: int, queries: int) -> None:

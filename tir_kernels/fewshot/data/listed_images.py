@@ -171,7 +171,7 @@ def _as_path(listed: str) -> PurePosixPath:
 
 
 def _shared_end(one: PurePosixPath, other: PurePosixPath) -> int:
-    """How many of the last parts of two paths are the same."""
+    """The number of last parts that two paths share."""
     pairs = zip(reversed(one.parts), reversed(other.parts), strict=False)
     same = takewhile(lambda pair: class_name(pair[0]) == class_name(pair[1]), pairs)
     return sum(1 for _ in same)

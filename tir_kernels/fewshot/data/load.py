@@ -29,14 +29,15 @@ def load_episode(
     """Read an episode's images.
 
     Args:
-        plan: Which.
-        data: Their classes.
-        images: Reads them.
+        plan: Plan of the episode.
+        data: Data that it draws from.
+        images: Reader of the images.
         shots: Support images per class.
         queries: Query images per class.
-        device: Where the images are normalised and augmented, and left; labels stay on the CPU.
+        device: Device on which the images are normalised and augmented, and left; labels stay on
+            the CPU.
         augment: Augmented views of each support image, see ``draw_views``.
-        seed: Of the run, which decides the views together with the episode's number.
+        seed: Seed of the run, which decides the views together with the episode's number.
 
     Raises:
         FewShotError: An image can't be read, or too few of a class can.

@@ -23,7 +23,7 @@ class Listing(NamedTuple):
     Args:
         files: Class -> names of its images, both in the order of ``names.sort_key``.
         notes: Lines for the user on what was understood, and on what was left out.
-        left_out: Class -> what else its folder holds, in words.
+        left_out: Class -> other content of its folder, in words.
     """
 
     files: Files

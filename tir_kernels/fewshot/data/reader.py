@@ -8,8 +8,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from tir_kernels.errors import FewShotError, first_line
@@ -18,7 +20,24 @@ from tir_kernels.fewshot.data.dataset import ImageClass, ImageData
 from tir_kernels.fewshot.data.decoding import Decoding, problems_explained
 from tir_kernels.fewshot.data.rgb import NOTES, Conversion, UnreadableImageError
 from tir_kernels.text import Notice, setting
-from tir_kernels.towers.loading.preprocess import Preprocess
+
+
+class Preprocess(Protocol):
+    """A model's preprocessing, in two halves.
+
+    Attributes:
+        shape: (3, H, W) of an image.
+        version: Text that differs wherever the pixels of an image may differ.
+    """
+
+    shape: tuple[int, int, int]
+    version: str
+
+    def to_pixels(self, image: Image.Image) -> Tensor:
+        """An RGB image as (3, H, W) uint8."""
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """The model's input, (..., 3, H, W) float32, of such pixels."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +64,11 @@ class ImageReader:
     Args:
         data: The images.
         preprocess: The model's preprocessing.
-        cache: Where decoded images are kept on the disk; ``None``: nowhere.
+        cache: Cache of decoded images on the disk; ``None``: none is kept there.
         skip_unreadable: Answer ``None`` for an image that can't be decoded instead of raising.
         memory_bytes: Most memory for decoded images that are not in the cache.
-        decoding: How files are decoded.
-        notify: Told, in a line for each kind, of images that lose something when they become
+        decoding: Settings of the decoder.
+        notify: Called with a line for each kind of images that lose something when they become
             8-bit RGB.
     """
 

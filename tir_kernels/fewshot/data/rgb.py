@@ -90,7 +90,7 @@ def to_rgb(
             not say it themselves; ``None``: the type's largest, and 1 for floating-point values.
 
     Raises:
-        UnreadableImageError: What its values mean can't be known, or it has too many bands.
+        UnreadableImageError: The meaning of its values can't be known, or it has too many bands.
     """
     lost_bands = _check_samples(image)
     raw_modes = tuple(_raw_modes(image))  # gone once the image is loaded
@@ -142,7 +142,7 @@ def multispectral(bands: int) -> UnreadableImageError:
 
 
 def _raw_modes(image: ImageFile.ImageFile) -> Iterator[str]:
-    """How Pillow names the values as they are in the file, such as "RGB;16B"."""
+    """Pillow's names of the values as they are in the file, such as "RGB;16B"."""
     for tile in image.tile:
         arguments = tile[3]
         if isinstance(arguments, tuple):

@@ -83,7 +83,7 @@ def with_views(pixels: Tensor, views: int, random: np.random.RandomState) -> Ten
     Args:
         pixels: (S, 3, H, W) uint8, on any device.
         views: Views of each image.
-        random: What they are drawn with, on the CPU.
+        random: Generator that they are drawn with, on the CPU.
 
     Returns:
         (S * (1 + views), 3, H, W) uint8.

@@ -67,7 +67,7 @@ class FoundImages(NamedTuple):
 
     Args:
         names: Each real file's name; the one that needs no link where there are several.
-        left_out: What else there was.
+        left_out: Everything else there was.
     """
 
     names: dict[FileId, str]
@@ -78,8 +78,8 @@ def find_images(root: Path, folder: str = "") -> FoundImages:
     """The images in a folder and in those below it, links followed.
 
     Args:
-        root: What names are relative to.
-        folder: Where to look, relative to the root.
+        root: Folder that names are relative to.
+        folder: Folder to look in, relative to the root.
 
     Raises:
         OSError: A folder can't be read.

@@ -19,8 +19,9 @@ from tir_kernels.fewshot.run.journal import (
     journal_paths,
     sync_folder,
 )
+from tir_kernels.fewshot.run.lock import GROUP_KINDS, RunLock
 from tir_kernels.fewshot.run.records import Record, RunShape
-from tir_kernels.fewshot.run.workers import GROUP_KINDS, Place, RunLock
+from tir_kernels.fewshot.run.workers import Place
 from tir_kernels.fewshot.strict_json import decode_json, encode_json
 from tir_kernels.files import MIB, expand_user, read_bytes
 from tir_kernels.text import setting
@@ -119,7 +120,7 @@ class RunFolder:
 
     Args:
         path: The folder; it is created if missing.
-        place: Which of the run's processes this is; ``None``: the only one.
+        place: Place of this process among the run's; ``None``: it is the only one.
 
     Attributes:
         path: The folder.

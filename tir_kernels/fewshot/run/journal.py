@@ -18,7 +18,7 @@ _NAME = re.compile(r"episodes(\.[1-9][0-9]*)?\.jsonl")
 
 
 class _Line(NamedTuple):
-    """Where a record was read."""
+    """The place where a record was read."""
 
     path: Path
     number: int
@@ -79,7 +79,7 @@ def _parse(path: Path, content: bytes, lines_before: int) -> list[_Line]:
 
 
 class _Progress(NamedTuple):
-    """How far a journal was read, and its last bytes up to there."""
+    """The part of a journal that was read, and the last bytes of it."""
 
     size: int = 0
     lines: int = 0
@@ -94,7 +94,7 @@ class JournalReader:
 
     Args:
         folder: The run's folder.
-        shape: What the records must fit.
+        shape: Shape that the records must fit.
 
     Attributes:
         repeats: Lines that were left out because their (episode, method) was there already.
@@ -178,10 +178,10 @@ class Journal(JournalReader):
     Args:
         path: The file, which no other process may append to; it is created if missing, and a torn
             last line is cut off.
-        shape: What the records must fit.
+        shape: Shape that the records must fit.
 
     Attributes:
-        note: What was repaired, or empty.
+        note: Line on a repair, or empty.
 
     Raises:
         FewShotError: A journal can't be read or written, or a line of it is damaged.

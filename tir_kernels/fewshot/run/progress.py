@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from types import TracebackType
 
 from rich.console import Console
@@ -15,14 +16,37 @@ from rich.progress import (
 )
 
 from tir_kernels.fewshot.run.records import Record
-from tir_kernels.text import printable
+from tir_kernels.text import Notice, printable
+
+
+class Messages:
+    """A voice that tells the user things while a run goes on.
+
+    Args:
+        console: Console to print to.
+        spelled: Gives a line's text, with settings named as the reader knows them.
+    """
+
+    def __init__(self, console: Console, spelled: Callable[[str], str] = printable) -> None:
+        self.console = console
+        self._spelled = spelled
+
+    def tell(self, line: str) -> None:
+        """Print a line; a ``Notice`` may name settings, and so may text with marks."""
+        text = self._spelled(line if isinstance(line, Notice) else Notice(line))
+        self.console.print(text, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+    def status(self, what: str) -> AbstractContextManager[object]:
+        """Show on a terminal what is being done."""
+        return self.console.status(what)
 
 
 class RunDisplay:
     """Shows finished results with the running accuracy of each method, and the steps of a training.
 
     Args:
-        console: Where to; without a terminal behind it, finished results are printed line by line.
+        console: Console to print to; without a terminal behind it, finished results are printed
+            line by line.
         episodes: Episodes of the run.
         methods: Its methods.
         steps: Training steps of one result.
@@ -70,9 +94,9 @@ class RunDisplay:
     ) -> None:
         self._bars.stop()
 
-    def step(self, episode: int, method: str, step: int, loss: float) -> None:
+    def step(self, episode: int, arm: str, step: int, loss: float) -> None:
         """A training step is done."""
-        description = printable(f"episode {episode}, {method}, loss {loss:.3f}")
+        description = printable(f"episode {episode}, {arm}, loss {loss:.3f}")
         self._bars.update(self._steps, completed=step + 1, description=description)
 
     def finished(self, record: Record) -> None:

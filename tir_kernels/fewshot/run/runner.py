@@ -1,13 +1,12 @@
-"""The loop over episodes and methods, of one process or of several that share a run."""
+"""The loop over episodes and arms, of one process or of several that share a run."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -21,10 +20,8 @@ from tir_kernels.fewshot.episode import Episode, plan_episode
 from tir_kernels.fewshot.run.folder import RunFolder
 from tir_kernels.fewshot.run.journal import Journal
 from tir_kernels.fewshot.run.records import OK, Record
-from tir_kernels.fewshot.settings import FewShotConfig
 from tir_kernels.fewshot.train.memory import with_one_memory_error
 from tir_kernels.text import setting
-from tir_kernels.towers.loading.models import LoadedModel
 
 NON_FINITE_LOSS = "non-finite loss"
 NON_FINITE_LOGITS = "non-finite logits"
@@ -32,13 +29,54 @@ NON_FINITE_LOGITS = "non-finite logits"
 # Between two looks at what the other processes have finished, for one that has nothing to do.
 _LOOK_SECONDS = 0.5
 
-FinetuneFunction = Callable[..., Any]
+
+class StepFunction(Protocol):
+    """A function that a training calls after each step."""
+
+    def __call__(self, position: int, step: int, loss: float) -> None: ...
 
 
 class StepListener(Protocol):
     """A listener that is told of each training step, for a progress display."""
 
-    def __call__(self, episode: int, method: str, step: int, loss: float) -> None: ...
+    def __call__(self, episode: int, arm: str, step: int, loss: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the things that a run compares on the same episodes.
+
+    Args:
+        name: Its name in journals and tables.
+        config: All that the training of its episodes needs to know; nothing here looks into it.
+    """
+
+    name: str
+    config: Any
+
+
+class Trainer(Protocol):
+    """A model, and the way in which episodes are trained on it."""
+
+    def train(self, episodes: list[Episode], config: Any, on_step: StepFunction) -> list[Any]:
+        """Train on several episodes at once.
+
+        Args:
+            episodes: Episodes to train on.
+            config: An arm's config.
+            on_step: Function called with an episode's position, a step from 0, and its loss.
+
+        Returns:
+            For each episode an object with ``query_logits``, ``losses`` and ``support_accuracy``,
+            or the exception where its loss became NaN or infinite.
+        """
+
+    def fitting(self, episode: Episode, config: Any) -> int | None:
+        """The number of such episodes that memory has room for at once.
+
+        Returns:
+            At least 1, or ``None`` where nothing is trained.
+        """
 
 
 @dataclass(frozen=True)
@@ -47,48 +85,36 @@ class RunPlan:
 
     Args:
         ways: Classes per episode.
+        shots: Support images per class.
         queries: Query images per class.
         episodes: Number of episodes.
-        methods: Methods, each of which sees every episode.
-        config: All other settings; its ``method`` is not used, and its ``seed`` is the run's.
+        arms: Arms, each of which sees every episode.
+        seed: Seed of the run, which together with an episode's number decides all randomness.
+        device: Device on which images are normalised and augmented.
         parallel: Most episodes that are trained at once, or "auto" for what fits into memory; the
             numbers do not depend on it, up to rounding.
         augment: Augmented views of each support image.
-        checkpoint: Compute activations again in the backward pass instead of keeping them.
     """
 
     ways: int
+    shots: int
     queries: int
     episodes: int
-    methods: tuple[str, ...]
-    config: FewShotConfig
+    arms: tuple[Arm, ...]
+    seed: int = 0
+    device: str = "cpu"
     parallel: int | Literal["auto"] = 1
     augment: int = 0
-    checkpoint: bool = False
-
-    def settings(self, data: ImageData, model: LoadedModel) -> dict[str, Any]:
-        """All that decides an episode's numbers, as JSON values, by the names of the options."""
-        # Runs from before there was augmentation have none, and no word on it.
-        augment = {"augment": self.augment} if self.augment else {}
-        return asdict(self.config) | {
-            "data": f"content {data.fingerprint[:16]}",
-            "model": f"content {model.fingerprint[:16]}",
-            "ways": self.ways,
-            "queries": self.queries,
-            "method": list(self.methods),
-            **augment,
-        }
 
 
 def run_episodes(
     plan: RunPlan,
     data: ImageData,
     images: ImageReader,
-    model: LoadedModel,
+    trainer: Trainer,
     folder: RunFolder,
     journal: Journal,
     *,
-    finetune: FinetuneFunction | None = None,
     on_step: StepListener | None = None,
 ) -> Iterator[Record]:
     """Run what the journal does not have yet, and yield each record once it is on the disk.
@@ -99,14 +125,13 @@ def run_episodes(
     number) only, so the records do not depend on who ran them, nor on interruptions.
 
     Args:
-        plan: What to do.
+        plan: The plan.
         data: Classes and images.
-        images: Reads the images.
-        model: The model.
-        folder: Hands out the episodes.
-        journal: Where records go.
-        finetune: Stands in for ``finetune_episodes``.
-        on_step: Is called after each training step.
+        images: Reader of the images.
+        trainer: Model and the way in which it is trained.
+        folder: Folder of the run, which hands out the episodes.
+        journal: Journal of this process.
+        on_step: Function called after each training step.
 
     Yields:
         The records of all processes, but not those the journal had at the beginning.
@@ -115,47 +140,61 @@ def run_episodes(
         FewShotError: An image can't be read, a setting does not fit the model, memory runs out, or
             the journal can't be read or written.
     """
-    if finetune is None:
-        from tir_kernels.fewshot.train.loop import finetune_episodes
-
-        finetune = partial(finetune_episodes, checkpoint=plan.checkpoint)
     sizes = [len(entry.files) for entry in data.classes]
 
     def load(index: int) -> Episode:
-        with _explained(f"episode {index}", plan.config):
+        with _explained(f"episode {index}", plan.device):
             return load_episode(
-                plan_episode(plan.config.seed, index, sizes, plan.ways),
+                plan_episode(plan.seed, index, sizes, plan.ways),
                 data,
                 images,
-                shots=plan.config.shots,
+                shots=plan.shots,
                 queries=plan.queries,
-                device=plan.config.device,
+                device=plan.device,
                 augment=plan.augment,
-                seed=plan.config.seed,
+                seed=plan.seed,
             )
 
     unfinished = _unfinished(plan, journal)
     if not unfinished:
         return
-    parallel = plan.parallel
-    if parallel == "auto":
-        parallel = _fitting(load(unfinished[0]), plan, model)
-    at_most = _piece_size(len(unfinished), parallel, folder.place.count)
+    at_once = _episodes_at_once(plan, unfinished, folder.place.count, load, trainer)
     while unfinished := _unfinished(plan, journal):
-        with folder.episodes(unfinished, at_most) as held:
+        with folder.episodes(unfinished, at_once) as held:
             # Others may have finished some of them since the journal was last read.
             yield from journal.news()
             episodes = [load(index) for index in held if _is_unfinished(plan, journal, index)]
-            for method in plan.methods:
-                chosen = [each for each in episodes if (each.index, method) not in journal]
+            for arm in plan.arms:
+                chosen = [each for each in episodes if (each.index, arm.name) not in journal]
                 if not chosen:
                     continue
-                config = replace(plan.config, method=method)
-                for record in _run_together(chosen, config, model, finetune, on_step):
+                for record in _run_together(chosen, arm, plan.device, trainer, on_step):
                     journal.append(record)
                     yield from journal.news()
         if not held:
             time.sleep(_LOOK_SECONDS)
+
+
+def _episodes_at_once(
+    plan: RunPlan,
+    unfinished: Sequence[int],
+    processes: int,
+    load: Callable[[int], Episode],
+    trainer: Trainer,
+) -> int:
+    """The number of episodes that a process takes and trains at once.
+
+    They are as many as the plan allows, whatever the arm, but so that all processes end together.
+    """
+    if plan.parallel == "auto":
+        episode = load(unfinished[0])
+        with _explained(f"episode {episode.index}", plan.device):
+            fitting = [trainer.fitting(episode, arm.config) for arm in plan.arms]
+        most = min((number for number in fitting if number is not None), default=1)
+    else:
+        most = plan.parallel
+    rounds = math.ceil(len(unfinished) / (most * processes))
+    return math.ceil(len(unfinished) / (rounds * processes))
 
 
 def require_distinct_prompts(data: ImageData, tokenizer: Callable[[list[str]], Tensor]) -> None:
@@ -177,40 +216,21 @@ def require_distinct_prompts(data: ImageData, tokenizer: Callable[[list[str]], T
 
 
 def _is_unfinished(plan: RunPlan, journal: Journal, index: int) -> bool:
-    return any((index, method) not in journal for method in plan.methods)
+    return any((index, arm.name) not in journal for arm in plan.arms)
 
 
 def _unfinished(plan: RunPlan, journal: Journal) -> list[int]:
     return [index for index in range(plan.episodes) if _is_unfinished(plan, journal, index)]
 
 
-def _fitting(episode: Episode, plan: RunPlan, model: LoadedModel) -> int:
-    """Episodes like this one that can be trained at once, whatever the method."""
-    from tir_kernels.fewshot.train.loop import episodes_that_fit
-
-    trained = [method for method in plan.methods if method != "zero-shot"]
-    with _explained(f"episode {episode.index}", plan.config):
-        fitting = [
-            episodes_that_fit(
-                model.model,
-                model.tokenizer,
-                episode,
-                replace(plan.config, method=method),
-                checkpoint=plan.checkpoint,
-            )
-            for method in trained
-        ]
-    return min(fitting, default=1)
-
-
 @contextmanager
-def _explained(where: str, config: FewShotConfig) -> Iterator[None]:
+def _explained(where: str, device: str) -> Iterator[None]:
     try:
         with with_one_memory_error():
             yield
     except torch.OutOfMemoryError as error:
         raise FewShotError(
-            f"{where}: out of memory on {config.device}; lower {setting('queries')}, "
+            f"{where}: out of memory on {device}; lower {setting('queries')}, "
             f"{setting('shots')} or {setting('ways')}, or "
             f"use {setting('checkpoint')} or {setting('precision', 'bfloat16')}; what is "
             "finished is kept"
@@ -220,46 +240,40 @@ def _explained(where: str, config: FewShotConfig) -> Iterator[None]:
         raise FewShotError(f"{where}: {first_line(error)}") from error
 
 
-def _piece_size(episodes: int, parallel: int, processes: int) -> int:
-    """Episodes to take at once: as many as may be, but so that all processes end together."""
-    rounds = math.ceil(episodes / (parallel * processes))
-    return math.ceil(episodes / (rounds * processes)) if rounds else 1
-
-
 def _run_together(
     episodes: list[Episode],
-    config: FewShotConfig,
-    model: LoadedModel,
-    finetune: FinetuneFunction,
+    arm: Arm,
+    device: str,
+    trainer: Trainer,
     on_step: StepListener | None,
 ) -> list[Record]:
     numbers = ", ".join(str(episode.index) for episode in episodes)
-    where = f"episode{'s' if len(episodes) > 1 else ''} {numbers}, {config.method}"
+    where = f"episode{'s' if len(episodes) > 1 else ''} {numbers}, {arm.name}"
     stamps: list[float] = []  # of the first episode's steps
 
     def note_step(position: int, step: int, loss: float) -> None:
         if position == 0:
             stamps.append(time.perf_counter())
         if on_step is not None:
-            on_step(episodes[position].index, config.method, step, loss)
+            on_step(episodes[position].index, arm.name, step, loss)
 
     start = time.perf_counter()
-    with _explained(where, config):
-        results = finetune(model.model, model.tokenizer, episodes, config, on_step=note_step)
+    with _explained(where, device):
+        results = trainer.train(episodes, arm.config, note_step)
     seconds = (time.perf_counter() - start) / len(episodes)
     per_step = _seconds_per_step(start, stamps)
     if per_step is not None:
         per_step = round(per_step / len(episodes), 6)
     return [
-        _record(episode, config.method, result, seconds, per_step)
+        _record(episode, arm.name, result, seconds, per_step)
         for episode, result in zip(episodes, results, strict=True)
     ]
 
 
 def _record(
-    episode: Episode, method: str, result: Any, seconds: float, seconds_per_step: float | None
+    episode: Episode, arm: str, result: Any, seconds: float, seconds_per_step: float | None
 ) -> Record:
-    """The record of an episode; ``result`` is an ``EpisodeResult`` or a ``NonFiniteLossError``."""
+    """The record of an episode; ``result`` is as ``Trainer.train`` gives it."""
     status = OK
     if isinstance(result, Exception):
         result, status = None, NON_FINITE_LOSS
@@ -271,7 +285,7 @@ def _record(
         correct = int((result.query_logits.argmax(dim=1).cpu() == episode.query_labels).sum())
     return Record(
         episode=episode.index,
-        method=method,
+        method=arm,
         classes=episode.folders,
         correct=correct,
         total=total,

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from scipy import stats
+from scipy.special import stdtrit
 
 from tir_kernels.fewshot.run.records import OK, Record, skipped_images
 from tir_kernels.text import Notice, printable, setting
@@ -22,7 +22,7 @@ class Estimate:
     """A mean over episodes.
 
     Args:
-        episodes: How many.
+        episodes: Number of episodes.
         mean: ``None`` without episodes.
         half_width: Of the 95 % confidence interval (Student t over episodes); ``None`` for fewer
             than two episodes.
@@ -42,7 +42,7 @@ class Estimate:
         if count == 1:
             return cls(1, mean, None)
         variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-        quantile = float(stats.t.ppf(0.975, count - 1))
+        quantile = float(stdtrit(count - 1, 0.975))
         return cls(count, mean, quantile * math.sqrt(variance / count))
 
 
