@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 import uuid
-from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -18,64 +17,44 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tir_kernels.fewshot.command import main
 from tir_kernels.fewshot.episode import episode_seed
-from tir_kernels.fewshot.train.loop import EpisodeResult, NonFiniteLossError
+from tir_kernels.fewshot.train.batch import EpisodeResult, NonFiniteLossError
 from tir_kernels.towers.loading.models import LoadedModel
 from tir_kernels.towers.loading.preprocess import Preprocess
 
 
-def fake_finetune(
-    model,
-    tokenizer,
-    class_names,
-    support_images,
-    support_labels,
-    query_images,
-    config,
-    *,
-    lora_init=None,
-    on_step=None,
-):
+def fake_finetune(episode, method, seed, on_step):
     """Nearest centroid on mean colours, plus noise that belongs to the seed and the method."""
     losses = []
-    steps = 0 if config.method == "zero-shot" else config.steps
-    for step in range(steps):
+    for step in range(method.steps):
         time.sleep(float(os.environ.get("FAKE_STEP_SECONDS", "0")))
         losses.append(1 / (step + 1))
         on_step(step, losses[-1])
-    if config.method == "lora" and os.environ.get("FAKE_NAN") in class_names:
-        raise NonFiniteLossError(steps, [*losses, float("nan")])
-    features = support_images.mean((2, 3))
+    if method.name == "lora" and os.environ.get("FAKE_NAN") in episode.class_names:
+        raise NonFiniteLossError(method.steps, [*losses, float("nan")])
+    features = episode.support_images.mean((2, 3))
+    num_classes = len(episode.class_names)
     centroids = torch.stack(
-        [features[support_labels == label].mean(0) for label in range(len(class_names))]
+        [features[episode.support_labels == label].mean(0) for label in range(num_classes)]
     )
     noise = torch.randn(
-        len(query_images),
-        len(class_names),
-        generator=torch.Generator().manual_seed(config.seed + len(config.method)),
+        len(episode.query_images),
+        num_classes,
+        generator=torch.Generator().manual_seed(seed + len(method.name)),
     )
-    logits = -torch.cdist(query_images.mean((2, 3)), centroids) + 0.1 * noise
+    logits = -torch.cdist(episode.query_images.mean((2, 3)), centroids) + 0.1 * noise
     return EpisodeResult(losses=losses, query_logits=logits, support_accuracy=1.0)
 
 
 def at_once(finetune=None):
-    """``finetune_episodes`` by a stand-in for ``finetune_episode``, one after the other."""
+    """``finetune_episodes`` by a stand-in for one episode, one after the other."""
 
-    def finetune_episodes(model, tokenizer, episodes, config, *, on_step=None, checkpoint=False):
+    def finetune_episodes(model, tokenizer, episodes, method, *, seed, runtime, on_step=None):
         results = []
         for position, episode in enumerate(episodes):
+            own_seed = episode_seed(seed, episode.index)
             try:
-                results.append(
-                    (finetune or fake_finetune)(
-                        model,
-                        tokenizer,
-                        episode.class_names,
-                        episode.support_images,
-                        episode.support_labels,
-                        episode.query_images,
-                        replace(config, seed=episode_seed(config.seed, episode.index)),
-                        on_step=functools.partial(on_step, position),
-                    )
-                )
+                note_step = functools.partial(on_step, position)
+                results.append((finetune or fake_finetune)(episode, method, own_seed, note_step))
             except NonFiniteLossError as error:
                 results.append(error)
         return results

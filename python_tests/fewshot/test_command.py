@@ -13,7 +13,8 @@ from small_images import write_images
 
 from tir_kernels.fewshot import command
 from tir_kernels.fewshot.command import main
-from tir_kernels.fewshot.settings import METHODS, FewShotConfig
+from tir_kernels.fewshot.methods import METHODS, method_class
+from tir_kernels.fewshot.settings import Protocol, Runtime
 
 
 def test_run_leaves_journal_summary_and_tables(arguments, tmp_path, capsys):
@@ -35,16 +36,16 @@ def test_run_leaves_journal_summary_and_tables(arguments, tmp_path, capsys):
         raise AssertionError(name)
 
     summary = json.loads((out / "summary.json").read_text(), parse_constant=refuse)
-    assert [entry["method"] for entry in summary["methods"]] == ["zero-shot", "tir"]
+    assert [entry["arm"] for entry in summary["arms"]] == ["zero-shot", "tir"]
     assert summary["differences"][0]["accuracy"]["episodes"] == 3
     settings = json.loads((out / "settings.json").read_text())["settings"]
-    assert settings["lora_rank"] == 16
-    assert set(settings) == {field.name for field in dataclasses.fields(FewShotConfig)} | {
-        "data",
-        "model",
-        "ways",
-        "queries",
-    }
+    assert settings["arms"]["tir"]["lora_rank"] == 16
+    assert list(settings["arms"]) == ["zero-shot", "tir"]
+    for arm, options in settings["arms"].items():
+        fields = {field.name for field in dataclasses.fields(method_class(arm))}
+        assert options.keys() == fields | {"method"}
+    rest = {"ways", "shots", "queries", "seed", "device", "precision", "backend"}
+    assert settings.keys() == rest | {"data", "model", "arms"}
 
 
 def test_same_command_continues_and_may_add_episodes(arguments, tmp_path, capsys):
@@ -79,7 +80,10 @@ def test_changed_settings_are_refused(arguments, tmp_path, capsys):
 
     refused(with_value(arguments, "--steps", "3"), "--steps was 2, is 3;")
     refused([*arguments, "--layers", "1,3"], "--layers was unset, is 1,3;")
-    refused([*arguments, "--seed", "1", "--lora-lr", "1"], "--lora-lr was 0.0002, is 1.0; --seed")
+    refused(
+        [*arguments, "--seed", "1", "--lora-lr", "1"],
+        "--seed was 0, is 1; --lora-lr was 0.0002, is 1.0;",
+    )
     refused([*arguments, "--method", "tir"], "--method was tir,lora, is tir;")
     refused(with_value(arguments, "--model", "other"), "--model was content fake")
     Path(arguments[2], "ClassA", "000.png").unlink()
@@ -93,7 +97,7 @@ def test_non_finite_loss_is_reported_at_the_end(arguments, tmp_path, capsys, mon
     captured = capsys.readouterr()
     sick = [record for record in results(tmp_path / "out") if record.status != "ok"]
     assert sick
-    assert {(record.method, record.status) for record in sick} == {("lora", "non-finite loss")}
+    assert {(record.arm, record.status) for record in sick} == {("lora", "non-finite loss")}
     assert all("ClassA" in record.classes for record in sick)
     assert "Paired difference" in captured.out
     assert "lora: non-finite loss in episode" in captured.err.splitlines()[-1]
@@ -148,7 +152,7 @@ def test_bad_models(arguments, tmp_path, capsys, tiny_model_folder):
 @pytest.mark.parametrize(
     ("extra", "parts"),
     [
-        (["--ways", "1"], ["--ways", "x>=2"]),
+        (["--ways", "1"], ["--ways must be at least 2; got 1"]),
         (["--episodes", "0"], ["--episodes"]),
         (["--steps", "many"], ["--steps", "'many'"]),
         (["--steps", "0"], ["--steps must be at least 1; got 0"]),
@@ -179,7 +183,8 @@ def test_layers_that_the_model_does_not_have(arguments, capsys, tiny_model_folde
 
 def test_every_setting_is_an_option():
     names = {parameter.name for parameter in command.run.params}
-    fields = {field.name for field in dataclasses.fields(FewShotConfig)} - {"method"}
+    kinds = (Protocol, Runtime, *map(method_class, METHODS))
+    fields = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     assert fields <= names
     demo_names = {parameter.name for parameter in command.demo.params}
     assert fields <= demo_names
@@ -192,7 +197,7 @@ def test_options_reach_the_training(arguments, monkeypatch):
     seen = []
 
     def spy(*positional, **options):
-        seen.append(positional[6])
+        seen.append(positional[1])
         return fake_finetune(*positional, **options)
 
     fake_finetune = fake_engine.fake_finetune
@@ -271,3 +276,40 @@ def test_auto_and_checkpoints_leave_the_results_alone(make_images, tiny_model_fo
     for key, record in plain.items():
         assert other[key].correct == record.correct
         assert other[key].final_loss == pytest.approx(record.final_loss, abs=1e-4)
+
+
+def test_arms_of_one_method_are_compared(arguments, tmp_path, capsys):
+    arms = ["--arm", "late=tir,layers=2,3,steps=1", "--arm", "text=tip-adapter,alpha=0"]
+    assert fake_engine.run_main([*arguments, "--method", "tir", *arms]) == 0
+    captured = capsys.readouterr()
+    assert "late − text" in captured.out
+    records = results(tmp_path / "out")
+    assert {record.arm for record in records} == {"tir", "late", "text"}
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())["settings"]["arms"]
+    assert (settings["tir"]["steps"], settings["late"]["steps"]) == (2, 1)
+    assert settings["late"]["layers"] == [2, 3]
+    assert settings["text"] == {
+        "method": "tip-adapter",
+        "alpha": 0.0,
+        "beta": 5.5,
+        "logit_scale": 100.0,
+    }
+    assert fake_engine.run_main([*arguments, "--method", "tir", *arms]) == 0, "it continues"
+    capsys.readouterr()
+    arms[1] = "late=tir,layers=2,3,steps=3"
+    assert fake_engine.run_main([*arguments, "--method", "tir", *arms]) == 2
+    assert "--steps of late was 1, is 3;" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--arm", "late"], "--arm must look like NAME=METHOD,field=value; got 'late'"),
+        (["--arm", "a=magic"], "--arm 'a': method must be one of tir, lora, zero-shot"),
+        (["--arm", "a=tir,steps=0"], "--arm 'a': steps must be at least 1; got 0"),
+        (["--method", "lora", "--top-ratio", "0.5"], "--top-ratio is no setting of lora; leave"),
+        (["--method", "tir", "--arm", "tir=lora"], "names of their own; 'tir' is there twice"),
+    ],
+)
+def test_bad_arms(arguments, capsys, extra, message):
+    assert_refused(capsys, [*arguments, *extra], message)

@@ -51,7 +51,7 @@ class Run:
             for folder in (self.folder, self._reference)
         ]
         for summary in summaries:
-            for entry in summary["methods"]:
+            for entry in summary["arms"]:
                 del entry["seconds_per_step"]
         assert summaries[0] == summaries[1]
 
@@ -379,7 +379,7 @@ def test_three_processes_of_torchrun_give_the_numbers_of_one(
     for ours, theirs in zip(three, one, strict=True):
         assert ours.correct == theirs.correct
         assert ours.support_accuracy == theirs.support_accuracy
-        if theirs.method != "zero-shot":
+        if theirs.arm != "zero-shot":
             assert ours.final_loss == pytest.approx(theirs.final_loss, abs=1e-4)
     # One process may go on with what three began, and has nothing to do here.
     assert main([*shared, "--device", "cpu"]) == 0

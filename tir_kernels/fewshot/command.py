@@ -13,12 +13,23 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tir_kernels.errors import FewShotError
+from tir_kernels.fewshot.arms import make_arms
 from tir_kernels.fewshot.data.known import KNOWN_SETS
 from tir_kernels.fewshot.interrupts import INTERRUPTED, PROGRAM, leaving_at_once, terminable
-from tir_kernels.fewshot.options import NAME, Count, config_options, protocol_options, with_options
+from tir_kernels.fewshot.methods import DEFAULT_METHODS, DEMO_METHODS
+from tir_kernels.fewshot.options import (
+    NAME,
+    Count,
+    arm_options,
+    episodes_option,
+    method_fields,
+    method_options,
+    settings_options,
+    with_options,
+)
 from tir_kernels.fewshot.run.workers import Place
 from tir_kernels.fewshot.run_options import Inputs, Reading, RunOptions, settings_named
-from tir_kernels.fewshot.settings import METHODS, FewShotConfig
+from tir_kernels.fewshot.settings import Protocol, Runtime
 from tir_kernels.fewshot.streams import forgiving_output
 from tir_kernels.fewshot.unforeseen import UnforeseenError, describe_unforeseen
 from tir_kernels.text import printable, setting
@@ -77,14 +88,7 @@ def cli() -> None:
     metavar="RUN_DIR",
     help="Folder of the run. The same command continues a run that was stopped.",
 )
-@click.option(
-    "--method",
-    "methods",
-    type=click.Choice(METHODS),
-    multiple=True,
-    default=("tir", "lora"),
-    help="Method; give it several times to compare methods on the same episodes.",
-)
+@arm_options()
 @click.option(
     "--class-names",
     type=NAME,
@@ -120,8 +124,9 @@ def cli() -> None:
     is_flag=True,
     help="Replace images that can't be read by others of their class, and list them at the end.",
 )
-@protocol_options(episodes=20)
-@config_options()
+@episodes_option(20)
+@settings_options()
+@method_options()
 def run(**options: Any) -> None:
     """Fine-tune and score methods on few-shot episodes drawn from classes of images."""
     with _without_tracebacks(options["out"]):
@@ -130,12 +135,14 @@ def run(**options: Any) -> None:
 
 @cli.command()
 @click.option("--out", type=NAME, default="runs/demo", metavar="RUN_DIR", help="Folder of the run.")
-@protocol_options(episodes=6)
-@config_options(steps=40, lora_lr=1e-3)  # a small model learns little at the method's rate
+@episodes_option(6)
+@settings_options()
+@method_options()
 def demo(out: str, **options: Any) -> None:
     """Compare zero-shot, LoRA and re-weighting on an embedded model and a drawn image domain.
 
-    Needs no network and no data: the images are drawn into the run's folder.
+    Needs no network and no data: the images are drawn into the run's folder. Trains for 40 steps at
+    a learning rate of 1e-3, since a small model learns little at the method's own.
     """
     with _without_tracebacks(out):
         _demo(out, options)
@@ -153,12 +160,16 @@ def _demo(out: str, options: dict[str, Any]) -> None:
         raise FewShotError(
             f"{setting('out')}: can't write images to {images}: {first_line(error)}"
         ) from error
+    for name, value in {"steps": 40, "lora_lr": 1e-3}.items():
+        if options[name] is None:
+            options[name] = value
     _run(
         out=out,
         data=str(images),
         class_names=str(images / "class_names.json"),
         model=str(model_directory()),
-        methods=("tir", "lora", "zero-shot"),
+        methods=DEMO_METHODS,
+        arms=(),
         no_cache=True,
         **options,
     )
@@ -176,15 +187,20 @@ def _run(**options: Any) -> None:
     place = Place.of_this_process()
     console = Console(stderr=True, quiet=not place.is_first)
     with settings_named():
-        config = taken(FewShotConfig)
+        protocol, runtime = taken(Protocol), taken(Runtime)
+        methods = options["methods"] or (() if options["arms"] else DEFAULT_METHODS)
+        known = [field.name for field, _ in method_fields()]
+        shared = {name: options[name] for name in known if options[name] is not None}
+        arms = make_arms(methods, options["arms"], shared)
     with leaving_at_once(), console.status("loading libraries"):
         from tir_kernels.fewshot.prepare import PreparedRun
         from tir_kernels.fewshot.run.folder import is_read_only
         from tir_kernels.fewshot.run.progress import Messages
 
     messages = Messages(console, with_options)
+    chosen = RunOptions(options["out"], options["episodes"], arms)
     prepared = PreparedRun(
-        taken(RunOptions), taken(Inputs), taken(Reading), config, place, messages
+        chosen, taken(Inputs), taken(Reading), protocol, runtime, place, messages
     )
     summary = prepared.finished() if is_read_only(options["out"]) else prepared.run()
     if summary is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from tir_kernels.scalars import real_number, whole_number
@@ -68,7 +68,7 @@ def real(
     return _field(default, help, check)
 
 
-def choice(default: str, choices: Sequence[str], help: str) -> Any:
+def choice(default: str, choices: Collection[str], help: str) -> Any:
     """One of several words."""
 
     def check(name: str, value: object) -> str:
@@ -76,7 +76,7 @@ def choice(default: str, choices: Sequence[str], help: str) -> Any:
             raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
         return str(value)
 
-    return _field(default, help, check, choices=tuple(choices))
+    return _field(default, help, check, choices=lambda: choices)
 
 
 def whole_list(default: tuple[int, ...] | None, help: str) -> Any:
@@ -112,9 +112,21 @@ def flag(help: str) -> Any:
     return _field(False, help, check)
 
 
-def checked(default: object, help: str, check: Callable[[str, Any], Any]) -> Any:
-    """A value of any kind, with a check (name, value) -> value of its own."""
-    return _field(default, help, check)
+def checked(
+    default: object,
+    help: str,
+    check: Callable[[str, Any], Any],
+    choices: Callable[[], Collection[str]] | None = None,
+) -> Any:
+    """A value of any kind, with a check (name, value) -> value of its own.
+
+    Args:
+        default: Default; ``None``: may be left unset.
+        help: Help text of the option.
+        check: Function that gives the value to keep, or raises.
+        choices: Function that gives the words to choose from, if they are words.
+    """
+    return _field(default, help, check, **({} if choices is None else {"choices": choices}))
 
 
 def check_all(settings: Any) -> None:

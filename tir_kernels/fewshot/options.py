@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import inspect
 import os
-import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import click
 
-from tir_kernels.fewshot.settings import PLACEMENTS, PRECISIONS, FewShotConfig
-from tir_kernels.operators.choose import BACKENDS
-from tir_kernels.rules import RULE_KINDS
+from tir_kernels.fewshot.arms import fields_of
+from tir_kernels.fewshot.methods import DEFAULT_METHODS, METHODS, method_class
+from tir_kernels.fewshot.settings import AUTO, Protocol, Runtime
 from tir_kernels.text import Notice, printable
+
+# Options that are not called like their settings.
+_OPTIONS = {"parallel": "--parallel-episodes"}
 
 
 def option_name(name: str) -> str:
     """The option of a setting: ``--class-names`` of ``class_names``."""
-    return f"--{name.replace('_', '-')}"
+    return _OPTIONS.get(name, f"--{name.replace('_', '-')}")
 
 
 def with_options(text: str) -> str:
@@ -45,13 +46,13 @@ class Count(click.IntRange):
         return number
 
 
-class _Parallel(Count):
+class _Parallel(click.ParamType):
     """A number of episodes, or "auto"."""
 
     name = "integer|auto"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return value if value == "auto" else super().convert(value, param, ctx)
+        return value if value == AUTO else click.INT.convert(value, param, ctx)
 
 
 class Name(click.ParamType):
@@ -95,107 +96,135 @@ class _WholeNumbers(click.ParamType):
             self.fail(f"{value!r} is not a list of whole numbers such as 8,10", param, ctx)
 
 
-_CHOICES = {
-    "placement": PLACEMENTS,
-    "precision": PRECISIONS,
-    "rule": RULE_KINDS,
-    "backend": ("auto", *BACKENDS),
-}
+class _Choice(click.ParamType):
+    """One of the names in a registry, as it is when the command runs."""
+
+    name = "name"
+
+    def __init__(self, names: Callable[[], Collection[str]]) -> None:
+        self._registered = names
+
+    @property
+    def _names(self) -> Collection[str]:
+        return self._registered()
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"[{'|'.join(self._names)}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in self._names:
+            self.fail(f"{value!r} is not one of {', '.join(map(repr, self._names))}.", param, ctx)
+        return value
 
 
-def config_options(**defaults: Any) -> Callable[[Callable], Callable]:
-    """An option for each field of ``FewShotConfig`` but the method, so that none is forgotten.
+def settings_options(**defaults: Any) -> Callable[[Callable], Callable]:
+    """An option for each field of ``Protocol`` and ``Runtime``, so that none is forgotten.
 
     Args:
         defaults: Defaults that differ from the fields' own.
     """
-    hints = typing.get_type_hints(FewShotConfig)
-    help_texts = _field_texts(inspect.getdoc(FewShotConfig) or "")
-
-    def add(command: Callable) -> Callable:
-        for field in reversed(dataclasses.fields(FewShotConfig)):
-            if field.name == "method":
-                continue
-            # A library's caller says where the model is; a command takes the GPU that is there.
-            defaults.setdefault("device", "auto")
-            default = defaults.get(field.name, field.default)
-            command = click.option(
-                option_name(field.name),
-                type=_option_type(field.name, hints[field.name]),
-                default=default,
-                show_default=default is not None,
-                help=help_texts.get(field.name, ""),
-            )(command)
-        return command
-
-    return add
+    # A library's caller says where the model is; a command takes the GPU that is there.
+    defaults = {"device": AUTO, "parallel": 1, **defaults}
+    options = [
+        _field_option(field, hint, default=defaults.get(field.name, field.default))
+        for kind in (Protocol, Runtime)
+        for field, hint in _fields(kind)
+    ]
+    return _adding(options)
 
 
-def _option_type(name: str, hint: Any) -> Any:
-    if name in _CHOICES:
-        return click.Choice(_CHOICES[name])
+def method_options() -> Callable[[Callable], Callable]:
+    """An option for each field of any method; a value is for all arms that have the field."""
+
+    def defaults(name: str) -> str:
+        owners = [(method, fields_of(method_class(method)).get(name)) for method in METHODS]
+        return "; ".join(
+            f"{method}: {'unset' if field.default is None else field.default}"
+            for method, field in owners
+            if field is not None
+        )
+
+    return _adding(
+        [_field_option(*each, note=f"  [{defaults(each[0].name)}]") for each in method_fields()]
+    )
+
+
+def method_fields() -> list[tuple[dataclasses.Field, Any]]:
+    """The fields of all methods in the registry with their types, each name once."""
+    found: dict[str, tuple[dataclasses.Field, Any]] = {}
+    for name in METHODS:
+        for field, hint in _fields(method_class(name)):
+            found.setdefault(field.name, (field, hint))
+    return list(found.values())
+
+
+def arm_options() -> Callable[[Callable], Callable]:
+    """The options that say which arms a run compares."""
+    return _adding(
+        [
+            click.option(
+                "--method",
+                "methods",
+                type=_Choice(lambda: METHODS),
+                multiple=True,
+                help="Method; give it several times to compare methods on the same episodes. "
+                f"Without it and --arm: {', '.join(DEFAULT_METHODS)}.",
+            ),
+            click.option(
+                "--arm",
+                "arms",
+                multiple=True,
+                metavar="NAME=METHOD,FIELD=VALUE,...",
+                help="A method with settings of its own, under a name of its own, beside the "
+                "others; a list goes on with commas, as in late=tir,layers=8,10.",
+            ),
+        ]
+    )
+
+
+def _fields(settings: type) -> list[tuple[dataclasses.Field, Any]]:
+    hints = typing.get_type_hints(settings)
+    return [(field, hints[field.name]) for field in dataclasses.fields(settings)]
+
+
+def _field_option(
+    field: dataclasses.Field, hint: Any, default: Any = None, note: str = ""
+) -> Callable[[Callable], Callable]:
+    help_text = field.metadata["help"] + note
+    if hint is bool:
+        return click.option(option_name(field.name), field.name, is_flag=True, help=help_text)
+    return click.option(
+        option_name(field.name),
+        field.name,
+        type=_option_type(field, hint),
+        default=default,
+        show_default=default is not None,
+        help=help_text,
+    )
+
+
+def _option_type(field: dataclasses.Field, hint: Any) -> Any:
+    if "choices" in field.metadata:
+        return _Choice(field.metadata["choices"])
     kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
     if typing.get_origin(hint) is not tuple and kinds:
+        if len(kinds) > 1:
+            return _Parallel()
         (hint,) = kinds
     return _WholeNumbers() if typing.get_origin(hint) is tuple else hint
 
 
-def _field_texts(docstring: str) -> dict[str, str]:
-    """The text on each field in a docstring's "Args"."""
-    section = docstring.partition("Args:\n")[2].partition("\n\n")[0]
-    texts: dict[str, str] = {}
-    for entry in re.split(r"^ {4}(?=\w+:)", section, flags=re.MULTILINE):
-        name, _, text = entry.partition(":")
-        # reStructuredText's quotes are for readers of the source, None for those of Python.
-        texts[name] = " ".join(text.replace("``", "").replace("None", "unset").split())
-    texts["seed"] = "Of the choice of episodes, and of LoRA's initialisation and dropout."
-    texts["device"] = (
-        "Device of the model and all tensors: cpu, cuda, cuda:1, ...; auto is cuda where PyTorch "
-        "sees a GPU, else cpu."
-    )
-    return texts
-
-
-def protocol_options(*, episodes: int) -> Callable[[Callable], Callable]:
-    """Options that ``run`` and ``demo`` share beside those of the config."""
-    options = (
-        click.option("--ways", type=click.IntRange(2), default=5, help="Classes per episode."),
-        click.option(
-            "--queries", type=click.IntRange(1), default=15, help="Query images per class."
-        ),
-        click.option(
-            "--episodes",
-            type=Count(1, 10**6, "the interval of a mean does not get narrower in any sense"),
-            default=episodes,
-            help="Episodes; a run may be continued with more.",
-        ),
-        click.option(
-            "--augment",
-            type=Count(0, 1000, "so many views of one image are the same views again"),
-            default=0,
-            help="Train on this many views of each support image beside the image itself; 0 for "
-            "none. The cross-domain few-shot benchmark takes 4. A view is a part of the image of "
-            "8 to 100 % of its area and a ratio of sides of 3/4 to 4/3, scaled up to the model's "
-            "size, flipped half of the time, with brightness, contrast and saturation times a "
-            "random number from 0.6 to 1.4. Views are drawn once per episode, from --seed and its "
-            "number alone.",
-        ),
-        click.option(
-            "--parallel-episodes",
-            type=_Parallel(1, 4096, "no device's memory holds so many"),
-            default=1,
-            help="Episodes trained at once, which a GPU needs to be busy: a number, or auto for as "
-            "many as fit into memory. The results are the same up to rounding. Where memory runs "
-            "out, half as many are.",
-        ),
-        click.option(
-            "--checkpoint",
-            is_flag=True,
-            help="Compute activations again in the backward pass instead of keeping them: a third "
-            "more work in a fraction of the memory.",
-        ),
+def episodes_option(default: int) -> Callable[[Callable], Callable]:
+    """The option of the number of episodes."""
+    return click.option(
+        "--episodes",
+        type=Count(1, 10**6, "the interval of a mean does not get narrower in any sense"),
+        default=default,
+        help="Episodes; a run may be continued with more.",
     )
 
+
+def _adding(options: Sequence[Callable]) -> Callable[[Callable], Callable]:
     def add(command: Callable) -> Callable:
         for option in reversed(options):
             command = option(command)

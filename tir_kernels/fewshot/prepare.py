@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tir_kernels.errors import FewShotError
 from tir_kernels.fewshot.data.cache import open_cache
-from tir_kernels.fewshot.data.dataset import ImageData, load_data
+from tir_kernels.fewshot.data.dataset import load_data
 from tir_kernels.fewshot.data.decoding import Decoding
 from tir_kernels.fewshot.data.reader import ImageReader
 from tir_kernels.fewshot.devices import is_slow_at, resolve_device
 from tir_kernels.fewshot.episode import Episode
+from tir_kernels.fewshot.methods import Method
 from tir_kernels.fewshot.run.folder import (
     SUMMARY_NAME,
     RunFolder,
@@ -26,7 +26,6 @@ from tir_kernels.fewshot.run.folder import (
 from tir_kernels.fewshot.run.progress import Messages, RunDisplay
 from tir_kernels.fewshot.run.records import Record
 from tir_kernels.fewshot.run.runner import (
-    Arm,
     RunPlan,
     StepFunction,
     require_distinct_prompts,
@@ -34,7 +33,7 @@ from tir_kernels.fewshot.run.runner import (
 )
 from tir_kernels.fewshot.run.workers import Place
 from tir_kernels.fewshot.run_options import Inputs, Reading, RunOptions, settings_named
-from tir_kernels.fewshot.settings import FewShotConfig
+from tir_kernels.fewshot.settings import AUTO, Protocol, Runtime
 from tir_kernels.fewshot.train import loop
 from tir_kernels.operators.choose import refusal
 from tir_kernels.text import setting
@@ -50,47 +49,44 @@ class ModelTrainer:
 
     Args:
         model: The model.
-        checkpoint: Whether activations are computed again in the backward pass.
+        seed: Seed of the run.
+        runtime: Device and types.
     """
 
-    def __init__(self, model: LoadedModel, *, checkpoint: bool = False) -> None:
+    def __init__(self, model: LoadedModel, seed: int, runtime: Runtime) -> None:
         self._model = model
-        self._checkpoint = checkpoint
+        self._seed = seed
+        self._runtime = replace(runtime, parallel=None)
 
-    def train(
-        self, episodes: list[Episode], config: FewShotConfig, on_step: StepFunction
-    ) -> list[Any]:
+    def train(self, episodes: list[Episode], method: Method, on_step: StepFunction) -> list[Any]:
         """The results of episodes that are trained at once."""
         return loop.finetune_episodes(
             self._model.model,
             self._model.tokenizer,
             episodes,
-            config,
+            method,
+            seed=self._seed,
+            runtime=self._runtime,
             on_step=on_step,
-            checkpoint=self._checkpoint,
         )
 
-    def fitting(self, episode: Episode, config: FewShotConfig) -> int | None:
+    def fitting(self, episode: Episode, method: Method) -> int | None:
         """The number of such episodes that memory has room for; ``None`` without training."""
-        if config.method == "zero-shot":
+        if not method.steps:
             return None
-        return loop.episodes_that_fit(
-            self._model.model,
-            self._model.tokenizer,
-            episode,
-            config,
-            checkpoint=self._checkpoint,
-        )
+        model, tokenizer = self._model.model, self._model.tokenizer
+        return loop.episodes_that_fit(model, tokenizer, episode, method, self._runtime)
 
 
 class PreparedRun:
     """A run whose settings are checked and whose images are listed.
 
     Args:
-        options: Options of the run.
-        inputs: Its data and model.
+        options: Folder, episodes and arms.
+        inputs: Data and model.
         reading: The way in which images are read.
-        config: All other settings; ``options.methods`` take the place of its ``method``.
+        protocol: Sizes and seed of the episodes.
+        runtime: Device and types, and how many episodes at once.
         place: This process among those that share the run.
         messages: Voice that tells the user things.
 
@@ -103,34 +99,27 @@ class PreparedRun:
         options: RunOptions,
         inputs: Inputs,
         reading: Reading,
-        config: FewShotConfig,
+        protocol: Protocol,
+        runtime: Runtime,
         place: Place,
         messages: Messages,
     ) -> None:
         self._options, self._inputs, self._reading = options, inputs, reading
+        self._protocol = protocol
         self._place, self._messages = place, messages
-        # A method named twice is still one method.
-        methods = tuple(dict.fromkeys(options.methods))
-        _require_parallel(options, [replace(config, method=method) for method in methods])
-        device, note = resolve_device(config.device)
+        with settings_named():
+            loop.require_parallel(runtime, [arm.method for arm in options.arms])
+        device, note = resolve_device(runtime.device)
         if note:
             messages.tell(note)
-        self._config = replace(config, device=device)
+        self._given_device = device
         with settings_named():
             self._decoding = Decoding(reading.max_pixels, reading.white_value)
-        _require_backend(self._config)
-        own = replace(self._config, device=place.own_device(device))
-        arms = tuple(Arm(method, replace(own, method=method)) for method in methods)
+        _require_backend(runtime.backend, device)
+        self._runtime = replace(runtime, device=place.own_device(device))
+        parallel = 1 if runtime.parallel is None else runtime.parallel
         self.plan = RunPlan(
-            ways=options.ways,
-            shots=config.shots,
-            queries=options.queries,
-            episodes=options.episodes,
-            arms=arms,
-            seed=config.seed,
-            device=own.device,
-            parallel=options.parallel_episodes,
-            augment=options.augment,
+            protocol, options.episodes, options.arms, self._runtime.device, parallel
         )
         with messages.status("listing the images"):
             self._data = load_data(
@@ -138,10 +127,10 @@ class PreparedRun:
             )
         for note in self._data.notes:
             messages.tell(note)
-        self._data.require(ways=options.ways, shots=config.shots, queries=options.queries)
+        self._data.require(ways=protocol.ways, shots=protocol.shots, queries=protocol.queries)
 
     @property
-    def methods(self) -> tuple[str, ...]:
+    def arms(self) -> tuple[str, ...]:
         """The names of the run's arms."""
         return tuple(arm.name for arm in self.plan.arms)
 
@@ -178,7 +167,7 @@ class PreparedRun:
         with RunFolder(self._options.out, self._place) as folder:
             settings = self._settings()
             self._note_slowness()
-            if self.plan.device != self._config.device:
+            if self.plan.device != self._given_device:
                 # For what takes the current device unasked, as the capture of CUDA graphs does.
                 torch.cuda.set_device(self.plan.device)
             about = {
@@ -199,7 +188,7 @@ class PreparedRun:
         # Here, since it brings SciPy, which no training needs to wait for.
         from tir_kernels.fewshot.run.summary import summarise
 
-        return summarise(records, self.methods)
+        return summarise(records, self.arms)
 
     def _run_episodes(self, folder: RunFolder) -> None:
         with folder.journal() as journal:
@@ -208,11 +197,10 @@ class PreparedRun:
             display = RunDisplay(
                 self._messages.console,
                 episodes=self.plan.episodes,
-                methods=self.methods,
-                steps=self._config.steps,
+                steps={arm.name: arm.method.steps for arm in self.plan.arms},
                 finished=journal.records,
             )
-            trainer = ModelTrainer(self._model, checkpoint=self._options.checkpoint)
+            trainer = ModelTrainer(self._model, self._protocol.seed, self._runtime)
             images = self._images()
             with display:
                 for record in run_episodes(
@@ -240,14 +228,28 @@ class PreparedRun:
         )
 
     def _settings(self) -> dict[str, Any]:
-        """All that decides an episode's numbers, as JSON values."""
-        # The device as it was given: another number of processes, on other devices, may continue.
-        return run_settings(
-            self._config, self._options, self._data, self._model, self._reading.white_value
-        )
+        """All that decides an episode's numbers, as JSON values by the names of the settings."""
+        settings = asdict(self._protocol) | {
+            "precision": self._runtime.precision,
+            # As it was given: another number of processes, on other devices, may continue.
+            "device": self._given_device,
+            "backend": self._runtime.backend,
+            "data": f"content {self._data.fingerprint[:16]}",
+            "model": f"content {self._model.fingerprint[:16]}",
+            "arms": {
+                arm.name: {"method": arm.method.name, **asdict(arm.method)}
+                for arm in self.plan.arms
+            },
+        }
+        # Runs from before there were these have none, and no word on them.
+        if not self._protocol.augment:
+            del settings["augment"]
+        if self._reading.white_value is not None:
+            settings["white_value"] = self._reading.white_value
+        return settings
 
     def _note_slowness(self) -> None:
-        precision = self._config.precision
+        precision = self._runtime.precision
         if is_slow_at(precision, self.plan.device):
             self._messages.tell(
                 f"this processor has no instructions for products of {precision} numbers: "
@@ -255,54 +257,20 @@ class PreparedRun:
             )
 
 
-def run_settings(
-    config: FewShotConfig,
-    options: RunOptions,
-    data: ImageData,
-    model: LoadedModel,
-    white_value: float | None = None,
-) -> dict[str, Any]:
-    """All that decides an episode's numbers, as JSON values by the names of the settings."""
-    settings = asdict(config) | {
-        "data": f"content {data.fingerprint[:16]}",
-        "model": f"content {model.fingerprint[:16]}",
-        "ways": options.ways,
-        "queries": options.queries,
-        "method": list(dict.fromkeys(options.methods)),
-    }
-    # Runs from before there were these have none, and no word on them.
-    if options.augment:
-        settings["augment"] = options.augment
-    if white_value is not None:
-        settings["white_value"] = white_value
-    return settings
-
-
-def _require_parallel(options: RunOptions, configs: Sequence[FewShotConfig]) -> None:
-    if options.parallel_episodes not in ("auto", 1) and any(map(loop.trains_alone, configs)):
-        raise FewShotError(
-            f"{setting('parallel_episodes', options.parallel_episodes)} does not go with "
-            f"{setting('precision', 'float16')}, whose loss scale episodes can't share; leave it "
-            f"out, or use {setting('precision', 'bfloat16')}"
-        )
-
-
-def _require_backend(config: FewShotConfig) -> None:
-    if config.backend == "auto":
+def _require_backend(backend: str, device: str) -> None:
+    if backend == AUTO:
         return
     with settings_named():
-        error = refusal(config.backend, torch.device(config.device), False)
+        error = refusal(backend, torch.device(device), False)
         if error is not None:
             raise error
 
 
 def _versions() -> dict[str, str]:
-    import open_clip
-
     import tir_kernels
 
     return {
         "tir_kernels": tir_kernels.__version__,
         "torch": torch.__version__,
-        "open_clip": open_clip.__version__,
+        "open_clip": version("open_clip_torch"),
     }

@@ -7,10 +7,10 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from tir_kernels.errors import FewShotError
-from tir_kernels.fewshot.settings import FewShotConfig
+from tir_kernels.fewshot.methods import METHODS, method_class
+from tir_kernels.fewshot.settings import Arm, Protocol, Runtime
 from tir_kernels.text import setting
 
 
@@ -53,27 +53,17 @@ class Reading:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """All that a user can choose about a run.
+    """The options of a run besides its data, model, protocol and runtime.
 
     Args:
         out: Folder of the run.
-        methods: Methods to compare.
-        ways: Classes per episode.
-        queries: Query images per class.
         episodes: Number of episodes.
-        augment: Augmented views of each support image.
-        parallel_episodes: Most episodes trained at once, or "auto" for what fits into memory.
-        checkpoint: Whether activations are computed again in the backward pass.
+        arms: Arms to compare on the same episodes.
     """
 
     out: str
-    methods: tuple[str, ...]
-    ways: int
-    queries: int
     episodes: int
-    augment: int = 0
-    parallel_episodes: int | Literal["auto"] = 1
-    checkpoint: bool = False
+    arms: tuple[Arm, ...]
 
 
 @contextlib.contextmanager
@@ -87,8 +77,10 @@ def settings_named() -> Iterator[None]:
 
 def _setting_first(message: str) -> str:
     match = re.match(r"(\w+)([ =])", message)
-    kinds = (FewShotConfig, Inputs, Reading, RunOptions)
+    methods = map(method_class, METHODS)
+    kinds = (Protocol, Runtime, Inputs, Reading, RunOptions, *methods)
     known = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    known |= {"arm", "method"}
     if match is None or match[1] not in known:
         return message
     rest = message[match.end() :]

@@ -1,13 +1,12 @@
 """Augmented views: what is drawn, what is made of it, and that a run's views never change."""
 
 import json
-from dataclasses import replace
 
 import fake_engine
 import numpy as np
 import pytest
 import torch
-from fake_engine import fake_model, small_preprocess
+from fake_engine import small_preprocess
 from torchvision.transforms import v2
 
 from tir_kernels.fewshot.data.dataset import load_data
@@ -15,9 +14,6 @@ from tir_kernels.fewshot.data.load import load_episode
 from tir_kernels.fewshot.data.reader import ImageReader
 from tir_kernels.fewshot.data.views import View, apply_view, draw_views, with_views
 from tir_kernels.fewshot.episode import plan_episode
-from tir_kernels.fewshot.prepare import run_settings
-from tir_kernels.fewshot.run_options import RunOptions
-from tir_kernels.fewshot.settings import FewShotConfig
 
 
 def pixels_of(*shape, seed=0):
@@ -116,19 +112,11 @@ def test_augmented_episodes(make_images):
     assert not torch.equal(load(augment=4, seed=1).support_images, augmented.support_images)
 
 
-def test_augmentation_is_a_setting_only_where_it_is_on(make_images):
-    data = load_data(make_images())
-    plain = RunOptions("out", ("lora",), ways=3, queries=4, episodes=1)
-    assert "augment" not in run_settings(FewShotConfig(), plain, data, fake_model())
-    more = replace(plain, augment=4)
-    assert run_settings(FewShotConfig(), more, data, fake_model())["augment"] == 4
-
-
 def test_the_command_line_augments(make_images, tmp_path, capsys, monkeypatch):
     shapes, fake_finetune = [], fake_engine.fake_finetune
 
     def spy(*positional, **options):
-        shapes.append(tuple(positional[3].shape))
+        shapes.append(tuple(positional[0].support_images.shape))
         return fake_finetune(*positional, **options)
 
     monkeypatch.setattr(fake_engine, "fake_finetune", spy)

@@ -17,7 +17,7 @@ from tir_kernels.fewshot.run.journal import (
 from tir_kernels.fewshot.run.records import Record, RunShape, skipped_images
 
 
-def record(episode, method="tir", **changes):
+def record(episode, arm="tir", **changes):
     values = {
         "classes": ("A", "Bä"),
         "correct": 3,
@@ -27,7 +27,7 @@ def record(episode, method="tir", **changes):
         "seconds": 1.25,
         "status": "ok",
     }
-    return Record(episode=episode, method=method, **(values | changes))
+    return Record(episode=episode, arm=arm, **(values | changes))
 
 
 FAILED = {"correct": None, "accuracy": None, "final_loss": None, "status": "non-finite loss"}
@@ -61,7 +61,7 @@ def test_records_round_trip(path):
 def test_lines_have_the_documented_keys(path):
     Journal(path).append(record(0))
     (line,) = path.read_text(encoding="utf-8").splitlines()
-    documented = "episode method classes correct total accuracy final_loss seconds status"
+    documented = "episode arm classes correct total accuracy final_loss seconds status"
     assert list(json.loads(line))[:9] == documented.split()
 
 
@@ -109,7 +109,7 @@ def test_torn_last_line_is_dropped_and_written_anew(path, cut):
         (record(1, classes=("A", 3)).to_line()[:-1], "'classes' is"),
         (record(1, skipped=(None,)).to_line()[:-1], "'skipped' is"),
         (record(1, support_accuracy=1.5).to_line()[:-1], "'support_accuracy' is 1.5"),
-        (record(1, method="").to_line()[:-1], "'method' is ''"),
+        (record(1, arm="").to_line()[:-1], "'arm' is ''"),
         (record(1, classes=("A", "A")).to_line()[:-1], "a class is there twice"),
         (record(1).to_line()[:-2] + b', "correct": 1}', "'correct' is there twice"),
         (b"[" * 100_000, "nested too deeply"),
@@ -187,13 +187,13 @@ def test_journals_are_read_as_they_grow(tmp_path):
     ("changes", "reason"),
     [
         ({"episode": 7}, "'episode' is 7 in a run of 3"),
-        ({"method": "maple"}, "'method' is 'maple' in a run of tir, lora"),
+        ({"arm": "maple"}, "'arm' is 'maple' in a run of tir, lora"),
         ({"classes": ("A",)}, "'classes' are 1 in a run of 2 ways"),
         ({"total": 6, "accuracy": 0.5}, "'total' is 6 in a run of 4 queries an episode"),
     ],
 )
 def test_records_that_are_not_of_the_run(tmp_path, changes, reason):
-    shape = RunShape(episodes=3, methods=("tir", "lora"), ways=2, queries=2)
+    shape = RunShape(episodes=3, arms=("tir", "lora"), ways=2, queries=2)
     stray = replace(record(1), **changes)
     (tmp_path / journal_name(2)).write_bytes(record(0).to_line() + stray.to_line())
     with pytest.raises(FewShotError, match=f"line 2 of .*episodes.2.jsonl is damaged .{reason}"):

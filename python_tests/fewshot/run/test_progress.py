@@ -11,7 +11,7 @@ from tir_kernels.fewshot.run.progress import RunDisplay
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_notices_appear_above_the_bars(is_terminal):
     console = Console(file=io.StringIO(), force_terminal=is_terminal, width=100)
-    display = RunDisplay(console, episodes=1, methods=("lora",), steps=2, finished=[])
+    display = RunDisplay(console, episodes=1, steps={"lora": 2}, finished=[])
     with display:
         display.step(0, "lora", 0, 0.5)
         console.print("--cache: something is damaged")

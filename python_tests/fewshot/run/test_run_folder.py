@@ -113,7 +113,7 @@ def test_a_run_is_read_from_all_its_journals(tmp_path):
     for number in (1, 2):
         with open(tmp_path / journal_name(number), "ab") as file:
             file.write(record(3).to_line()[: 30 * number])
-    # By episode and method, and of what was written twice the first journal's.
+    # By episode and arm, and of what was written twice the first journal's.
     expected = [record(0), record(0, "lora"), record(1), record(1, "lora"), record(2)]
     assert read_run(tmp_path) == expected
     (tmp_path / "settings.json").unlink()
@@ -234,3 +234,21 @@ def test_a_record_beyond_the_run_is_named(tmp_path):
     (tmp_path / "episodes.jsonl").write_bytes(record(0).to_line() + record(1).to_line())
     with pytest.raises(FewShotError, match=r"line 2 of .*'episode' is 1 in a run of 1"):
         read_run(tmp_path)
+
+
+def test_a_run_from_before_there_were_arms_is_read(tmp_path):
+    old = {
+        "episode": 0,
+        "classes": ["a", "b"],
+        "correct": 1,
+        "total": 2,
+        "accuracy": 0.5,
+        "final_loss": 1.25,
+        "seconds": 1.0,
+        "status": "ok",
+    }
+    lines = [json.dumps({**old, "method": method}) for method in ("lora", "tir")]
+    (tmp_path / "episodes.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    settings = {"settings": {"method": ["tir", "lora"], "ways": 2, "queries": 1}, "episodes": 1}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    assert [record.arm for record in read_run(tmp_path)] == ["tir", "lora"]

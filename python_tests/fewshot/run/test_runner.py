@@ -1,4 +1,4 @@
-"""The loop over episodes and methods, and the summary of what it found."""
+"""The loop over episodes and arms, and the summary of what it found."""
 
 import contextlib
 import io
@@ -21,9 +21,9 @@ from tir_kernels.fewshot.prepare import ModelTrainer
 from tir_kernels.fewshot.run.folder import RunFolder
 from tir_kernels.fewshot.run.journal import JournalReader
 from tir_kernels.fewshot.run.records import Record
-from tir_kernels.fewshot.run.runner import Arm, RunPlan, run_episodes
+from tir_kernels.fewshot.run.runner import RunPlan, run_episodes
 from tir_kernels.fewshot.run.summary import Estimate, print_summary, summarise
-from tir_kernels.fewshot.settings import FewShotConfig
+from tir_kernels.fewshot.settings import Arm, Protocol, Runtime
 from tir_kernels.fewshot.train import loop
 from tir_kernels.fewshot.train.loop import NonFiniteLossError
 from tir_kernels.towers.loading.models import load_model
@@ -39,13 +39,13 @@ class Setting:
         self.images = ImageReader(self.data, fake_engine.small_preprocess)
         self.model = fake_engine.fake_model()
         self.path = folder / "episodes.jsonl"
-        self.checkpoint = False
-        config = FewShotConfig(steps=3, shots=2, backend="reference")
-        arms = tuple(Arm(method, replace(config, method=method)) for method in METHODS)
-        self.plan = RunPlan(ways=3, shots=2, queries=4, episodes=4, arms=arms)
+        self.runtime = Runtime(backend="reference")
+        steps = {"tir": {"steps": 3}, "lora": {"steps": 3}, "zero-shot": {}}
+        arms = tuple(Arm.of(name, **options) for name, options in steps.items())
+        self.plan = RunPlan(Protocol(ways=3, shots=2, queries=4), episodes=4, arms=arms)
 
     def run(self, finetune=fake_engine.fake_finetune, **options):
-        trainer = ModelTrainer(self.model, checkpoint=self.checkpoint)
+        trainer = ModelTrainer(self.model, self.plan.protocol.seed, self.runtime)
         stand_in = contextlib.nullcontext()
         if finetune is not None:
             stand_in = mock.patch.object(loop, "finetune_episodes", fake_engine.at_once(finetune))
@@ -64,24 +64,21 @@ def timeless(records):
     return [replace(record, seconds=0, seconds_per_step=None) for record in records]
 
 
-def test_every_method_sees_the_same_episodes_and_seeds(setting):
+def test_every_arm_sees_the_same_episodes_and_seeds(setting):
     calls = []
 
-    def spy(model, tokenizer, names, support, labels, queries, config, **options):
-        calls.append((config.method, names, support, labels, queries, config.seed))
-        return fake_engine.fake_finetune(
-            model, tokenizer, names, support, labels, queries, config, **options
-        )
+    def spy(episode, method, seed, on_step):
+        calls.append((method, episode, seed))
+        return fake_engine.fake_finetune(episode, method, seed, on_step)
 
     records = setting.run(spy)
     assert [record.key for record in records] == [(e, m) for e in range(4) for m in METHODS]
     for index in range(4):
         first, *others = calls[3 * index : 3 * index + 3]
-        assert first[5] == episode_seed(0, index)
+        assert first[2] == episode_seed(0, index)
         for other in others:
-            assert other[1] == first[1]
-            assert all(torch.equal(a, b) for a, b in zip(other[2:5], first[2:5], strict=True))
-            assert other[5] == first[5]
+            assert other[1] is first[1]
+            assert other[2] == first[2]
     one = records[0]
     assert one.total == 12
     assert one.accuracy == one.correct / 12
@@ -128,25 +125,25 @@ def test_several_at_once_give_the_same_records(setting, parallel):
     setting.path.unlink()
     setting.plan = replace(setting.plan, parallel=parallel)
     together = timeless(setting.run())
-    assert sorted(together, key=lambda r: (r.episode, METHODS.index(r.method))) == whole
+    assert sorted(together, key=lambda r: (r.episode, METHODS.index(r.arm))) == whole
     # Groups are as even as they can be.
     group = {2: 2, 3: 2, 9: 4}[parallel]
-    assert [record.method for record in together[: group + 1]] == ["tir"] * group + ["lora"]
+    assert [record.arm for record in together[: group + 1]] == ["tir"] * group + ["lora"]
 
 
-def test_auto_takes_what_fits_for_every_method(setting, monkeypatch):
+def test_auto_takes_what_fits_for_every_arm(setting, monkeypatch):
     asked = []
 
-    def episodes_that_fit(model, tokenizer, episode, config, *, checkpoint):
-        asked.append((config.method, checkpoint))
-        return {"tir": 2, "lora": 3}[config.method]
+    def episodes_that_fit(model, tokenizer, episode, method, runtime):
+        asked.append((method.name, runtime.checkpoint))
+        return {"tir": 2, "lora": 3}[method.name]
 
     monkeypatch.setattr("tir_kernels.fewshot.train.loop.episodes_that_fit", episodes_that_fit)
     setting.plan = replace(setting.plan, parallel="auto")
-    setting.checkpoint = True
+    setting.runtime = replace(setting.runtime, checkpoint=True)
     records = setting.run()
     assert asked == [("tir", True), ("lora", True)]
-    assert [record.method for record in records[:3]] == ["tir", "tir", "lora"]
+    assert [record.arm for record in records[:3]] == ["tir", "tir", "lora"]
     assert setting.run() == []
     assert len(asked) == 2  # a finished run asks for nothing
 
@@ -170,7 +167,7 @@ def test_several_at_once_go_on_where_the_run_stopped(setting):
     setting.plan = replace(setting.plan, parallel=2)
     setting.run()
     records = timeless(JournalReader(setting.path.parent).news())
-    assert sorted(records, key=lambda r: (r.episode, METHODS.index(r.method))) == whole
+    assert sorted(records, key=lambda r: (r.episode, METHODS.index(r.arm))) == whole
 
 
 def test_more_episodes_keep_the_first_ones(setting):
@@ -183,13 +180,11 @@ def test_more_episodes_keep_the_first_ones(setting):
 
 
 def test_non_finite_results_are_recorded_and_the_run_goes_on(setting):
-    def sick(model, tokenizer, names, support, labels, queries, config, **options):
-        if config.method == "lora":
+    def sick(episode, method, seed, on_step):
+        if method.name == "lora":
             raise NonFiniteLossError(1, [0.5, math.nan])
-        result = fake_engine.fake_finetune(
-            model, tokenizer, names, support, labels, queries, config, **options
-        )
-        if config.method == "zero-shot":
+        result = fake_engine.fake_finetune(episode, method, seed, on_step)
+        if method.name == "zero-shot":
             result.query_logits[0, 0] = math.inf
         return result
 
@@ -197,7 +192,7 @@ def test_non_finite_results_are_recorded_and_the_run_goes_on(setting):
     assert len(records) == 12
     for record in records:
         expected = {"tir": "ok", "lora": "non-finite loss", "zero-shot": "non-finite logits"}
-        assert record.status == expected[record.method]
+        assert record.status == expected[record.arm]
         if record.status != "ok":
             assert record.correct is None
             assert record.accuracy is None
@@ -248,7 +243,7 @@ def test_real_engine_on_a_tiny_model(setting, tiny_model_folder):
             assert ours.final_loss == pytest.approx(theirs.final_loss, abs=1e-4)
 
 
-def record(episode, method, accuracy, seconds_per_step=None, **changes):
+def record(episode, arm, accuracy, seconds_per_step=None, **changes):
     values = {
         "classes": ("a", "b"),
         "correct": None if accuracy is None else round(100 * accuracy),
@@ -259,7 +254,7 @@ def record(episode, method, accuracy, seconds_per_step=None, **changes):
         "status": "non-finite loss" if accuracy is None else "ok",
         "seconds_per_step": seconds_per_step,
     }
-    return Record(episode=episode, method=method, **(values | changes))
+    return Record(episode=episode, arm=arm, **(values | changes))
 
 
 def test_estimate_is_a_student_interval():
@@ -284,7 +279,7 @@ def test_pairs_use_the_episodes_both_have():
         record(3, "tir", 0.1),
     ]
     summary = summarise(records, ("tir", "lora"))
-    tir, lora = summary.methods
+    tir, lora = summary.arms
     assert tir.accuracy == Estimate.of([0.8, 0.6, 0.9, 0.1])
     assert lora.accuracy == Estimate.of([0.7, 0.6])
     assert tir.seconds_per_step == 3.0

@@ -9,7 +9,7 @@ import importlib
 
 from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method, Observer, ParameterGroup
 
-# Name -> "module:Class". The first two are what a run compares where nothing is said.
+# Name -> "module:Class". A run compares the first two where nothing is said, the demo three.
 METHODS = {
     "tir": "tir_kernels.fewshot.methods.tir:TIR",
     "lora": "tir_kernels.fewshot.methods.lora:LoRA",
@@ -17,9 +17,11 @@ METHODS = {
     "tip-adapter": "tir_kernels.fewshot.methods.tip_adapter:TipAdapter",
 }
 DEFAULT_METHODS = tuple(METHODS)[:2]
+DEMO_METHODS = tuple(METHODS)[:3]
 
 __all__ = [
     "DEFAULT_METHODS",
+    "DEMO_METHODS",
     "METHODS",
     "Kit",
     "Learner",

@@ -34,13 +34,13 @@ LOCK_NAME = ".lock"
 
 _LARGEST_JSON = 64 * MIB
 # What a summary of ours holds.
-_SUMMARY_KEYS = {"methods", "differences", "skipped_images"}
+_SUMMARY_KEYS = {"differences", "skipped_images"}
 
 
 def read_run(folder: str | Path) -> list[Record]:
-    """The records of a run, from all its journals, by episode and in the order of its methods.
+    """The records of a run, from all its journals, by episode and in the order of its arms.
 
-    They can be read while the run goes on. Each (episode, method) is there once.
+    They can be read while the run goes on. Each (episode, arm) is there once.
 
     Args:
         folder: The run's folder.
@@ -57,7 +57,7 @@ def read_run(folder: str | Path) -> list[Record]:
     # Read after the journals: a run may be continued with more episodes, never with fewer.
     shape = _shape(_read_settings(settings_path))
     reader.require(shape)
-    return _sorted(records, shape.methods or ())
+    return _sorted(records, shape.arms or ())
 
 
 def is_read_only(folder: str | Path) -> bool:
@@ -82,7 +82,7 @@ def finished_records(
     new = _as_json(settings, episodes)
     _refuse_changes(path, _read_settings(path / SETTINGS_NAME), new)
     records = read_run(path)
-    left = episodes * len(_shape(new).methods or ()) - len(records)
+    left = episodes * len(_shape(new).arms or ()) - len(records)
     if left > 0:
         raise FewShotError(
             f"{_OUT}: can't write in {path}, and {left} results of the run are not there yet; make "
@@ -107,11 +107,11 @@ def expanded_out(folder: str | Path) -> Path:
         ) from error
 
 
-def _sorted(records: Iterable[Record], methods: Sequence[str]) -> list[Record]:
-    order = {method: position for position, method in enumerate(methods)}
+def _sorted(records: Iterable[Record], arms: Sequence[str]) -> list[Record]:
+    order = {arm: position for position, arm in enumerate(arms)}
     return sorted(
         records,
-        key=lambda record: (record.episode, order.get(record.method, len(order)), record.method),
+        key=lambda record: (record.episode, order.get(record.arm, len(order)), record.arm),
     )
 
 
@@ -275,25 +275,26 @@ def _shape(settings: Any) -> RunShape:
     episodes, own = settings["episodes"], settings["settings"]
     if type(episodes) is not int or episodes < 1:
         raise ValueError(f"'episodes' is {episodes!r}")
-    methods = own.get("method")
-    if methods is not None and not (
-        isinstance(methods, list) and all(isinstance(method, str) for method in methods)
+    arms = own.get("arms", own.get("method"))  # a list before there were arms
+    if isinstance(arms, dict) and all(isinstance(each, dict) for each in arms.values()):
+        arms = list(arms)
+    if arms is not None and not (
+        isinstance(arms, list) and all(isinstance(arm, str) for arm in arms)
     ):
-        raise TypeError(f"'method' is {methods!r}")
+        raise TypeError(f"'arms' is {arms!r}")
     counts = [own.get(name) for name in ("ways", "queries")]
     for count in counts:
         if count is not None and (type(count) is not int or count < 1):
             raise ValueError(f"'ways' or 'queries' is {count!r}")
-    return RunShape(episodes, None if methods is None else tuple(methods), *counts)
+    return RunShape(episodes, None if arms is None else tuple(arms), *counts)
 
 
 def _refuse_changes(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    before, now = old["settings"], new["settings"]
+    before, now = _flat(old["settings"]), _flat(new["settings"])
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if changed:
         words = "; ".join(
-            f"{setting(key)} was {_shown(before.get(key))}, is {_shown(now.get(key))}"
-            for key in changed
+            f"{key} was {_shown(before.get(key))}, is {_shown(now.get(key))}" for key in changed
         )
         raise FewShotError(
             f"{_OUT}: {folder} holds a run with other settings: {words}; give the old values to "
@@ -305,6 +306,31 @@ def _refuse_changes(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]
             "may grow but "
             f"not shrink to {new['episodes']}"
         )
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by their marked names; one that arms do not share has the arm's name behind it."""
+    arms = settings.get("arms", {})
+    flat = {setting(name): value for name, value in settings.items() if name != "arms"}
+    if arms:
+        flat[setting("method")] = list(arms)
+    owners: dict[str, list[str]] = {}
+    for arm, options in arms.items():
+        for name in options:
+            owners.setdefault(name, []).append(arm)
+    for name, named in owners.items():
+        values = [arms[arm][name] for arm in named]
+        if name == "method":
+            flat |= {
+                f"{setting(name)} of {arm}": arms[arm][name]
+                for arm in named
+                if arms[arm][name] != arm
+            }
+        elif all(value == values[0] for value in values):
+            flat[setting(name)] = values[0]
+        else:
+            flat |= {f"{setting(name)} of {arm}": arms[arm][name] for arm in named}
+    return flat
 
 
 def _shown(value: object) -> str:

@@ -97,7 +97,7 @@ class JournalReader:
         shape: Shape that the records must fit.
 
     Attributes:
-        repeats: Lines that were left out because their (episode, method) was there already.
+        repeats: Lines that were left out because their (episode, arm) was there already.
     """
 
     def __init__(self, folder: Path, shape: RunShape | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
 
@@ -42,14 +42,13 @@ class Messages:
 
 
 class RunDisplay:
-    """Shows finished results with the running accuracy of each method, and the steps of a training.
+    """Shows finished results with the running accuracy of each arm, and the steps of a training.
 
     Args:
         console: Console to print to; without a terminal behind it, finished results are printed
             line by line.
         episodes: Episodes of the run.
-        methods: Its methods.
-        steps: Training steps of one result.
+        steps: Arm -> training steps of one result.
         finished: Results of an earlier, interrupted part of the run.
     """
 
@@ -58,13 +57,12 @@ class RunDisplay:
         console: Console,
         *,
         episodes: int,
-        methods: tuple[str, ...],
-        steps: int,
+        steps: Mapping[str, int],
         finished: Iterable[Record],
     ) -> None:
         self._console = console
-        self._accuracies: dict[str, list[float]] = {method: [] for method in methods}
-        self._total = episodes * len(methods)
+        self._accuracies: dict[str, list[float]] = {arm: [] for arm in steps}
+        self._total = episodes * len(steps)
         self._done = 0
         for record in finished:
             self._count(record)
@@ -80,7 +78,8 @@ class RunDisplay:
         self._results = self._bars.add_task(
             self._running(), total=self._total, completed=self._done
         )
-        self._steps = self._bars.add_task("", total=steps)
+        self._total_steps = steps
+        self._steps = self._bars.add_task("", total=None)
 
     def __enter__(self) -> RunDisplay:
         self._bars.start()
@@ -97,7 +96,8 @@ class RunDisplay:
     def step(self, episode: int, arm: str, step: int, loss: float) -> None:
         """A training step is done."""
         description = printable(f"episode {episode}, {arm}, loss {loss:.3f}")
-        self._bars.update(self._steps, completed=step + 1, description=description)
+        total = self._total_steps.get(arm)
+        self._bars.update(self._steps, completed=step + 1, total=total, description=description)
 
     def finished(self, record: Record) -> None:
         """A result is in the journal."""
@@ -105,7 +105,7 @@ class RunDisplay:
         self._bars.update(self._results, advance=1, description=self._running())
         outcome = record.status if record.accuracy is None else f"{100 * record.accuracy:.1f} %"
         line = (
-            f"{self._done}/{self._total}: episode {record.episode}, {record.method}, {outcome} "
+            f"{self._done}/{self._total}: episode {record.episode}, {record.arm}, {outcome} "
             f"in {record.seconds:.1f} s"
         )
         if not self._console.is_terminal:
@@ -117,12 +117,12 @@ class RunDisplay:
     def _count(self, record: Record) -> None:
         self._done += 1
         if record.accuracy is not None:
-            self._accuracies[record.method].append(record.accuracy)
+            self._accuracies[record.arm].append(record.accuracy)
 
     def _running(self) -> str:
         return ", ".join(
-            f"{printable(method)} {100 * sum(values) / len(values):.1f} %"
+            f"{printable(arm)} {100 * sum(values) / len(values):.1f} %"
             if values
-            else f"{printable(method)} -"
-            for method, values in self._accuracies.items()
+            else f"{printable(arm)} -"
+            for arm, values in self._accuracies.items()
         )

@@ -13,11 +13,11 @@ OK = "ok"
 
 @dataclass(frozen=True)
 class Record:
-    """One finished (episode, method): a line of the journal.
+    """One finished (episode, arm): a line of the journal.
 
     Args:
         episode: The episode's number.
-        method: The method's name.
+        arm: The arm's name.
         classes: Folder names of the episode's classes.
         correct: Queries answered correctly; ``None`` unless the status is "ok".
         total: Queries.
@@ -31,7 +31,7 @@ class Record:
     """
 
     episode: int
-    method: str
+    arm: str
     classes: tuple[str, ...]
     correct: int | None
     total: int
@@ -46,7 +46,7 @@ class Record:
     @property
     def key(self) -> tuple[int, str]:
         """The key of a record, which a journal holds at most once."""
-        return self.episode, self.method
+        return self.episode, self.arm
 
     def to_line(self) -> bytes:
         """The record as a line of JSON."""
@@ -63,6 +63,8 @@ class Record:
         values = decode_json(line)
         if not isinstance(values, dict):
             raise ValueError("not a JSON object")
+        if "arm" not in values and "method" in values:  # in journals from before there were arms
+            values = {**values, "arm": values["method"]}
         for name, is_fitting in _SCHEMA.items():
             if name not in values:
                 if name in _OPTIONAL:
@@ -130,7 +132,7 @@ def _or_none(is_fitting: Callable[[object], bool]) -> Callable[[object], bool]:
 
 _SCHEMA: dict[str, Callable[[object], bool]] = {
     "episode": _is_count,
-    "method": _is_name,
+    "arm": _is_name,
     "classes": _are_names,
     "correct": _or_none(_is_count),
     "total": _is_count,
@@ -152,13 +154,13 @@ class RunShape:
 
     Args:
         episodes: Episodes of the run.
-        methods: Its methods.
+        arms: Names of its arms.
         ways: Classes of each episode.
         queries: Query images per class.
     """
 
     episodes: int
-    methods: tuple[str, ...] | None = None
+    arms: tuple[str, ...] | None = None
     ways: int | None = None
     queries: int | None = None
 
@@ -166,8 +168,8 @@ class RunShape:
         """The part of a record that can't be of this run, or nothing."""
         if record.episode >= self.episodes:
             return f"'episode' is {record.episode} in a run of {self.episodes}"
-        if self.methods is not None and record.method not in self.methods:
-            return f"'method' is {_shortened(record.method)} in a run of {', '.join(self.methods)}"
+        if self.arms is not None and record.arm not in self.arms:
+            return f"'arm' is {_shortened(record.arm)} in a run of {', '.join(self.arms)}"
         if self.ways is not None and len(record.classes) != self.ways:
             return f"'classes' are {len(record.classes)} in a run of {self.ways} ways"
         if self.ways is not None and self.queries is not None:

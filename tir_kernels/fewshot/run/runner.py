@@ -7,19 +7,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from tir_kernels.errors import FewShotError, first_line
+from tir_kernels.fewshot import settings
 from tir_kernels.fewshot.data.dataset import ImageClass, ImageData
 from tir_kernels.fewshot.data.load import load_episode
 from tir_kernels.fewshot.data.reader import ImageReader
 from tir_kernels.fewshot.episode import Episode, plan_episode
+from tir_kernels.fewshot.methods import Method
 from tir_kernels.fewshot.run.folder import RunFolder
 from tir_kernels.fewshot.run.journal import Journal
 from tir_kernels.fewshot.run.records import OK, Record
+from tir_kernels.fewshot.settings import Arm
 from tir_kernels.fewshot.train.memory import with_one_memory_error
 from tir_kernels.text import setting
 
@@ -42,28 +45,15 @@ class StepListener(Protocol):
     def __call__(self, episode: int, arm: str, step: int, loss: float) -> None: ...
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One of the things that a run compares on the same episodes.
-
-    Args:
-        name: Its name in journals and tables.
-        config: All that the training of its episodes needs to know; nothing here looks into it.
-    """
-
-    name: str
-    config: Any
-
-
 class Trainer(Protocol):
     """A model, and the way in which episodes are trained on it."""
 
-    def train(self, episodes: list[Episode], config: Any, on_step: StepFunction) -> list[Any]:
+    def train(self, episodes: list[Episode], method: Method, on_step: StepFunction) -> list[Any]:
         """Train on several episodes at once.
 
         Args:
             episodes: Episodes to train on.
-            config: An arm's config.
+            method: An arm's method.
             on_step: Function called with an episode's position, a step from 0, and its loss.
 
         Returns:
@@ -71,7 +61,7 @@ class Trainer(Protocol):
             or the exception where its loss became NaN or infinite.
         """
 
-    def fitting(self, episode: Episode, config: Any) -> int | None:
+    def fitting(self, episode: Episode, method: Method) -> int | None:
         """The number of such episodes that memory has room for at once.
 
         Returns:
@@ -84,27 +74,19 @@ class RunPlan:
     """The plan of a run.
 
     Args:
-        ways: Classes per episode.
-        shots: Support images per class.
-        queries: Query images per class.
+        protocol: Sizes and seed of the episodes.
         episodes: Number of episodes.
         arms: Arms, each of which sees every episode.
-        seed: Seed of the run, which together with an episode's number decides all randomness.
         device: Device on which images are normalised and augmented.
         parallel: Most episodes that are trained at once, or "auto" for what fits into memory; the
             numbers do not depend on it, up to rounding.
-        augment: Augmented views of each support image.
     """
 
-    ways: int
-    shots: int
-    queries: int
+    protocol: settings.Protocol
     episodes: int
     arms: tuple[Arm, ...]
-    seed: int = 0
     device: str = "cpu"
-    parallel: int | Literal["auto"] = 1
-    augment: int = 0
+    parallel: int | str = 1
 
 
 def run_episodes(
@@ -140,19 +122,20 @@ def run_episodes(
         FewShotError: An image can't be read, a setting does not fit the model, memory runs out, or
             the journal can't be read or written.
     """
+    protocol = plan.protocol
     sizes = [len(entry.files) for entry in data.classes]
 
     def load(index: int) -> Episode:
         with _explained(f"episode {index}", plan.device):
             return load_episode(
-                plan_episode(plan.seed, index, sizes, plan.ways),
+                plan_episode(protocol.seed, index, sizes, protocol.ways),
                 data,
                 images,
-                shots=plan.shots,
-                queries=plan.queries,
+                shots=protocol.shots,
+                queries=protocol.queries,
                 device=plan.device,
-                augment=plan.augment,
-                seed=plan.seed,
+                augment=protocol.augment,
+                seed=protocol.seed,
             )
 
     unfinished = _unfinished(plan, journal)
@@ -186,10 +169,10 @@ def _episodes_at_once(
 
     They are as many as the plan allows, whatever the arm, but so that all processes end together.
     """
-    if plan.parallel == "auto":
+    if not isinstance(plan.parallel, int):
         episode = load(unfinished[0])
         with _explained(f"episode {episode.index}", plan.device):
-            fitting = [trainer.fitting(episode, arm.config) for arm in plan.arms]
+            fitting = [trainer.fitting(episode, arm.method) for arm in plan.arms]
         most = min((number for number in fitting if number is not None), default=1)
     else:
         most = plan.parallel
@@ -259,7 +242,7 @@ def _run_together(
 
     start = time.perf_counter()
     with _explained(where, device):
-        results = trainer.train(episodes, arm.config, note_step)
+        results = trainer.train(episodes, arm.method, note_step)
     seconds = (time.perf_counter() - start) / len(episodes)
     per_step = _seconds_per_step(start, stamps)
     if per_step is not None:
@@ -285,7 +268,7 @@ def _record(
         correct = int((result.query_logits.argmax(dim=1).cpu() == episode.query_labels).sum())
     return Record(
         episode=episode.index,
-        method=arm,
+        arm=arm,
         classes=episode.folders,
         correct=correct,
         total=total,

@@ -1,4 +1,4 @@
-"""The findings of a run: means with confidence intervals, and paired differences of methods."""
+"""The findings of a run: means with confidence intervals, and paired differences of arms."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class MethodSummary:
-    """One method: its accuracy, its speed, and the episodes that gave no result."""
+class ArmSummary:
+    """One arm: its accuracy, its speed, and the episodes that gave no result."""
 
-    method: str
+    arm: str
     accuracy: Estimate
     seconds_per_step: float | None
     failed: dict[int, str]
@@ -69,7 +69,7 @@ class Difference:
 class Summary:
     """A run's outcome."""
 
-    methods: tuple[MethodSummary, ...]
+    arms: tuple[ArmSummary, ...]
     differences: tuple[Difference, ...]
     skipped_images: tuple[str, ...]
 
@@ -81,45 +81,45 @@ class Summary:
     def failures(self) -> str:
         """The episodes without a result in words; empty if there are none."""
         return "; ".join(
-            f"{entry.method}: {status} in {_episodes(entry.failed, status)}"
-            for entry in self.methods
+            f"{entry.arm}: {status} in {_episodes(entry.failed, status)}"
+            for entry in self.arms
             for status in sorted(set(entry.failed.values()))
         )
 
 
-def summarise(records: Sequence[Record], methods: Sequence[str]) -> Summary:
+def summarise(records: Sequence[Record], arms: Sequence[str]) -> Summary:
     """Summarise a run.
 
     Args:
         records: Its journal.
-        methods: The methods in the order they are shown; the first of a pair is the minuend.
+        arms: The arms in the order they are shown; the first of a pair is the minuend.
     """
     accuracies = {
-        method: {
+        arm: {
             record.episode: record.accuracy
             for record in records
-            if record.method == method and record.status == OK and record.accuracy is not None
+            if record.arm == arm and record.status == OK and record.accuracy is not None
         }
-        for method in methods
+        for arm in arms
     }
     differences = []
-    for first, second in combinations(methods, 2):
+    for first, second in combinations(arms, 2):
         one, other = accuracies[first], accuracies[second]
         common = sorted(one.keys() & other.keys())
         estimate = Estimate.of([one[episode] - other[episode] for episode in common])
         differences.append(Difference(first, second, estimate))
     return Summary(
-        methods=tuple(_method(records, method, accuracies[method]) for method in methods),
+        arms=tuple(_arm(records, arm, accuracies[arm]) for arm in arms),
         differences=tuple(differences),
         skipped_images=tuple(skipped_images(records)),
     )
 
 
-def _method(records: Sequence[Record], method: str, accuracies: dict[int, float]) -> MethodSummary:
-    own = [record for record in records if record.method == method]
+def _arm(records: Sequence[Record], arm: str, accuracies: dict[int, float]) -> ArmSummary:
+    own = [record for record in records if record.arm == arm]
     times = [record.seconds_per_step for record in own if record.seconds_per_step is not None]
-    return MethodSummary(
-        method=method,
+    return ArmSummary(
+        arm=arm,
         accuracy=Estimate.of([accuracies[episode] for episode in sorted(accuracies)]),
         seconds_per_step=math.fsum(times) / len(times) if times else None,
         failed={record.episode: record.status for record in own if record.status != OK},
@@ -149,24 +149,24 @@ def print_summary(
         console.print(spelled(Notice(text)), markup=False, emoji=False, highlight=False)
 
     table = Table(title="Accuracy, mean ± 95 % confidence interval over episodes")
-    table.add_column("method")
+    table.add_column("arm")
     for heading in ("episodes", "accuracy %", "seconds per step"):
         table.add_column(heading, justify="right")
-    for entry in summary.methods:
+    for entry in summary.arms:
         speed = "-" if entry.seconds_per_step is None else f"{entry.seconds_per_step:.3g}"
         accuracy = _percent(entry.accuracy, "")
-        table.add_row(_cell(entry.method), str(entry.accuracy.episodes), accuracy, speed)
+        table.add_row(_cell(entry.arm), str(entry.accuracy.episodes), accuracy, speed)
     console.print(table)
     if summary.differences:
         table = Table(title="Paired difference, mean ± 95 % confidence interval over episodes")
-        table.add_column("methods")
+        table.add_column("arms")
         for heading in ("episodes", "difference, points"):
             table.add_column(heading, justify="right")
         for pair in summary.differences:
             names = f"{pair.first} − {pair.second}"
             table.add_row(_cell(names), str(pair.accuracy.episodes), _percent(pair.accuracy, "+"))
         console.print(table)
-    if any(entry.accuracy.episodes == 1 for entry in summary.methods):
+    if any(entry.accuracy.episodes == 1 for entry in summary.arms):
         say(f"One episode gives no interval; raise {setting('episodes')} for one.")
     if summary.skipped_images:
         say(f"Unreadable images that were skipped: {', '.join(summary.skipped_images)}")
