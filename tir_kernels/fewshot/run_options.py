@@ -53,7 +53,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """All that a user can choose about a run.
+    """The folder of a run, what it compares on how many episodes, and how much is trained at once.
 
     Args:
         out: Folder of the run.
