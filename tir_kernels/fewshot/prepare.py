@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+import tir_kernels
 from tir_kernels.errors import FewShotError
 from tir_kernels.fewshot.data.cache import open_cache
 from tir_kernels.fewshot.data.dataset import ImageData, load_data
@@ -297,12 +299,8 @@ def _require_backend(config: FewShotConfig) -> None:
 
 
 def _versions() -> dict[str, str]:
-    import open_clip
-
-    import tir_kernels
-
     return {
         "tir_kernels": tir_kernels.__version__,
         "torch": torch.__version__,
-        "open_clip": open_clip.__version__,
+        "open_clip": metadata.version("open_clip_torch"),
     }
