@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from functools import cached_property
-from importlib.metadata import version
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+import tir_kernels
 from tir_kernels.fewshot.data.cache import open_cache
 from tir_kernels.fewshot.data.dataset import load_data
 from tir_kernels.fewshot.data.decoding import Decoding
@@ -267,10 +268,8 @@ def _require_backend(backend: str, device: str) -> None:
 
 
 def _versions() -> dict[str, str]:
-    import tir_kernels
-
     return {
         "tir_kernels": tir_kernels.__version__,
         "torch": torch.__version__,
-        "open_clip": version("open_clip_torch"),
+        "open_clip": metadata.version("open_clip_torch"),
     }

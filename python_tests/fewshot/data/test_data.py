@@ -3,7 +3,9 @@
 import functools
 import hashlib
 import os
+import pwd
 import shutil
+from unittest import mock
 
 import fake_engine
 import numpy as np
@@ -195,3 +197,18 @@ def test_real_folders(real_data):
             assert image.shape == (3, 8, 8)
             assert entry.words == entry.words.lower()
             assert "_" not in entry.words
+
+
+def test_the_home_folder(make_images, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    root = make_images({"a": 2, "b": 2})
+    (tmp_path / "words.json").write_text('{"a": "ant", "b": "bee"}')
+    data = load_data("~/images", class_names="~/words.json")
+    assert [entry.words for entry in data.classes] == ["ant", "bee"]
+    assert data.fingerprint == load_data(root, class_names=tmp_path / "words.json").fingerprint
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", mock.Mock(side_effect=KeyError))
+    with pytest.raises(FewShotError, match=r"^data: .*no home folder is known.*pass a whole path"):
+        load_data("~/images")
+    with pytest.raises(FewShotError, match=r"^class_names: .*no home folder is known"):
+        load_data(root, class_names="~/words.json")

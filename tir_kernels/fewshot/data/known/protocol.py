@@ -15,11 +15,11 @@ class KnownTable:
     """The table in which a data set is published.
 
     Args:
-        file: Name of its column of files, unless that is one of the usual ones.
-        label: Name of its column of labels, unless that is one of the usual ones.
+        file: Name of its column of files; empty for one of the usual names.
+        label: Name of its column of labels; empty for one of the usual names.
         one_hot: Names of its columns of 0 and 1, one a class; such a table has no column of labels.
-        kept: Labels whose images are kept where a table has both columns above; others are left
-            out. Empty: all.
+        kept: Labels whose images are kept in a table that has both of these columns, which then
+            are to be named; others are left out. Empty: all are kept.
     """
 
     file: str = ""
