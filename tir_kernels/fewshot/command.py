@@ -364,7 +364,7 @@ def _require_backend(config: FewShotConfig) -> None:
 
     from tir_kernels.operators.choose import refusal
 
-    error = refusal(config.backend, torch.device(config.device), False)
+    error = refusal(config.backend, torch.device(config.device))
     if error is not None:
         raise FewShotError(f"--{str(error).replace('=', ' ', 1)}")
 
