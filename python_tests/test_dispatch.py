@@ -1,5 +1,8 @@
 """The backend that serves a call, and what those that cannot run say."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -83,3 +86,16 @@ def test_a_backend_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     for taken in ("auto", "cpu"):
         with pytest.raises(ValueError, match=f"backend name '{taken}' is taken"):
             dispatch.register_backend(taken, Stranger())
+
+
+def test_names_and_choices_need_no_pytorch() -> None:
+    program = (
+        "import sys\n"
+        "import tir_kernels.rules, tir_kernels.scalars, tir_kernels.operators.choose as choose\n"
+        "tir_kernels.rules.WeightRule('suppress', strength=1)\n"
+        "choose.require_backend('cuda')\n"
+        "assert 'torch' not in sys.modules\n"
+        "import tir_kernels.flops\n"
+        "assert 'torch' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -10,11 +10,10 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tir_kernels import WeightRule, reweight_tokens, token_weights
+from tir_kernels.rules import PLACEMENTS
 from tir_kernels.scalars import whole_number
 from tir_kernels.towers.attention import close_attention, open_attention
 from tir_kernels.towers.open_clip import joint_space, vision_tower
-
-PLACEMENTS = ("tokens", "attention", "both")
 
 
 class Reweighting:

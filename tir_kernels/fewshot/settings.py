@@ -6,12 +6,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tir_kernels.operators.checks import require_backend
-from tir_kernels.rules import RULE_KINDS, WeightRule
+from tir_kernels.operators.choose import require_backend
+from tir_kernels.rules import PLACEMENTS, RULE_KINDS, WeightRule
 from tir_kernels.scalars import real_number, whole_number
 
 METHODS = ("tir", "lora", "zero-shot")
-PLACEMENTS = ("tokens", "attention", "both")
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 # Least and most of each whole number, and why not more.
