@@ -44,12 +44,15 @@ def attention_problem(inputs: AttentionInputs) -> tuple[tuple[int, ...], str, fl
     return tuple(inputs.query.shape), TYPE_NAMES[inputs.query.dtype], inputs.scale
 
 
-def relevance_problem(inputs: RelevanceInputs) -> tuple[tuple[int, ...], str, RowGrid]:
+def relevance_problem(
+    inputs: RelevanceInputs, tokens: Tensor
+) -> tuple[tuple[int, ...], str, RowGrid]:
     """Sizes, type and grid of the tokens, with which the relevance kernels' arguments begin.
 
-    The tokens' channels must lie side by side.
+    Args:
+        inputs: The problem.
+        tokens: Its tokens, with channels that lie side by side.
     """
-    tokens = inputs.tokens
     batch, length, model_dim = tokens.shape
     num_groups, num_classes, joint_dim = inputs.class_embeddings.shape
     sizes = (

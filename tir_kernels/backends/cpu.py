@@ -79,7 +79,7 @@ class CpuBackend:
         proj = None if inputs.proj is None else _projection(inputs.proj, tokens.dtype)
         output = tokens.new_empty(relevance_shape(inputs), dtype=torch.float32)
         _kernels().relevance(
-            *relevance_problem(inputs._replace(tokens=tokens)),
+            *relevance_problem(inputs, tokens),
             address(classes),
             inputs.norm_eps is not None,
             address(gain),

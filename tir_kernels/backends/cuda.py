@@ -74,7 +74,7 @@ class Launcher:
         scores = _empty(relevance_shape(inputs), tokens)
         with self._guard(tokens.device):
             self._kernels.relevance(
-                *relevance_problem(inputs._replace(tokens=tokens)),
+                *relevance_problem(inputs, tokens),
                 type_name(class_embeddings),
                 class_embeddings.data_ptr(),
                 inputs.norm_eps is not None,

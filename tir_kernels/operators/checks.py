@@ -12,6 +12,8 @@ from tir_kernels.scalars import finite_number, whole_number
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
+_NO_MAP = JointSpace(norm_eps=None)
+
 
 def require_float(name: str, value: object, shape: str) -> Tensor:
     """Refuse what is no floating point tensor; ``shape`` is for the message alone."""
@@ -81,7 +83,7 @@ def check_relevance_inputs(
         )
     num_prefix_tokens = check_num_prefix_tokens(num_prefix_tokens, length)
     if joint_space is None:
-        joint_space = JointSpace(norm_eps=None)
+        joint_space = _NO_MAP
     _check_joint_space(joint_space, tokens, joint_width)
     # A number read from an attribute would be no constant of a compiled graph.
     norm_eps = None if joint_space.norm_eps is None else float(joint_space.norm_eps)
