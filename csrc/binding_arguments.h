@@ -48,7 +48,7 @@ inline AttentionShape attention_shape(const std::array<int64_t, 4>& shape,
   return {shape[0], shape[1], shape[2], shape[3], type_named(type), scale};
 }
 
-// Null weights are for launchers that find weights otherwise.
+// Null weights are 1 on a CPU; on a GPU they are for launchers that find weights otherwise.
 inline AttentionForward forward_arguments(const std::array<int64_t, 4>& shape,
                                           const std::string& type, float scale,
                                           const RowGridArgument& query,

@@ -61,3 +61,17 @@ def poisoned_outputs():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def restored_kernels():
+    """The compiled kernels of the CPU, whose instruction set is put back at the end."""
+    from tir_kernels.operators.choose import load_backend
+
+    if reason := load_backend("cpu").unavailable():
+        pytest.skip(f"backend cpu: {reason}")
+    from tir_kernels import _C
+
+    before = _C.architecture()
+    yield _C
+    _C.use_architecture(before)

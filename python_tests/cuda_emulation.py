@@ -132,16 +132,21 @@ def load(path: Path) -> ModuleType:
 class EmulatedBackend(Launcher):
     """Launches on the CPU, where there are no streams."""
 
-    __name__ = NAME
+    name = NAME
 
     def __init__(self, kernels: ModuleType) -> None:
-        super().__init__(kernels, lambda device: 0, lambda device: contextlib.nullcontext())
-        self.kernels = kernels
+        self.kernels = self._kernels = kernels
 
-    def unavailable_reason(self) -> str:
+    def _current_stream(self, device: torch.device) -> int:
+        return 0
+
+    def _guard(self, device: torch.device) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    def unavailable(self) -> str:
         return ""
 
-    def device_reason(self, device: torch.device) -> str:
+    def refusal(self, device: torch.device) -> str:
         return "" if device.type == "cpu" else "emulation is for tensors on the CPU"
 
 

@@ -11,7 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tir_kernels import JointSpace
-from tir_kernels.backends import reference
+from tir_kernels.backends.common import MAX_EXPONENT
+from tir_kernels.backends.protocol import (
+    AttentionInputs,
+    Backend,
+    BackwardInputs,
+    RelevanceInputs,
+)
+from tir_kernels.backends.reference import ReferenceBackend
+from tir_kernels.backends.reference import exact_relevance as relevance_in_float64
+
+REFERENCE = ReferenceBackend()
 
 
 def assert_as_accurate(
@@ -36,6 +46,15 @@ def assert_as_accurate(
     assert error.mean() <= 2 * plain_error.mean() + step.mean(), (
         f"{name}: mean error {error.mean():.3g}, plain PyTorch's {plain_error.mean():.3g}"
     )
+
+
+def run_attention(
+    backend: Backend, inputs: AttentionInputs, grad_output: Tensor, needs_weights_grad: bool = True
+) -> tuple[Tensor, ...]:
+    """Output, log-sum-exp, and the gradients of query, key, value and weights by a backend."""
+    output, log_sum_exp = backend.attention_forward(inputs)
+    backward = BackwardInputs(output, log_sum_exp, grad_output, needs_weights_grad)
+    return (output, log_sum_exp, *backend.attention_backward(inputs, backward))
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: float) -> Tensor:
@@ -70,12 +89,10 @@ def exact_attention(
     """
     rounding = max(1.0, torch.finfo(q.dtype).eps / 2 / torch.finfo(torch.float32).eps)
     q, k, v, weights, grad_output = (t.double() for t in (q, k, v, weights, grad_output))
-    output, log_sum_exp = reference.attention_forward(q, k, v, weights, scale)
-    grads = reference.attention_backward(
-        grad_output, q, k, v, weights, output, log_sum_exp, scale, True
-    )
+    inputs = AttentionInputs(q, k, v, weights, scale)
+    output, log_sum_exp, *grads = run_attention(REFERENCE, inputs, grad_output)
     empty = log_sum_exp.isneginf()[..., None]
-    per_weight = (q @ k.mT * scale - log_sum_exp[..., None]).clamp(max=reference.MAX_EXPONENT)
+    per_weight = (q @ k.mT * scale - log_sum_exp[..., None]).clamp(max=MAX_EXPONENT)
     # An exponential passes on the rounding of its argument's terms.
     score_terms = q.abs() @ k.abs().mT * abs(scale)
     per_weight = per_weight.exp().masked_fill(empty, 0.0)
@@ -104,7 +121,7 @@ def plain_weight_gradient(
     bias = weights.clamp(min=0).log()[:, None, None, :]
     log_sums = (scores + bias).logsumexp(-1, keepdim=True)
     empty = log_sums.isneginf()
-    per_weight = (scores - log_sums).clamp(max=reference.MAX_EXPONENT).exp().masked_fill(empty, 0.0)
+    per_weight = (scores - log_sums).clamp(max=MAX_EXPONENT).exp().masked_fill(empty, 0.0)
     output = plain_attention(q, k, v, weights, scale)
     delta = (grad_output * output).float().sum(-1, keepdim=True)
     grads = per_weight * ((grad_output @ v.mT).float() - delta)
@@ -155,8 +172,8 @@ def exact_relevance(
     parts = (space.norm_weight, space.norm_bias, space.proj)
     weight, bias, proj = (None if p is None else p.double() for p in parts)
     groups = classes.double().reshape(-1, *classes.shape[-2:])
-    exact = reference.exact_relevance(
-        tokens.double(), groups, weight, bias, space.norm_eps, proj, prefix
+    exact = relevance_in_float64(
+        RelevanceInputs(tokens.double(), groups, weight, bias, space.norm_eps, proj, prefix)
     )
     normed = tokens[:, prefix:].double()
     if space.norm_eps is not None:

@@ -8,6 +8,8 @@ import torch
 
 import tir_kernels
 from tir_kernels import JointSpace, WeightRule
+from tir_kernels.operators.bias_activation import bias_activation
+from tir_kernels.operators.dropout import philox_dropout
 
 Q = torch.randn(2, 3, 10, 64)
 WEIGHTS = torch.ones(2, 10)
@@ -23,7 +25,8 @@ def no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
         raise AssertionError("a backend was asked for")
 
-    monkeypatch.setattr("tir_kernels.operators.ops.choose_backend", fail)
+    for name in ("relevance", "weighted_attention", "dropout", "bias_activation"):
+        monkeypatch.setattr(f"tir_kernels.operators.{name}.choose_backend", fail)
 
 
 def attend(q=Q, k=Q, v=Q, weights=WEIGHTS, **options):
@@ -43,6 +46,11 @@ def reweight(q=Q, tokens=TOKENS, classes=CLASSES, **options):
     return tir_kernels.reweighted_attention(q, q, q, tokens, classes, **options)
 
 
+def drop(**options):
+    step = torch.tensor([0])
+    return philox_dropout(torch.ones(1, 2, 3, 4), step, step, **options)
+
+
 REFUSALS: list[tuple[Callable, type[Exception], str]] = [
     (lambda: attend(q=[1.0]), TypeError, r"^q must be a tensor of shape \(B, H, L, d\); got list"),
     (lambda: attend(q=Q[0]), ValueError, r"^q must have shape \(B, H, L, d\); got \(3, 10, 64\)"),
@@ -58,6 +66,12 @@ REFUSALS: list[tuple[Callable, type[Exception], str]] = [
     (lambda: attend(scale="1"), TypeError, "^scale must be a number or None; got str"),
     (lambda: attend(scale=math.nan), ValueError, "^scale must be finite; got nan"),
     (lambda: attend(backend="fast"), ValueError, "^backend must be 'auto' or one of reference.*"),
+    (lambda: attend(weights=None, v=Q.half()), TypeError, "^v must have the dtype of q"),
+    (lambda: attend(weights=None, backend="fast"), ValueError, "^backend must be 'auto' or one of"),
+    (lambda: attend(weights=1.0), TypeError, "^weights must be a tensor"),
+    (lambda: drop(backend="fast"), ValueError, "^backend must be 'auto' or one of reference.*"),
+    (lambda: drop(backend=None), TypeError, "^backend must be a str; got NoneType"),
+    (lambda: bias_activation(Q, None, backend=1), TypeError, "^backend must be a str; got int"),
     (lambda: attend(backend=None), TypeError, "^backend must be a str; got NoneType"),
     (lambda: weigh(tokens=TOKENS[0]), ValueError, r"^tokens must have shape \(B, L, D\)"),
     (lambda: weigh(tokens=TOKENS.long()), TypeError, "^tokens must be float32"),

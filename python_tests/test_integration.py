@@ -159,6 +159,27 @@ def test_compile_with_dynamic_length(backend: str, device: str) -> None:
     assert graphs == 1, "a new length must not compile anew"
 
 
+def test_compile_without_gradients(backend: str, device: str) -> None:
+    """Nothing requires one: torch.compile then calls the functions in another way."""
+
+    def step(q, k, v, tokens, class_embeddings):  # type: ignore[no-untyped-def]
+        weights, counts = tir_kernels.token_weights(tokens, class_embeddings, backend=backend)
+        attended = tir_kernels.weighted_attention(q, k, v, weights, backend=backend)
+        plain = tir_kernels.weighted_attention(q, k, v, backend=backend)
+        reweighted = tir_kernels.reweighted_attention(
+            q, k, v, tokens, class_embeddings, backend=backend
+        )
+        return weights, counts, attended, plain, reweighted
+
+    torch.compiler.reset()
+    given = inputs(device=device)
+    q, k, v = (given[name].detach() for name in "qkv")
+    arguments = (q, k, v, given["tokens"], torch.randn(5, 32, device=device))
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    for ours, expected in zip(compiled(*arguments), step(*arguments), strict=True):
+        assert torch.equal(ours, expected)
+
+
 def test_autocast(backend: str, device: str) -> None:
     given = inputs(device=device)
     with torch.autocast(device, dtype=torch.bfloat16):

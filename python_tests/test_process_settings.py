@@ -10,7 +10,8 @@ from torch import Tensor
 import tir_kernels
 from tir_kernels import JointSpace, WeightRule
 from tir_kernels.operators import checks as validation
-from tir_kernels.operators.adapters import bias_activation, philox_dropout
+from tir_kernels.operators.bias_activation import bias_activation
+from tir_kernels.operators.dropout import philox_dropout
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 
 import tir_kernels
 from tir_kernels import JointSpace, WeightRule
-from tir_kernels.operators.adapters import philox_dropout
+from tir_kernels.operators.dropout import philox_dropout
 from tir_kernels.scalars import finite_number, real_number, whole_number
 
 Q, WEIGHTS = torch.randn(1, 2, 6, 8), torch.rand(1, 6)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import tir_kernels
-from tir_kernels.operators.adapters import bias_activation
+from tir_kernels.operators.bias_activation import bias_activation
 
 K, V = torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
 WEIGHTS = torch.rand(1, 6)

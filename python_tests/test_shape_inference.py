@@ -11,7 +11,8 @@ from torch._subclasses import FakeTensorMode
 
 import tir_kernels
 from tir_kernels import JointSpace
-from tir_kernels.operators.adapters import bias_activation, philox_dropout
+from tir_kernels.operators.bias_activation import bias_activation
+from tir_kernels.operators.dropout import philox_dropout
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 

@@ -9,16 +9,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .operators.api import (
-        TokenWeights,
-        reweight_tokens,
-        reweighted_attention,
-        token_relevance,
-        token_weights,
-        weighted_attention,
-    )
-    from .operators.autograd import ReweightedAttention
     from .operators.choose import available_backends
+    from .operators.relevance import token_relevance
+    from .operators.reweighted_attention import ReweightedAttention, reweighted_attention
+    from .operators.token_weights import TokenWeights, reweight_tokens, token_weights
+    from .operators.weighted_attention import weighted_attention
     from .rules import JointSpace, WeightRule
 
 __version__ = "0.1.0"
@@ -36,20 +31,25 @@ __all__ = [
     "weighted_attention",
 ]
 
-_ELSEWHERE = {
+_HOMES = {
     "JointSpace": "rules",
-    "ReweightedAttention": "operators.autograd",
+    "ReweightedAttention": "operators.reweighted_attention",
+    "TokenWeights": "operators.token_weights",
     "WeightRule": "rules",
     "available_backends": "operators.choose",
+    "reweight_tokens": "operators.token_weights",
+    "reweighted_attention": "operators.reweighted_attention",
+    "token_relevance": "operators.relevance",
+    "token_weights": "operators.token_weights",
+    "weighted_attention": "operators.weighted_attention",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    for each in __all__:
-        home = importlib.import_module(f"{__name__}.{_ELSEWHERE.get(each, 'operators.api')}")
-        globals()[each] = getattr(home, each)
+    for each, home in _HOMES.items():
+        globals()[each] = getattr(importlib.import_module(f"{__name__}.{home}"), each)
     return globals()[name]
 
 

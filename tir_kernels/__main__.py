@@ -12,9 +12,8 @@ import sys
 import torch
 
 import tir_kernels
-from tir_kernels.backends import cpu, cuda
 from tir_kernels.fewshot.streams import forgiving_output
-from tir_kernels.operators.choose import choose_backend
+from tir_kernels.operators.choose import choose_backend, load_backend
 
 PACKAGES = ("torch", "triton", "open_clip_torch", "numpy", "torchvision", "safetensors", "peft")
 
@@ -64,10 +63,12 @@ def machine() -> dict[str, str]:
     }
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
-        chosen = choose_backend("auto", torch.device("cuda", index), is_double=False).__name__
+        chosen = choose_backend(
+            "auto", "attention_forward", torch.device("cuda", index), torch.float32
+        )
         facts[f"GPU {index}"] = (
             f"{device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} "
-            f"GiB; 'auto' takes {chosen.rpartition('.')[2]}"
+            f"GiB; 'auto' takes {chosen.name}"
         )
     return facts
 
@@ -76,9 +77,8 @@ def backends() -> dict[str, str]:
     found = {}
     for name, reason in tir_kernels.available_backends().items():
         found[name] = f"does not run here: {reason}" if reason else "runs"
-        if name == "cpu" and not reason:
-            found[name] += f" ({cpu.description()})"
-        if name == "cuda" and (description := cuda.description()):
+        describe = getattr(load_backend(name), "description", None)
+        if describe is not None and (description := describe()):
             found[name] += f" ({description})"
     return found
 

@@ -7,34 +7,36 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch.utils.flop_counter import register_flop_formula
 
+# Importing an operator's file registers it.
+from tir_kernels.operators import reweighted_attention  # noqa: F401
+from tir_kernels.operators.library import OPS
+
 Shape = tuple[int, ...]
-_OPS = torch.ops.tir_kernels
 
 
-@register_flop_formula(_OPS.weighted_attention)
+@register_flop_formula(OPS.weighted_attention)
 def _weighted_attention(query: Shape, *rest: Any, **options: Any) -> int:
     return _attention_products(query, 2)
 
 
-@register_flop_formula([_OPS.weighted_attention_backward, _OPS.reweighted_attention_backward])
+@register_flop_formula([OPS.weighted_attention_backward, OPS.reweighted_attention_backward])
 def _attention_backward(grad_output: Shape, query: Shape, *rest: Any, **options: Any) -> int:
     return _attention_products(query, 5)  # the scores once more, and four gradients
 
 
-@register_flop_formula(_OPS.token_relevance)
+@register_flop_formula(OPS.token_relevance)
 def _token_relevance(*inputs: Any, out_shape: Any, **options: Any) -> int:
     return _relevance_products(inputs, num_patches=out_shape[-1])
 
 
-@register_flop_formula(_OPS.token_weights)
+@register_flop_formula(OPS.token_weights)
 def _token_weights(*inputs: Any, out_shape: Any, **options: Any) -> int:
     return _relevance_products(inputs, num_patches=out_shape[1][-1])
 
 
-@register_flop_formula(_OPS.reweighted_attention)
+@register_flop_formula(OPS.reweighted_attention)
 def _reweighted_attention(
     query: Shape, key: Shape, value: Shape, *inputs: Any, out_shape: Any, **options: Any
 ) -> int:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .scalars import finite_number, real_number, whole_number
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 PLACEMENTS = ("tokens", "attention", "both")
 RULE_KINDS = ("linear", "extremes", "suppress", "amplify", "none")
-LARGEST_WEIGHT = torch.finfo(torch.float32).max
+LARGEST_WEIGHT = 2.0**128 - 2.0**104  # float32's largest number
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class WeightRule:
             TypeError: A number of classes that is not a whole number.
             ValueError: One below 1, or for which a weight is beyond float32.
         """
+        import torch  # here, because settings need rules and must not wait for PyTorch
+
         num_classes = whole_number("num_classes", num_classes)
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1; got {num_classes}")
@@ -122,6 +125,8 @@ class JointSpace:
     proj: Tensor | None = None
 
     def __post_init__(self) -> None:
+        from torch import Tensor
+
         ranks = (("norm_weight", 1, "(D,)"), ("norm_bias", 1, "(D,)"), ("proj", 2, "(D, E)"))
         widths: dict[str, int] = {}
         for name, rank, shape in ranks:

@@ -6,8 +6,6 @@ import math
 import numbers
 import operator
 
-from torch import Tensor
-
 
 def real_number(name: str, value: object, expected: str = "a number") -> float:
     """Any ``numbers.Real`` but a bool, as a float, which may be infinite or NaN.
@@ -56,6 +54,8 @@ def whole_number(name: str, value: object, expected: str = "an int") -> int:
     """
     if isinstance(value, int) and not isinstance(value, bool):
         return int(value)
+    from torch import Tensor  # here, because settings need numbers and must not wait for PyTorch
+
     if not isinstance(value, (bool, Tensor)) and hasattr(value, "__index__"):
         try:
             return operator.index(value)

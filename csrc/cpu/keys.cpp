@@ -37,10 +37,10 @@ KeyLists::KeyLists(const float* weights, int64_t batch, int64_t length, Which wh
   log2_weight_ = scaled_weight_ + batch * stride_;
   for (int64_t b = 0; b < batch; ++b) {
     int64_t start = b * stride_, count = 0;
-    exponents_[b] = exponent_of(weights + b * length, length);
+    exponents_[b] = weights == nullptr ? 0 : exponent_of(weights + b * length, length);
     float factor = std::ldexp(1.0f, -exponents_[b]);
     for (int64_t key = 0; key < length; ++key) {
-      float weight = weights[b * length + key];
+      float weight = weights == nullptr ? 1.0f : weights[b * length + key];
       if (which == Which::positive ? weight <= 0 : weight != 0) continue;
       index_[start + count] = static_cast<int32_t>(key);
       scaled_weight_[start + count] = weight * factor;

@@ -20,8 +20,9 @@ class KeyLists {
  public:
   static constexpr int64_t padding = 64;
 
-  // weights: [B, L]. Lists the keys of positive weight, or else those of weight exactly 0. A weight
-  // that is NaN belongs to the positive ones, where it makes the result NaN.
+  // weights: [B, L], or null for weights of 1. Lists the keys of positive weight, or else those of
+  // weight exactly 0. A weight that is NaN belongs to the positive ones, where it makes the result
+  // NaN.
   enum class Which { positive, zero };
   KeyLists(const float* weights, int64_t batch, int64_t length, Which which);
   ~KeyLists();

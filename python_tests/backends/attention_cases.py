@@ -9,7 +9,8 @@ import oracle
 import torch
 from torch import Tensor
 
-from tir_kernels.backends import cpu, reference
+from tir_kernels.backends.protocol import AttentionInputs
+from tir_kernels.operators.choose import load_backend
 
 RESULTS = ("output", "log_sum_exp", "grad_query", "grad_key", "grad_value", "grad_weights")
 
@@ -35,11 +36,8 @@ def run_attention(
 ) -> tuple[Tensor, ...]:
     """Output, log-sum-exp, and the gradients of query, key, value and weights."""
     scale = query.shape[-1] ** -0.5
-    output, log_sum_exp = cpu.attention_forward(query, key, value, weights, scale)
-    gradients = cpu.attention_backward(
-        grad_output, query, key, value, weights, output, log_sum_exp, scale, True
-    )
-    return output, log_sum_exp, *gradients
+    inputs = AttentionInputs(query, key, value, weights, scale)
+    return oracle.run_attention(load_backend("cpu"), inputs, grad_output)
 
 
 @dataclass(frozen=True)
@@ -67,12 +65,12 @@ def attention_case(
         weights[2:3] = -1
     grad_output = torch.randn(shape).to(dtype)
     arguments = (query, key, value, weights, width**-0.5, grad_output)
-    inputs = [t.double() for t in arguments[:4]]
+    inputs = AttentionInputs(*(t.double() for t in arguments[:4]), width**-0.5)
     return Case(
         (query, key, value, weights, grad_output),
         (*oracle.plain_gradients(*arguments), oracle.plain_weight_gradient(*arguments)),
         *oracle.exact_attention(*arguments),
-        reference.attention_forward(*inputs, width**-0.5)[1],
+        oracle.REFERENCE.attention_forward(inputs)[1],
     )
 
 

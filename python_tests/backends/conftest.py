@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tir_kernels.backends import cpu
+from tir_kernels.operators.choose import load_backend
 
 ARCHITECTURES = ("portable", "avx2", "avx512", "avx512_bf16")
 
@@ -25,7 +26,7 @@ def keep_thread_count() -> Iterator[None]:
 @pytest.fixture(params=ARCHITECTURES)
 def architecture(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test on each instruction set of the CPU backend."""
-    if reason := cpu.unavailable_reason():
+    if reason := load_backend("cpu").unavailable():
         pytest.skip(reason)
     kernels = cpu._kernels()
     if not dict(kernels.architectures()).get(request.param, False):

@@ -18,11 +18,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tir_kernels.backends import common, cpu
+from tir_kernels.backends.protocol import AttentionInputs
+from tir_kernels.operators.choose import load_backend
+
+CPU = load_backend("cpu")
 
 pytestmark = [
-    pytest.mark.skipif(
-        cpu.unavailable_reason() != "", reason=cpu.unavailable_reason() or "runs here"
-    ),
+    pytest.mark.skipif(CPU.unavailable() != "", reason=CPU.unavailable() or "runs here"),
     pytest.mark.usefixtures("keep_thread_count"),
 ]
 
@@ -86,7 +88,8 @@ def test_ignored_keys_and_values_leave_no_trace(
 def test_a_nan_in_an_attended_key_is_not_hidden(architecture: str) -> None:
     query, key, value = (t.contiguous() for t in packed_heads(1, 1, 20, 64, torch.float32))
     key[0, 0, 3, 5] = torch.nan
-    output, log_sum_exp = cpu.attention_forward(query, key, value, torch.ones(1, 20), 0.125)
+    inputs = AttentionInputs(query, key, value, torch.ones(1, 20), 0.125)
+    output, log_sum_exp = CPU.attention_forward(inputs)
     assert output.isnan().all()
     assert log_sum_exp.isnan().all()
 
@@ -168,12 +171,12 @@ def test_strides_do_not_matter(architecture: str) -> None:
 def test_weights_without_gradient_change_no_bit(architecture: str) -> None:
     query, key, value = packed_heads(1, 2, 77, 64, torch.float32)
     weights = mixed_weights(1, 77)
-    output, log_sum_exp = cpu.attention_forward(query, key, value, weights, 0.125)
-    arguments = (output, query, key, value, weights, output, log_sum_exp, 0.125)
-    with_weights = cpu.attention_backward(*arguments, True)
-    without = cpu.attention_backward(*arguments, False)
-    assert without[3].shape == (0,)
-    assert all(torch.equal(a, b) for a, b in zip(with_weights[:3], without[:3], strict=True))
+    inputs = AttentionInputs(query, key, value, weights, 0.125)
+    grad_output = torch.randn(query.shape)
+    *with_weights, _ = oracle.run_attention(CPU, inputs, grad_output, True)
+    *without, no_grad_weights = oracle.run_attention(CPU, inputs, grad_output, False)
+    assert no_grad_weights.shape == (0,)
+    assert all(torch.equal(a, b) for a, b in zip(with_weights, without, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

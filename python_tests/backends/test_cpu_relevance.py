@@ -11,11 +11,13 @@ from torch import Tensor
 
 from tir_kernels import JointSpace
 from tir_kernels.backends import cpu, reference
+from tir_kernels.backends.protocol import RelevanceInputs
+from tir_kernels.operators.choose import load_backend
+
+CPU = load_backend("cpu")
 
 pytestmark = [
-    pytest.mark.skipif(
-        cpu.unavailable_reason() != "", reason=cpu.unavailable_reason() or "runs here"
-    ),
+    pytest.mark.skipif(CPU.unavailable() != "", reason=CPU.unavailable() or "runs here"),
     pytest.mark.usefixtures("keep_thread_count"),
 ]
 
@@ -25,12 +27,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def relevance_inputs(
     batch: int, length: int, width: int, joint_width: int, groups: int, classes: int,
     dtype: torch.dtype, params: torch.dtype, parts: str,
-) -> list[Tensor | float | int | None]:  # fmt: skip
-    """Arguments of relevance(): parts "full", "transposed", "norm" (no projection) or "raw"."""
+) -> RelevanceInputs:  # fmt: skip
+    """Inputs of relevance: parts "full", "transposed", "norm" (no projection) or "raw"."""
     has_norm, has_proj = parts != "raw", parts in ("full", "transposed")
     joint_width = joint_width if has_proj else width
     proj = torch.randn(joint_width, width).mT * width**-0.5
-    return [
+    return RelevanceInputs(
         (torch.randn(batch, length, width) * 3 + 5).to(dtype),
         torch.randn(groups, classes, joint_width).to(params),
         (torch.rand(width) + 0.5).to(params) if has_norm else None,
@@ -38,7 +40,7 @@ def relevance_inputs(
         1e-5 if has_norm else None,
         None if not has_proj else (proj if parts == "transposed" else proj.contiguous()).to(params),
         1,
-    ]
+    )
 
 
 RELEVANCE_SHAPES = [
@@ -60,7 +62,7 @@ def test_relevance_error_is_bounded_by_plain_pytorch(
         arguments = relevance_inputs(*shape, dtype, params, parts)
         tokens, classes, *space, prefix = arguments
         plain_arguments = (tokens, classes, JointSpace(*space), prefix)
-        ours = cpu.relevance(*arguments)
+        ours = CPU.relevance(arguments)
         assert ours.dtype == torch.float32
         plain = oracle.plain_relevance(*plain_arguments)
         exact, magnitude = oracle.exact_relevance(*plain_arguments)
@@ -76,8 +78,8 @@ def test_token_weights_follow_from_the_very_same_relevance(
     expected: tuple[Tensor, ...] = ()
     for threads in (1, 1, 2, 3):
         torch.set_num_threads(threads)
-        relevance = cpu.relevance(*arguments)
-        weights, counts = cpu.token_weights(*arguments[:6], table, 30, 1)
+        relevance = CPU.relevance(arguments)
+        weights, counts = CPU.token_weights(arguments, table, 30)
         assert torch.equal(counts, reference.count_selections(relevance, 30))
         assert torch.equal(weights, reference.look_up_weights(counts, table, 1))
         results = (relevance, weights, counts)
@@ -87,7 +89,7 @@ def test_token_weights_follow_from_the_very_same_relevance(
 
 def test_relevance_writes_every_element_and_takes_any_strides(architecture: str) -> None:
     arguments = relevance_inputs(4, 23, 48, 32, 2, 5, torch.float32, torch.float32, "full")
-    expected = cpu.relevance(*arguments)
+    expected = CPU.relevance(arguments)
     tokens, classes, gain, offset, _, proj, _ = arguments
     output = torch.full_like(expected, torch.nan)
     cpu._kernels().relevance(
@@ -96,11 +98,12 @@ def test_relevance_writes_every_element_and_takes_any_strides(architecture: str)
         proj.data_ptr(), 32, 1, output.data_ptr(), 1,
     )  # fmt: skip
     assert torch.equal(output, expected)
-    arguments[0] = tokens.transpose(0, 1).contiguous().transpose(0, 1)
-    assert torch.equal(cpu.relevance(*arguments), expected)
-    arguments[0] = tokens.mT.contiguous().mT
-    arguments[5] = torch.stack([proj, proj], -1)[..., 0]
-    assert torch.equal(cpu.relevance(*arguments), expected)
+    arguments = arguments._replace(tokens=tokens.transpose(0, 1).contiguous().transpose(0, 1))
+    assert torch.equal(CPU.relevance(arguments), expected)
+    arguments = arguments._replace(
+        tokens=tokens.mT.contiguous().mT, proj=torch.stack([proj, proj], -1)[..., 0]
+    )
+    assert torch.equal(CPU.relevance(arguments), expected)
 
 
 def select(relevance: Tensor, table: Tensor, top_k: int, prefix: int) -> tuple[Tensor, Tensor]:

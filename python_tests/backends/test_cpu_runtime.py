@@ -16,11 +16,13 @@ from attention_cases import packed_heads
 from torch import Tensor
 
 from tir_kernels.backends import cpu
+from tir_kernels.backends.protocol import AttentionInputs
+from tir_kernels.operators.choose import load_backend
+
+CPU = load_backend("cpu")
 
 pytestmark = [
-    pytest.mark.skipif(
-        cpu.unavailable_reason() != "", reason=cpu.unavailable_reason() or "runs here"
-    ),
+    pytest.mark.skipif(CPU.unavailable() != "", reason=CPU.unavailable() or "runs here"),
     pytest.mark.usefixtures("keep_thread_count"),
 ]
 
@@ -31,7 +33,7 @@ def work_for_threads() -> tuple[Tensor, Tensor]:
     """A problem that is large enough for several threads."""
     torch.manual_seed(3)
     query, key, value = packed_heads(2, 4, 197, 64, torch.float32)
-    return cpu.attention_forward(query, key, value, torch.ones(2, 197), 0.125)
+    return CPU.attention_forward(AttentionInputs(query, key, value, torch.ones(2, 197), 0.125))
 
 
 def test_plain_threads_give_the_same_bits() -> None:
@@ -53,11 +55,12 @@ def test_several_python_threads_at_once() -> None:
     query, key, value = packed_heads(2, 4, 197, 64, torch.float32)
     del query, key, value
     torch.manual_seed(3)
-    inputs = packed_heads(2, 4, 197, 64, torch.float32)
+    rows = packed_heads(2, 4, 197, 64, torch.float32)
+    inputs = AttentionInputs(*rows, torch.ones(2, 197), 0.125)
     outputs: list[Tensor] = []
 
     def call() -> None:
-        outputs.append(cpu.attention_forward(*inputs, torch.ones(2, 197), 0.125)[0])
+        outputs.append(CPU.attention_forward(inputs)[0])
 
     threads = [threading.Thread(target=call) for _ in range(4)]
     for thread in threads:
@@ -73,12 +76,14 @@ def test_no_threads_beside_those_of_torch() -> None:
     program = """
 import os, torch
 from tir_kernels.backends import cpu
+from tir_kernels.backends.protocol import AttentionInputs
 torch.set_num_threads(2)
 a = torch.randn(512, 512); a @ a; a.exp()
 before = len(os.listdir("/proc/self/task"))
 q = torch.randn(2, 8, 197, 64)
 for _ in range(3):
-    cpu.attention_forward(q, q, q, torch.ones(2, 197), 0.125)
+    inputs = AttentionInputs(q, q, q, torch.ones(2, 197), 0.125)
+    cpu.CpuBackend().attention_forward(inputs)
 print(before, len(os.listdir("/proc/self/task")), cpu._kernels().thread_source())
 """
     run = subprocess.run(
@@ -133,7 +138,8 @@ def test_a_fork_after_use_does_not_hang() -> None:
 @pytest.mark.parametrize("name", ["portable", "nonsense"])
 def test_the_environment_names_an_instruction_set(name: str) -> None:
     program = (
-        "from tir_kernels.backends import cpu; print(cpu.unavailable_reason() or cpu.description())"
+        "from tir_kernels.operators.choose import load_backend; cpu = load_backend('cpu')\n"
+        "print(cpu.unavailable() or cpu.description())"
     )
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True,
@@ -151,21 +157,24 @@ def test_unavailable_without_the_compiled_module(monkeypatch: pytest.MonkeyPatch
         raise ModuleNotFoundError("No module named 'tir_kernels._C'")
 
     monkeypatch.setattr(cpu, "_kernels", missing)
-    assert "install a C++17 compiler" in cpu.unavailable_reason()
-    assert cpu.device_reason(torch.device("cpu")) == ""
-    assert "cuda" in cpu.device_reason(torch.device("cuda"))
+    assert "install a C++17 compiler" in CPU.unavailable()
+    assert CPU.description() == ""
+    assert CPU.refusal(torch.device("cpu")) == ""
+    assert "cuda" in CPU.refusal(torch.device("cuda"))
 
 
 def bad_calls() -> list[tuple[str, Callable[[], object]]]:
-    kernels = cpu._kernels() if not cpu.unavailable_reason() else None
+    kernels = cpu._kernels() if not CPU.unavailable() else None
     grid = (64, 0, 0, 0)
     return [
         ("B, H, L, d >= 1", lambda: kernels.attention_forward(
             (1, 0, 1, 1), "float32", 1.0, grid, grid, grid, 64, 64, 64, 1)),
         ("unknown type", lambda: kernels.attention_forward(
             (1, 1, 1, 1), "float64", 1.0, grid, grid, grid, 64, 64, 64, 1)),
-        ("weights is null", lambda: kernels.attention_forward(
-            (1, 1, 1, 1), "float32", 1.0, grid, grid, grid, 0, 64, 64, 1)),
+        ("query is null", lambda: kernels.attention_forward(
+            (1, 1, 1, 1), "float32", 1.0, (0, 0, 0, 0), grid, grid, 64, 64, 64, 1)),
+        ("weights is null, and their gradient is wanted", lambda: kernels.attention_backward(
+            (1, 1, 1, 1), "float32", 1.0, grid, grid, grid, grid, 0, grid, 64, 64, 64, 64, 64, 1)),
         ("0 <= K <= N", lambda: kernels.select_tokens((1, 1, 4, 0), 5, 64, 64, 64, 64, 1)),
     ]  # fmt: skip
 

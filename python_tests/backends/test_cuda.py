@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import tir_kernels
-from tir_kernels.backends import cuda, reference
-from tir_kernels.operators import choose as dispatch
+from tir_kernels.backends.protocol import AttentionInputs
+from tir_kernels.operators.choose import choose_backend, load_backend
 
 pytestmark = pytest.mark.gpu
 
@@ -22,7 +22,7 @@ SMALL = (2, 3, 70, 64)
 
 @pytest.fixture(autouse=True)
 def needs_backend() -> None:
-    if reason := cuda.unavailable_reason():
+    if reason := load_backend("cuda").unavailable():
         pytest.skip(f"backend cuda: {reason}")
 
 
@@ -78,7 +78,8 @@ def test_blocks_of_four_warps_find_weights(
     assert torch.equal(weights, expected_weights)
     expected = tir_kernels.weighted_attention(q, k, v, weights, backend="cuda")
     assert torch.equal(output, expected)
-    exact, _ = reference.attention_forward(*(t.double() for t in (q, k, v, weights)), width**-0.5)
+    doubles = AttentionInputs(*(t.double() for t in (q, k, v, weights)), width**-0.5)
+    exact, _ = oracle.REFERENCE.attention_forward(doubles)
     plain = oracle.plain_attention(q, k, v, weights, width**-0.5)
     oracle.assert_as_accurate("output", output, plain, exact)
 
@@ -130,7 +131,7 @@ def test_a_second_device_while_the_first_is_current(is_in_a_thread: bool) -> Non
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     second = torch.device("cuda", 1)
-    if reason := cuda.device_reason(second):
+    if reason := load_backend("cuda").refusal(second):
         pytest.skip(reason)
     results: list[Tensor] = []
 
@@ -152,4 +153,4 @@ def test_a_second_device_while_the_first_is_current(is_in_a_thread: bool) -> Non
 
 def test_auto_takes_it() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    assert dispatch.choose_backend("auto", device, is_double=False).__name__.endswith("cuda")
+    assert choose_backend("auto", "attention_forward", device, torch.float32).name == "cuda"

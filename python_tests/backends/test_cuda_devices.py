@@ -10,7 +10,7 @@ import torch
 
 import tir_kernels
 from tir_kernels import __main__ as report
-from tir_kernels.backends import cuda, triton
+from tir_kernels.backends import cuda
 from tir_kernels.operators import choose as dispatch
 
 OLD, HOPPER, NEWER = (7, 5), (9, 0), (12, 0)
@@ -49,8 +49,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator:
 
 
 def chosen(device: str, name: str = "auto") -> str:
-    backend = dispatch.choose_backend(name, torch.device(device), is_double=False)
-    return backend.__name__.rpartition(".")[2]
+    return dispatch.choose_backend(
+        name, "attention_forward", torch.device(device), torch.float32
+    ).name
 
 
 @pytest.mark.parametrize("order", [(OLD, HOPPER), (HOPPER, OLD)])
@@ -136,5 +137,6 @@ def test_the_compiled_module_says_what_it_was_linked_with() -> None:
 
 def test_triton_needs_no_gpu_to_name_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert triton.device_reason(torch.device("cpu")) == ""
-    assert "CUDA" in triton.device_reason(torch.device("meta"))
+    triton = dispatch.load_backend("triton")
+    assert triton.refusal(torch.device("cpu")) == ""
+    assert "CUDA" in triton.refusal(torch.device("meta"))

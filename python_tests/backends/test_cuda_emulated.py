@@ -287,10 +287,11 @@ STRAY_READ = """
 import sys, torch, cuda_emulation
 from pathlib import Path
 from backends.test_cuda_emulated import build_with
+from tir_kernels.backends.protocol import AttentionInputs
 kernels = cuda_emulation.load(build_with(sys.argv[1], Path(sys.argv[2])))
 q = torch.randn(1, 1, 50, 64).bfloat16()
 backend = cuda_emulation.EmulatedBackend(kernels)
-backend.attention_forward(q, q, q, torch.ones(1, 50), 0.125)
+backend.attention_forward(AttentionInputs(q, q, q, torch.ones(1, 50), 0.125))
 print("ran to the end")
 """
 

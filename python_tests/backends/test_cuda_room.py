@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 
-from tir_kernels.backends import reference
+from tir_kernels.backends.protocol import AttentionInputs, RelevanceInputs
 
 MOST_PATCHES, MOST_CLASSES = 800, 16  # of which an attention kernel finds the weights itself
 COMPILED_WIDTHS = (64, 80, 96, 112, 128)
@@ -67,15 +67,15 @@ def test_long_rows_of_wide_heads(kernels, length: int, width: int) -> None:
     q, k, v = torch.randn(3, 1, 1, length, width, generator=generator).bfloat16()
     tokens = torch.randn(1, length, 16, generator=generator)
     classes = torch.randn(1, 5, 16, generator=generator)
-    relevance_inputs = (tokens, classes, None, None, None, None)
+    relevance = RelevanceInputs(tokens, classes, None, None, None, None, 1)
     table, top_k, scale = torch.linspace(2.0, 0.0, 6), length // 2, width**-0.5
     output, log_sum_exp, counts = backend.reweighted_forward(
-        q, k, v, *relevance_inputs, table, top_k, 1, scale
+        AttentionInputs(q, k, v, None, scale), relevance, table, top_k
     )
-    weights, expected_counts = backend.token_weights(*relevance_inputs, table, top_k, 1)
+    weights, expected_counts = backend.token_weights(relevance, table, top_k)
     assert torch.equal(counts, expected_counts)
-    doubles = (t.double() for t in (q, k, v, weights))
-    exact, exact_log_sum_exp = reference.attention_forward(*doubles, scale)
+    doubles = AttentionInputs(*(t.double() for t in (q, k, v, weights)), scale)
+    exact, exact_log_sum_exp = oracle.REFERENCE.attention_forward(doubles)
     plain = oracle.plain_attention(q, k, v, weights, scale)
     oracle.assert_as_accurate("output", output, plain, exact)
     torch.testing.assert_close(log_sum_exp.double(), exact_log_sum_exp, atol=1e-5, rtol=1e-5)

@@ -22,11 +22,15 @@ if not torch.cuda.is_available():
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import oracle
+
 from tir_kernels.backends import reference
-from tir_kernels.backends import triton as backend
+from tir_kernels.backends.protocol import AttentionInputs, RelevanceInputs
+from tir_kernels.backends.triton import TritonBackend, interpreter_is_on
 from tir_kernels.backends.triton.kernels.selection import select_and_weigh
 
-INTERPRETED = backend.interpreter_is_on()
+BACKEND = TritonBackend()
+INTERPRETED = interpreter_is_on()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAN, INF = float("nan"), float("inf")
 
@@ -94,22 +98,15 @@ def plain_attention(
 def exact_attention(
     query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, weights: Tensor, scale: float
 ) -> list[Tensor]:
-    doubles = [t.double() for t in (query, key, value, weights)]
-    output, log_sums = reference.attention_forward(*doubles, scale)
-    grads = reference.attention_backward(
-        grad_output.double(), *doubles, output, log_sums, scale, True
-    )
-    return [output, log_sums, *grads]
+    doubles = AttentionInputs(*(t.double() for t in (query, key, value, weights)), scale)
+    return list(oracle.run_attention(oracle.REFERENCE, doubles, grad_output.double()))
 
 
 def run_attention(
     query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, weights: Tensor, scale: float
 ) -> list[Tensor]:
-    output, log_sums = backend.attention_forward(query, key, value, weights, scale)
-    grads = backend.attention_backward(
-        grad_output, query, key, value, weights, output, log_sums, scale, True
-    )
-    return [output, log_sums, *grads]
+    inputs = AttentionInputs(query, key, value, weights, scale)
+    return list(oracle.run_attention(BACKEND, inputs, grad_output))
 
 
 def assert_as_exact_as_plain(ours: Tensor, plain: Tensor, exact: Tensor, name: str) -> None:
@@ -136,7 +133,7 @@ def check_attention(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("length", "head_width"), [(50, 64), (50, 72), (33, 80), (70, 17), (1, 1)])
+@pytest.mark.parametrize(("length", "head_dim"), [(50, 64), (50, 72), (33, 80), (70, 17), (1, 1)])
 def test_attention(length: int, head_dim: int, dtype: torch.dtype, device: str) -> None:
     check_attention(2, 1, length, head_dim, dtype, device)
 
@@ -146,14 +143,14 @@ def test_attention_of_many_blocks(dtype: torch.dtype, device: str) -> None:
     check_attention(1, 1, 197, 64, dtype, device)
 
 
-@pytest.mark.parametrize("head_width", [3, 64, 72, 80, 88, 96, 104, 112, 128, 160, 256])
-def test_attention_of_every_head_width(head_dim: int, device: str) -> None:
+@pytest.mark.parametrize("head_dim", [3, 64, 72, 80, 88, 96, 104, 112, 128, 160, 256])
+def test_attention_of_every_head_dim(head_dim: int, device: str) -> None:
     check_attention(1, 2, 20, head_dim, torch.bfloat16, device)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_width", [16, 64, 72, 80, 88, 96, 104, 112, 128, 256])
+@pytest.mark.parametrize("head_dim", [16, 64, 72, 80, 88, 96, 104, 112, 128, 256])
 @pytest.mark.parametrize("length", [50, 197, 257, 577, 1100])
 def test_attention_on_gpu(length: int, head_dim: int, dtype: torch.dtype, cuda: str) -> None:
     check_attention(2, 3, length, head_dim, dtype, cuda)
@@ -265,26 +262,21 @@ def test_any_strides(device: str) -> None:
 
 def test_weight_gradient_only_if_asked(device: str) -> None:
     query, key, value, grad_output, weights = attention_inputs(1, 2, 20, 16, torch.float32, device)
-    output, log_sums = backend.attention_forward(query, key, value, weights, 0.25)
-    inputs = (grad_output, query, key, value, weights, output, log_sums, 0.25)
-    with_weights = backend.attention_backward(*inputs, True)
-    without = backend.attention_backward(*inputs, False)
-    assert without[3].shape == (0,)
-    for ours, other in zip(without[:3], with_weights[:3], strict=True):
+    inputs = AttentionInputs(query, key, value, weights, 0.25)
+    *with_weights, _ = oracle.run_attention(BACKEND, inputs, grad_output, True)
+    *without, no_grad_weights = oracle.run_attention(BACKEND, inputs, grad_output, False)
+    assert no_grad_weights.shape == (0,)
+    for ours, other in zip(without, with_weights, strict=True):
         assert torch.equal(ours, other)
 
 
 def test_heads_too_wide_are_refused(device: str) -> None:
     query, key, value, _, weights = attention_inputs(1, 1, 2, 257, torch.float32, device)
     with pytest.raises(ValueError, match="at most 256; got 257"):
-        backend.attention_forward(query, key, value, weights, 1.0)
+        BACKEND.attention_forward(AttentionInputs(query, key, value, weights, 1.0))
 
 
 # Relevance
-
-RelevanceInputs = tuple[
-    Tensor, Tensor, Tensor | None, Tensor | None, float | None, Tensor | None, int
-]
 
 
 def relevance_inputs(
@@ -302,7 +294,7 @@ def relevance_inputs(
     prefix: int = 1,
 ) -> RelevanceInputs:
     features = features if proj else width
-    return (
+    return RelevanceInputs(
         (random_tensor(batch, length, width) * 2 + 3).to(dtype).to(device),
         random_tensor(groups, classes, features, dtype=dtype, seed=1).to(device),
         (random_tensor(width, seed=2) * 0.2 + 1).to(dtype).to(device) if norm else None,
@@ -332,9 +324,9 @@ def plain_relevance(inputs: RelevanceInputs) -> Tensor:
 
 
 def check_relevance(inputs: RelevanceInputs) -> None:
-    ours = backend.relevance(*inputs)
-    doubles = [t.double() if isinstance(t, Tensor) else t for t in inputs]
-    exact = reference.exact_relevance(*doubles)  # type: ignore[arg-type]
+    ours = BACKEND.relevance(inputs)
+    doubles = (t.double() if isinstance(t, Tensor) else t for t in inputs)
+    exact = reference.exact_relevance(RelevanceInputs._make(doubles))
     assert ours.dtype == torch.float32
     assert ours.shape == exact.shape
     assert_as_exact_as_plain(ours, plain_relevance(inputs), exact, "relevance")
@@ -378,30 +370,28 @@ def test_relevance_of_any_strides_and_mixed_types(device: str) -> None:
     assert gain is not None
     assert offset is not None
     assert proj is not None
-    expected = backend.relevance(
-        tokens, classes, gain.bfloat16(), offset, eps, proj.bfloat16(), prefix
-    )
-    strided = backend.relevance(
-        tokens.permute(2, 0, 1).contiguous().permute(1, 2, 0),
-        classes.mT.contiguous().mT,
-        gain.bfloat16().repeat_interleave(2)[::2],
-        offset,
-        eps,
-        proj.bfloat16().T.contiguous().T,
-        prefix,
+    inputs = RelevanceInputs(tokens, classes, gain.bfloat16(), offset, eps, proj.bfloat16(), prefix)
+    expected = BACKEND.relevance(inputs)
+    strided = BACKEND.relevance(
+        inputs._replace(
+            tokens=tokens.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+            class_embeddings=classes.mT.contiguous().mT,
+            norm_weight=gain.bfloat16().repeat_interleave(2)[::2],
+            proj=proj.bfloat16().T.contiguous().T,
+        )
     )
     torch.testing.assert_close(strided, expected, rtol=1e-5, atol=1e-6)
-    doubles = [t.double() for t in (tokens, classes, gain.bfloat16(), offset, proj.bfloat16())]
-    exact = reference.exact_relevance(*doubles[:4], eps, doubles[4], prefix)
+    doubles = (t.double() if isinstance(t, Tensor) else t for t in inputs)
+    exact = reference.exact_relevance(RelevanceInputs._make(doubles))
     torch.testing.assert_close(expected.double(), exact, rtol=1e-4, atol=1e-5)
 
 
 def test_relevance_keeps_nan_in_its_token_and_class(device: str) -> None:
     inputs = relevance_inputs(device)
-    expected = backend.relevance(*inputs)
+    expected = BACKEND.relevance(inputs)
     inputs[0][1, 8, 3] = NAN
     inputs[1][0, 2, 1] = NAN
-    result = backend.relevance(*inputs)
+    result = BACKEND.relevance(inputs)
     is_nan = torch.zeros_like(result, dtype=torch.bool)
     is_nan[1, :, 7] = True
     is_nan[:, 2] = True
@@ -476,9 +466,8 @@ def test_selection_of_any_shape(data: st.DataObject) -> None:
 def test_token_weights(groups: int, device: str) -> None:
     inputs = relevance_inputs(device, groups=groups, batch=4, length=21)
     table = random_tensor(6).to(device)
-    *parts, prefix = inputs
-    weights, counts = backend.token_weights(*parts, table, 6, prefix)
-    true_weights, true_counts = reference.token_weights(*parts, table, 6, prefix)
+    weights, counts = BACKEND.token_weights(inputs, table, 6)
+    true_weights, true_counts = oracle.REFERENCE.token_weights(inputs, table, 6)
     assert torch.equal(counts, true_counts)
     assert torch.equal(weights, true_weights)
 
@@ -487,9 +476,9 @@ def test_equal_tokens_are_selected_in_order(device: str) -> None:
     """Small integers, so that equal tokens have equal relevance on every backend."""
     tokens = torch.tensor([[4.0, 3.0], [3.0, 4.0], [0.0, 1.0]])[torch.arange(30) % 3]
     classes = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
-    inputs = (tokens[None].to(device), classes.to(device), None, None, None, None)
+    inputs = RelevanceInputs(tokens[None].to(device), classes.to(device), None, None, None, None, 0)
     table = torch.tensor([1.0, 0.5, 0.0], device=device)
-    _, counts = backend.token_weights(*inputs, table, 4, 0)
+    _, counts = BACKEND.token_weights(inputs, table, 4)
     first, third = counts[0, ::3], counts[0, 2::3]
     assert first.tolist() == third.tolist() == [1, 1, 1, 1, *6 * [0]]
     assert counts.sum() == 8
@@ -501,8 +490,8 @@ def test_equal_tokens_are_selected_in_order(device: str) -> None:
 def run_everything(device: str) -> list[Tensor]:
     results = run_attention(*attention_inputs(2, 2, 50, 24, torch.bfloat16, device), 0.2)
     inputs = relevance_inputs(device)
-    results.append(backend.relevance(*inputs))
-    results += backend.token_weights(*inputs[:6], random_tensor(6).to(device), 14, 1)
+    results.append(BACKEND.relevance(inputs))
+    results += BACKEND.token_weights(inputs, random_tensor(6).to(device), 14)
     return results
 
 
@@ -536,33 +525,34 @@ def test_same_inputs_same_bits(device: str) -> None:
 
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert backend.unavailable_reason() == ""
+    assert BACKEND.unavailable() == ""
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    assert backend.device_reason(cpu) == backend.device_reason(gpu) == ""
+    assert BACKEND.refusal(cpu) == BACKEND.refusal(gpu) == ""
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert "CUDA" in backend.device_reason(cpu)
+    assert "CUDA" in BACKEND.refusal(cpu)
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        assert "no CUDA device" in backend.unavailable_reason()
+        assert "no CUDA device" in BACKEND.unavailable()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Old GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
-    assert backend.unavailable_reason() == backend.device_reason(gpu) == ""
+    assert BACKEND.unavailable() == BACKEND.refusal(gpu) == ""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    for reason in (backend.unavailable_reason(), backend.device_reason(gpu)):
+    for reason in (BACKEND.unavailable(), BACKEND.refusal(gpu)):
         assert "Old GPU has compute capability 7.5" in reason
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install triton" in backend.unavailable_reason()
+    assert "pip install triton" in BACKEND.unavailable()
 
 
 def test_importing_the_backend_does_not_import_triton() -> None:
     program = (
         "import sys, torch\n"
         "before = 'triton' in sys.modules\n"
-        "import tir_kernels.backends.triton as backend\n"
-        "backend.unavailable_reason(), backend.device_reason(torch.device('cpu'))\n"
+        "from tir_kernels.operators.choose import load_backend\n"
+        "backend = load_backend('triton')\n"
+        "backend.unavailable(), backend.refusal(torch.device('cpu'))\n"
         "assert ('triton' in sys.modules) == before\n"
         "assert not before, 'PyTorch imports Triton itself: nothing shown'\n"
     )

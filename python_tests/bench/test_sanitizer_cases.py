@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import sanitizer_cases
-from tir_kernels.backends import cpu, reference
+from tir_kernels.operators.choose import load_backend
 
 SHAPES = {
     sanitizer_cases.run_attention: sanitizer_cases.ATTENTION_SHAPES[0],
@@ -20,7 +20,7 @@ NAMES = {
 
 @pytest.fixture(autouse=True)
 def needs_cpu_kernels() -> None:
-    if reason := cpu.unavailable_reason():
+    if reason := load_backend("cpu").unavailable():
         pytest.skip(reason)
 
 
@@ -31,9 +31,9 @@ def test_right_results_pass_and_wrong_ones_do_not(run, dtype, monkeypatch) -> No
     sanitizer_cases.compare("cpu", pairs, dtype)
 
     def of_another_problem(*arguments):
-        return [2 * result for result in getattr(reference, NAMES[run])(*arguments)]
+        return [2 * result for result in getattr(load_backend("reference"), NAMES[run])(*arguments)]
 
-    monkeypatch.setattr(cpu, NAMES[run], of_another_problem)
+    monkeypatch.setattr(load_backend("cpu"), NAMES[run], of_another_problem)
     with pytest.raises(AssertionError, match="case: off by"):
         sanitizer_cases.compare("case", run("cpu", SHAPES[run], dtype, "cpu"), dtype)
 

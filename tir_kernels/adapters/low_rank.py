@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tir_kernels.operators.adapters import philox_dropout
+from tir_kernels.operators.dropout import philox_dropout
 from tir_kernels.operators.second_derivative import differentiable_once
 from tir_kernels.precision import autocast_dtype, without_autocast
 

@@ -18,11 +18,10 @@ from tir_kernels import (
     token_weights,
 )
 from tir_kernels.adapters.handle import Handle, handles_on
+from tir_kernels.rules import PLACEMENTS
 from tir_kernels.scalars import whole_number
 from tir_kernels.towers import vision_tower
 from tir_kernels.towers.protocol import AttentionCall, Modifier, VisionTower
-
-PLACEMENTS = ("tokens", "attention", "both")
 
 
 class Reweighting(Handle):

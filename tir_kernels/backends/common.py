@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .protocol import AttentionInputs, RelevanceInputs
+
 RowGrid = tuple[int, int, int, int]  # address, and the strides of batch, head and row
 
 COSINE_EPS = 1e-8  # added to both norms of the cosine
@@ -20,15 +22,63 @@ TYPE_NAMES = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
+KERNEL_DTYPES = tuple(TYPE_NAMES)
 
 
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def type_name(tensor: Tensor | None) -> str:
+    """The kernels' name of a type; any where there is no tensor."""
+    return "float32" if tensor is None else TYPE_NAMES[tensor.dtype]
+
+
 def row_grid(tensor: Tensor) -> RowGrid:
     strides = tensor.stride()
     return tensor.data_ptr(), strides[0], strides[1], strides[2]
+
+
+def attention_problem(inputs: AttentionInputs) -> tuple[tuple[int, ...], str, float]:
+    """Shape, type and scale, with which every attention kernel's arguments begin."""
+    return tuple(inputs.query.shape), TYPE_NAMES[inputs.query.dtype], inputs.scale
+
+
+def relevance_problem(
+    inputs: RelevanceInputs, tokens: Tensor
+) -> tuple[tuple[int, ...], str, RowGrid]:
+    """Sizes, type and grid of the tokens, with which the relevance kernels' arguments begin.
+
+    Args:
+        inputs: The problem.
+        tokens: Its tokens, with channels that lie side by side.
+    """
+    batch, length, model_dim = tokens.shape
+    num_groups, num_classes, joint_dim = inputs.class_embeddings.shape
+    sizes = (
+        batch,
+        length,
+        inputs.num_prefix_tokens,
+        model_dim,
+        joint_dim,
+        num_groups,
+        num_classes,
+    )
+    return sizes, TYPE_NAMES[tokens.dtype], (address(tokens), tokens.stride(0), 0, tokens.stride(1))
+
+
+def projection_arguments(proj: Tensor | None) -> tuple[str, int, int, int]:
+    """Type, address and the strides of rows and columns, of which one must be 1."""
+    if proj is None:
+        return "float32", 0, 0, 0
+    row_stride, column_stride = proj.stride()
+    return TYPE_NAMES[proj.dtype], proj.data_ptr(), row_stride, column_stride
+
+
+def relevance_shape(inputs: RelevanceInputs) -> tuple[int, int, int]:
+    """(B, C, N)."""
+    batch, length, _ = inputs.tokens.shape
+    return batch, inputs.class_embeddings.shape[-2], length - inputs.num_prefix_tokens
 
 
 def with_contiguous_rows(tensor: Tensor) -> Tensor:

@@ -17,213 +17,180 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .common import TYPE_NAMES, address, row_grid, with_contiguous_rows
+from .common import (
+    KERNEL_DTYPES,
+    TYPE_NAMES,
+    address,
+    attention_problem,
+    projection_arguments,
+    relevance_problem,
+    relevance_shape,
+    row_grid,
+    type_name,
+    with_contiguous_rows,
+)
+from .optional import DropoutInputs
+from .protocol import AttentionInputs, BackwardInputs, Gradients, Pair, RelevanceInputs
 
-MAX_HEAD_DIM = 256
 _NOT_BUILT = (
     "the compiled kernels (tir_kernels._C) are not there: install a C++17 compiler "
     "(Debian, Ubuntu: apt install g++) and install tir_kernels again"
 )
 
 
-def unavailable_reason() -> str:
-    try:
-        _kernels()
-    except ImportError as error:
-        is_missing = isinstance(error, ModuleNotFoundError)
-        return _NOT_BUILT if is_missing else f"tir_kernels._C does not load: {error}"
-    except ValueError as error:  # TIR_CPU_ARCH asks for what the machine cannot do
-        return f"TIR_CPU_ARCH: {error}"
-    return ""
+class CpuBackend:
+    """Compiled kernels for tensors on the CPU."""
 
+    name = "cpu"
+    max_head_dim = 256
+    dtypes = KERNEL_DTYPES
 
-def device_reason(device: torch.device) -> str:
-    return "" if device.type == "cpu" else f"the cpu backend takes CPU tensors, not {device.type}"
+    def unavailable(self) -> str:
+        try:
+            _kernels()
+        except ImportError as error:
+            is_missing = isinstance(error, ModuleNotFoundError)
+            return _NOT_BUILT if is_missing else f"tir_kernels._C does not load: {error}"
+        except ValueError as error:  # TIR_CPU_ARCH asks for what the machine cannot do
+            return f"TIR_CPU_ARCH: {error}"
+        return ""
 
+    def refusal(self, device: torch.device) -> str:
+        is_served = device.type == "cpu"
+        return "" if is_served else f"the cpu backend takes CPU tensors, not {device.type}"
 
-def description() -> str:
-    """The instruction set in use, those that could be, and where threads come from."""
-    kernels = _kernels()
-    usable = ", ".join(name for name, is_supported in kernels.architectures() if is_supported)
-    return (
-        f"{kernels.architecture()} (this machine runs {usable}), "
-        f"{torch.get_num_threads()} threads from {kernels.thread_source()}"
-    )
+    def description(self) -> str:
+        """The instruction set in use, those that could be, and where threads come from; or nothing
+        where the kernels do not run.
+        """
+        if self.unavailable():
+            return ""
+        kernels = _kernels()
+        usable = ", ".join(name for name, is_supported in kernels.architectures() if is_supported)
+        return (
+            f"{kernels.architecture()} (this machine runs {usable}), "
+            f"{torch.get_num_threads()} threads from {kernels.thread_source()}"
+        )
 
+    def relevance(self, inputs: RelevanceInputs) -> Tensor:
+        tokens = with_contiguous_rows(inputs.tokens)
+        classes = _float32(inputs.class_embeddings)
+        gain, offset = _float32(inputs.norm_weight), _float32(inputs.norm_bias)
+        proj = None if inputs.proj is None else _projection(inputs.proj, tokens.dtype)
+        output = tokens.new_empty(relevance_shape(inputs), dtype=torch.float32)
+        _kernels().relevance(
+            *relevance_problem(inputs, tokens),
+            address(classes),
+            inputs.norm_eps is not None,
+            address(gain),
+            address(offset),
+            inputs.norm_eps or 0.0,
+            *projection_arguments(proj),
+            output.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return output
 
-def relevance(
-    tokens: Tensor,
-    class_embeddings: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_eps: float | None,
-    proj: Tensor | None,
-    num_prefix_tokens: int,
-) -> Tensor:
-    batch, length, width = tokens.shape
-    num_groups, num_classes, joint_width = class_embeddings.shape
-    tokens = with_contiguous_rows(tokens)
-    classes = class_embeddings.to(torch.float32).contiguous()
-    gain = None if norm_weight is None else norm_weight.to(torch.float32).contiguous()
-    offset = None if norm_bias is None else norm_bias.to(torch.float32).contiguous()
-    matrix = None if proj is None else _projection(proj, tokens.dtype)
-    output = tokens.new_empty((batch, num_classes, length - num_prefix_tokens), dtype=torch.float32)
-    _kernels().relevance(
-        (batch, length, num_prefix_tokens, width, joint_width, num_groups, num_classes),
-        TYPE_NAMES[tokens.dtype],
-        (tokens.data_ptr(), tokens.stride(0), 0, tokens.stride(1)),
-        classes.data_ptr(),
-        norm_eps is not None,
-        address(gain),
-        address(offset),
-        0.0 if norm_eps is None else norm_eps,
-        "float32" if matrix is None else TYPE_NAMES[matrix.dtype],
-        address(matrix),
-        *((0, 0) if matrix is None else matrix.stride()),
-        output.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return output
+    def token_weights(self, inputs: RelevanceInputs, table: Tensor, top_k: int) -> Pair:
+        scores = self.relevance(inputs)
+        batch, num_classes, num_patches = scores.shape
+        table = table.contiguous()
+        counts = scores.new_empty((batch, num_patches), dtype=torch.int32)
+        weights = scores.new_empty(inputs.tokens.shape[:2])
+        _kernels().select_tokens(
+            (batch, num_classes, num_patches, inputs.num_prefix_tokens),
+            top_k,
+            scores.data_ptr(),
+            table.data_ptr(),
+            counts.data_ptr(),
+            weights.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return weights, counts
 
+    def attention_forward(self, inputs: AttentionInputs) -> Pair:
+        query, key, value, weights, _ = inputs
+        weights = None if weights is None else weights.contiguous()
+        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        log_sum_exp = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+        _kernels().attention_forward(
+            *attention_problem(inputs),
+            row_grid(query),
+            row_grid(key),
+            row_grid(value),
+            address(weights),
+            output.data_ptr(),
+            log_sum_exp.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return output, log_sum_exp
 
-def token_weights(
-    tokens: Tensor,
-    class_embeddings: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_eps: float | None,
-    proj: Tensor | None,
-    table: Tensor,
-    top_k: int,
-    num_prefix_tokens: int,
-) -> tuple[Tensor, Tensor]:
-    scores = relevance(
-        tokens, class_embeddings, norm_weight, norm_bias, norm_eps, proj, num_prefix_tokens
-    )
-    batch, num_classes, num_patches = scores.shape
-    table = table.contiguous()
-    counts = scores.new_empty((batch, num_patches), dtype=torch.int32)
-    weights = scores.new_empty((batch, num_prefix_tokens + num_patches))
-    _kernels().select_tokens(
-        (batch, num_classes, num_patches, num_prefix_tokens),
-        top_k,
-        scores.data_ptr(),
-        table.data_ptr(),
-        counts.data_ptr(),
-        weights.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return weights, counts
+    def attention_backward(self, inputs: AttentionInputs, backward: BackwardInputs) -> Gradients:
+        query, key, value, weights, _ = inputs
+        output, log_sum_exp, grad_output, needs_weights_grad = backward
+        grad_output, output = with_contiguous_rows(grad_output), with_contiguous_rows(output)
+        weights = None if weights is None else weights.contiguous()
+        log_sum_exp = log_sum_exp.contiguous()
+        grad_query = query.new_empty(query.shape)
+        grad_key = key.new_empty(key.shape)
+        grad_value = value.new_empty(value.shape)
+        weights_shape = (query.shape[0], query.shape[2]) if needs_weights_grad else (0,)
+        grad_weights = log_sum_exp.new_empty(weights_shape)
+        _kernels().attention_backward(
+            *attention_problem(inputs),
+            row_grid(grad_output),
+            row_grid(query),
+            row_grid(key),
+            row_grid(value),
+            address(weights),
+            row_grid(output),
+            log_sum_exp.data_ptr(),
+            grad_query.data_ptr(),
+            grad_key.data_ptr(),
+            grad_value.data_ptr(),
+            grad_weights.data_ptr() if needs_weights_grad else 0,
+            torch.get_num_threads(),
+        )
+        return grad_query, grad_key, grad_value, grad_weights
 
+    def philox_dropout(self, inputs: DropoutInputs, output: Tensor) -> None:
+        rows, seeds, step, *numbers = inputs
+        seeds = seeds.contiguous()
+        _kernels().philox_dropout(
+            tuple(output.shape),
+            TYPE_NAMES[rows.dtype],
+            TYPE_NAMES[output.dtype],
+            rows.data_ptr(),
+            seeds.data_ptr(),
+            int(step),
+            *numbers,
+            output.data_ptr(),
+            torch.get_num_threads(),
+        )
 
-def attention_forward(
-    query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    weights = weights.contiguous()
-    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    log_sum_exp = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-    _kernels().attention_forward(
-        tuple(query.shape),
-        TYPE_NAMES[query.dtype],
-        scale,
-        row_grid(query),
-        row_grid(key),
-        row_grid(value),
-        weights.data_ptr(),
-        output.data_ptr(),
-        log_sum_exp.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return output, log_sum_exp
-
-
-def attention_backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weights: Tensor,
-    output: Tensor,
-    log_sum_exp: Tensor,
-    scale: float,
-    needs_weights_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_output, output = with_contiguous_rows(grad_output), with_contiguous_rows(output)
-    weights, log_sum_exp = weights.contiguous(), log_sum_exp.contiguous()
-    grad_query = query.new_empty(query.shape)
-    grad_key = key.new_empty(key.shape)
-    grad_value = value.new_empty(value.shape)
-    grad_weights = weights.new_empty(weights.shape if needs_weights_grad else (0,))
-    _kernels().attention_backward(
-        tuple(query.shape),
-        TYPE_NAMES[query.dtype],
-        scale,
-        row_grid(grad_output),
-        row_grid(query),
-        row_grid(key),
-        row_grid(value),
-        weights.data_ptr(),
-        row_grid(output),
-        log_sum_exp.data_ptr(),
-        grad_query.data_ptr(),
-        grad_key.data_ptr(),
-        grad_value.data_ptr(),
-        grad_weights.data_ptr() if needs_weights_grad else 0,
-        torch.get_num_threads(),
-    )
-    return grad_query, grad_key, grad_value, grad_weights
-
-
-def philox_dropout(
-    rows: Tensor,
-    seeds: Tensor,
-    step: Tensor,
-    stream: int,
-    first_branch: int,
-    threshold: int,
-    scale: float,
-    output: Tensor,
-) -> None:
-    seeds = seeds.contiguous()
-    _kernels().philox_dropout(
-        tuple(output.shape),
-        TYPE_NAMES[rows.dtype],
-        TYPE_NAMES[output.dtype],
-        rows.data_ptr(),
-        seeds.data_ptr(),
-        int(step),
-        stream,
-        first_branch,
-        threshold,
-        scale,
-        output.data_ptr(),
-        torch.get_num_threads(),
-    )
-
-
-def bias_activation(
-    hidden: Tensor, bias: Tensor | None, kind: str, grad_output: Tensor | None
-) -> Tensor:
-    output = torch.empty_like(hidden)
-    width = hidden.shape[-1]
-    bias = None if bias is None else bias.contiguous()
-    if bias is not None and bias.dtype not in TYPE_NAMES:
-        bias = bias.to(torch.float32)
-    if grad_output is not None:
-        grad_output = grad_output.to(hidden.dtype)
-    _kernels().activation(
-        kind,
-        hidden.numel() // width,
-        width,
-        TYPE_NAMES[hidden.dtype],
-        hidden.data_ptr(),
-        "float32" if bias is None else TYPE_NAMES[bias.dtype],
-        address(bias),
-        address(grad_output),
-        output.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return output
+    def bias_activation(
+        self, hidden: Tensor, bias: Tensor | None, kind: str, grad_output: Tensor | None
+    ) -> Tensor:
+        output = torch.empty_like(hidden)
+        width = hidden.shape[-1]
+        bias = None if bias is None else bias.contiguous()
+        if bias is not None and bias.dtype not in TYPE_NAMES:
+            bias = bias.to(torch.float32)
+        if grad_output is not None:
+            grad_output = grad_output.to(hidden.dtype)
+        _kernels().activation(
+            kind,
+            hidden.numel() // width,
+            width,
+            TYPE_NAMES[hidden.dtype],
+            hidden.data_ptr(),
+            type_name(bias),
+            address(bias),
+            address(grad_output),
+            output.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return output
 
 
 @functools.cache
@@ -266,3 +233,7 @@ def _projection(proj: Tensor, token_dtype: torch.dtype) -> Tensor:
     if not (proj.dtype == token_dtype == torch.bfloat16):
         proj = proj.to(torch.float32)
     return proj if 1 in proj.stride() else proj.contiguous()
+
+
+def _float32(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(torch.float32).contiguous()

@@ -6,221 +6,141 @@ get raw pointers and the stream that is current when they are called.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .common import (
-    TYPE_NAMES,
+    KERNEL_DTYPES,
     address,
+    attention_problem,
     device_guard,
+    projection_arguments,
     reason_of_all,
+    relevance_problem,
+    relevance_shape,
     row_grid,
+    type_name,
     with_contiguous_rows,
 )
+from .protocol import AttentionInputs, BackwardInputs, Gradients, Pair, RelevanceInputs
 
-MAX_HEAD_DIM = 128
 MIN_CAPABILITY = (8, 0)
 
 _NOT_BUILT = (
     "tir_kernels was installed without its CUDA kernels: put nvcc (CUDA 12.8 or newer) on PATH or "
     "set CUDA_HOME, and install it again; or use backend='triton'"
 )
-# Addresses of table (C + 1,), relevance (B, C, N) or 0, and counts (B, N); then P, C, top_k.
-_Derived = tuple[int, int, int, int, int, int]
+
+
+class DerivedWeights(NamedTuple):
+    """Weights of keys that the kernels look up by themselves, instead of reading them."""
+
+    table: int  # address of (C + 1,)
+    relevance: int  # address of (B, C, N) to select from, or 0
+    counts: int  # address of (B, N), written where they are found
+    num_prefix_tokens: int
+    num_classes: int
+    top_k: int
 
 
 class Launcher:
-    """The backend's functions over compiled kernels, which the tests can replace by emulated ones.
+    """The operations over compiled kernels; the tests have a subclass over emulated ones."""
 
-    ``current_stream(device)`` gives the stream to launch on, as an integer; ``guard(device)`` is a
-    context in which that device is current.
-    """
+    max_head_dim = 128
+    dtypes = KERNEL_DTYPES
+    _kernels: Any
 
-    MAX_HEAD_DIM = MAX_HEAD_DIM
+    def _current_stream(self, device: torch.device) -> int:
+        # What torch.cuda.current_stream() asks, without making an object of the answer.
+        return torch._C._cuda_getCurrentRawStream(device.index)
 
-    def __init__(self, kernels: Any, current_stream: Any, guard: Any) -> None:
-        self._kernels = kernels
-        self._current_stream = current_stream
-        self._guard = guard
+    def _guard(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        return device_guard(device)
 
-    def relevance(
-        self,
-        tokens: Tensor,
-        class_embeddings: Tensor,
-        norm_weight: Tensor | None,
-        norm_bias: Tensor | None,
-        norm_eps: float | None,
-        proj: Tensor | None,
-        num_prefix_tokens: int,
-    ) -> Tensor:
-        batch, length, width = tokens.shape
-        num_groups, num_classes, joint_width = class_embeddings.shape
-        tokens = with_contiguous_rows(tokens)
-        class_embeddings = class_embeddings.contiguous()
-        norm_weight, norm_bias = _of_one_type(norm_weight, norm_bias)
-        norm = norm_weight if norm_weight is not None else norm_bias
+    def relevance(self, inputs: RelevanceInputs) -> Tensor:
+        tokens = with_contiguous_rows(inputs.tokens)
+        class_embeddings = inputs.class_embeddings.contiguous()
+        norm_weight, norm_bias = _of_one_type(inputs.norm_weight, inputs.norm_bias)
+        proj = inputs.proj
         if proj is not None and 1 not in proj.stride():
             proj = proj.contiguous()
-        scores = _empty((batch, num_classes, length - num_prefix_tokens), tokens)
+        scores = _empty(relevance_shape(inputs), tokens)
         with self._guard(tokens.device):
             self._kernels.relevance(
-                (batch, length, num_prefix_tokens, width, joint_width, num_groups, num_classes),
-                TYPE_NAMES[tokens.dtype],
-                (tokens.data_ptr(), tokens.stride(0), 0, tokens.stride(1)),
-                TYPE_NAMES[class_embeddings.dtype],
+                *relevance_problem(inputs, tokens),
+                type_name(class_embeddings),
                 class_embeddings.data_ptr(),
-                norm_eps is not None,
-                "float32" if norm is None else TYPE_NAMES[norm.dtype],
+                inputs.norm_eps is not None,
+                type_name(norm_bias if norm_weight is None else norm_weight),
                 address(norm_weight),
                 address(norm_bias),
-                0.0 if norm_eps is None else norm_eps,
-                "float32" if proj is None else TYPE_NAMES[proj.dtype],
-                address(proj),
-                *((0, 0) if proj is None else proj.stride()),
+                inputs.norm_eps or 0.0,
+                *projection_arguments(proj),
                 scores.data_ptr(),
                 self._current_stream(tokens.device),
             )
         return scores
 
-    def token_weights(
-        self,
-        tokens: Tensor,
-        class_embeddings: Tensor,
-        norm_weight: Tensor | None,
-        norm_bias: Tensor | None,
-        norm_eps: float | None,
-        proj: Tensor | None,
-        table: Tensor,
-        top_k: int,
-        num_prefix_tokens: int,
-    ) -> tuple[Tensor, Tensor]:
-        scores = self.relevance(
-            tokens, class_embeddings, norm_weight, norm_bias, norm_eps, proj, num_prefix_tokens
-        )
-        weights = _empty(tokens.shape[:2], tokens)
-        return weights, self._select(scores, table.contiguous(), top_k, num_prefix_tokens, weights)
+    def token_weights(self, inputs: RelevanceInputs, table: Tensor, top_k: int) -> Pair:
+        scores = self.relevance(inputs)
+        weights = _empty(inputs.tokens.shape[:2], scores)
+        return weights, self._select(scores, table.contiguous(), top_k, weights)
 
-    def attention_forward(
-        self, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        return self._forward(query, key, value, weights.contiguous(), None, scale)
+    def attention_forward(self, inputs: AttentionInputs) -> Pair:
+        weights = None if inputs.weights is None else inputs.weights.contiguous()
+        derived = _weights_of_one(inputs.query) if weights is None else None
+        return self._forward(inputs, weights, derived)
 
-    def attention_backward(
-        self,
-        grad_output: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        weights: Tensor,
-        output: Tensor,
-        log_sum_exp: Tensor,
-        scale: float,
-        needs_weights_grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        weights = weights.contiguous()
-        return self._backward(
-            grad_output,
-            query,
-            key,
-            value,
-            weights,
-            None,
-            output,
-            log_sum_exp,
-            scale,
-            needs_weights_grad,
-        )
+    def attention_backward(self, inputs: AttentionInputs, backward: BackwardInputs) -> Gradients:
+        weights = None if inputs.weights is None else inputs.weights.contiguous()
+        derived = _weights_of_one(inputs.query) if weights is None else None
+        return self._backward(inputs, weights, derived, backward)
 
     def reweighted_forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        tokens: Tensor,
-        class_embeddings: Tensor,
-        norm_weight: Tensor | None,
-        norm_bias: Tensor | None,
-        norm_eps: float | None,
-        proj: Tensor | None,
-        table: Tensor,
-        top_k: int,
-        num_prefix_tokens: int,
-        scale: float,
+        self, attention: AttentionInputs, relevance: RelevanceInputs, table: Tensor, top_k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """No weight is written: the attention kernel selects and looks weights up by itself."""
-        scores = self.relevance(
-            tokens, class_embeddings, norm_weight, norm_bias, norm_eps, proj, num_prefix_tokens
-        )
+        scores = self.relevance(relevance)
         table = table.contiguous()
         batch, num_classes, num_patches = scores.shape
         if self._kernels.can_select(num_patches, num_classes):
             counts = _empty((batch, num_patches), scores, torch.int32)
             found_in = scores.data_ptr()
         else:
-            counts = self._select(scores, table, top_k, num_prefix_tokens, None)
+            counts = self._select(scores, table, top_k, None)
             found_in = 0
-        derived = (
+        derived = DerivedWeights(
             table.data_ptr(),
             found_in,
             counts.data_ptr(),
-            num_prefix_tokens,
+            relevance.num_prefix_tokens,
             num_classes,
             top_k,
         )
-        return (*self._forward(query, key, value, None, derived, scale), counts)
+        return (*self._forward(attention, None, derived), counts)
 
     def reweighted_backward(
-        self,
-        grad_output: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        counts: Tensor,
-        table: Tensor,
-        output: Tensor,
-        log_sum_exp: Tensor,
-        scale: float,
-        needs_weights_grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self, inputs: AttentionInputs, backward: BackwardInputs, counts: Tensor, table: Tensor
+    ) -> Gradients:
         table, counts = table.contiguous(), counts.contiguous()
-        num_prefix_tokens = query.shape[2] - counts.shape[1]
-        derived = (
-            table.data_ptr(),
-            0,
-            counts.data_ptr(),
-            num_prefix_tokens,
-            table.shape[0] - 1,
-            0,
+        num_prefix_tokens = inputs.query.shape[2] - counts.shape[1]
+        num_classes = table.shape[0] - 1
+        derived = DerivedWeights(
+            table.data_ptr(), 0, counts.data_ptr(), num_prefix_tokens, num_classes, 0
         )
-        return self._backward(
-            grad_output,
-            query,
-            key,
-            value,
-            None,
-            derived,
-            output,
-            log_sum_exp,
-            scale,
-            needs_weights_grad,
-        )
+        return self._backward(inputs, None, derived, backward)
 
-    def _select(
-        self,
-        scores: Tensor,
-        table: Tensor,
-        top_k: int,
-        num_prefix_tokens: int,
-        weights: Tensor | None,
-    ) -> Tensor:
+    def _select(self, scores: Tensor, table: Tensor, top_k: int, weights: Tensor | None) -> Tensor:
         """Counts (B, N); ``weights`` (B, L) is filled where it is given."""
         batch, num_classes, num_patches = scores.shape
+        num_prefix_tokens = 0 if weights is None else weights.shape[1] - num_patches
         counts = _empty((batch, num_patches), scores, torch.int32)
         with self._guard(scores.device):
             self._kernels.select_tokens(
@@ -235,24 +155,15 @@ class Launcher:
         return counts
 
     def _forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        weights: Tensor | None,
-        derived: _Derived | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
+        self, inputs: AttentionInputs, weights: Tensor | None, derived: DerivedWeights | None
+    ) -> Pair:
+        query = inputs.query
         output = _empty(query.shape, query, query.dtype)
         log_sum_exp = _empty(query.shape[:3], query)
         with self._guard(query.device):
             self._kernels.attention_forward(
-                query.shape,
-                TYPE_NAMES[query.dtype],
-                scale,
-                row_grid(query),
-                row_grid(key),
-                row_grid(value),
+                *attention_problem(inputs),
+                *map(row_grid, inputs[:3]),
                 address(weights),
                 derived,
                 output.data_ptr(),
@@ -263,35 +174,27 @@ class Launcher:
 
     def _backward(
         self,
-        grad_output: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        inputs: AttentionInputs,
         weights: Tensor | None,
-        derived: _Derived | None,
-        output: Tensor,
-        log_sum_exp: Tensor,
-        scale: float,
-        needs_weights_grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        output, log_sum_exp = with_contiguous_rows(output), log_sum_exp.contiguous()
-        grad_query = _empty(query.shape, query, query.dtype)
-        grad_key = _empty(query.shape, query, query.dtype)
-        grad_value = _empty(query.shape, query, query.dtype)
+        derived: DerivedWeights | None,
+        backward: BackwardInputs,
+    ) -> Gradients:
+        query = inputs.query
+        output = with_contiguous_rows(backward.output)
+        log_sum_exp = backward.log_sum_exp.contiguous()
+        grad_query, grad_key, grad_value = (
+            _empty(query.shape, query, query.dtype) for _ in range(3)
+        )
         delta = _empty(log_sum_exp.shape, query)
         partial = grad_weights = None
-        if needs_weights_grad:
+        if backward.needs_weights_grad:
             partial = _empty(log_sum_exp.shape, query)
             grad_weights = _empty((query.shape[0], query.shape[2]), query)
         with self._guard(query.device):
             self._kernels.attention_backward(
-                query.shape,
-                TYPE_NAMES[query.dtype],
-                scale,
-                row_grid(grad_output),
-                row_grid(query),
-                row_grid(key),
-                row_grid(value),
+                *attention_problem(inputs),
+                row_grid(backward.grad_output),
+                *map(row_grid, inputs[:3]),
                 address(weights),
                 derived,
                 row_grid(output),
@@ -309,25 +212,46 @@ class Launcher:
         return grad_query, grad_key, grad_value, grad_weights
 
 
-def unavailable_reason() -> str:
-    try:
+class CudaBackend(Launcher):
+    """Compiled kernels for tensors on GPUs of capability 8.0 and newer."""
+
+    name = "cuda"
+
+    @functools.cached_property
+    def _kernels(self) -> Any:
         kernels = _compiled()
-    except ImportError as error:
-        return f"tir_kernels._C does not load: {error}"
-    if kernels is None:
-        return _NOT_BUILT
-    if not torch.cuda.is_available():
-        return "no CUDA device is visible to PyTorch; use the cpu backend"
-    if reason := _runtime_reason(kernels):
-        return reason
-    return reason_of_all(functools.partial(_card_reason, kernels))
+        if kernels is None:
+            raise RuntimeError(_NOT_BUILT)
+        return kernels
 
+    def unavailable(self) -> str:
+        try:
+            kernels = _compiled()
+        except ImportError as error:
+            return f"tir_kernels._C does not load: {error}"
+        if kernels is None:
+            return _NOT_BUILT
+        if not torch.cuda.is_available():
+            return "no CUDA device is visible to PyTorch; use the cpu backend"
+        if reason := _runtime_reason(kernels):
+            return reason
+        return reason_of_all(functools.partial(_card_reason, kernels))
 
-def device_reason(device: torch.device) -> str:
-    if device.type != "cuda":
-        return f"the kernels run on a GPU, not on {device.type}"
-    kernels = _compiled()
-    return _NOT_BUILT if kernels is None else _card_reason(kernels, device.index)
+    def refusal(self, device: torch.device) -> str:
+        if device.type != "cuda":
+            return f"the kernels run on a GPU, not on {device.type}"
+        kernels = _compiled()
+        return _NOT_BUILT if kernels is None else _card_reason(kernels, device.index)
+
+    def description(self) -> str:
+        """The architectures that the kernels were built for, or nothing where they were not."""
+        try:
+            kernels = _compiled()
+        except ImportError:
+            return ""
+        if kernels is None:
+            return ""
+        return f"built for {kernels.architectures()} with CUDA {_release(kernels.runtime()[0])}"
 
 
 def _runtime_reason(kernels: Any) -> str:
@@ -386,17 +310,6 @@ def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
     return False
 
 
-def description() -> str:
-    """The architectures that the kernels were built for, or nothing where they were not built."""
-    try:
-        kernels = _compiled()
-    except ImportError:
-        return ""
-    if kernels is None:
-        return ""
-    return f"built for {kernels.architectures()} with CUDA {_release(kernels.runtime()[0])}"
-
-
 def _compiled() -> ModuleType | None:
     """The compiled kernels, or None where the package was installed without them."""
     try:
@@ -405,34 +318,13 @@ def _compiled() -> ModuleType | None:
         return None
 
 
-@functools.cache
-def _launcher() -> Launcher:
-    kernels = _compiled()
-    if kernels is None:
-        raise RuntimeError(_NOT_BUILT)
-    return Launcher(kernels, _current_stream, device_guard)
+def _weights_of_one(query: Tensor) -> DerivedWeights:
+    """No weights to read: every token is a prefix token, whose weight is 1.
 
-
-def __getattr__(name: str) -> Any:
-    """The functions of a backend are those of the one launcher, made when first asked for."""
-    if name in _FUNCTIONS:
-        return getattr(_launcher(), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-_FUNCTIONS = (
-    "relevance",
-    "token_weights",
-    "attention_forward",
-    "attention_backward",
-    "reweighted_forward",
-    "reweighted_backward",
-)
-
-
-def _current_stream(device: torch.device) -> int:
-    # What torch.cuda.current_stream() asks, without making an object of the answer.
-    return torch._C._cuda_getCurrentRawStream(device.index)
+    So neither the table nor the counts are looked at, and any address serves for them.
+    """
+    unread = query.data_ptr()
+    return DerivedWeights(unread, 0, unread, query.shape[2], 1, 0)
 
 
 def _empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,18 +15,13 @@ from torch import Tensor
 
 from tir_kernels.precision import without_autocast
 
-from .common import COSINE_EPS, MAX_EXPONENT
+from .common import COSINE_EPS, KERNEL_DTYPES, MAX_EXPONENT
+from .optional import DropoutInputs
+from .protocol import AttentionInputs, BackwardInputs, Gradients, Pair, RelevanceInputs
 
-Parameters = ParamSpec("Parameters")
+Inputs = TypeVar("Inputs", RelevanceInputs, AttentionInputs)
+Others = ParamSpec("Others")
 Result = TypeVar("Result")
-
-
-def unavailable_reason() -> str:
-    return ""
-
-
-def device_reason(device: torch.device) -> str:
-    return ""
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -34,14 +29,15 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if is_double else torch.float32
 
 
-def _without_autocast(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+def _without_autocast(
+    function: Callable[Concatenate[Inputs, Others], Result],
+) -> Callable[Concatenate[Inputs, Others], Result]:
     """Keep an autocast region around the operator from rounding the products inside it."""
 
     @functools.wraps(function)
-    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        device_type = next(a.device.type for a in args if isinstance(a, Tensor))
-        with without_autocast(device_type):
-            return function(*args, **kwargs)
+    def run(inputs: Inputs, *args: Others.args, **kwargs: Others.kwargs) -> Result:
+        with without_autocast(inputs[0].device.type):
+            return function(inputs, *args, **kwargs)
 
     return run
 
@@ -70,16 +66,9 @@ def _normalize(rows: Tensor, scale: Tensor | float = 1.0) -> Tensor:
 
 
 @_without_autocast
-def exact_relevance(
-    tokens: Tensor,
-    class_embeddings: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_eps: float | None,
-    proj: Tensor | None,
-    num_prefix_tokens: int,
-) -> Tensor:
+def exact_relevance(inputs: RelevanceInputs) -> Tensor:
     """Relevance in the type it is computed in, so that float64 inputs give a float64 oracle."""
+    tokens, class_embeddings, norm_weight, norm_bias, norm_eps, proj, num_prefix_tokens = inputs
     dtype = compute_dtype(tokens, class_embeddings, norm_weight, norm_bias, proj)
     features, factor = _within_range(tokens[:, num_prefix_tokens:].to(dtype))
     scale: Tensor | float = factor
@@ -100,20 +89,6 @@ def exact_relevance(
     grouped = features.reshape(num_groups, batch // num_groups, *features.shape[1:])
     cosines = torch.matmul(classes[:, None], grouped.mT)
     return cosines.reshape(batch, classes.shape[1], features.shape[1])
-
-
-def relevance(
-    tokens: Tensor,
-    class_embeddings: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_eps: float | None,
-    proj: Tensor | None,
-    num_prefix_tokens: int,
-) -> Tensor:
-    return exact_relevance(
-        tokens, class_embeddings, norm_weight, norm_bias, norm_eps, proj, num_prefix_tokens
-    ).float()
 
 
 def count_selections(relevance: Tensor, top_k: int) -> Tensor:
@@ -138,88 +113,64 @@ def look_up_weights(counts: Tensor, table: Tensor, num_prefix_tokens: int) -> Te
     return F.pad(table[counts.long()], (num_prefix_tokens, 0), value=1.0)
 
 
-def token_weights(
-    tokens: Tensor,
-    class_embeddings: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_eps: float | None,
-    proj: Tensor | None,
-    table: Tensor,
-    top_k: int,
-    num_prefix_tokens: int,
-) -> tuple[Tensor, Tensor]:
-    scores = relevance(
-        tokens, class_embeddings, norm_weight, norm_bias, norm_eps, proj, num_prefix_tokens
-    )
-    counts = count_selections(scores, top_k)
-    return look_up_weights(counts, table, num_prefix_tokens), counts
-
-
-def _drop_unattended(tensor: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """Zero the rows of keys or values that no query attends to, so that not even NaN gets out."""
-    return tensor.to(dtype).masked_fill((weights <= 0)[:, None, :, None], 0.0)
+def _masked(tensor: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Keys or values, 0 in rows that no query attends to, so that not even NaN gets out."""
+    rows = tensor.to(dtype)
+    return rows if weights is None else rows.masked_fill((weights <= 0)[:, None, :, None], 0.0)
 
 
 @_without_autocast
-def attention_forward(
-    query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def attention_forward(inputs: AttentionInputs) -> Pair:
+    query, key, value, weights, scale = inputs
     dtype = compute_dtype(query, weights)
-    # Adding log(weight) to the scores is the definition; the maximum is then taken over attended
-    # keys only, and a row that attends to nothing has a log-sum-exp of -inf.
-    bias = weights.to(dtype).clamp(min=0).log()[:, None, None, :]
-    scores = query.to(dtype) @ _drop_unattended(key, weights, dtype).mT * scale + bias
+    scores = query.to(dtype) @ _masked(key, weights, dtype).mT * scale
+    if weights is not None:
+        # Adding log(weight) to the scores is the definition; the maximum is then taken over
+        # attended keys only, and a row that attends to nothing has a log-sum-exp of -inf.
+        scores = scores + weights.to(dtype).clamp(min=0).log()[:, None, None, :]
     log_sum_exp = scores.logsumexp(-1)
     empty_row = log_sum_exp.isneginf()[..., None]
     probabilities = (scores - log_sum_exp[..., None]).exp().masked_fill(empty_row, 0.0)
-    output = probabilities @ _drop_unattended(value, weights, dtype)
+    output = probabilities @ _masked(value, weights, dtype)
     return output.to(query.dtype), log_sum_exp
 
 
 @_without_autocast
-def attention_backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weights: Tensor,
-    output: Tensor,
-    log_sum_exp: Tensor,
-    scale: float,
-    needs_weights_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def attention_backward(inputs: AttentionInputs, backward: BackwardInputs) -> Gradients:
+    query, key, value, weights, scale = inputs
     dtype = compute_dtype(query, weights)
-    # At weight 0 the derivative of the weight has a finite limit that needs the true key and value,
-    # so these are zeroed only where the weight is negative, which acts as a constant 0.
-    is_negative = (weights < 0)[:, None, :, None]
-    keys = key.to(dtype).masked_fill(is_negative, 0.0)
-    values = value.to(dtype).masked_fill(is_negative, 0.0)
-    queries, grads = query.to(dtype), grad_output.to(dtype)
-    empty_row = log_sum_exp.isneginf()[..., None]
-    log_sums = log_sum_exp.to(dtype)[..., None]
+    queries, keys, values = (t.to(dtype) for t in (query, key, value))
+    output, grads = backward.output.to(dtype), backward.grad_output.to(dtype)
+    empty_row = backward.log_sum_exp.isneginf()[..., None]
+    log_sums = backward.log_sum_exp.to(dtype)[..., None]
+    if weights is not None:
+        # At weight 0 the derivative of the weight has a finite limit that needs the true key and
+        # value, so these are zeroed only where the weight is negative, which acts as a constant 0.
+        is_negative = (weights < 0)[:, None, :, None]
+        keys, values = keys.masked_fill(is_negative, 0.0), values.masked_fill(is_negative, 0.0)
+        # Weights that are all huge, or all tiny, are scaled by a power of two, (B, 1): a
+        # probability divided by its weight would leave float32's range.
+        scaled, scale_of_weights = _within_range(weights.to(dtype).clamp(min=0), tiny_too=True)
+        log_sums = log_sums + scale_of_weights.log()[..., None, None]
 
-    # Weights that are all huge, or all tiny, are scaled by a power of two, (B, 1): a probability
-    # divided by its weight would leave float32's range.
-    scaled, scale_of_weights = _within_range(weights.to(dtype).clamp(min=0), tiny_too=True)
-    log_sums = log_sums + scale_of_weights.log()[..., None, None]
-    scaled = scaled[:, None, None, :]
     exponents = (queries @ keys.mT * scale - log_sums).clamp(max=MAX_EXPONENT)
     per_weight = exponents.exp().masked_fill(empty_row, 0.0)  # probability / scaled weight
     grad_probabilities = grads @ values.mT
-    delta = (grads * output.to(dtype)).sum(-1, keepdim=True)
+    delta = (grads * output).sum(-1, keepdim=True)
     grad_per_weight = per_weight * (grad_probabilities - delta)
+    grad_weights = query.new_empty(0, dtype=dtype if weights is None else weights.dtype)
 
-    ignored = (weights <= 0)[:, None, None, :]
-    probabilities = (per_weight * scaled).masked_fill(ignored, 0.0)
-    grad_scores = (grad_per_weight * scaled).masked_fill(ignored, 0.0)
-    grad_query = grad_scores @ _drop_unattended(key, weights, dtype) * scale
+    probabilities, grad_scores = per_weight, grad_per_weight
+    if weights is not None:
+        factor, ignored = scaled[:, None, None, :], (weights <= 0)[:, None, None, :]
+        probabilities = (per_weight * factor).masked_fill(ignored, 0.0)
+        grad_scores = (grad_per_weight * factor).masked_fill(ignored, 0.0)
+        if backward.needs_weights_grad:
+            of_weights = grad_per_weight.sum((1, 2)).masked_fill(weights < 0, 0.0)
+            grad_weights = (of_weights * scale_of_weights).to(weights.dtype)
+    grad_query = grad_scores @ _masked(key, weights, dtype) * scale
     grad_key = grad_scores.mT @ queries * scale
     grad_value = probabilities.mT @ grads
-    grad_weights = weights.new_empty(0)
-    if needs_weights_grad:
-        grad_weights = grad_per_weight.sum((1, 2)).masked_fill(weights < 0, 0.0) * scale_of_weights
-        grad_weights = grad_weights.to(weights.dtype)
     return (
         grad_query.to(query.dtype),
         grad_key.to(query.dtype),
@@ -228,17 +179,8 @@ def attention_backward(
     )
 
 
-def philox_dropout(
-    rows: Tensor,
-    seeds: Tensor,
-    step: Tensor,
-    stream: int,
-    first_branch: int,
-    threshold: int,
-    scale: float,
-    output: Tensor,
-) -> None:
-    """Fill ``output`` (G, K, S, T, D); ``csrc/include/tir/adapters.h`` says how."""
+def philox_dropout(inputs: DropoutInputs, output: Tensor) -> None:
+    rows, seeds, step, stream, first_branch, threshold, scale = inputs
     groups, branches, sequences, length, width = output.shape
     device = rows.device
     num_blocks = (width + 7) // 8
@@ -288,3 +230,28 @@ def bias_activation(
         return (x * sigmoid).to(hidden.dtype)
     slope = sigmoid * (1 + 1.702 * x * (1 - sigmoid))
     return (grad_output.to(dtype) * slope).to(hidden.dtype)
+
+
+class ReferenceBackend:
+    """Plain PyTorch, on any device and in float64 too."""
+
+    name = "reference"
+    max_head_dim = None
+    dtypes = (*KERNEL_DTYPES, torch.float64)
+    attention_forward = staticmethod(attention_forward)
+    attention_backward = staticmethod(attention_backward)
+    philox_dropout = staticmethod(philox_dropout)
+    bias_activation = staticmethod(bias_activation)
+
+    def unavailable(self) -> str:
+        return ""
+
+    def refusal(self, device: torch.device) -> str:
+        return ""
+
+    def relevance(self, inputs: RelevanceInputs) -> Tensor:
+        return exact_relevance(inputs).float()
+
+    def token_weights(self, inputs: RelevanceInputs, table: Tensor, top_k: int) -> Pair:
+        counts = count_selections(self.relevance(inputs), top_k)
+        return look_up_weights(counts, table, inputs.num_prefix_tokens), counts

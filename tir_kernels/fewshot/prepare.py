@@ -262,7 +262,7 @@ def _require_backend(backend: str, device: str) -> None:
     if backend == AUTO:
         return
     with settings_named():
-        error = refusal(backend, torch.device(device), False)
+        error = refusal(backend, torch.device(device))
         if error is not None:
             raise error
 

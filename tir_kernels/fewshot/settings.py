@@ -7,7 +7,7 @@ from typing import Any
 
 from tir_kernels.fewshot import fields
 from tir_kernels.fewshot.methods import Method, method_class
-from tir_kernels.operators.choose import backend_names
+from tir_kernels.operators.choose import backend_names, require_backend
 from tir_kernels.scalars import whole_number
 
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -20,8 +20,6 @@ def _backends() -> tuple[str, ...]:
 
 
 def _backend(name: str, value: object) -> object:
-    from tir_kernels.operators.checks import require_backend
-
     require_backend(value)
     return value
 

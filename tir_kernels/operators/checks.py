@@ -5,15 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tir_kernels.operators.choose import backend_names
+from tir_kernels.backends.protocol import RelevanceInputs
+from tir_kernels.operators.choose import require_backend
 from tir_kernels.rules import JointSpace, WeightRule
 from tir_kernels.scalars import finite_number, whole_number
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
+_NO_MAP = JointSpace(norm_eps=None)
 
-def require_tensor(name: str, value: object, shape: str) -> Tensor:
-    """Refuse what is no floating point tensor of the rank that ``shape`` spells, "(B, L, D)"."""
+
+def require_float(name: str, value: object, shape: str) -> Tensor:
+    """Refuse what is no floating point tensor; ``shape`` is for the message alone."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {shape}; got {type(value).__name__}")
     if value.dtype not in FLOAT_DTYPES:
@@ -21,6 +24,12 @@ def require_tensor(name: str, value: object, shape: str) -> Tensor:
             f"{name} must be float32, float16, bfloat16 or (backend='reference') float64; "
             f"got {value.dtype}"
         )
+    return value
+
+
+def require_tensor(name: str, value: object, shape: str) -> Tensor:
+    """Refuse what is no floating point tensor of the rank that ``shape`` spells, "(B, L, D)"."""
+    value = require_float(name, value, shape)
     if value.dim() != shape.count(",") + 1:
         raise ValueError(f"{name} must have shape {shape}; got {tuple(value.shape)}")
     return value
@@ -30,15 +39,6 @@ def require_same_device(name: str, value: Tensor, other_name: str, other: Tensor
     if value.device != other.device:
         raise ValueError(
             f"{name} must be on the device of {other_name}, {other.device}; it is on {value.device}"
-        )
-
-
-def require_backend(backend: object) -> None:
-    if not isinstance(backend, str):
-        raise TypeError(f"backend must be a str; got {type(backend).__name__}")
-    if backend != "auto" and backend not in backend_names():
-        raise ValueError(
-            f"backend must be 'auto' or one of {', '.join(backend_names())}; got {backend!r}"
         )
 
 
@@ -58,8 +58,8 @@ def check_relevance_inputs(
     joint_space: JointSpace | None,
     num_prefix_tokens: int,
     backend: str,
-) -> tuple[Tensor, JointSpace, int]:
-    """Class embeddings as (G, C, E), the joint space (no map at all if None) and P as an int."""
+) -> RelevanceInputs:
+    """The inputs of relevance, to which no gradient flows."""
     require_backend(backend)
     require_tensor("tokens", tokens, "(B, L, D)")
     if not isinstance(class_embeddings, Tensor) or class_embeddings.dim() != 3:
@@ -83,9 +83,23 @@ def check_relevance_inputs(
         )
     num_prefix_tokens = check_num_prefix_tokens(num_prefix_tokens, length)
     if joint_space is None:
-        joint_space = JointSpace(norm_eps=None)
+        joint_space = _NO_MAP
     _check_joint_space(joint_space, tokens, joint_width)
-    return class_embeddings, joint_space, num_prefix_tokens
+    # A number read from an attribute would be no constant of a compiled graph.
+    norm_eps = None if joint_space.norm_eps is None else float(joint_space.norm_eps)
+    return RelevanceInputs(
+        tokens.detach(),
+        class_embeddings.detach(),
+        _detached(joint_space.norm_weight),
+        _detached(joint_space.norm_bias),
+        norm_eps,
+        _detached(joint_space.proj),
+        num_prefix_tokens,
+    )
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
 
 
 def _check_joint_space(joint_space: JointSpace, tokens: Tensor, joint_width: int) -> None:
@@ -114,14 +128,13 @@ def _check_joint_space(joint_space: JointSpace, tokens: Tensor, joint_width: int
         )
 
 
-def resolve_table(
-    rule: WeightRule, table: Tensor | None, tokens: Tensor, num_classes: int
-) -> Tensor:
+def resolve_table(rule: WeightRule, table: Tensor | None, inputs: RelevanceInputs) -> Tensor:
     """The table that applies, (C + 1,) on the device of the tokens: the caller's or the rule's.
 
     It is float32; float64 tokens with a float64 table keep it float64, so that the reference can be
     differentiated numerically.
     """
+    tokens, num_classes = inputs.tokens, inputs.class_embeddings.shape[1]
     if not isinstance(rule, WeightRule):
         raise TypeError(f"rule must be a WeightRule; got {type(rule).__name__}")
     if table is None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
 
-from tir_kernels.operators.adapters import bias_activation
+from tir_kernels.operators.bias_activation import bias_activation
 
 
 class _FrozenMlp(nn.Sequential):

@@ -18,7 +18,7 @@ struct AttentionShape {
 struct AttentionForward {
   AttentionShape shape;
   RowGrid query, key, value;  // [B, H, L, d]
-  const float* weights;       // [B, L]
+  const float* weights;       // [B, L], or null: then 1, or found by the launcher
   void* output;               // [B, H, L, d], contiguous
   float* log_sum_exp;         // [B, H, L]
 };
@@ -27,7 +27,7 @@ struct AttentionBackward {
   AttentionShape shape;
   RowGrid grad_output;         // [B, H, L, d]
   RowGrid query, key, value;   // [B, H, L, d]
-  const float* weights;        // [B, L]
+  const float* weights;        // [B, L], or null as above
   RowGrid output;              // [B, H, L, d]
   const float* log_sum_exp;    // [B, H, L]
   void* grad_query;            // [B, H, L, d], contiguous

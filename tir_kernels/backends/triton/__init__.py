@@ -6,42 +6,25 @@ the kernels run on the CPU, slowly, which is how they are tested where there is 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from ..common import reason_of_all
+from ..common import KERNEL_DTYPES, reason_of_all
+from ..optional import DropoutInputs
+from ..protocol import AttentionInputs, BackwardInputs, Gradients, Pair, RelevanceInputs
+from .configs import MAX_HEAD_DIM
 
-MAX_HEAD_DIM = 256
 MIN_CAPABILITY = (8, 0)
 
 
 def interpreter_is_on() -> bool:
     """Whether Triton interprets kernels instead of compiling them, by Triton's own reading."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
-
-
-def unavailable_reason() -> str:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install triton (Linux)"
-    if interpreter_is_on():
-        return ""
-    if not torch.cuda.is_available():
-        return (
-            "no CUDA device is visible to PyTorch; use the cpu backend, or set TRITON_INTERPRET=1 "
-            "to run the kernels slowly on the CPU"
-        )
-    return reason_of_all(_card_reason)
-
-
-def device_reason(device: torch.device) -> str:
-    if interpreter_is_on() and device.type in ("cpu", "cuda"):
-        return ""
-    if device.type == "cuda":
-        return _card_reason(device.index)
-    return f"Triton kernels run on CUDA tensors, not on {device.type!r}; use another backend there"
 
 
 def _card_reason(index: int | None) -> str:
@@ -55,85 +38,77 @@ def _card_reason(index: int | None) -> str:
     )
 
 
-def relevance(
-    tokens: Tensor,
-    class_embeddings: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_eps: float | None,
-    proj: Tensor | None,
-    num_prefix_tokens: int,
-) -> Tensor:
-    from .kernels.relevance import relevance as launch
-
-    return launch(
-        tokens, class_embeddings, norm_weight, norm_bias, norm_eps, proj, num_prefix_tokens
-    )
-
-
-def token_weights(
-    tokens: Tensor,
-    class_embeddings: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_eps: float | None,
-    proj: Tensor | None,
-    table: Tensor,
-    top_k: int,
-    num_prefix_tokens: int,
-) -> tuple[Tensor, Tensor]:
+@functools.cache
+def _launchers() -> SimpleNamespace:
+    """The functions that launch kernels, by name; importing them imports Triton."""
+    from .kernels.attention_backward import attention_backward
+    from .kernels.attention_forward import attention_forward
+    from .kernels.dropout import philox_dropout
+    from .kernels.relevance import relevance
     from .kernels.selection import select_and_weigh
 
-    scores = relevance(
-        tokens, class_embeddings, norm_weight, norm_bias, norm_eps, proj, num_prefix_tokens
-    )
-    return select_and_weigh(scores, table, top_k, num_prefix_tokens)
-
-
-def attention_forward(
-    query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    from .kernels.attention_forward import attention_forward as launch
-
-    return launch(query, key, value, weights, scale)
-
-
-def attention_backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weights: Tensor,
-    output: Tensor,
-    log_sum_exp: Tensor,
-    scale: float,
-    needs_weights_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from .kernels.attention_backward import attention_backward as launch
-
-    return launch(
-        grad_output,
-        query,
-        key,
-        value,
-        weights,
-        output,
-        log_sum_exp,
-        scale,
-        needs_weights_grad,
+    return SimpleNamespace(
+        attention_backward=attention_backward,
+        attention_forward=attention_forward,
+        philox_dropout=philox_dropout,
+        relevance=relevance,
+        select_and_weigh=select_and_weigh,
     )
 
 
-def philox_dropout(
-    rows: Tensor,
-    seeds: Tensor,
-    step: Tensor,
-    stream: int,
-    first_branch: int,
-    threshold: int,
-    scale: float,
-    output: Tensor,
-) -> None:
-    from .kernels.dropout import philox_dropout as launch
+def _key_weights(inputs: AttentionInputs) -> Tensor:
+    """The weights, (B, L): ones where there are none, because the kernels read them."""
+    if inputs.weights is not None:
+        return inputs.weights
+    batch, _, length, _ = inputs.query.shape
+    return inputs.query.new_ones((batch, length), dtype=torch.float32)
 
-    launch(rows, seeds, step, stream, first_branch, threshold, scale, output)
+
+class TritonBackend:
+    """Triton kernels for tensors on GPUs of capability 8.0 and newer."""
+
+    name = "triton"
+    max_head_dim = MAX_HEAD_DIM
+    dtypes = KERNEL_DTYPES
+
+    def unavailable(self) -> str:
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed: pip install triton (Linux)"
+        if interpreter_is_on():
+            return ""
+        if not torch.cuda.is_available():
+            return (
+                "no CUDA device is visible to PyTorch; use the cpu backend, or set "
+                "TRITON_INTERPRET=1 to run the kernels slowly on the CPU"
+            )
+        return reason_of_all(_card_reason)
+
+    def refusal(self, device: torch.device) -> str:
+        if interpreter_is_on() and device.type in ("cpu", "cuda"):
+            return ""
+        if device.type == "cuda":
+            return _card_reason(device.index)
+        return (
+            f"Triton kernels run on CUDA tensors, not on {device.type!r}; use another backend there"
+        )
+
+    def relevance(self, inputs: RelevanceInputs) -> Tensor:
+        return _launchers().relevance(*inputs)
+
+    def token_weights(self, inputs: RelevanceInputs, table: Tensor, top_k: int) -> Pair:
+        scores = self.relevance(inputs)
+        return _launchers().select_and_weigh(scores, table, top_k, inputs.num_prefix_tokens)
+
+    def attention_forward(self, inputs: AttentionInputs) -> Pair:
+        query, key, value, _, scale = inputs
+        return _launchers().attention_forward(query, key, value, _key_weights(inputs), scale)
+
+    def attention_backward(self, inputs: AttentionInputs, backward: BackwardInputs) -> Gradients:
+        output, log_sum_exp, grad_output, needs_weights_grad = backward
+        tensors = (*inputs[:3], _key_weights(inputs), output, log_sum_exp)
+        return _launchers().attention_backward(
+            grad_output, *tensors, inputs.scale, needs_weights_grad
+        )
+
+    def philox_dropout(self, inputs: DropoutInputs, output: Tensor) -> None:
+        _launchers().philox_dropout(*inputs, output)

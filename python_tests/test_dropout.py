@@ -1,4 +1,4 @@
-"""Counted dropout and the activations of frozen layers, on every backend that runs here."""
+"""Philox dropout: the same bits on every backend, alone or together, and independent draws."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import tir_kernels
 from tir_kernels.backends import reference
-from tir_kernels.operators.adapters import bias_activation, philox_dropout
-from tir_kernels.operators.choose import available_backends, load_backend
+from tir_kernels.backends.optional import DropoutInputs
+from tir_kernels.operators.choose import load_backend
+from tir_kernels.operators.dropout import philox_dropout
 
-HAS_CPU_KERNELS = not available_backends()["cpu"]
-needs_cpu_kernels = pytest.mark.skipif(not HAS_CPU_KERNELS, reason="the CPU kernels are not built")
+needs_cpu_kernels = pytest.mark.skipif(
+    load_backend("cpu").unavailable() != "", reason="the CPU kernels are not built"
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEEDS = torch.tensor([12345678901234567, 7])
 
 
-def dropped_by(backend: Any, rows: Tensor, dtype: torch.dtype, **changed: Any) -> Tensor:
+def dropped_by(name: str, rows: Tensor, dtype: torch.dtype, **changed: Any) -> Tensor:
     groups, sequences, length, width = rows.shape
     arguments = {
         "seeds": SEEDS[:groups],
@@ -36,7 +38,7 @@ def dropped_by(backend: Any, rows: Tensor, dtype: torch.dtype, **changed: Any) -
         "scale": 4 / 3,
     } | changed
     output = torch.full((groups, 2, sequences, length, width), float("nan"), dtype=dtype)
-    backend.philox_dropout(rows, output=output, **arguments)
+    load_backend(name).philox_dropout(DropoutInputs(rows, **arguments), output)
     return output
 
 
@@ -66,15 +68,15 @@ def test_cpu_kernel_drops_what_the_reference_drops(
 ) -> None:
     rows = torch.randn(2, sequences, length, width).to(dtype)
     changed = {"stream": stream, "step": torch.tensor([step])}
-    expected = dropped_by(reference, rows, output_dtype, **changed)
-    assert torch.equal(dropped_by(load_backend("cpu"), rows, output_dtype, **changed), expected)
+    expected = dropped_by("reference", rows, output_dtype, **changed)
+    assert torch.equal(dropped_by("cpu", rows, output_dtype, **changed), expected)
 
 
 @needs_cpu_kernels
 def test_every_instruction_set_and_number_of_threads_drops_the_same(restored_kernels) -> None:
     kernels = restored_kernels
     rows = torch.randn(2, 9, 50, 200)
-    expected = dropped_by(reference, rows, torch.float32)
+    expected = dropped_by("reference", rows, torch.float32)
     before = torch.get_num_threads()
     try:
         for name, is_supported in kernels.architectures():
@@ -82,34 +84,27 @@ def test_every_instruction_set_and_number_of_threads_drops_the_same(restored_ker
                 if is_supported:
                     kernels.use_architecture(name)
                     torch.set_num_threads(threads)
-                    ours = dropped_by(load_backend("cpu"), rows, torch.float32)
+                    ours = dropped_by("cpu", rows, torch.float32)
                     assert torch.equal(ours, expected), (name, threads)
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.fixture
-def restored_kernels():
-    from tir_kernels import _C
-
-    before = _C.architecture()
-    yield _C
-    _C.use_architecture(before)
 
 
 def test_interpreted_triton_kernel_drops_what_the_reference_drops() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     program = """
 import torch
-from tir_kernels.backends import reference, triton
+from tir_kernels.backends.optional import DropoutInputs
+from tir_kernels.operators.choose import load_backend
 for width in (1, 24, 100):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         rows = torch.randn(2, 3, 5, width).to(dtype)
         seeds, step = torch.randint(-(2**62), 2**62, (2,)), torch.tensor([77])
         expected = torch.full((2, 2, 3, 5, width), float("nan"), dtype=dtype)
         ours = expected.clone()
-        for backend, output in ((reference, expected), (triton, ours)):
-            backend.philox_dropout(rows, seeds, step, 250, 1, 16384, 4 / 3, output)
+        inputs = DropoutInputs(rows, seeds, step, 250, 1, 16384, 4 / 3)
+        for backend, output in (("reference", expected), ("triton", ours)):
+            load_backend(backend).philox_dropout(inputs, output)
         assert torch.equal(ours, expected), (width, dtype)
 """
     done = subprocess.run(
@@ -197,92 +192,64 @@ def test_unsuitable_dropout_is_refused(changed: dict, kind: type, message: str) 
         philox_dropout(**(arguments | changed))
 
 
-PLAIN = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
-
-
-def value_and_gradient(
-    function: Any, hidden: Tensor, bias: Tensor, grad: Tensor
-) -> tuple[Tensor, Tensor]:
-    hidden = hidden.detach().clone().requires_grad_()
-    value = function(hidden, bias)
-    value.backward(grad)
-    return value.detach().double(), hidden.grad.double()
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", PLAIN)
-@pytest.mark.parametrize("shape", [(3, 5, 200), (7, 1), (40, 1029)])
-def test_activation_is_as_exact_as_pytorch(kind: str, dtype: torch.dtype, shape: tuple) -> None:
-    hidden = (torch.randn(shape) * 3).to(dtype)
-    bias, grad = torch.randn(shape[-1:]).to(dtype), torch.randn(shape).to(dtype)
-
-    def plain(hidden: Tensor, bias: Tensor) -> Tensor:
-        return PLAIN[kind](hidden + bias)
-
-    exact = value_and_gradient(plain, hidden.double(), bias.double(), grad.double())
-    theirs = value_and_gradient(plain, hidden, bias, grad)
-    ours = value_and_gradient(lambda h, b: bias_activation(h, b, kind), hidden, bias, grad)
-    for expected, their, our in zip(exact, theirs, ours, strict=True):
-        # One rounding of the largest result is allowed where PyTorch happens to be exact.
-        rounding = torch.finfo(dtype).eps * expected.abs().max()
-        assert (our - expected).abs().max() <= 2 * (their - expected).abs().max() + rounding
-        assert (our - expected).abs().mean() <= 2 * (their - expected).abs().mean() + rounding / 8
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_bits_do_not_depend_on_the_backend(backend: str, dtype: torch.dtype) -> None:
+    if reason := tir_kernels.available_backends()[backend]:
+        pytest.skip(f"backend {backend}: {reason}")
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    rows, step = torch.randn(2, 3, 7, 40).to(dtype), torch.tensor([4])
+    options = {"num_branches": 3, "first_branch": 2, "probability": 0.25, "stream": 3}
+    expected = philox_dropout(rows, SEEDS, step, **options)
+    given = (rows.to(device), SEEDS.to(device), step.to(device))
+    ours = philox_dropout(*given, **options, backend=backend)
+    assert ours.dtype == dtype
+    assert torch.equal(ours.cpu(), expected)
 
 
-@needs_cpu_kernels
-@pytest.mark.parametrize("kind", PLAIN)
-def test_every_instruction_set_activates(kind: str, restored_kernels) -> None:
-    hidden, bias = torch.randn(9, 77) * 4, torch.randn(77)
-    expected = PLAIN[kind]((hidden + bias).double()).float()
-    for name, is_supported in restored_kernels.architectures():
-        if is_supported:
-            restored_kernels.use_architecture(name)
-            torch.testing.assert_close(bias_activation(hidden, bias, kind), expected)
+def test_the_backend_that_is_named_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, step = torch.randn(1, 2, 3, 8), torch.tensor([4])
+    asked = []
+    for name in ("reference", "cpu", "triton"):
+        monkeypatch.setattr(
+            load_backend(name),
+            "philox_dropout",
+            lambda inputs, output, name=name: asked.append(name),
+        )
+    served = [name for name in ("reference", "cpu", "triton") if runs_on_cpu(name)]
+    for name in served:
+        philox_dropout(rows, SEEDS[:1], step, backend=name)
+    assert asked == served
 
 
-@pytest.mark.parametrize("kind", PLAIN)
-def test_activation_at_extremes(kind: str) -> None:
-    points = [0.0, 1e-30, -1e-30, 40.0, -40.0, 300.0, -300.0, 1e30, -1e30, float("inf")]
-    hidden = torch.tensor([points]).requires_grad_()
-    value = bias_activation(hidden, None, kind)
-    expected = PLAIN[kind](hidden.detach().double()).float()
-    expected[0, -1] = torch.inf  # PyTorch's gelu gives NaN
-    torch.testing.assert_close(value, expected)
-    (grad,) = torch.autograd.grad(value[:, :-1].sum(), hidden)
-    assert torch.isfinite(grad[:, :-1]).all()
-    nan = torch.full((1, 3), float("nan"))
-    assert bias_activation(nan, None, kind).isnan().all()
+def runs_on_cpu(name: str) -> bool:
+    backend = load_backend(name)
+    return not backend.unavailable() and not backend.refusal(torch.device("cpu"))
 
 
-def test_activation_without_bias_and_of_other_types() -> None:
-    hidden = torch.randn(4, 6, dtype=torch.float64)
-    assert torch.equal(bias_activation(hidden, None), F.gelu(hidden))
-    mixed = bias_activation(hidden.bfloat16(), torch.ones(6))
-    torch.testing.assert_close(mixed, F.gelu(hidden.bfloat16().float() + 1).bfloat16())
-    transposed = hidden.float().T
-    torch.testing.assert_close(bias_activation(transposed, None), F.gelu(transposed))
-    assert bias_activation(torch.empty(0, 6), None).shape == (0, 6)
+def test_a_backend_without_dropout_is_refused_with_those_that_have_it() -> None:
+    rows, step = torch.randn(1, 2, 3, 8), torch.tensor([4])
+    with pytest.raises(
+        ValueError,
+        match=r"backend='cuda' has no philox_dropout: use backend='auto' or one of 'reference', "
+        "'cpu', 'triton'",
+    ):
+        philox_dropout(rows, SEEDS[:1], step, backend="cuda")
+    with pytest.raises(ValueError, match=r"^backend must be 'auto' or one of reference"):
+        philox_dropout(rows, SEEDS[:1], step, backend="fast")
 
 
-def test_activation_gradients() -> None:
-    hidden = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(5, dtype=torch.float64)
-    for kind in PLAIN:
-        assert torch.autograd.gradcheck(lambda h, k=kind: bias_activation(h, bias, k), [hidden])
+def test_float64_is_for_the_reference() -> None:
+    rows, step = torch.randn(1, 2, 3, 8, dtype=torch.float64), torch.tensor([4])
+    kept = philox_dropout(rows, SEEDS[:1], step, probability=0.25)
+    assert kept.dtype == torch.float64
+    assert torch.equal(kept[kept != 0], (rows[:, None] * (4 / 3))[kept != 0])
+    single = philox_dropout(rows.float(), SEEDS[:1], step, probability=0.25)
+    assert torch.equal(kept != 0, single != 0)
 
 
-def test_unsuitable_activations_are_refused() -> None:
-    with pytest.raises(ValueError, match="kind must be one of gelu, quick_gelu"):
-        bias_activation(torch.ones(2, 3), None, "relu")
-    with pytest.raises(ValueError, match=r"bias must have shape \(3,\)"):
-        bias_activation(torch.ones(2, 3), torch.ones(2))
-    with pytest.raises(ValueError, match="frozen"):
-        bias_activation(torch.ones(2, 3), torch.ones(3, requires_grad=True))
-
-
-def test_operators_pass_opcheck() -> None:
-    ops = torch.ops.tir_kernels
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_opcheck(backend: str) -> None:
     rows, step = torch.randn(2, 3, 4, 8), torch.tensor([0])
-    arguments = (rows, SEEDS, step, 1, 0, 3, 0.25, torch.float32)
-    torch.library.opcheck(ops.philox_dropout.default, arguments)
-    torch.library.opcheck(ops.bias_activation.default, (rows, torch.randn(8), "gelu", None))
+    arguments = (rows, SEEDS, step, 1, 0, 3, 0.25, backend)
+    torch.library.opcheck(torch.ops.tir_kernels.philox_dropout.default, arguments)

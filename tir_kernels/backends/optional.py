@@ -1,0 +1,49 @@
+"""The operations that a backend may have beside those of the protocol."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from .protocol import AttentionInputs, BackwardInputs, Gradients, RelevanceInputs
+
+
+class DropoutInputs(NamedTuple):
+    """Rows, and what decides which of their channels are kept."""
+
+    rows: Tensor  # (G, S, T, D), contiguous
+    seeds: Tensor  # (G,) int64
+    step: Tensor  # (1,) int64
+    stream: int
+    first_branch: int
+    threshold: int  # a channel is kept where 16 random bits are at least this
+    scale: float  # of what is kept
+
+
+class OptionalOperations(Protocol):
+    """The operations that a backend may have, by name; "auto" passes over one that lacks them.
+
+    Without the first two, the operator puts token weights and weighted attention together.
+    """
+
+    def reweighted_forward(
+        self, attention: AttentionInputs, relevance: RelevanceInputs, table: Tensor, top_k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Output, log_sum_exp and counts of attention that looks weights up by itself."""
+
+    def reweighted_backward(
+        self, inputs: AttentionInputs, backward: BackwardInputs, counts: Tensor, table: Tensor
+    ) -> Gradients:
+        """Gradients as :meth:`Backend.attention_backward` gives them."""
+
+    def philox_dropout(self, inputs: DropoutInputs, output: Tensor) -> None:
+        """Fill ``output`` (G, K, S, T, D); ``csrc/include/tir/adapters.h`` says how."""
+
+    def bias_activation(
+        self, hidden: Tensor, bias: Tensor | None, kind: str, grad_output: Tensor | None
+    ) -> Tensor:
+        """The activation, or the gradient of ``hidden`` where there is one of the output."""
+
+    def description(self) -> str:
+        """A few words on what it runs with here, for a report; or nothing."""

@@ -1,0 +1,190 @@
+"""Re-weighted attention: weighted attention whose weights are those of the tokens, in one piece."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tir_kernels.backends.protocol import AttentionInputs, BackwardInputs, Gradients
+from tir_kernels.operators.checks import (
+    check_attention_inputs,
+    check_relevance_inputs,
+    require_same_device,
+    resolve_table,
+)
+from tir_kernels.operators.library import OPS, Operator, define, define_fake
+from tir_kernels.operators.relevance import is_empty, relevance_backend
+from tir_kernels.operators.second_derivative import differentiable_once
+from tir_kernels.operators.token_weights import (
+    DEFAULT_RULE,
+    SELECTION_ARGUMENTS,
+    Selection,
+    TokenWeights,
+    differentiable_weights,
+    selection_arguments,
+    table_gradient,
+    weigh,
+)
+from tir_kernels.operators.weighted_attention import (
+    WAY_OUT,
+    attend,
+    attend_backward,
+    attention_backend,
+    cast_for_autocast,
+    differentiable_attention,
+    like_gradients,
+    like_outputs,
+    with_unit_stride,
+)
+from tir_kernels.rules import JointSpace, WeightRule
+
+
+def reweighted_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens: Tensor,
+    class_embeddings: Tensor,
+    *,
+    joint_space: JointSpace | None = None,
+    rule: WeightRule = DEFAULT_RULE,
+    table: Tensor | None = None,
+    num_prefix_tokens: int = 1,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_weights: bool = False,
+    return_counts: bool = False,
+) -> Tensor | tuple[Tensor, TokenWeights] | tuple[Tensor, Tensor]:
+    """:func:`token_weights` of the tokens, and :func:`weighted_attention` with them.
+
+    Args:
+        q, k, v, scale: As for :func:`weighted_attention`; (B, H, L, d).
+        tokens: (B, L, D), what entered the block.
+        class_embeddings, joint_space, rule, table, num_prefix_tokens, backend: As for
+            :func:`token_weights`.
+        return_weights: Also return the ``TokenWeights``.
+        return_counts: Also return their counts alone, for which no weights are written.
+
+    Returns:
+        (B, H, L, d) in the dtype of q, or in autocast's; with ``return_weights`` a pair of it and
+        the ``TokenWeights``, else with ``return_counts`` one of it and the counts, (B, N) int32.
+        Gradients flow to q, k, v and the table.
+
+    Raises:
+        ValueError, TypeError: A wrong rank, shape, dtype, device, group count or table length.
+        RuntimeError: A backend that cannot run here.
+    """
+    q, k, v = cast_for_autocast(q, k, v)
+    scale = check_attention_inputs(q, k, v, scale, backend)
+    inputs = check_relevance_inputs(
+        tokens, class_embeddings, joint_space, num_prefix_tokens, backend
+    )
+    require_same_device("tokens", tokens, "q", q)
+    if tokens.shape[:2] != (q.shape[0], q.shape[2]):
+        raise ValueError(
+            f"tokens must have the batch and length of q, ({q.shape[0]}, {q.shape[2]}, D); "
+            f"got {tuple(tokens.shape)}"
+        )
+    if tokens.dtype == torch.float64 and q.dtype != torch.float64:
+        raise TypeError(f"tokens are float64 but q is {q.dtype}; pass tokens.float()")
+    table = resolve_table(rule, table, inputs)
+    if return_weights:
+        weighted = differentiable_weights(inputs, table, rule, backend)
+        attention = AttentionInputs(q, k, v, weighted.weights, scale)
+        return differentiable_attention(attention, backend), weighted
+    arguments = selection_arguments(inputs, table, rule)
+    output, _, counts = ReweightedAttention.call(q, k, v, *arguments, scale, backend)
+    return (output, counts) if return_counts else output
+
+
+@define(
+    f"reweighted_attention(Tensor query, Tensor key, Tensor value, {SELECTION_ARGUMENTS}, "
+    "float scale, str backend) -> (Tensor output, Tensor log_sum_exp, Tensor counts)"
+)
+def _reweighted_attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value, *rest, scale, name = arguments
+    selection = Selection.of(tuple(rest))
+    inputs, table, top_k = selection
+    backend: Any = attention_backend(name, query)
+    is_fused = (
+        hasattr(backend, "reweighted_forward")
+        and backend is relevance_backend(name, "token_weights", inputs, table)
+        and query.numel() > 0
+        and not is_empty(inputs)
+    )
+    if is_fused:
+        attention = AttentionInputs(query, key, value, None, scale)
+        return backend.reweighted_forward(attention, inputs, table, top_k)
+    weights, counts = weigh(selection, name)
+    return (*attend(AttentionInputs(query, key, value, weights, scale), name), counts)
+
+
+@define_fake("reweighted_attention")
+def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, num_prefix_tokens = rest[2], rest[-3]
+    counts_shape = (tokens.shape[0], tokens.shape[1] - num_prefix_tokens)
+    return (*like_outputs(query), tokens.new_empty(counts_shape, dtype=torch.int32))
+
+
+@define(
+    "reweighted_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, "
+    "Tensor counts, Tensor table, Tensor output, Tensor log_sum_exp, float scale, "
+    "bool needs_weights_grad, str backend) "
+    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weights)"
+)
+def _reweighted_attention_backward(grad_output: Tensor, *rest: Any) -> Gradients:
+    query, key, value, counts, table, output, log_sum_exp, scale, needs_weights_grad, name = rest
+    backward = BackwardInputs(output, log_sum_exp, grad_output, needs_weights_grad)
+    backend: Any = attention_backend(name, query)
+    if hasattr(backend, "reweighted_backward") and query.numel() > 0 and counts.numel() > 0:
+        inputs = AttentionInputs(query, key, value, None, scale)
+        return backend.reweighted_backward(inputs, with_unit_stride(backward), counts, table)
+    num_prefix_tokens = query.shape[2] - counts.shape[1]
+    weights = torch.nn.functional.pad(table[counts.long()], (num_prefix_tokens, 0), value=1.0)
+    return attend_backward(AttentionInputs(query, key, value, weights, scale), backward, name)
+
+
+@define_fake("reweighted_attention_backward")
+def _(grad_output: Tensor, *rest: Any) -> Gradients:
+    query, key, value, _, table, *_, needs_weights_grad, _ = rest
+    # The weights have the type of the table that they are looked up in.
+    inputs = AttentionInputs(query, key, value, table, 1.0)
+    return like_gradients(inputs, needs_weights_grad)
+
+
+class ReweightedAttention(Operator):
+    """Attention whose key weights are derived from tokens and class embeddings.
+
+    ``ReweightedAttention.apply(query, key, value, tokens, class_embeddings, norm_weight, norm_bias,
+    norm_eps, proj, table, top_ratio, num_prefix_tokens, scale, backend)`` takes what
+    ``tir_kernels.reweighted_attention`` has validated: class embeddings as (G, C, E) and the table
+    as (C + 1,) on the device of the tokens. It returns ``(output, log_sum_exp, counts)``; query,
+    key, value and the table receive gradients.
+    """
+
+    operator = "reweighted_attention"
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        query, key, value = inputs[:3]
+        table, ctx.scale, ctx.backend = inputs[9], inputs[12], inputs[13]
+        attended, log_sum_exp, counts = output
+        ctx.mark_non_differentiable(log_sum_exp, counts)
+        ctx.save_for_backward(query, key, value, counts, table, attended, log_sum_exp)
+
+    @staticmethod
+    @differentiable_once(WAY_OUT)
+    def backward(
+        ctx: Any, saved: tuple, grad_output: Tensor, grad_lse: None, grad_counts: None
+    ) -> tuple:
+        _, _, _, counts, table, _, _ = saved
+        needs_table_grad = ctx.needs_input_grad[9]
+        *grads, grad_weights = OPS.reweighted_attention_backward(
+            grad_output, *saved, ctx.scale, needs_table_grad, ctx.backend
+        )
+        grad_table = None
+        if needs_table_grad:
+            grad_table = table_gradient(grad_weights, counts, table)
+        return (*grads, *(None,) * 6, grad_table, *(None,) * 4)

@@ -1,0 +1,200 @@
+"""Weighted attention: softmax attention in which every key has a weight, or none has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tir_kernels.backends.protocol import (
+    AttentionInputs,
+    Backend,
+    BackwardInputs,
+    Gradients,
+    Pair,
+)
+from tir_kernels.operators.checks import (
+    check_attention_inputs,
+    check_weights,
+    require_same_device,
+)
+from tir_kernels.operators.choose import choose_backend
+from tir_kernels.operators.library import OPS, Operator, define, define_fake
+from tir_kernels.operators.second_derivative import differentiable_once
+from tir_kernels.precision import autocast_dtype
+
+WAY_OUT = (
+    "write this attention in plain PyTorch to differentiate its gradient, for a penalty on it say"
+)
+
+
+def weighted_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention in which key j counts w[j] times: placement "attention".
+
+    ``A[i, j] = w[j] exp(s[i, j]) / sum_j w[j] exp(s[i, j])`` with ``s = scale q . k``. Weights
+    below 0 act as 0, and a key of weight 0 is not attended to, exactly. Where all weights of an
+    image are 0 the output and every gradient are 0.
+
+    Args:
+        q, k, v: (B, H, L, d) of one dtype, with unit stride in d and any other strides, so that
+            slices of a packed (B, L, 3, H, d) projection cost no copy.
+        weights: (B, L), finite; computed with in float32. GPU kernels take those below 2^-126,
+            which are not normal numbers, for 0. ``None``: plain attention, to the bit the same as
+            with weights of 1.
+        scale: ``None`` means ``d ** -0.5``.
+        backend: "auto", or a name of :func:`available_backends`.
+
+    Returns:
+        (B, H, L, d) in the dtype of q, or in autocast's. Gradients flow to q, k, v and the weights:
+        that of a weight of 0 is its one-sided limit, that of a negative weight is 0. On a GPU the
+        gradient of a weight of less than 2^-126 of the image's largest may be 0. A second
+        derivative is an error; ``torch.compile(backend="eager")`` alone, which loses that of any
+        ``autograd.Function``, makes it 0.
+
+    Raises:
+        ValueError, TypeError: A wrong rank, shape, dtype, device or stride.
+        RuntimeError: A backend that cannot run here.
+    """
+    q, k, v = cast_for_autocast(q, k, v)
+    scale = check_attention_inputs(q, k, v, scale, backend)
+    if weights is not None:
+        check_weights(weights, q.shape[0], q.shape[2], "q")
+        require_same_device("weights", weights, "q", q)
+    return differentiable_attention(AttentionInputs(q, k, v, weights, scale), backend)
+
+
+def differentiable_attention(inputs: AttentionInputs, backend: str) -> Tensor:
+    """The operator on validated inputs, with its gradients; weights may be of any type."""
+    query, key, value, weights, scale = inputs
+    if weights is not None:
+        weights = weights.to(sums_dtype(query))
+    return _WeightedAttention.call(query, key, value, weights, scale, backend)[0]
+
+
+def sums_dtype(query: Tensor) -> torch.dtype:
+    """The type of softmax, sums and weights beside queries of a type."""
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast as PyTorch's own attention is cast inside an autocast region."""
+    device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    dtype = autocast_dtype(device_type)
+    if dtype is None:
+        return tensors
+    return tuple(
+        t.to(dtype)
+        if isinstance(t, Tensor) and t.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        else t
+        for t in tensors
+    )
+
+
+def attention_backend(name: str, query: Tensor) -> Backend:
+    """The backend that serves attention of these queries."""
+    _, _, _, head_dim = query.shape
+    return choose_backend(name, "attention_forward", query.device, query.dtype, head_dim)
+
+
+def attend(inputs: AttentionInputs, name: str) -> Pair:
+    """Output and log-sum-exp from the backend of this name."""
+    query = inputs.query
+    backend = attention_backend(name, query)
+    if query.numel() == 0:
+        output, log_sum_exp = like_outputs(query)
+        return output, log_sum_exp.fill_(-torch.inf)
+    return backend.attention_forward(inputs)
+
+
+def attend_backward(inputs: AttentionInputs, backward: BackwardInputs, name: str) -> Gradients:
+    """Gradients of query, key, value and weights from the backend of this name."""
+    backend = attention_backend(name, inputs.query)
+    if inputs.query.numel() == 0:
+        grads = like_gradients(inputs, backward.needs_weights_grad)
+        grads[3].zero_()
+        return grads
+    return backend.attention_backward(inputs, with_unit_stride(backward))
+
+
+def with_unit_stride(backward: BackwardInputs) -> BackwardInputs:
+    """The same with a ``grad_output`` whose channels lie side by side."""
+    grad_output = backward.grad_output
+    if grad_output.stride(3) == 1:
+        return backward
+    return backward._replace(grad_output=grad_output.contiguous())
+
+
+def like_outputs(query: Tensor) -> Pair:
+    """Output and log-sum-exp as yet unwritten."""
+    log_sum_exp = query.new_empty(query.shape[:3], dtype=sums_dtype(query))
+    return query.new_empty(query.shape), log_sum_exp
+
+
+def like_gradients(inputs: AttentionInputs, needs_weights_grad: bool) -> Gradients:
+    """Gradients of query, key, value and weights as yet unwritten."""
+    query, key, value, weights, _ = inputs
+    shape = (query.shape[0], query.shape[2]) if needs_weights_grad else (0,)
+    dtype = sums_dtype(query) if weights is None else weights.dtype
+    grad_query, grad_key, grad_value = (t.new_empty(t.shape) for t in (query, key, value))
+    return grad_query, grad_key, grad_value, query.new_empty(shape, dtype=dtype)
+
+
+@define(
+    "weighted_attention(Tensor query, Tensor key, Tensor value, Tensor? weights, float scale, "
+    "str backend) -> (Tensor output, Tensor log_sum_exp)"
+)
+def _weighted_attention(*arguments: Any) -> Pair:
+    *fields, name = arguments
+    return attend(AttentionInputs(*fields), name)
+
+
+@define_fake("weighted_attention")
+def _(query: Tensor, *rest: Any) -> Pair:
+    return like_outputs(query)
+
+
+@define(
+    "weighted_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, "
+    "Tensor? weights, Tensor output, Tensor log_sum_exp, float scale, bool needs_weights_grad, "
+    "str backend) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weights)"
+)
+def _weighted_attention_backward(grad_output: Tensor, *rest: Any) -> Gradients:
+    query, key, value, weights, output, log_sum_exp, scale, needs_weights_grad, name = rest
+    backward = BackwardInputs(output, log_sum_exp, grad_output, needs_weights_grad)
+    return attend_backward(AttentionInputs(query, key, value, weights, scale), backward, name)
+
+
+@define_fake("weighted_attention_backward")
+def _(grad_output: Tensor, *rest: Any) -> Gradients:
+    query, key, value, weights, _, _, scale, needs_weights_grad, _ = rest
+    return like_gradients(AttentionInputs(query, key, value, weights, scale), needs_weights_grad)
+
+
+class _WeightedAttention(Operator):
+    """Softmax attention whose keys carry weights; gradients for query, key, value and weights."""
+
+    operator = "weighted_attention"
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Pair) -> None:
+        query, key, value, weights, ctx.scale, ctx.backend = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(query, key, value, weights, *output)
+
+    @staticmethod
+    @differentiable_once(WAY_OUT)
+    def backward(ctx: Any, saved: tuple, grad_output: Tensor, grad_log_sum_exp: None) -> tuple:
+        needs_weights_grad = ctx.needs_input_grad[3]
+        *grads, grad_weights = OPS.weighted_attention_backward(
+            grad_output, *saved, ctx.scale, needs_weights_grad, ctx.backend
+        )
+        return (*grads, grad_weights if needs_weights_grad else None, None, None)
