@@ -65,9 +65,10 @@ def all_registries() -> list[dict]:
     from tir_kernels.fewshot.data.sources import SOURCES
     from tir_kernels.fewshot.methods import METHODS
     from tir_kernels.operators import choose
+    from tir_kernels.rules import RULES
     from tir_kernels.towers.find import FAMILIES
 
-    return [METHODS, FAMILIES, choose._registered, SOURCES, KNOWN_SETS, MEASURES]
+    return [RULES, METHODS, FAMILIES, choose._registered, SOURCES, KNOWN_SETS, MEASURES]
 
 
 def test_every_kind_is_there():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PLACEMENTS = ("tokens", "attention", "both")
-RULE_KINDS = ("linear", "extremes", "suppress", "amplify", "none")
+
+# Kind of rule -> "module:function" of a function (count, num_classes, strength, center) -> weight.
+RULES = {
+    "linear": "tir_kernels.rules:linear",
+    "extremes": "tir_kernels.rules:extremes",
+    "suppress": "tir_kernels.rules:suppress",
+    "amplify": "tir_kernels.rules:amplify",
+    "none": "tir_kernels.rules:unweighted",
+}
 LARGEST_WEIGHT = 2.0**128 - 2.0**104  # float32's largest number
 
 
@@ -32,7 +42,8 @@ class WeightRule:
     ========== ==========================================
 
     Args:
-        kind: One of the names above. "linear" is the published method (arXiv 2605.25799).
+        kind: One of the names above, or another one in ``RULES``. "linear" is the published method
+            (arXiv 2605.25799).
         strength: β, any finite number that leaves the weights finite in float32.
         center: μ; ``None`` means (C + 1) / 2, which is 3 for the usual five classes.
         top_ratio: Each class selects its ``int(N * top_ratio)`` most relevant of N patch tokens;
@@ -51,8 +62,8 @@ class WeightRule:
     top_ratio: float = 0.3
 
     def __post_init__(self) -> None:
-        if self.kind not in RULE_KINDS:
-            raise ValueError(f"kind must be one of {', '.join(RULE_KINDS)}; got {self.kind!r}")
+        if self.kind not in RULES:
+            raise ValueError(f"kind must be one of {', '.join(RULES)}; got {self.kind!r}")
         # The class is frozen: this is how its fields are set.
         object.__setattr__(self, "strength", finite_number("strength", self.strength))
         if self.center is not None:
@@ -77,7 +88,12 @@ class WeightRule:
         num_classes = whole_number("num_classes", num_classes)
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1; got {num_classes}")
-        weights = [self._weight(s, num_classes) for s in range(num_classes + 1)]
+        weight_of = _load(RULES[self.kind])
+        center = (num_classes + 1) / 2 if self.center is None else self.center
+        weights = [
+            float(weight_of(count, num_classes, self.strength, center))
+            for count in range(num_classes + 1)
+        ]
         if max(map(abs, weights)) > LARGEST_WEIGHT:
             raise ValueError(
                 f"strength={self.strength} and center={self.center} give {num_classes} classes "
@@ -86,18 +102,39 @@ class WeightRule:
         # Neither the process's default dtype nor its default device may decide.
         return torch.tensor(weights, dtype=torch.float32, device="cpu")
 
-    def _weight(self, count: int, num_classes: int) -> float:
-        center = (num_classes + 1) / 2 if self.center is None else self.center
-        ramp = 1.0 - self.strength * (count - center)
-        if self.kind == "linear":
-            return 1.0 if count == 0 else ramp
-        if self.kind == "extremes":
-            return ramp if count in (1, num_classes) else 1.0
-        if self.kind == "suppress":
-            return 0.0 if count == num_classes else 1.0
-        if self.kind == "amplify":
-            return ramp if count == 1 else 1.0
-        return 1.0
+
+def linear(count: int, num_classes: int, strength: float, center: float) -> float:
+    """1 for a token that no class selects, else a ramp that falls with the count."""
+    return 1.0 if count == 0 else _ramp(count, strength, center)
+
+
+def extremes(count: int, num_classes: int, strength: float, center: float) -> float:
+    """The ramp for tokens that one class or all select, else 1."""
+    return _ramp(count, strength, center) if count in (1, num_classes) else 1.0
+
+
+def suppress(count: int, num_classes: int, strength: float, center: float) -> float:
+    """0 for tokens that all classes select, else 1."""
+    return 0.0 if count == num_classes else 1.0
+
+
+def amplify(count: int, num_classes: int, strength: float, center: float) -> float:
+    """The ramp for tokens that one class selects, else 1."""
+    return _ramp(count, strength, center) if count == 1 else 1.0
+
+
+def unweighted(count: int, num_classes: int, strength: float, center: float) -> float:
+    """1 for every token."""
+    return 1.0
+
+
+def _ramp(count: int, strength: float, center: float) -> float:
+    return 1.0 - strength * (count - center)
+
+
+def _load(place: str) -> Callable[[int, int, float, float], float]:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tir_kernels.fewshot import fields
 from tir_kernels.fewshot.methods.lora import LoRA, TunedTowers
 from tir_kernels.fewshot.methods.protocol import Kit, Learner
-from tir_kernels.rules import PLACEMENTS, RULE_KINDS, WeightRule
+from tir_kernels.rules import PLACEMENTS, RULES, WeightRule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ class TIR(LoRA):
 
     top_ratio: float = fields.real(0.3, "Share of the patch tokens each class selects, in [0, 1].")
     strength: float = fields.real(0.5, "β of the weight rule.")
-    rule: str = fields.choice("linear", RULE_KINDS, "Kind of weight rule.")
+    rule: str = fields.choice("linear", RULES, "Kind of weight rule.")
     layers: tuple[int, ...] | None = fields.whole_list(
         None, "Vision blocks that are re-weighted; unset means depth - 4 and depth - 2."
     )
