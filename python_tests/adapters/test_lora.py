@@ -410,6 +410,21 @@ def test_gradient_checkpointing_repeats_the_same_dropout() -> None:
         torch.testing.assert_close(gradients[1], gradients[0])
 
 
+@torch.no_grad()
+def test_what_was_compiled_before_notices() -> None:
+    torch.compiler.reset()
+    model, images = make_clip({"layers": 2}), make_images()
+    compiled = torch.compile(model.visual, backend="eager", fullgraph=True)
+    plain = compiled(images)
+    with adapters.add_lora(model, rank=2) as lora:
+        randomise(lora)
+        adapted = model.visual(images)
+        assert (adapted - plain).abs().max() > 1e-3
+        torch.testing.assert_close(compiled(images), adapted)
+    torch.testing.assert_close(compiled(images), plain)
+    torch.compiler.reset()
+
+
 def test_one_input_only() -> None:
     attention = opened(nn.MultiheadAttention(32, 2, batch_first=True))
     tokens = torch.randn(1, 3, 32)

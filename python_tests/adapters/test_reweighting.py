@@ -453,12 +453,13 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_compiled_models() -> None:
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_compiled_models(placement: str) -> None:
     """One graph for the whole tower, with LoRA in it; the compiler behind it is another matter."""
     model = make_clip({"layers": 2})
     with (
         adapters.add_lora(model, rank=2, towers=["visual"]) as lora,
-        adapters.add_reweighting(model, [0, 1], placement="both") as handle,
+        adapters.add_reweighting(model, [0, 1], placement) as handle,
     ):
         for parameter in lora.parameters():
             nn.init.normal_(parameter, std=0.1)
@@ -477,7 +478,7 @@ def test_compiled_models() -> None:
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("placement", ["tokens", "attention"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
 @torch.no_grad()
 def test_what_was_compiled_before_notices(placement: str) -> None:
     model, images = make_clip({"layers": 2}), make_images()

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from tir_kernels.towers.opening import Opened, put_on, take_off
+from tir_kernels.towers.opening import Opened, put_on, require_own_forward, take_off
 from tir_kernels.towers.protocol import BlockAdapter
 
 
@@ -60,6 +60,7 @@ class BlockBase:
             )
         if changes_attention:
             self.check_attention()
+            require_own_forward(self.module)
             put_on(self.attention, adapter, self.opened)
         put_on(self.module, adapter, self.opened)
 
