@@ -56,7 +56,8 @@ class BlockBase:
         """
         if not isinstance(self.module, Opened) and type(self.module) not in self.opened:
             raise TypeError(
-                f"model has a block of kind {type(self.module).__name__}, which no adapter knows"
+                f"model has a block of kind {type(self.module).__name__}, which no adapter knows; "
+                "choose an architecture with the library's usual blocks"
             )
         if changes_attention:
             self.check_attention()
