@@ -94,7 +94,7 @@ def test_removing_from_a_copy_leaves_the_original(kind: str) -> None:
         adapters.reweighting_of(model)
 
 
-def replica_of(model: nn.Module) -> nn.Module:
+def replica_of(model: nn.Module, device: str = "cpu") -> nn.Module:
     """As ``torch.nn.parallel.replicate`` makes one for another device."""
     modules = list(model.modules())
     copies = {id(module): module._replicate_for_data_parallel() for module in modules}
@@ -104,9 +104,9 @@ def replica_of(model: nn.Module) -> nn.Module:
         for name, child in module._modules.items():
             replica._modules[name] = None if child is None else copies[id(child)]
         for name, parameter in module._parameters.items():
-            setattr(replica, name, None if parameter is None else parameter.clone())
+            setattr(replica, name, None if parameter is None else parameter.to(device, copy=True))
         for name, buffer in module._buffers.items():
-            replica._buffers[name] = None if buffer is None else buffer.clone()
+            replica._buffers[name] = None if buffer is None else buffer.to(device, copy=True)
     return copies[id(model)]
 
 
@@ -134,6 +134,16 @@ def test_replicas_use_their_own_blocks(placement: str) -> None:
 
 def replica_loss(replica: nn.Module, images: Tensor) -> Tensor:
     return replica.encode_image(images).square().sum()
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@torch.no_grad()
+def test_replicas_may_be_on_another_device(placement: str) -> None:
+    model, _, handle = adapted(placement)
+    handle.table = torch.linspace(0.5, 1.5, 6)
+    output = replica_of(model, "meta").encode_image(make_images().to("meta"))
+    assert output.shape == (4, 16)
+    assert output.device.type == "meta"
 
 
 @torch.no_grad()

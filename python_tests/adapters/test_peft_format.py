@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import low_rank_parts
 import pytest
 import safetensors.torch
 import torch
@@ -17,12 +18,8 @@ from tir_kernels.adapters import lora_file as peft_format
 peft = pytest.importorskip("peft")
 
 MODELS = {"clip": make_clip, "custom text": lambda: make_clip(custom_text=True)}
+encode = torch.no_grad()(low_rank_parts.encode)
 TOWERS = {"both": ("visual", "text"), "visual": ("visual",), "text": ("text",)}
-
-
-@torch.no_grad()
-def encode(model: nn.Module) -> tuple[Tensor, Tensor]:
-    return model.encode_image(make_images()), model.encode_text(make_token_ids())
 
 
 def trained_lora(model: nn.Module, **options: Any) -> adapters.LoRA:

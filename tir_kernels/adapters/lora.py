@@ -73,6 +73,10 @@ class LoRA(Handle):
         for low_rank in self._low_ranks():
             yield from low_rank.parameters()
 
+    def owners(self) -> list[nn.Module]:
+        """The modules that hold the low-rank changes, in the order of :meth:`factors`."""
+        return [place.linear.owner for places in self._places.values() for place in places]
+
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """``"{visual|text}.{layer}.{q|k|v}"`` -> A (rank, width) and B (width, rank), as views; of
         several episodes, with a leading dimension G.

@@ -31,6 +31,10 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _MAX_CONFIG_BYTES = 16 * 2**20
 
 _PREFIX = "base_model.model."
+_ONE_FORMAT = (
+    "PEFT's format is known for models with nn.MultiheadAttention alone; keep lora.factors() of "
+    "this one with torch.save, and give them to set_factors()"
+)
 # Modules that torch.compile and data parallelism put around another.
 _WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module"})
 _PARTS = {
@@ -62,11 +66,14 @@ def save_lora(lora: LoRA, directory: str | os.PathLike[str]) -> None:
 
     Raises:
         RuntimeError: The handle was removed from its model.
+        TypeError: The model's attention is no ``nn.MultiheadAttention``.
         OSError: The directory cannot be written.
     """
     factors = lora.factors()
     if not factors:
         raise RuntimeError("LoRA is removed from its model already: save it before remove()")
+    if not all(isinstance(owner, nn.MultiheadAttention) for owner in lora.owners()):
+        raise TypeError(_ONE_FORMAT)
     tensors: dict[str, Tensor] = {}
     for place, path in lora.module_paths.items():
         pairs = [factors[f"{place}.{projection}"] for projection in PROJECTIONS]
@@ -269,10 +276,12 @@ def _attention_places(model: nn.Module) -> dict[str, tuple[str, int]]:
     for tower in TOWERS:
         with suppress(TypeError, ValueError):  # an adapter need not cover a tower of another kind
             for layer, block in enumerate(open_tower(model, tower).blocks):
-                width = block.linears["q"].shape[2]
-                places[block.attention_path] = (f"{tower}.{layer}", width)
+                linear = block.linears["q"]
+                if isinstance(linear.owner, nn.MultiheadAttention):
+                    places[block.attention_path] = (f"{tower}.{layer}", linear.shape[2])
     if not places:
         open_tower(model, TOWERS[0])  # says why not
+        raise TypeError(_ONE_FORMAT)
     return places
 
 

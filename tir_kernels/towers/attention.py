@@ -118,6 +118,16 @@ class OpenedAttention(Opened):
         return self.output(F.scaled_dot_product_attention(query, key, value))
 
 
+class OpenedLinear(Opened, nn.Linear):
+    """A linear map with LoRA on it, for families whose projections are modules of their own."""
+
+    plain = nn.Linear
+    low_rank: Any
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.low_rank.project(input, self.weight, self.bias)
+
+
 def split_heads(projected: Tensor, num_heads: int, parts: slice) -> tuple[Tensor, ...]:
     """(B, L, parts H d) -> (B, H, L, d) for each of the parts, without a copy."""
     batch, length, width = projected.shape

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from tir_kernels.towers.opening import Opened, put_on, take_off
+from tir_kernels.towers.opening import Opened, put_on, require_own_forward, take_off
 from tir_kernels.towers.protocol import BlockAdapter
 
 
@@ -56,10 +56,12 @@ class BlockBase:
         """
         if not isinstance(self.module, Opened) and type(self.module) not in self.opened:
             raise TypeError(
-                f"model has a block of kind {type(self.module).__name__}, which no adapter knows"
+                f"model has a block of kind {type(self.module).__name__}, which no adapter knows; "
+                "choose an architecture with the library's usual blocks"
             )
         if changes_attention:
             self.check_attention()
+            require_own_forward(self.module)
             put_on(self.attention, adapter, self.opened)
         put_on(self.module, adapter, self.opened)
 

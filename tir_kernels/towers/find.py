@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -13,17 +12,25 @@ from tir_kernels.towers.protocol import VisionTower
 if TYPE_CHECKING:
     from tir_kernels.towers.run import EncodesText
 
-# Family -> class with what it takes, in words, and two functions: a tower, or None for others.
+# Family -> class with what it takes in words, ``images`` and ``texts``, and the functions
+# ``vision_tower`` and ``text_tower``, which give None for models of other families.
 FAMILIES = {
     "open_clip": "tir_kernels.towers.open_clip:OpenClip",
     "timm": "tir_kernels.towers.timm_vit:TimmVit",
 }
 
 
-def _families() -> Iterator[Any]:
+def _ask(model: Any, function: str, words: str) -> tuple[Any, str]:
+    """The tower that the first family to know the model gives; else ``None`` and what all take."""
+    taken = []
     for place in FAMILIES.values():
         module, name = place.split(":")
-        yield getattr(importlib.import_module(module), name)
+        family = getattr(importlib.import_module(module), name)
+        tower = getattr(family, function)(model)
+        if tower is not None:
+            return tower, ""
+        taken.append(getattr(family, words))
+    return None, ", or ".join(filter(None, taken))
 
 
 def vision_tower(model: Any) -> VisionTower:
@@ -38,14 +45,11 @@ def vision_tower(model: Any) -> VisionTower:
     """
     if not isinstance(model, nn.Module) and hasattr(model, "num_prefix_tokens"):
         return model
-    taken = []
-    for family in _families():
-        tower = family.vision_tower(model)
-        if tower is not None:
-            return tower
-        taken.append(family.images)
+    tower, taken = _ask(model, "vision_tower", "images")
+    if tower is not None:
+        return tower
     raise TypeError(
-        f"model must be {', or '.join(taken)}; its tower is "
+        f"model must be {taken}; its tower is "
         f"{type(getattr(model, 'visual', model)).__name__}. Choose an architecture such as ViT-B-16"
     )
 
@@ -62,15 +66,11 @@ def text_tower(model: Any) -> EncodesText:
     """
     if not isinstance(model, nn.Module) and hasattr(model, "is_causal"):
         return model
-    taken = []
-    for family in _families():
-        tower = family.text_tower(model)
-        if tower is not None:
-            return tower
-        if family.texts:
-            taken.append(family.texts)
+    tower, taken = _ask(model, "text_tower", "texts")
+    if tower is not None:
+        return tower
     raise TypeError(
-        f"model must be {', or '.join(taken)}, since this needs texts; got {type(model).__name__} "
+        f"model must be {taken}, since this needs texts; got {type(model).__name__} "
         f"with text tower {type(getattr(model, 'text', None)).__name__}"
     )
 

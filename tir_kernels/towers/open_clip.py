@@ -170,11 +170,6 @@ class OpenClipBlock(BlockBase):
             )
         require_own_forward(attention)
 
-    def put(self, adapter: Any, changes_attention: bool) -> None:
-        if changes_attention:
-            require_own_forward(self.module)
-        super().put(adapter, changes_attention)
-
     def __call__(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         if self._batch_first:
             return self.module(hidden, attn_mask=mask)

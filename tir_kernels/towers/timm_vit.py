@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tir_kernels import JointSpace
 from tir_kernels.towers.attention import (
     OpenedAttention,
+    OpenedLinear,
     attend,
     join_heads,
     project_parts,
@@ -21,16 +22,6 @@ from tir_kernels.towers.blocks import BlockBase
 from tir_kernels.towers.opening import Opened, put_on, require_own_forward, take_off
 from tir_kernels.towers.protocol import Linear, Modifier
 from tir_kernels.towers.run import features_of_patches, joint_space_of
-
-
-class _OpenedLinear(Opened, nn.Linear):
-    """The packed projection, with LoRA on it."""
-
-    plain = nn.Linear
-    low_rank: Any
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.low_rank.project(input, self.weight, self.bias)
 
 
 class _OpenedAttention(OpenedAttention, Attention):
@@ -92,7 +83,7 @@ class TimmBlock(BlockBase):
     opened: ClassVar[Mapping[type, type[Opened]]] = {
         Block: _OpenedBlock,
         Attention: _OpenedAttention,
-        nn.Linear: _OpenedLinear,
+        nn.Linear: OpenedLinear,
     }
 
     @property
@@ -108,7 +99,7 @@ class TimmBlock(BlockBase):
             return
         is_usual = type(attention) is Attention and type(attention.qkv) in (
             nn.Linear,
-            _OpenedLinear,
+            OpenedLinear,
         )
         if not is_usual or attention.gate is not None or attention.attn_drop.p > 0:
             raise TypeError(
@@ -117,11 +108,6 @@ class TimmBlock(BlockBase):
                 "architecture, or placement 'tokens' without LoRA"
             )
         require_own_forward(attention)
-
-    def put(self, adapter: Any, changes_attention: bool) -> None:
-        if changes_attention:
-            require_own_forward(self.module)
-        super().put(adapter, changes_attention)
 
     def put_low_rank(self, owner: Any, low_rank: nn.Module, handle: Any) -> None:
         super().put_low_rank(owner, low_rank, handle)
