@@ -44,7 +44,7 @@ TIR_DEVICE void accumulate(const AttentionBackward& arguments, const KeyWeights&
   const AttentionShape& shape = arguments.shape;
   int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   int warp = thread / kWarp, warps = threads / kWarp, lane = thread % kWarp;
-  int length = static_cast<int>(shape.length), width = static_cast<int>(shape.width);
+  int length = static_cast<int>(shape.length), head_dim = static_cast<int>(shape.head_dim);
   int64_t batch = head_index / shape.heads, head = head_index % shape.heads;
   int chunks = (length + kSize - 1) / kSize;
   const float* log_sums = arguments.log_sum_exp + head_index * length;
@@ -203,16 +203,16 @@ TIR_DEVICE void accumulate(const AttentionBackward& arguments, const KeyWeights&
       }
     }
   }
-  int64_t offset = head_index * length * width;
+  int64_t offset = head_index * length * head_dim;
   T* target = static_cast<T*>(kHoldsKeys ? arguments.grad_key : arguments.grad_query) + offset;
   TIR_UNROLL
   for (int m = 0; m < kHeld; ++m) {
     int row = first + m * kRows, at = m * kRows * kPitch<T, D>;
     store_rows<T, D>(sum_first[m], shape.scale, shape.scale, own_first + at, target, row, length,
-                     width, lane);
+                     head_dim, lane);
     if constexpr (kHoldsKeys) {
       store_rows<T, D>(sum_second[m], 1.0f, 1.0f, own_second + at,
-                       static_cast<T*>(arguments.grad_value) + offset, row, length, width, lane);
+                       static_cast<T*>(arguments.grad_value) + offset, row, length, head_dim, lane);
     }
   }
 }
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(kDeltaThreads)
     const T* right = outputs.data + i * outputs.stride;
     if (is_aligned) {
       constexpr int kStep = kVector<T>;
-      for (int c = lane * kStep; c < grads.width; c += kLanesPerRow * kStep) {
+      for (int c = lane * kStep; c < grads.head_dim; c += kLanesPerRow * kStep) {
         struct alignas(16) Vector {
           T elements[kStep];
         };
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(kDeltaThreads)
         for (int e = 0; e < kStep; ++e) sum += to_float(a.elements[e]) * to_float(b.elements[e]);
       }
     } else {
-      for (int c = lane; c < grads.width; c += kLanesPerRow) {
+      for (int c = lane; c < grads.head_dim; c += kLanesPerRow) {
         sum += to_float(left[c]) * to_float(right[c]);
       }
     }
@@ -328,8 +328,8 @@ template <>
 void attention_backward_of<TIR_ELEMENT>(const AttentionBackward& arguments,
                                         const KeyWeights& derived, float* delta, float* partial,
                                         Stream stream) {
-  with_width(kName, arguments.shape.width, [&](auto width) {
-    launch_backward<TIR_ELEMENT, decltype(width)::value>(arguments, derived, delta, partial,
+  with_head_dim(kName, arguments.shape.head_dim, [&](auto head_dim) {
+    launch_backward<TIR_ELEMENT, decltype(head_dim)::value>(arguments, derived, delta, partial,
                                                          stream);
   });
 }

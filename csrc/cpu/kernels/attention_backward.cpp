@@ -27,26 +27,26 @@ class BackwardWorker {
   explicit BackwardWorker(const AttentionBackward& problem)
       : problem_(problem),
         shape_(problem.shape),
-        padded_width_(round_up(shape_.width, lanes)),
-        row_units_(row_units<Math>(shape_.width)),
+        padded_head_dim_(round_up(shape_.head_dim, lanes)),
+        row_units_(row_units<Math>(shape_.head_dim)),
         score_stride_(score_stride(shape_.length, max_key_block)),
         packing_space_(lanes * row_units_),
         key_columns_(packed_units(row_units_, shape_.length)),
         value_columns_(packed_units(row_units_, shape_.length)),
-        key_rows_(packed_units(steps_of<Math>(shape_.length), shape_.width)),
+        key_rows_(packed_units(steps_of<Math>(shape_.length), shape_.head_dim)),
         queries_(tile_queries * row_units_),
         grads_(tile_queries * row_units_),
-        query_rows_(packed_units(steps_of<Math>(tile_queries), shape_.width)),
-        grad_rows_(packed_units(steps_of<Math>(tile_queries), shape_.width)),
+        query_rows_(packed_units(steps_of<Math>(tile_queries), shape_.head_dim)),
+        grad_rows_(packed_units(steps_of<Math>(tile_queries), shape_.head_dim)),
         scores_(tile_queries * score_stride_),
         grad_probabilities_(tile_queries * score_stride_),
         score_pairs_(is_paired ? 3 * tile_queries * score_stride_ / 2 : 0),
-        query_sums_(tile_queries * padded_width_),
-        key_sums_(round_up(shape_.length, 2) * padded_width_),
-        value_sums_(round_up(shape_.length, 2) * padded_width_),
+        query_sums_(tile_queries * padded_head_dim_),
+        key_sums_(round_up(shape_.length, 2) * padded_head_dim_),
+        value_sums_(round_up(shape_.length, 2) * padded_head_dim_),
         weight_sums_(round_up(shape_.length, lanes)),
-        delta_row_(padded_width_),
-        delta_other_row_(padded_width_) {}
+        delta_row_(padded_head_dim_),
+        delta_other_row_(padded_head_dim_) {}
 
   void choose(int64_t batch, int64_t head) {
     batch_ = batch;
@@ -70,8 +70,8 @@ class BackwardWorker {
     int64_t i = 0;
     for (int64_t row = first; row < end; ++row) {
       if (i < keys.count && keys.index[i] == row) {
-        write(problem_.grad_key, row, key_sums_ + i * padded_width_, shape_.scale);
-        write(problem_.grad_value, row, value_sums_ + i * padded_width_, 1.0f);
+        write(problem_.grad_key, row, key_sums_ + i * padded_head_dim_, shape_.scale);
+        write(problem_.grad_value, row, value_sums_ + i * padded_head_dim_, 1.0f);
         ++i;
       } else {
         write_zeros(problem_.grad_key, row);
@@ -95,40 +95,40 @@ class BackwardWorker {
   }
   char* place_of(void* output, int64_t row) const {
     int64_t place = (batch_ * shape_.heads + head_) * shape_.length + row;
-    return static_cast<char*>(output) + place * shape_.width * bytes_of(shape_.type);
+    return static_cast<char*>(output) + place * shape_.head_dim * bytes_of(shape_.type);
   }
   void write(void* output, int64_t row, const float* sums, float factor) const {
-    write_row(place_of(output, row), sums, factor, shape_.type, shape_.width);
+    write_row(place_of(output, row), sums, factor, shape_.type, shape_.head_dim);
   }
   void write_zeros(void* output, int64_t row) const {
-    memset(place_of(output, row), 0, shape_.width * bytes_of(shape_.type));
+    memset(place_of(output, row), 0, shape_.head_dim * bytes_of(shape_.type));
   }
 
   void pack_keys() {
     auto key_at = [&](int64_t i) { return row_of(problem_.key, keys_.index[i]); };
     auto value_at = [&](int64_t i) { return row_of(problem_.value, keys_.index[i]); };
-    pack_columns<Math>(key_columns_, key_at, shape_.type, keys_.count, shape_.width,
+    pack_columns<Math>(key_columns_, key_at, shape_.type, keys_.count, shape_.head_dim,
                        packing_space_);
-    pack_columns<Math>(value_columns_, value_at, shape_.type, keys_.count, shape_.width,
+    pack_columns<Math>(value_columns_, value_at, shape_.type, keys_.count, shape_.head_dim,
                        packing_space_);
     key_panel_stride_ = steps_of<Math>(keys_.count) * panel_width;
     if (wanted_.query) {
       pack_rows<Math>(key_rows_, key_panel_stride_, key_at, shape_.type, keys_.count,
-                      shape_.width);
+                      shape_.head_dim);
     }
   }
 
   void load_tile(int64_t first, int64_t count) {
     copy_rows<Math>(queries_, problem_.query, shape_.type, batch_, head_, first, count,
-                    shape_.width);
+                    shape_.head_dim);
     copy_rows<Math>(grads_, problem_.grad_output, shape_.type, batch_, head_, first, count,
-                    shape_.width);
+                    shape_.head_dim);
     if (wanted_.key_value) {
       auto query_at = [&](int64_t i) { return row_of(problem_.query, first + i); };
       auto grad_at = [&](int64_t i) { return row_of(problem_.grad_output, first + i); };
       int64_t panel_stride = steps_of<Math>(count) * panel_width;
-      pack_rows<Math>(query_rows_, panel_stride, query_at, shape_.type, count, shape_.width);
-      pack_rows<Math>(grad_rows_, panel_stride, grad_at, shape_.type, count, shape_.width);
+      pack_rows<Math>(query_rows_, panel_stride, query_at, shape_.type, count, shape_.head_dim);
+      pack_rows<Math>(grad_rows_, panel_stride, grad_at, shape_.type, count, shape_.head_dim);
     }
     int64_t place = (batch_ * shape_.heads + head_) * shape_.length + first;
     for (int64_t i = 0; i < count; ++i) {
@@ -146,10 +146,10 @@ class BackwardWorker {
 
   // How much all gradients of a row's probabilities lose to the softmax's sum staying 1.
   float delta_of(int64_t query) {
-    read_row(delta_row_, row_of(problem_.grad_output, query), shape_.type, shape_.width);
-    read_row(delta_other_row_, row_of(problem_.output, query), shape_.type, shape_.width);
+    read_row(delta_row_, row_of(problem_.grad_output, query), shape_.type, shape_.head_dim);
+    read_row(delta_other_row_, row_of(problem_.output, query), shape_.type, shape_.head_dim);
     Vec sum = zero();
-    for (int64_t i = 0; i < padded_width_; i += lanes) {
+    for (int64_t i = 0; i < padded_head_dim_; i += lanes) {
       sum = multiply_add(load(delta_row_ + i), load(delta_other_row_ + i), sum);
     }
     return sum_of(sum);
@@ -157,16 +157,16 @@ class BackwardWorker {
 
   void run_tile(int64_t first, int64_t count, bool adds) {
     load_tile(first, count);
-    int64_t width_steps = steps_of<Math>(shape_.width);
+    int64_t head_dim_steps = steps_of<Math>(shape_.head_dim);
     int64_t query_steps = steps_of<Math>(count);
     int64_t block = key_block_size(keys_.count, max_key_block);
     for (int64_t key = 0; key < keys_.count; key += block) {
       int64_t num_keys = smaller_of(block, keys_.count - key);
       int64_t column_stride = row_units_ * panel_width;
-      multiply<Math>(count, num_keys, width_steps, {queries_, row_units_, 1},
+      multiply<Math>(count, num_keys, head_dim_steps, {queries_, row_units_, 1},
                      {key_columns_ + key * row_units_, column_stride}, scores_, score_stride_,
                      false);
-      multiply<Math>(count, num_keys, width_steps, {grads_, row_units_, 1},
+      multiply<Math>(count, num_keys, head_dim_steps, {grads_, row_units_, 1},
                      {value_columns_ + key * row_units_, column_stride}, grad_probabilities_,
                      score_stride_, false);
       for (int64_t i = 0; i < num_keys; i += lanes) {
@@ -177,23 +177,23 @@ class BackwardWorker {
         }
       }
       if (wanted_.query) {
-        multiply<Math>(count, shape_.width, steps_of<Math>(num_keys), grad_score_rows(),
+        multiply<Math>(count, shape_.head_dim, steps_of<Math>(num_keys), grad_score_rows(),
                        {key_rows_ + steps_of<Math>(key) * panel_width, key_panel_stride_},
-                       query_sums_, padded_width_, key > 0);
+                       query_sums_, padded_head_dim_, key > 0);
       }
       if (wanted_.key_value) {
         int64_t panel_stride = query_steps * panel_width;
-        multiply<Math>(num_keys, shape_.width, query_steps, grad_score_columns(),
-                       {query_rows_, panel_stride}, key_sums_ + key * padded_width_,
-                       padded_width_, adds);
-        multiply<Math>(num_keys, shape_.width, query_steps, probability_columns(),
-                       {grad_rows_, panel_stride}, value_sums_ + key * padded_width_,
-                       padded_width_, adds);
+        multiply<Math>(num_keys, shape_.head_dim, query_steps, grad_score_columns(),
+                       {query_rows_, panel_stride}, key_sums_ + key * padded_head_dim_,
+                       padded_head_dim_, adds);
+        multiply<Math>(num_keys, shape_.head_dim, query_steps, probability_columns(),
+                       {grad_rows_, panel_stride}, value_sums_ + key * padded_head_dim_,
+                       padded_head_dim_, adds);
       }
     }
     if (wanted_.query) {
       for (int64_t i = 0; i < count; ++i) {
-        write(problem_.grad_query, first + i, query_sums_ + i * padded_width_, shape_.scale);
+        write(problem_.grad_query, first + i, query_sums_ + i * padded_head_dim_, shape_.scale);
       }
     }
   }
@@ -280,7 +280,7 @@ class BackwardWorker {
 
   const AttentionBackward& problem_;
   const AttentionShape& shape_;
-  int64_t padded_width_, row_units_, score_stride_;
+  int64_t padded_head_dim_, row_units_, score_stride_;
   Buffer<Unit> packing_space_;
   Buffer<Unit> key_columns_, value_columns_, key_rows_;  // right operands, of all keys
   Buffer<Unit> queries_, grads_;                         // left operands, of a tile
