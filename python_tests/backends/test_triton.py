@@ -136,7 +136,7 @@ def check_attention(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("length", "head_width"), [(50, 64), (50, 72), (33, 80), (70, 17), (1, 1)])
+@pytest.mark.parametrize(("length", "head_dim"), [(50, 64), (50, 72), (33, 80), (70, 17), (1, 1)])
 def test_attention(length: int, head_dim: int, dtype: torch.dtype, device: str) -> None:
     check_attention(2, 1, length, head_dim, dtype, device)
 
@@ -146,14 +146,14 @@ def test_attention_of_many_blocks(dtype: torch.dtype, device: str) -> None:
     check_attention(1, 1, 197, 64, dtype, device)
 
 
-@pytest.mark.parametrize("head_width", [3, 64, 72, 80, 88, 96, 104, 112, 128, 160, 256])
-def test_attention_of_every_head_width(head_dim: int, device: str) -> None:
+@pytest.mark.parametrize("head_dim", [3, 64, 72, 80, 88, 96, 104, 112, 128, 160, 256])
+def test_attention_of_every_head_dim(head_dim: int, device: str) -> None:
     check_attention(1, 2, 20, head_dim, torch.bfloat16, device)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_width", [16, 64, 72, 80, 88, 96, 104, 112, 128, 256])
+@pytest.mark.parametrize("head_dim", [16, 64, 72, 80, 88, 96, 104, 112, 128, 256])
 @pytest.mark.parametrize("length", [50, 197, 257, 577, 1100])
 def test_attention_on_gpu(length: int, head_dim: int, dtype: torch.dtype, cuda: str) -> None:
     check_attention(2, 3, length, head_dim, dtype, cuda)
