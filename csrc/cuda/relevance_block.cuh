@@ -34,6 +34,7 @@ struct RelevanceBlock {
   BlockState<M>& state = *reinterpret_cast<BlockState<M>*>(shared_memory());
   TokenTile<T, kTokens<M>, kWarps> tokens{
       arguments,
+      arguments.norm_weight.type,
       plan.tokens_are_aligned,
       plan.norm_is_aligned,
       plan.span,

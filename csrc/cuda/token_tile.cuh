@@ -23,6 +23,7 @@ struct TokenTile {
   static constexpr int kStride = kWarp * kVector<T>;  // columns that a warp takes at once
 
   const Relevance& arguments;
+  Type norm_type;  // of norm_weight and norm_bias: one branch for both
   bool tokens_are_aligned, norm_is_aligned;
   int span;
   TokenRows<kTileRows>& rows;
@@ -124,13 +125,15 @@ struct TokenTile {
   TIR_DEVICE void read_affine(float (&gains)[kCount], float (&biases)[kCount], int column) const {
     int count = model_dim - column;
     if (arguments.norm_weight.data != nullptr) {
-      read_elements(gains, arguments.norm_weight, column, count, norm_is_aligned);
+      Array weight{arguments.norm_weight.data, norm_type};
+      read_elements(gains, weight, column, count, norm_is_aligned);
     } else {
       TIR_UNROLL
       for (int e = 0; e < kCount; ++e) gains[e] = e < count ? 1.0f : 0.0f;
     }
     if (arguments.norm_bias.data != nullptr) {
-      read_elements(biases, arguments.norm_bias, column, count, norm_is_aligned);
+      Array bias{arguments.norm_bias.data, norm_type};
+      read_elements(biases, bias, column, count, norm_is_aligned);
     } else {
       TIR_UNROLL
       for (int e = 0; e < kCount; ++e) biases[e] = 0.0f;

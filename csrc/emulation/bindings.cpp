@@ -17,7 +17,7 @@ py::dict plan_of(const AttentionShape& shape, const cuda::KeyWeights& derived) {
   cuda::with_head_dim("weighted_attention", shape.head_dim, [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
     auto plan = cuda::forward::plan<T, kHeadDim>("weighted_attention", shape, derived,
-                                               cuda::emulated_device);
+                                                 cuda::emulated_device);
     found["warps"] = plan.warps;
     found["resident"] = plan.resident;
     found["value_bytes"] = plan.value_bytes;

@@ -124,7 +124,8 @@ class ForwardWorker {
         is_empty ? -infinity : maxima_[row] * ln_2 + __builtin_logf(totals_[row]);
     char* output = static_cast<char*>(problem_.output);
     write_row(output + place * shape_.head_dim * bytes_of(shape_.type),
-              sums_ + row * padded_head_dim_, is_empty ? 0.0f : 1.0f / totals_[row], shape_.type, shape_.head_dim);
+              sums_ + row * padded_head_dim_, is_empty ? 0.0f : 1.0f / totals_[row],
+              shape_.type, shape_.head_dim);
   }
 
   const AttentionForward& problem_;

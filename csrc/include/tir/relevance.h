@@ -19,7 +19,7 @@ struct Relevance {
   Array class_embeddings;  // [G, C, E], contiguous
   bool has_norm;           // LayerNorm before the projection?
   Array norm_weight;       // [D], or null for 1
-  Array norm_bias;         // [D], or null for 0
+  Array norm_bias;         // [D], or null for 0; of the type of norm_weight
   float norm_eps;
   Array proj;                                   // [D, E], or null for none
   int64_t proj_row_stride, proj_column_stride;  // one of them is 1
