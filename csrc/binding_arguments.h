@@ -1,4 +1,6 @@
-// What Python hands to the kernels: pointers arrive as integers, and sizes are checked here.
+// Functions for Python over launchers, whatever the device: pointers arrive as integers, sizes are
+// checked here. What a device wants beside the launcher's own arguments (threads, a stream) follows
+// them.
 #pragma once
 
 #include <array>
@@ -7,12 +9,15 @@
 #include <string>
 #include <tuple>
 
+#include "tir/adapters.h"
 #include "tir/attention.h"
 #include "tir/relevance.h"
 
 namespace tir::bindings {
 
 using Address = uintptr_t;
+template <size_t N>
+using Sizes = std::array<int64_t, N>;
 using RowGridArgument = std::tuple<Address, int64_t, int64_t, int64_t>;  // data, batch, head, row
 
 inline void require(bool holds, const char* what) {
@@ -37,89 +42,135 @@ inline Type type_named(const std::string& name) {
   throw std::invalid_argument("tir_kernels._C: unknown type " + name);
 }
 
+inline Array array(Address data, const std::string& type) {
+  return {optional_pointer<const void>(data), type_named(type)};
+}
+
 inline RowGrid grid(const RowGridArgument& argument, const char* name) {
   auto [data, batch_stride, head_stride, row_stride] = argument;
   return {pointer<const void>(data, name), batch_stride, head_stride, row_stride};
 }
 
-inline AttentionShape attention_shape(const std::array<int64_t, 4>& shape,
-                                      const std::string& type, float scale) {
+// shape: B, H, L, d.
+inline AttentionShape attention_shape(const Sizes<4>& shape, const std::string& type,
+                                      float scale) {
   for (int64_t size : shape) require(size >= 1, "attention needs B, H, L, d >= 1");
   return {shape[0], shape[1], shape[2], shape[3], type_named(type), scale};
 }
 
 // Null weights are 1 on a CPU; on a GPU they are for launchers that find weights otherwise.
-inline AttentionForward forward_arguments(const std::array<int64_t, 4>& shape,
-                                          const std::string& type, float scale,
-                                          const RowGridArgument& query,
-                                          const RowGridArgument& key,
-                                          const RowGridArgument& value, Address weights,
-                                          Address output, Address log_sum_exp) {
-  return {attention_shape(shape, type, scale),
-          grid(query, "query is null"),
-          grid(key, "key is null"),
-          grid(value, "value is null"),
-          optional_pointer<const float>(weights),
-          pointer<void>(output, "output is null"),
-          pointer<float>(log_sum_exp, "log_sum_exp is null")};
+template <class... Rest>
+auto from_python(void (*launch)(const AttentionForward&, Rest...)) {
+  return [launch](const Sizes<4>& shape, const std::string& type, float scale,
+                  const RowGridArgument& query, const RowGridArgument& key,
+                  const RowGridArgument& value, Address weights, Address output,
+                  Address log_sum_exp, Rest... rest) {
+    launch({attention_shape(shape, type, scale), grid(query, "query is null"),
+            grid(key, "key is null"), grid(value, "value is null"),
+            optional_pointer<const float>(weights), pointer<void>(output, "output is null"),
+            pointer<float>(log_sum_exp, "log_sum_exp is null")},
+           rest...);
+  };
 }
 
-inline AttentionBackward backward_arguments(
-    const std::array<int64_t, 4>& shape, const std::string& type, float scale,
-    const RowGridArgument& grad_output, const RowGridArgument& query, const RowGridArgument& key,
-    const RowGridArgument& value, Address weights, const RowGridArgument& output,
-    Address log_sum_exp, Address grad_query, Address grad_key, Address grad_value,
-    Address grad_weights) {
-  return {attention_shape(shape, type, scale),
-          grid(grad_output, "grad_output is null"),
-          grid(query, "query is null"),
-          grid(key, "key is null"),
-          grid(value, "value is null"),
-          optional_pointer<const float>(weights),
-          grid(output, "output is null"),
-          pointer<const float>(log_sum_exp, "log_sum_exp is null"),
-          pointer<void>(grad_query, "grad_query is null"),
-          pointer<void>(grad_key, "grad_key is null"),
-          pointer<void>(grad_value, "grad_value is null"),
-          optional_pointer<float>(grad_weights)};
+// A null address of grad_weights leaves them out.
+template <class... Rest>
+auto from_python(void (*launch)(const AttentionBackward&, Rest...)) {
+  return [launch](const Sizes<4>& shape, const std::string& type, float scale,
+                  const RowGridArgument& grad_output, const RowGridArgument& query,
+                  const RowGridArgument& key, const RowGridArgument& value, Address weights,
+                  const RowGridArgument& output, Address log_sum_exp, Address grad_query,
+                  Address grad_key, Address grad_value, Address grad_weights, Rest... rest) {
+    launch({attention_shape(shape, type, scale), grid(grad_output, "grad_output is null"),
+            grid(query, "query is null"), grid(key, "key is null"), grid(value, "value is null"),
+            optional_pointer<const float>(weights), grid(output, "output is null"),
+            pointer<const float>(log_sum_exp, "log_sum_exp is null"),
+            pointer<void>(grad_query, "grad_query is null"),
+            pointer<void>(grad_key, "grad_key is null"),
+            pointer<void>(grad_value, "grad_value is null"),
+            optional_pointer<float>(grad_weights)},
+           rest...);
+  };
 }
 
 // sizes: B, L, P, D, E, G, C.
-inline Relevance relevance_arguments(const std::array<int64_t, 7>& sizes,
-                                     const std::string& token_type, const RowGridArgument& tokens,
-                                     Address class_embeddings, bool has_norm, Address norm_weight,
-                                     Address norm_bias, float norm_eps,
-                                     const std::string& proj_type, Address proj,
-                                     int64_t proj_row_stride, int64_t proj_column_stride,
-                                     Address output) {
-  auto [batch, length, prefix, width, joint_width, groups, classes] = sizes;
-  require(batch >= 1 && width >= 1 && joint_width >= 1 && classes >= 1,
-          "relevance needs B, D, E, C >= 1");
-  require(prefix >= 0 && prefix < length, "relevance needs 0 <= P < L");
-  require(groups >= 1 && batch % groups == 0, "G must divide B");
-  require(proj != 0 || joint_width == width, "without a projection E must equal D");
-  require(proj == 0 || proj_row_stride == 1 || proj_column_stride == 1,
-          "the rows or the columns of proj must be contiguous");
-  return {batch, length, prefix, width, joint_width, groups, classes, type_named(token_type),
-          grid(tokens, "tokens is null"),
-          pointer<const float>(class_embeddings, "class_embeddings is null"), has_norm,
-          optional_pointer<const float>(norm_weight), optional_pointer<const float>(norm_bias),
-          norm_eps, type_named(proj_type), optional_pointer<const void>(proj), proj_row_stride,
-          proj_column_stride, pointer<float>(output, "output is null")};
+template <class... Rest>
+auto from_python(void (*launch)(const Relevance&, Rest...)) {
+  return [launch](const Sizes<7>& sizes, const std::string& token_type,
+                  const RowGridArgument& tokens, const std::string& class_type,
+                  Address class_embeddings, bool has_norm, const std::string& norm_type,
+                  Address norm_weight, Address norm_bias, float norm_eps,
+                  const std::string& proj_type, Address proj, int64_t proj_row_stride,
+                  int64_t proj_column_stride, Address output, Rest... rest) {
+    auto [batch, length, prefix, model_dim, joint_dim, groups, classes] = sizes;
+    require(batch >= 1 && model_dim >= 1 && joint_dim >= 1 && classes >= 1,
+            "relevance needs B, D, E, C >= 1");
+    require(prefix >= 0 && prefix < length, "relevance needs 0 <= P < L");
+    require(groups >= 1 && batch % groups == 0, "G must divide B");
+    require(class_embeddings != 0, "class_embeddings is null");
+    require(proj != 0 || joint_dim == model_dim, "without a projection E must equal D");
+    require(proj == 0 || proj_row_stride == 1 || proj_column_stride == 1,
+            "the rows or the columns of proj must be contiguous");
+    launch({batch, length, prefix, model_dim, joint_dim, groups, classes,
+            type_named(token_type), grid(tokens, "tokens is null"),
+            array(class_embeddings, class_type), has_norm, array(norm_weight, norm_type),
+            array(norm_bias, norm_type), norm_eps, array(proj, proj_type), proj_row_stride,
+            proj_column_stride, pointer<float>(output, "output is null")},
+           rest...);
+  };
 }
 
 // sizes: B, C, N, P. Null weights are for launchers that can leave them out.
-inline Selection selection_arguments(const std::array<int64_t, 4>& sizes, int64_t top_k,
-                                     Address relevance, Address table, Address counts,
-                                     Address weights) {
-  auto [batch, classes, patches, prefix] = sizes;
-  require(batch >= 1 && classes >= 1 && patches >= 1 && prefix >= 0,
-          "selection needs B, C, N >= 1");
-  require(top_k >= 0 && top_k <= patches, "selection needs 0 <= K <= N");
-  return {batch, classes, patches, prefix, top_k,
-          pointer<const float>(relevance, "relevance is null"),
-          pointer<const float>(table, "table is null"),
-          pointer<int32_t>(counts, "counts is null"), optional_pointer<float>(weights)};
+template <class... Rest>
+auto from_python(void (*launch)(const Selection&, Rest...)) {
+  return [launch](const Sizes<4>& sizes, int64_t top_k, Address relevance, Address table,
+                  Address counts, Address weights, Rest... rest) {
+    auto [batch, classes, patches, prefix] = sizes;
+    require(batch >= 1 && classes >= 1 && patches >= 1 && prefix >= 0,
+            "selection needs B, C, N >= 1");
+    require(top_k >= 0 && top_k <= patches, "selection needs 0 <= K <= N");
+    launch({batch, classes, patches, prefix, top_k,
+            pointer<const float>(relevance, "relevance is null"),
+            pointer<const float>(table, "table is null"),
+            pointer<int32_t>(counts, "counts is null"), optional_pointer<float>(weights)},
+           rest...);
+  };
+}
+
+// sizes: G, K, S, T, D.
+template <class... Rest>
+auto from_python(void (*launch)(const PhiloxDropout&, Rest...)) {
+  return [launch](const Sizes<5>& sizes, const std::string& input_type,
+                  const std::string& output_type, Address rows, Address seeds, int64_t step,
+                  uint32_t stream, uint32_t first_branch, uint32_t threshold, float scale,
+                  Address output, Rest... rest) {
+    for (int64_t size : sizes) require(size >= 1, "dropout needs G, K, S, T, D >= 1");
+    auto [groups, branches, sequences, length, channels] = sizes;
+    require(channels <= channels_per_draw << 16,
+            "too many channels for the random numbers' counter");
+    require(stream < 256 && first_branch + branches <= 256, "streams and branches go up to 255");
+    require(rows != 0, "rows is null");
+    launch({groups, branches, sequences, length, channels, array(rows, input_type),
+            pointer<const int64_t>(seeds, "seeds is null"), step, stream, first_branch, threshold,
+            scale, type_named(output_type), pointer<void>(output, "output is null")},
+           rest...);
+  };
+}
+
+// A null address of grad_output is for the forward pass.
+template <class... Rest>
+auto from_python(void (*launch)(const Activation&, Rest...)) {
+  return [launch](const std::string& kind, int64_t rows, int64_t channels,
+                  const std::string& type, Address hidden, const std::string& bias_type,
+                  Address bias, Address grad_output, Address output, Rest... rest) {
+    require(rows >= 1 && channels >= 1, "activation needs rows and channels >= 1");
+    require(kind == "gelu" || kind == "quick_gelu", "activation is gelu or quick_gelu");
+    launch({kind == "gelu" ? ActivationKind::gelu : ActivationKind::quick_gelu, rows, channels,
+            type_named(type), pointer<const void>(hidden, "hidden is null"),
+            array(bias, bias_type), optional_pointer<const void>(grad_output),
+            pointer<void>(output, "output is null")},
+           rest...);
+  };
 }
 
 }  // namespace tir::bindings

@@ -1,220 +1,137 @@
 // Weighted attention, backward, without atomics, so that the same inputs give the same bits.
 //
-// First delta[i] = grad_output[i] . output[i]. Then one kernel in whose blocks every warp holds 16
-// or 32 rows still while the others pass by: either keys, for the gradients of keys, values and weights,
-// or queries, for theirs. Both need the scores and the gradients of the probabilities, with rows
-// and columns exchanged. Last, where wanted, the weights' gradients are summed over the heads.
+// First delta[i] = grad_output[i] . output[i]. Then, side by side in one launch, the gradients of
+// keys, values and weights, with stationary keys and streamed queries, and those of queries, with
+// stationary queries and streamed keys: both need the scores and the gradients of the
+// probabilities, with rows and columns exchanged. Last, where wanted, the weights' gradients are
+// summed over the heads.
 #include <algorithm>
 
-#include "cuda/heads.cuh"
+#include "cuda/backward_block.cuh"
 
 namespace tir::cuda {
 namespace {
 
 constexpr const char* kName = "weighted_attention (backward)";
-constexpr float kMaxPowerOfTwo = max_exponent * log2_e;
-
-// 16-row tiles that a warp holds: with two, what is read of the passing rows serves twice. Wider
-// heads leave no registers for the sums of two.
-template <class T, int D>
-constexpr int kHeldTiles = kHasTensorCores<T> && D <= 64 ? 2 : 1;
-
-// Rows that are loaded at a time, and those of them that are multiplied at a time.
-template <class T, int D>
-constexpr int kChunk = kHasTensorCores<T> || D <= 96 ? 32 : 16;
-template <class T, int D>
-constexpr int kStep = kHeldTiles<T, D> == 2 ? 16 : kChunk<T, D>;
 
 struct BackwardPlan {
-  int parts;  // blocks that hold keys, and that hold queries, of each head
+  int parts;  // blocks with stationary keys, and with stationary queries, of each head
   bool is_aligned;
 };
 
-// Base-2 logarithm of a row's sum, negated; -inf for rows that attend to nothing.
-TIR_DEVICE float negative_log_sum(float log_sum) {
-  return log_sum == -INFINITY ? -INFINITY : -log_sum * log2_e;
-}
-
-template <class T, int D, bool kHoldsKeys>
-TIR_DEVICE void accumulate(const AttentionBackward& arguments, const KeyWeights& derived,
-                           const float* delta, float* partial, int64_t head_index, int part,
-                           bool is_aligned) {
-  constexpr int kSize = kChunk<T, D>, kTiles = kStep<T, D> / 8;
-  constexpr int kHeld = kHeldTiles<T, D>, kHeldRows = kHeld * kRows;
-  const AttentionShape& shape = arguments.shape;
-  int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  int warp = thread / kWarp, warps = threads / kWarp, lane = thread % kWarp;
-  int length = static_cast<int>(shape.length), width = static_cast<int>(shape.width);
-  int64_t batch = head_index / shape.heads, head = head_index % shape.heads;
-  int chunks = (length + kSize - 1) / kSize;
-  const float* log_sums = arguments.log_sum_exp + head_index * length;
-  delta += head_index * length;
-
-  float* column_shifts = reinterpret_cast<float*>(shared_memory());
-  float* column_deltas = column_shifts + chunks * kSize;
-  T* held = reinterpret_cast<T*>(column_deltas + chunks * kSize);
-  T* own_first = held + warp * 2 * kHeldRows * kPitch<T, D>;
-  T* own_second = own_first + kHeldRows * kPitch<T, D>;
-  T* passing = held + warps * 2 * kHeldRows * kPitch<T, D>;
-  T* own_staging = passing + 4 * kSize * kPitch<T, D> + warp * kStaging<T, kTiles>;
-
-  auto queries = rows_of_head<T>(arguments.query, shape, batch, head, is_aligned);
-  auto grads = rows_of_head<T>(arguments.grad_output, shape, batch, head, is_aligned);
-  auto keys = rows_of_head<T>(arguments.key, shape, batch, head, is_aligned);
-  auto values = rows_of_head<T>(arguments.value, shape, batch, head, is_aligned);
-  const int32_t* counts = stored_counts(derived, batch, length);
-  auto weight_of = [&](int key) {
-    return key_weight(arguments.weights, derived, counts, batch, length, key);
-  };
-
-  int first = (part * warps + warp) * kHeldRows;
-  load_tile<T, D>(own_first, kHoldsKeys ? keys : queries, first, kHeldRows, lane, kWarp,
-                  KeepAll());
-  load_tile<T, D>(own_second, kHoldsKeys ? values : grads, first, kHeldRows, lane, kWarp,
-                  KeepAll());
-
-  // exponent = scale score + shift of the row + shift of the column: that of a key is the logarithm
-  // of its weight, that of a query its negative log-sum. A column at -inf is not there.
-  for (int i = thread; i < chunks * kSize; i += threads) {
-    float shift = -INFINITY, difference = 0.0f;
-    if (i < length) {
-      if (kHoldsKeys) {
-        shift = negative_log_sum(log_sums[i]);
-        difference = delta[i];
-      } else {
-        float weight = weight_of(i);
-        if (is_attended(weight)) shift = log2f(weight);
-      }
-    }
-    column_shifts[i] = shift;
-    column_deltas[i] = difference;
+// Stationary keys, streamed queries. `partial` may be null.
+template <class T, int D>
+TIR_DEVICE void grad_key_value(const AttentionBackward& arguments, const KeyWeights& derived,
+                               const float* delta, float* partial,
+                               const BackwardBlock<T, D>& block) {
+  using Block = BackwardBlock<T, D>;
+  int64_t head_start = block.head_index * block.length;
+  block.load_stationary(block.rows_of(arguments.key), block.rows_of(arguments.value));
+  for (int i = block.thread; i < block.chunks * kChunk<T, D>; i += block.threads) {
+    bool exists = i < block.length;
+    block.shifts[i] =
+        exists ? negative_log_sum(arguments.log_sum_exp[head_start + i]) : -INFINITY;
+    block.deltas[i] = exists ? delta[head_start + i] : 0.0f;
   }
   __syncthreads();
 
-  float row_shift[kHeld][2], row_delta[kHeld][2], weight[kHeld][2], weight_sum[kHeld][2];
+  const int32_t* counts = stored_counts(derived, block.batch, block.length);
+  typename Block::PerRow weights, shifts, weight_sums = {};
   TIR_UNROLL
-  for (int m = 0; m < kHeld; ++m) {
+  for (int m = 0; m < Block::kHeld; ++m) {
     TIR_UNROLL
     for (int r = 0; r < 2; ++r) {
-      int row = min(first + m * kRows + lane / 4 + 8 * r, length - 1);
-      weight_sum[m][r] = 0.0f;
-      if (kHoldsKeys) {
-        weight[m][r] = weight_of(row);
-        // Without attention the shift is that of weight 1: the derivative by the weight itself has
-        // a limit at 0. What such a key sums up for key and value is dropped at the end.
-        row_shift[m][r] = is_attended(weight[m][r]) ? log2f(weight[m][r]) : 0.0f;
-        row_delta[m][r] = 0.0f;
-      } else {
-        row_shift[m][r] = negative_log_sum(log_sums[row]);
-        row_delta[m][r] = delta[row];
-      }
+      weights[m][r] = key_weight(arguments.weights, derived, counts, block.batch, block.length,
+                                 min(block.row(m, r), block.length - 1));
+      // Without attention the shift is that of weight 1: the derivative by the weight itself has a
+      // limit at 0. What such a key sums up for key and value is dropped at the end.
+      shifts[m][r] = is_attended(weights[m][r]) ? log2f(weights[m][r]) : 0.0f;
     }
   }
 
-  // 0 times the NaN of a key that is not attended to would not be 0.
-  auto is_kept = [&](int row) { return kHoldsKeys || column_shifts[row] != -INFINITY; };
-  auto slot = [&](int chunk) { return passing + chunk % 2 * 2 * kSize * kPitch<T, D>; };
-  auto load = [&](int chunk) {
-    int rows = min(kSize, round_up(length - chunk * kSize, kRows));
-    T* target = slot(chunk);
-    load_tile<T, D>(target, kHoldsKeys ? queries : keys, chunk * kSize, rows, thread, threads,
-                    is_kept);
-    load_tile<T, D>(target + kSize * kPitch<T, D>, kHoldsKeys ? grads : values, chunk * kSize,
-                    rows, thread, threads, is_kept);
-    commit_copies();
-  };
-  load(0);
-
-  constexpr bool kHold = kHeld == 1 && D <= 64;  // more would not leave registers for the sums
-  LeftRows<T, D, kHold> left_first[kHeld], left_second[kHeld];
-  float sum_first[kHeld][D / 8][4] = {};                    // of keys, or of queries
-  float sum_second[kHeld][kHoldsKeys ? D / 8 : 1][4] = {};  // of values
-  float scale = shape.scale * log2_e;
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    wait_for_copies<0>();
-    __syncthreads();  // all copies are in, and the slot that is filled next is read no more
-    if (chunk + 1 < chunks) load(chunk + 1);
-    if (chunk == 0) {
-      TIR_UNROLL
-      for (int m = 0; m < kHeld; ++m) {
-        left_first[m].take(own_first + m * kRows * kPitch<T, D>, lane);
-        left_second[m].take(own_second + m * kRows * kPitch<T, D>, lane);
-      }
-    }
-    int end = min(length, (chunk + 1) * kSize);
-    TIR_NO_UNROLL
-    for (int start = chunk * kSize; start < end; start += kStep<T, D>) {
-      const T* passing_first = slot(chunk) + (start - chunk * kSize) * kPitch<T, D>;
-      const T* passing_second = passing_first + kSize * kPitch<T, D>;
-      int used = min(kTiles, 2 * ((end - start + 15) / 16));
-      float scores[kHeld][kTiles][4] = {}, grad_scores[kHeld][kTiles][4] = {};
-      multiply_transposed(scores, left_first, passing_first, used, lane);
-      multiply_transposed(grad_scores, left_second, passing_second, used, lane);
-      TIR_UNROLL
-      for (int j = 0; j < kTiles; ++j) {
-        int column = start + 8 * j + 2 * (lane % 4);
-        float2 shifts = *reinterpret_cast<const float2*>(column_shifts + column);
-        float2 deltas = *reinterpret_cast<const float2*>(column_deltas + column);
-        TIR_UNROLL
-        for (int m = 0; m < kHeld; ++m) {
-          TIR_UNROLL
-          for (int e = 0; e < 4; ++e) {
-            float shift = e % 2 == 0 ? shifts.x : shifts.y;
-            float column_delta = e % 2 == 0 ? deltas.x : deltas.y;
-            float difference = kHoldsKeys ? column_delta : row_delta[m][e / 2];
-            float exponent = scores[m][j][e] * scale + (row_shift[m][e / 2] + shift);
-            // The limit of a key without weight may overflow. NaN is not larger, and stays.
-            if (kHoldsKeys && exponent > kMaxPowerOfTwo) exponent = kMaxPowerOfTwo;
-            float probability = power_of_two(exponent);
-            float grad = probability * (grad_scores[m][j][e] - difference);
-            scores[m][j][e] = shift == -INFINITY ? 0.0f : probability;
-            grad_scores[m][j][e] = shift == -INFINITY ? 0.0f : grad;
-            weight_sum[m][e / 2] += grad_scores[m][j][e];
-          }
-        }
-      }
-      multiply<T, D>(sum_first, grad_scores, passing_first, used, own_staging, lane);
-      if constexpr (kHoldsKeys) {
-        multiply<T, D>(sum_second, scores, passing_second, used, own_staging, lane);
-      }
-    }
-  }
-
-  if constexpr (kHoldsKeys) {
+  typename Block::Sums grad_key = {}, grad_value = {};
+  auto step = [&](typename Block::Products& scores, typename Block::Products& grads, int start,
+                  const T* queries, const T* grad_outputs, int used) {
+    block.template differentiate<true>(scores, grads, start, shifts,
+                                       [](int, int, float delta) { return delta; });
     TIR_UNROLL
-    for (int m = 0; m < kHeld; ++m) {
+    for (int j = 0; j < Block::kTiles; ++j) {
       TIR_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        int row = first + m * kRows + lane / 4 + 8 * r;
-        bool has_weight = is_attended(weight[m][r]);
-        if (partial != nullptr) {
-          float sum = quad_sum(weight_sum[m][r]);
-          if (has_weight) sum /= weight[m][r];
-          if (lane % 4 == 0 && row < length) {
-            partial[head_index * length + row] = weight[m][r] < 0.0f ? 0.0f : sum;
-          }
-        }
-        if (has_weight) continue;
+      for (int m = 0; m < Block::kHeld; ++m) {
         TIR_UNROLL
-        for (int j = 0; j < D / 8; ++j) {
-          TIR_UNROLL
-          for (int e = 2 * r; e < 2 * r + 2; ++e) sum_first[m][j][e] = sum_second[m][j][e] = 0.0f;
+        for (int e = 0; e < 4; ++e) weight_sums[m][e / 2] += grads[m][j][e];
+      }
+    }
+    multiply<T, D>(grad_key, grads, queries, used, block.own_staging, block.lane);
+    multiply<T, D>(grad_value, scores, grad_outputs, used, block.own_staging, block.lane);
+  };
+  block.stream(block.rows_of(arguments.query), block.rows_of(arguments.grad_output), KeepAll(),
+               step);
+
+  TIR_UNROLL
+  for (int m = 0; m < Block::kHeld; ++m) {
+    TIR_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      bool has_weight = is_attended(weights[m][r]);
+      if (partial != nullptr) {
+        float sum = quad_sum(weight_sums[m][r]);
+        if (has_weight) sum /= weights[m][r];
+        if (block.lane % 4 == 0 && block.row(m, r) < block.length) {
+          partial[head_start + block.row(m, r)] = weights[m][r] < 0.0f ? 0.0f : sum;
         }
+      }
+      if (has_weight) continue;
+      TIR_UNROLL
+      for (int j = 0; j < D / 8; ++j) {
+        TIR_UNROLL
+        for (int e = 2 * r; e < 2 * r + 2; ++e) grad_key[m][j][e] = grad_value[m][j][e] = 0.0f;
       }
     }
   }
-  int64_t offset = head_index * length * width;
-  T* target = static_cast<T*>(kHoldsKeys ? arguments.grad_key : arguments.grad_query) + offset;
+  block.store(grad_key, arguments.shape.scale, block.own_first, arguments.grad_key);
+  block.store(grad_value, 1.0f, block.own_second, arguments.grad_value);
+}
+
+// Stationary queries, streamed keys.
+template <class T, int D>
+TIR_DEVICE void grad_query(const AttentionBackward& arguments, const KeyWeights& derived,
+                           const float* delta, const BackwardBlock<T, D>& block) {
+  using Block = BackwardBlock<T, D>;
+  int64_t head_start = block.head_index * block.length;
+  block.load_stationary(block.rows_of(arguments.query), block.rows_of(arguments.grad_output));
+  const int32_t* counts = stored_counts(derived, block.batch, block.length);
+  for (int i = block.thread; i < block.chunks * kChunk<T, D>; i += block.threads) {
+    float shift = -INFINITY;
+    if (i < block.length) {
+      float weight = key_weight(arguments.weights, derived, counts, block.batch, block.length, i);
+      if (is_attended(weight)) shift = log2f(weight);
+    }
+    block.shifts[i] = shift;
+  }
+  __syncthreads();
+
+  typename Block::PerRow shifts, deltas;
   TIR_UNROLL
-  for (int m = 0; m < kHeld; ++m) {
-    int row = first + m * kRows, at = m * kRows * kPitch<T, D>;
-    store_rows<T, D>(sum_first[m], shape.scale, shape.scale, own_first + at, target, row, length,
-                     width, lane);
-    if constexpr (kHoldsKeys) {
-      store_rows<T, D>(sum_second[m], 1.0f, 1.0f, own_second + at,
-                       static_cast<T*>(arguments.grad_value) + offset, row, length, width, lane);
+  for (int m = 0; m < Block::kHeld; ++m) {
+    TIR_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      int64_t row = head_start + min(block.row(m, r), block.length - 1);
+      shifts[m][r] = negative_log_sum(arguments.log_sum_exp[row]);
+      deltas[m][r] = delta[row];
     }
   }
+
+  typename Block::Sums grad_query = {};
+  auto step = [&](typename Block::Products& scores, typename Block::Products& grads, int start,
+                  const T* keys, const T*, int used) {
+    block.template differentiate<false>(scores, grads, start, shifts,
+                                        [&](int m, int r, float) { return deltas[m][r]; });
+    multiply<T, D>(grad_query, grads, keys, used, block.own_staging, block.lane);
+  };
+  // 0 times the NaN of a key that is not attended to would not be 0.
+  auto is_kept = [&](int row) { return block.shifts[row] != -INFINITY; };
+  block.stream(block.rows_of(arguments.key), block.rows_of(arguments.value), is_kept, step);
+  block.store(grad_query, arguments.shape.scale, block.own_first, arguments.grad_query);
 }
 
 template <class T, int D>
@@ -223,11 +140,13 @@ __global__ void __launch_bounds__(128, 2)
                               float* partial, BackwardPlan plan) {
   int64_t head_index = blockIdx.x / (2 * plan.parts);
   int part = static_cast<int>(blockIdx.x % (2 * plan.parts));
-  if (part < plan.parts) {
-    accumulate<T, D, true>(arguments, derived, delta, partial, head_index, part, plan.is_aligned);
+  bool holds_keys = part < plan.parts;
+  BackwardBlock<T, D> block{arguments.shape, head_index, holds_keys ? part : part - plan.parts,
+                            plan.is_aligned};
+  if (holds_keys) {
+    grad_key_value(arguments, derived, delta, partial, block);
   } else {
-    accumulate<T, D, false>(arguments, derived, delta, nullptr, head_index, part - plan.parts,
-                            plan.is_aligned);
+    grad_query(arguments, derived, delta, block);
   }
 }
 
@@ -250,7 +169,7 @@ __global__ void __launch_bounds__(kDeltaThreads)
     const T* right = outputs.data + i * outputs.stride;
     if (is_aligned) {
       constexpr int kStep = kVector<T>;
-      for (int c = lane * kStep; c < grads.width; c += kLanesPerRow * kStep) {
+      for (int c = lane * kStep; c < grads.head_dim; c += kLanesPerRow * kStep) {
         struct alignas(16) Vector {
           T elements[kStep];
         };
@@ -260,7 +179,7 @@ __global__ void __launch_bounds__(kDeltaThreads)
         for (int e = 0; e < kStep; ++e) sum += to_float(a.elements[e]) * to_float(b.elements[e]);
       }
     } else {
-      for (int c = lane; c < grads.width; c += kLanesPerRow) {
+      for (int c = lane; c < grads.head_dim; c += kLanesPerRow) {
         sum += to_float(left[c]) * to_float(right[c]);
       }
     }
@@ -300,10 +219,10 @@ void launch_backward(const AttentionBackward& arguments, const KeyWeights& deriv
                            0, stream, arguments, delta,
                            is_aligned && rows_are_aligned(shape, arguments.output));
 
-  constexpr int kHeldRows = kHeldTiles<T, D> * kRows;
-  int length = static_cast<int>(shape.length), tiles = (length + kHeldRows - 1) / kHeldRows;
+  constexpr int kHeld = kHeldRows<T, D>;
+  int length = static_cast<int>(shape.length), tiles = (length + kHeld - 1) / kHeld;
   auto bytes = [&](int warps) {
-    return round_up(length, kSize) * int64_t{8} + warps * 2 * kHeldRows * kRowBytes +
+    return round_up(length, kSize) * int64_t{8} + warps * 2 * kHeld * kRowBytes +
            4 * kSize * kRowBytes + warps * kStaging<T, kStep<T, D> / 8> * int64_t{sizeof(T)};
   };
   int warps = fitting_warps(kName, std::min(tiles, 4), device(kName).shared_memory, bytes);
@@ -328,8 +247,8 @@ template <>
 void attention_backward_of<TIR_ELEMENT>(const AttentionBackward& arguments,
                                         const KeyWeights& derived, float* delta, float* partial,
                                         Stream stream) {
-  with_width(kName, arguments.shape.width, [&](auto width) {
-    launch_backward<TIR_ELEMENT, decltype(width)::value>(arguments, derived, delta, partial,
+  with_head_dim(kName, arguments.shape.head_dim, [&](auto head_dim) {
+    launch_backward<TIR_ELEMENT, decltype(head_dim)::value>(arguments, derived, delta, partial,
                                                          stream);
   });
 }

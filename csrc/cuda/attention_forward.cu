@@ -1,8 +1,8 @@
 // Weighted attention, forward: A[i, j] = w[j] exp(s[i, j]) / sum_j w[j] exp(s[i, j]).
 //
-// A block serves query rows of one head, 16 or 32 a warp at a time. Keys and values stay in shared memory
-// where they fit, so that they are read once; otherwise chunks of them pass through. The softmax is
-// an online one over the chunks.
+// A block serves query rows of one head, 16 or 32 a warp at a time. Keys and values stay in shared
+// memory where they fit, so that they are read once; otherwise chunks of them pass through. The
+// softmax is an online one over the chunks.
 #include "cuda/forward_plan.h"
 
 namespace tir::cuda {
@@ -78,8 +78,8 @@ __global__ void __launch_bounds__(128, 2)
   auto query_rows = rows_of_head<T>(arguments.query, shape, batch, head, plan.is_aligned);
   auto key_rows = rows_of_head<T>(arguments.key, shape, batch, head, plan.is_aligned);
   auto value_rows = rows_of_head<T>(arguments.value, shape, batch, head, plan.is_aligned);
-  // A value that is not attended to becomes 0, since 0 times its NaN would not be. Keys need no such
-  // care: their scores are replaced.
+  // A value that is not attended to becomes 0, since 0 times its NaN would not be. Keys need no
+  // such care: their scores are replaced.
   auto is_kept = [&](int row) { return biases[row] != -INFINITY; };
   auto rows_in = [&](int chunk) {
     return min(kChunk<T, D>, round_up(length - chunk * kChunk<T, D>, kRows));
@@ -88,8 +88,8 @@ __global__ void __launch_bounds__(128, 2)
     return (plan.resident ? chunk : step % 2) * kChunk<T, D> * kPitch<T, D>;
   };
   auto load_keys = [&](int step, int chunk) {
-    load_tile<T, D>(keys + slot(step, chunk), key_rows, chunk * kChunk<T, D>, rows_in(chunk), thread,
-                    threads, KeepAll());
+    load_tile<T, D>(keys + slot(step, chunk), key_rows, chunk * kChunk<T, D>, rows_in(chunk),
+                    thread, threads, KeepAll());
   };
   auto load_values = [&](int step, int chunk) {
     load_tile<T, D>(values + slot(step, chunk), value_rows, chunk * kChunk<T, D>, rows_in(chunk),
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(128, 2)
       multiply<T, D>(output, scores, values + slot(step, chunk), used, own_scores, lane);
     }
 
-    T* target = static_cast<T*>(arguments.output) + head_index * length * shape.width;
+    T* target = static_cast<T*>(arguments.output) + head_index * length * shape.head_dim;
     TIR_UNROLL
     for (int m = 0; m < kHeld; ++m) {
       float inverse[2];
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(128, 2)
         }
       }
       store_rows<T, D>(output[m], inverse[0], inverse[1], own_rows + m * kRows * kPitch<T, D>,
-                       target, first + m * kRows, length, static_cast<int>(shape.width), lane);
+                       target, first + m * kRows, length, static_cast<int>(shape.head_dim), lane);
     }
   }
 }
@@ -207,8 +207,8 @@ void launch_forward(const AttentionForward& arguments, const KeyWeights& derived
 template <>
 void attention_forward_of<TIR_ELEMENT>(const AttentionForward& arguments,
                                        const KeyWeights& derived, Stream stream) {
-  with_width("weighted_attention", arguments.shape.width, [&](auto width) {
-    launch_forward<TIR_ELEMENT, decltype(width)::value>(arguments, derived, stream);
+  with_head_dim("weighted_attention", arguments.shape.head_dim, [&](auto head_dim) {
+    launch_forward<TIR_ELEMENT, decltype(head_dim)::value>(arguments, derived, stream);
   });
 }
 

@@ -39,12 +39,12 @@ void attention_backward_of<bfloat16>(const AttentionBackward&, const KeyWeights&
                                      Stream);
 
 template <class T>
-void relevance_of(const Relevance& arguments, const RelevanceTypes& types, Stream stream);
+void relevance_of(const Relevance& arguments, Stream stream);
 template <>
-void relevance_of<float>(const Relevance&, const RelevanceTypes&, Stream);
+void relevance_of<float>(const Relevance&, Stream);
 template <>
-void relevance_of<float16>(const Relevance&, const RelevanceTypes&, Stream);
+void relevance_of<float16>(const Relevance&, Stream);
 template <>
-void relevance_of<bfloat16>(const Relevance&, const RelevanceTypes&, Stream);
+void relevance_of<bfloat16>(const Relevance&, Stream);
 
 }  // namespace tir::cuda

@@ -16,33 +16,33 @@ template <class T>
 TIR_DEVICE Rows<T> rows_of_head(const RowGrid& grid, const AttentionShape& shape, int64_t batch,
                                 int64_t head, bool is_aligned) {
   return {static_cast<const T*>(grid.data) + batch * grid.batch_stride + head * grid.head_stride,
-          grid.row_stride, static_cast<int>(shape.length), static_cast<int>(shape.width),
+          grid.row_stride, static_cast<int>(shape.length), static_cast<int>(shape.head_dim),
           is_aligned};
 }
 
 inline bool rows_are_aligned(const AttentionShape& shape, const RowGrid& grid) {
   int64_t vector = 16 / bytes_of(shape.type);
-  return reinterpret_cast<uintptr_t>(grid.data) % 16 == 0 && shape.width % vector == 0 &&
+  return reinterpret_cast<uintptr_t>(grid.data) % 16 == 0 && shape.head_dim % vector == 0 &&
          grid.batch_stride % vector == 0 && grid.head_stride % vector == 0 &&
          grid.row_stride % vector == 0;
 }
 
-// Calls launch with the narrowest compiled head width that holds the given one.
+// Calls launch with the smallest compiled head_dim that holds the given one.
 template <class Launch>
-void with_width(const char* name, int64_t width, Launch launch) {
-  if (width <= 64) {
+void with_head_dim(const char* name, int64_t head_dim, Launch launch) {
+  if (head_dim <= 64) {
     launch(std::integral_constant<int, 64>());
-  } else if (width <= 80) {
+  } else if (head_dim <= 80) {
     launch(std::integral_constant<int, 80>());
-  } else if (width <= 96) {
+  } else if (head_dim <= 96) {
     launch(std::integral_constant<int, 96>());
-  } else if (width <= 112) {
+  } else if (head_dim <= 112) {
     launch(std::integral_constant<int, 112>());
-  } else if (width <= kMaxHeadWidth) {
+  } else if (head_dim <= kMaxHeadDim) {
     launch(std::integral_constant<int, 128>());
   } else {
     throw std::runtime_error(std::string("tir_kernels ") + name + ": heads of width " +
-                             std::to_string(width) + " are wider than the CUDA kernels take");
+                             std::to_string(head_dim) + " are wider than the CUDA kernels take");
   }
 }
 

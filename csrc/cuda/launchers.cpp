@@ -38,9 +38,9 @@ void attention_backward(const AttentionBackward& arguments, const KeyWeights& de
   });
 }
 
-void relevance(const Relevance& arguments, const RelevanceTypes& types, Stream stream) {
+void relevance(const Relevance& arguments, Stream stream) {
   with_element(arguments.token_type, [&](auto element) {
-    relevance_of<decltype(element)>(arguments, types, stream);
+    relevance_of<decltype(element)>(arguments, stream);
   });
 }
 

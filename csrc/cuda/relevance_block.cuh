@@ -1,59 +1,10 @@
 // The work of a block of the relevance kernel: slices of features, and their products with classes.
 #pragma once
 
-#include "cuda/token_tile.cuh"
+#include "cuda/relevance_plan.h"
 #include "tir/rules.h"
 
 namespace tir::cuda {
-
-// Warps share a block's tokens by two and a slice's features by four, so each multiplies 16 M
-// tokens by 64 features: enough products for what it reads of shared memory.
-constexpr int kTokenWarps = 2, kFeatureWarps = 4;
-constexpr int kWarps = kTokenWarps * kFeatureWarps, kThreads = kWarps * kWarp;
-constexpr int kWarpFeatures = 64, kColumns = kWarpFeatures / 8;
-constexpr int kSlice = kFeatureWarps * kWarpFeatures;
-constexpr int kMaxStages = 5;     // steps that have room in shared memory, at most
-constexpr int kClasses = kWarps;  // classes multiplied at once: each warp fetches one
-constexpr int kMaxClasses = 256;  // of a block; more are shared out over blocks
-
-template <int M>
-constexpr int kTokens = kTokenWarps * kRows * M;  // of a block
-
-template <class T>
-constexpr int kDepth = 64 / sizeof(T);  // rows of the projection in a step
-
-// A step lies in shared memory as in global memory: [depth, feature] or [feature, depth].
-template <class T>
-constexpr int kPitchByDepth = kPitch<T, kSlice>;
-template <class T>
-constexpr int kPitchByFeature = kPitch<T, kDepth<T>>;
-
-struct RelevancePlan {
-  int64_t tiles;        // blocks of tokens in a group
-  int class_parts;      // blocks that share a tile's classes
-  int span;             // columns of tokens that have room in shared memory, a multiple of kDepth
-  int stages;           // steps that have room there: one is multiplied, the others come
-  int slot;             // elements of a step there
-  int64_t line_stride;  // elements between the projection's rows, or columns
-  bool by_feature;      // the projection's columns are contiguous, not its rows
-  bool tokens_are_aligned, norm_is_aligned, proj_is_aligned;
-  bool proj_is_copied;  // it is aligned and needs no conversion
-};
-
-// Shared memory: this, then the tokens, then steps of the projection or a ClassRoom.
-template <int M>
-struct BlockState {
-  TokenRows<kTokens<M>> rows;
-  float class_squares[kMaxClasses];
-};
-
-// What products with classes need, where the projection has passed through.
-template <int M>
-struct ClassRoom {
-  float classes[kClasses][kSlice];
-  float products[kClasses][kFeatureWarps][kTokens<M>];
-  float squares[kFeatureWarps][kTokens<M>];
-};
 
 // Waits for all copies but those of the last `pending` commits, or more of them.
 TIR_DEVICE void wait_but_for(int pending) {
@@ -69,21 +20,21 @@ TIR_DEVICE void wait_but_for(int pending) {
 template <class T, int M>
 struct RelevanceBlock {
   static constexpr int kShare = kDepth<T> * kSlice / kVector<T> / kThreads;  // vectors of a step
-  using Features = float[M][kColumns][4];
+  // features[m][j][2 half + e] belongs to token row(m, half) and feature first_column(j) + e.
+  using Features = float[M][kColumns][2 * kHalves];
   using Held = float[kShare][kVector<T>];
 
   const Relevance& arguments;
-  const RelevanceTypes& types;
   const RelevancePlan& plan;
   int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
   int token_warp = warp / kFeatureWarps, feature_warp = warp % kFeatureWarps;
-  int width = static_cast<int>(arguments.width);
-  int joint_width = static_cast<int>(arguments.joint_width);
+  int model_dim = static_cast<int>(arguments.model_dim);
+  int joint_dim = static_cast<int>(arguments.joint_dim);
   int num_classes = static_cast<int>(arguments.num_classes);
   BlockState<M>& state = *reinterpret_cast<BlockState<M>*>(shared_memory());
   TokenTile<T, kTokens<M>, kWarps> tokens{
       arguments,
-      types.norm,
+      arguments.norm_weight.type,
       plan.tokens_are_aligned,
       plan.norm_is_aligned,
       plan.span,
@@ -91,7 +42,7 @@ struct RelevanceBlock {
       reinterpret_cast<T*>(shared_memory() + sizeof(BlockState<M>)),
       warp * (kTokens<M> / kWarps),
       lane,
-      width,
+      model_dim,
       plan.span + kVector<T>};
   T* slots = tokens.at(kTokens<M>, 0);
   ClassRoom<M>& room = *reinterpret_cast<ClassRoom<M>*>(slots);
@@ -112,10 +63,10 @@ struct RelevanceBlock {
   }
 
   TIR_DEVICE void find_statistics() {
-    for (int column = 0; column < width; column += plan.span) {
+    for (int column = 0; column < model_dim; column += plan.span) {
       if (column > 0) tokens.load(column);
       // Steps of the projection that were begun after the first span may still be on their way.
-      wait_but_for(column > 0 || arguments.proj == nullptr ? 0 : plan.stages - 1);
+      wait_but_for(column > 0 || arguments.proj.data == nullptr ? 0 : plan.stages - 1);
       __syncwarp();
       tokens.merge_statistics(column);
     }
@@ -127,18 +78,17 @@ struct RelevanceBlock {
     int first_depth = step * kDepth<T>;
     int first_line = line + (plan.by_feature ? first_feature : first_depth);
     int first_place = place + (plan.by_feature ? first_depth : first_feature);
-    int lines = plan.by_feature ? joint_width : width;
-    int left = (plan.by_feature ? width : joint_width) - first_place;
+    int lines = plan.by_feature ? joint_dim : model_dim;
+    int left = (plan.by_feature ? model_dim : joint_dim) - first_place;
     TIR_UNROLL
     for (int i = 0; i < kShare; ++i) {
       int64_t first = (first_line + i * line_step) * plan.line_stride + first_place;
       int count = first_line + i * line_step < lines ? left : 0;
       if (plan.proj_is_copied) {
-        auto* source = static_cast<const T*>(arguments.proj);
+        auto* source = static_cast<const T*>(arguments.proj.data);
         copy_async(share(slot, i), count > 0 ? source + first : source, count > 0);
       } else {
-        read_elements(held[i], arguments.proj, arguments.proj_type, first, count,
-                      plan.proj_is_aligned);
+        read_elements(held[i], arguments.proj, first, count, plan.proj_is_aligned);
       }
     }
   }
@@ -199,21 +149,24 @@ struct RelevanceBlock {
       left += (first_row + lane / 4) * tokens.pitch;
       right += (first + 4 * (lane % 4)) * (kByFeature ? kPitchRight : 1);
       for (int k = 0; k < kDepth<T>; k += 4) {
-        float a[M][2][4];
+        float a[M][kHalves][4];
         TIR_UNROLL
-        for (int i = 0; i < 2 * M; ++i) {
-          read_vector<T>(a[i / 2][i % 2], left + 8 * i * tokens.pitch + k);
+        for (int m = 0; m < M; ++m) {
+          TIR_UNROLL
+          for (int half = 0; half < kHalves; ++half) {
+            read_vector<T>(a[m][half], left + (m * kRows + 8 * half) * tokens.pitch + k);
+          }
         }
         TIR_UNROLL
         for (int j = 0; j < kColumns; j += 2) {
           TIR_UNROLL
-          for (int i = 0; i < 4; ++i) {  // a column or, where rows are contiguous, a row
+          for (int line = 0; line < 4; ++line) {  // a column or, where rows are contiguous, a row
             float b[4];
-            read_vector<T>(b, kByFeature ? right + (8 * j + i) * kPitchRight + k
-                                         : right + (k + i) * kPitchRight + 8 * j);
+            read_vector<T>(b, kByFeature ? right + (8 * j + line) * kPitchRight + k
+                                         : right + (k + line) * kPitchRight + 8 * j);
             TIR_UNROLL
             for (int e = 0; e < 4; ++e) {
-              int depth = kByFeature ? e : i, feature = kByFeature ? i : e;
+              int depth = kByFeature ? e : line, feature = kByFeature ? line : e;
               TIR_UNROLL
               for (int m = 0; m < M; ++m) {
                 float(&total)[4] = features[m][j + feature / 2];
@@ -229,8 +182,8 @@ struct RelevanceBlock {
 
   // The features of a slice whose first steps have been begun.
   TIR_DEVICE void project(Features& features, int first_feature) {
-    bool has_features = first_feature + feature_warp * kWarpFeatures < joint_width;
-    int steps = (width + kDepth<T> - 1) / kDepth<T>, offset = 0, slot = 0;
+    bool has_features = first_feature + feature_warp * kWarpFeatures < joint_dim;
+    int steps = (model_dim + kDepth<T> - 1) / kDepth<T>, offset = 0, slot = 0;
     for (int step = 0; step < steps; ++step) {
       if (offset == plan.span) offset = 0;
       if (offset == 0) prepare_tokens(step * kDepth<T>, first_feature == 0);
@@ -279,28 +232,59 @@ struct RelevanceBlock {
       float gains[2], biases[2];
       tokens.read_affine(gains, biases, first_feature + column);
       TIR_UNROLL
-      for (int i = 0; i < 4 * M; ++i) {
-        int m = i / 4, half = i / 2 % 2, e = i % 2;
-        float value = to_float(*tokens.at(row(m, half), column + e));
-        if (arguments.has_norm) {
-          value = (value - state.rows.means[row(m, half)]) * state.rows.factors[row(m, half)];
-          value = value * gains[e] + biases[e];
+      for (int m = 0; m < M; ++m) {
+        TIR_UNROLL
+        for (int half = 0; half < kHalves; ++half) {
+          TIR_UNROLL
+          for (int e = 0; e < 2; ++e) {
+            float value = to_float(*tokens.at(row(m, half), column + e));
+            if (arguments.has_norm) {
+              value = (value - state.rows.means[row(m, half)]) * state.rows.factors[row(m, half)];
+              value = value * gains[e] + biases[e];
+            }
+            features[m][j][2 * half + e] = value;
+          }
         }
-        features[m][j][2 * half + e] = value;
+      }
+    }
+  }
+
+  TIR_DEVICE void add_squares(float (&squares)[M][kHalves], const Features& features) const {
+    TIR_UNROLL
+    for (int m = 0; m < M; ++m) {
+      TIR_UNROLL
+      for (int j = 0; j < kColumns; ++j) {
+        TIR_UNROLL
+        for (int half = 0; half < kHalves; ++half) {
+          TIR_UNROLL
+          for (int e = 0; e < 2; ++e) {
+            float feature = features[m][j][2 * half + e];
+            squares[m][half] += feature * feature;
+          }
+        }
+      }
+    }
+  }
+
+  TIR_DEVICE void share_squares(const float (&squares)[M][kHalves]) const {
+    TIR_UNROLL
+    for (int m = 0; m < M; ++m) {
+      TIR_UNROLL
+      for (int half = 0; half < kHalves; ++half) {
+        float sum = quad_sum(squares[m][half]);
+        if (lane % 4 == 0) room.squares[feature_warp][row(m, half)] = sum;
       }
     }
   }
 
   TIR_DEVICE void read_class(float (&values)[kSlice / kWarp], int64_t group, int index,
                              int first_feature) {
-    int64_t first = (group * num_classes + index) * joint_width + first_feature;
+    int64_t first = (group * num_classes + index) * joint_dim + first_feature;
     TIR_UNROLL
     for (int i = 0; i < kSlice / kWarp; ++i) {
       int feature = lane + i * kWarp;
-      bool exists = index < num_classes && first_feature + feature < joint_width;
-      values[i] =
-          exists ? read_element(arguments.class_embeddings, types.class_embeddings, first + feature)
-                 : 0.0f;
+      bool exists = index < num_classes && first_feature + feature < joint_dim;
+      values[i] = exists ? read_element(arguments.class_embeddings, first + feature) : 0.0f;
     }
   }
 
@@ -308,8 +292,8 @@ struct RelevanceBlock {
   // the last slice: any number of classes has room there.
   TIR_DEVICE void multiply_classes(const Features& features, int64_t group, int part,
                                    int first_feature) {
-    bool is_last = first_feature + kSlice >= joint_width;
-    int used_warps = min(kFeatureWarps, (joint_width - first_feature + kWarpFeatures - 1) /
+    bool is_last = first_feature + kSlice >= joint_dim;
+    int used_warps = min(kFeatureWarps, (joint_dim - first_feature + kWarpFeatures - 1) /
                                             kWarpFeatures);
     int64_t patches = arguments.length - arguments.num_prefix_tokens;
     int first_class = part * kMaxClasses, end = min(num_classes, first_class + kMaxClasses);
@@ -332,21 +316,26 @@ struct RelevanceBlock {
       read_class(values, group, first + kClasses + warp, first_feature);
       int count = min(kClasses, end - first);
       for (int c = 0; feature_warp < used_warps && c < count; ++c) {
-        float products[M][2] = {};
+        float products[M][kHalves] = {};
         TIR_UNROLL
         for (int j = 0; j < kColumns; ++j) {
           float2 pair = *reinterpret_cast<const float2*>(&room.classes[c][first_column(j)]);
           TIR_UNROLL
-          for (int i = 0; i < 2 * M; ++i) {
-            const float(&feature)[4] = features[i / 2][j];
-            products[i / 2][i % 2] +=
-                feature[i % 2 * 2] * pair.x + feature[i % 2 * 2 + 1] * pair.y;
+          for (int m = 0; m < M; ++m) {
+            TIR_UNROLL
+            for (int half = 0; half < kHalves; ++half) {
+              const float* feature = &features[m][j][2 * half];
+              products[m][half] += feature[0] * pair.x + feature[1] * pair.y;
+            }
           }
         }
         TIR_UNROLL
-        for (int i = 0; i < 2 * M; ++i) {
-          float product = quad_sum(products[i / 2][i % 2]);
-          if (lane % 4 == 0) room.products[c][feature_warp][row(i / 2, i % 2)] = product;
+        for (int m = 0; m < M; ++m) {
+          TIR_UNROLL
+          for (int half = 0; half < kHalves; ++half) {
+            float product = quad_sum(products[m][half]);
+            if (lane % 4 == 0) room.products[c][feature_warp][row(m, half)] = product;
+          }
         }
       }
       __syncthreads();

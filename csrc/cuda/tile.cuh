@@ -34,12 +34,12 @@ struct Rows {
   const T* data;
   int64_t stride;
   int count;
-  int width;
+  int head_dim;
   bool is_aligned;  // every row begins on a 16-byte boundary and is a multiple of 16 bytes long
 };
 
 // Begins to load `tile_rows` rows; zeros stand for rows that do not exist or are not kept, and for
-// columns past the width. The copies still have to be committed and waited for.
+// columns past head_dim. The copies still have to be committed and waited for.
 template <class T, int D, class Keep>
 TIR_DEVICE void load_tile(T* tile, const Rows<T>& rows, int first, int tile_rows, int thread,
                           int threads, Keep keep) {
@@ -47,13 +47,13 @@ TIR_DEVICE void load_tile(T* tile, const Rows<T>& rows, int first, int tile_rows
   for (int i = thread; i < tile_rows * kVectors; i += threads) {
     int row = first + i / kVectors, column = i % kVectors * kVector<T>;
     T* target = tile + (i / kVectors) * kPitch<T, D> + column;
-    bool exists = row < rows.count && column < rows.width && keep(row);
+    bool exists = row < rows.count && column < rows.head_dim && keep(row);
     const T* source = exists ? rows.data + row * rows.stride + column : rows.data;
     if (rows.is_aligned) {
       copy_async(target, source, exists);
     } else {
       for (int e = 0; e < kVector<T>; ++e) {
-        target[e] = exists && column + e < rows.width ? source[e] : T{};
+        target[e] = exists && column + e < rows.head_dim ? source[e] : T{};
       }
     }
   }
@@ -220,10 +220,10 @@ TIR_DEVICE void multiply(float (&total)[M][D / 8][4], const float (&left)[M][N][
 }
 
 // Writes a warp's 16 x D result, row g times factor[0] and row g + 8 times factor[1], to rows that
-// lie `width` apart. The warp's own tile serves on the way.
+// lie `head_dim` apart. The warp's own tile serves on the way.
 template <class T, int D>
 TIR_DEVICE void store_rows(const float (&total)[D / 8][4], float factor_g, float factor_g8,
-                           T* tile, T* target, int first, int count, int width, int lane) {
+                           T* tile, T* target, int first, int count, int head_dim, int lane) {
   int g = lane / 4, t = lane % 4;
   __syncwarp();  // the tile may still be read
   TIR_UNROLL
@@ -235,16 +235,16 @@ TIR_DEVICE void store_rows(const float (&total)[D / 8][4], float factor_g, float
   }
   __syncwarp();
   constexpr int kVectors = D / kVector<T>;
-  bool is_aligned = width % kVector<T> == 0;
+  bool is_aligned = head_dim % kVector<T> == 0;
   for (int i = lane; i < kRows * kVectors; i += kWarp) {
     int row = first + i / kVectors, start = i % kVectors * kVector<T>;
-    if (row >= count || start >= width) continue;
+    if (row >= count || start >= head_dim) continue;
     const T* source = tile + i / kVectors * kPitch<T, D> + start;
-    T* destination = target + static_cast<int64_t>(row) * width + start;
+    T* destination = target + static_cast<int64_t>(row) * head_dim + start;
     if (is_aligned) {
       *reinterpret_cast<uint4*>(destination) = *reinterpret_cast<const uint4*>(source);
     } else {
-      for (int e = 0; e < kVector<T> && start + e < width; ++e) destination[e] = source[e];
+      for (int e = 0; e < kVector<T> && start + e < head_dim; ++e) destination[e] = source[e];
     }
   }
   __syncwarp();  // the caller may write there again

@@ -23,14 +23,14 @@ struct TokenTile {
   static constexpr int kStride = kWarp * kVector<T>;  // columns that a warp takes at once
 
   const Relevance& arguments;
-  Type norm_type;
+  Type norm_type;  // of norm_weight and norm_bias: one branch for both
   bool tokens_are_aligned, norm_is_aligned;
   int span;
   TokenRows<kTileRows>& rows;
   T* data;  // [kTileRows, pitch]
-  int own, lane, width, pitch;
+  int own, lane, model_dim, pitch;
 
-  TIR_DEVICE bool is_whole() const { return span >= width; }
+  TIR_DEVICE bool is_whole() const { return span >= model_dim; }
   TIR_DEVICE T* at(int row, int column) const { return data + row * pitch + column; }
 
   // Patch tokens are counted through the images of their group.
@@ -54,7 +54,7 @@ struct TokenTile {
   // Begins to load the span from `first_column` on, and commits the copies.
   TIR_DEVICE void load(int first_column) {
     auto* source = static_cast<const T*>(arguments.tokens.data) + first_column;
-    int left = width - first_column;
+    int left = model_dim - first_column;
     for (int row = own; row < own + kOwnRows; ++row) {
       int64_t offset = rows.token_offsets[row];
       for (int column = lane * kVector<T>; column < span; column += kStride) {
@@ -76,7 +76,7 @@ struct TokenTile {
   // from 0.
   TIR_DEVICE void merge_statistics(int first_column) {
     constexpr int kBatch = 4;  // rows at once, since the sum over a warp takes long
-    int columns = min(span, width - first_column);
+    int columns = min(span, model_dim - first_column);
     float share = static_cast<float>(columns) / static_cast<float>(first_column + columns);
     for (int first = own; first < own + kOwnRows; first += kBatch) {
       float means[kBatch] = {}, deviations[kBatch] = {}, values[kVector<T>];
@@ -110,8 +110,8 @@ struct TokenTile {
           deviation += rows.factors[first + i] +
                        shift * shift * static_cast<float>(first_column) * share;
         }
-        if (first_column + columns == width) {
-          deviation = 1.0f / sqrtf(deviation / width + arguments.norm_eps);
+        if (first_column + columns == model_dim) {
+          deviation = 1.0f / sqrtf(deviation / model_dim + arguments.norm_eps);
         }
         __syncwarp();  // all lanes have read what one writes
         if (lane == 0) rows.means[first + i] = mean, rows.factors[first + i] = deviation;
@@ -120,18 +120,20 @@ struct TokenTile {
     __syncwarp();
   }
 
-  // LayerNorm's gain and bias from `column` on; zeros past the width.
+  // LayerNorm's gain and bias from `column` on; zeros past model_dim.
   template <int kCount>
   TIR_DEVICE void read_affine(float (&gains)[kCount], float (&biases)[kCount], int column) const {
-    int count = width - column;
-    if (arguments.norm_weight != nullptr) {
-      read_elements(gains, arguments.norm_weight, norm_type, column, count, norm_is_aligned);
+    int count = model_dim - column;
+    if (arguments.norm_weight.data != nullptr) {
+      Array weight{arguments.norm_weight.data, norm_type};
+      read_elements(gains, weight, column, count, norm_is_aligned);
     } else {
       TIR_UNROLL
       for (int e = 0; e < kCount; ++e) gains[e] = e < count ? 1.0f : 0.0f;
     }
-    if (arguments.norm_bias != nullptr) {
-      read_elements(biases, arguments.norm_bias, norm_type, column, count, norm_is_aligned);
+    if (arguments.norm_bias.data != nullptr) {
+      Array bias{arguments.norm_bias.data, norm_type};
+      read_elements(biases, bias, column, count, norm_is_aligned);
     } else {
       TIR_UNROLL
       for (int e = 0; e < kCount; ++e) biases[e] = 0.0f;

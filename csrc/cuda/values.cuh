@@ -40,20 +40,20 @@ TIR_DEVICE void write_vector(T* target, const float (&values)[kVector<T>]) {
   }
 }
 
-TIR_DEVICE float read_element(const void* data, Type type, int64_t index) {
-  if (type == Type::float32) return static_cast<const float*>(data)[index];
-  uint16_t bits = static_cast<const uint16_t*>(data)[index];
-  return type == Type::float16 ? to_float(float16{bits}) : to_float(bfloat16{bits});
+TIR_DEVICE float read_element(const Array& array, int64_t index) {
+  if (array.type == Type::float32) return static_cast<const float*>(array.data)[index];
+  uint16_t bits = static_cast<const uint16_t*>(array.data)[index];
+  return array.type == Type::float16 ? to_float(float16{bits}) : to_float(bfloat16{bits});
 }
 
 // Elements `first` and following. Only `count` of them exist, zeros stand for the others; where
 // they are aligned, to 16 bytes, all or none exist.
 template <int kCount>
-TIR_DEVICE void read_elements(float (&values)[kCount], const void* data, Type type, int64_t first,
-                              int count, bool is_aligned) {
+TIR_DEVICE void read_elements(float (&values)[kCount], const Array& array, int64_t first, int count,
+                              bool is_aligned) {
   if constexpr (kCount % 4 == 0) {
-    if (is_aligned && count > 0 && type == Type::float32) {
-      auto* source = static_cast<const float*>(data) + first;
+    if (is_aligned && count > 0 && array.type == Type::float32) {
+      auto* source = static_cast<const float*>(array.data) + first;
       TIR_UNROLL
       for (int e = 0; e < kCount; e += 4) {
         float4 four = *reinterpret_cast<const float4*>(source + e);
@@ -64,17 +64,17 @@ TIR_DEVICE void read_elements(float (&values)[kCount], const void* data, Type ty
   }
   if constexpr (kCount == 8) {
     if (is_aligned && count > 0) {
-      if (type == Type::float16) {
-        read_vector<float16>(values, static_cast<const float16*>(data) + first);
+      if (array.type == Type::float16) {
+        read_vector<float16>(values, static_cast<const float16*>(array.data) + first);
       } else {
-        read_vector<bfloat16>(values, static_cast<const bfloat16*>(data) + first);
+        read_vector<bfloat16>(values, static_cast<const bfloat16*>(array.data) + first);
       }
       return;
     }
   }
   TIR_UNROLL
   for (int e = 0; e < kCount; ++e) {
-    values[e] = e < count ? read_element(data, type, first + e) : 0.0f;
+    values[e] = e < count ? read_element(array, first + e) : 0.0f;
   }
 }
 

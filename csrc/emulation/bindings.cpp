@@ -14,16 +14,16 @@ namespace {
 template <class T>
 py::dict plan_of(const AttentionShape& shape, const cuda::KeyWeights& derived) {
   py::dict found;
-  cuda::with_width("weighted_attention", shape.width, [&](auto width) {
-    constexpr int kWidth = decltype(width)::value;
-    auto plan = cuda::forward::plan<T, kWidth>("weighted_attention", shape, derived,
-                                               cuda::emulated_device);
+  cuda::with_head_dim("weighted_attention", shape.head_dim, [&](auto head_dim) {
+    constexpr int kHeadDim = decltype(head_dim)::value;
+    auto plan = cuda::forward::plan<T, kHeadDim>("weighted_attention", shape, derived,
+                                                 cuda::emulated_device);
     found["warps"] = plan.warps;
     found["resident"] = plan.resident;
     found["value_bytes"] = plan.value_bytes;
     found["shared_bytes"] = plan.shared_bytes;
-    found["row_bytes"] = cuda::kPitch<T, kWidth> * sizeof(T);
-    found["chunk"] = cuda::forward::kChunk<T, kWidth>;
+    found["row_bytes"] = cuda::kPitch<T, kHeadDim> * sizeof(T);
+    found["chunk"] = cuda::forward::kChunk<T, kHeadDim>;
   });
   return found;
 }

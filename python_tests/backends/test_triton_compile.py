@@ -36,12 +36,12 @@ def attention_cases() -> list[dict[str, Any]]:
         ("float32", 80, 197),
     ]
     cases = [
-        {"kernel": kernel, "dtype": dtype, "head_width": head_dim, "length": length}
+        {"kernel": kernel, "dtype": dtype, "head_dim": head_dim, "length": length}
         for dtype, head_dim, length in shapes
         for kernel in ("forward", "backward")
     ]
-    long_rows = {"kernel": "forward", "dtype": "bfloat16", "head_width": 64, "length": 1100}
-    wide_heads = {"kernel": "forward", "dtype": "float32", "head_width": 256}
+    long_rows = {"kernel": "forward", "dtype": "bfloat16", "head_dim": 64, "length": 1100}
+    wide_heads = {"kernel": "forward", "dtype": "float32", "head_dim": 256}
     return [*cases, long_rows, wide_heads]
 
 
@@ -129,14 +129,14 @@ def test_tensor_cores_serve_16_bit_types(compiled: list[dict[str, Any]]) -> None
             continue
         if case["dtype"] == "float32":
             assert not used, f"float32 must not be rounded to what tensor cores take: {result}"
-        elif result["held_rows"] >= 64:
+        elif result["stationary_rows"] >= 64:
             assert used == TENSOR_CORE[case["arch"]], result
         else:  # fewer rows than the instructions of 9.0 and 10.0 need
             assert used == {"mma.sync"}, result
 
 
 def test_rows_are_read_in_wide_pieces(compiled: list[dict[str, Any]]) -> None:
-    """16 bytes at a time, also for head widths such as 72 that are no multiple of 16."""
+    """16 bytes at a time, also for a head_dim such as 72 that is no multiple of 16."""
     for result in compiled:
         if result["case"]["kernel"] in ("forward", "backward"):
             assert result["wide_loads"] >= 4, result

@@ -82,13 +82,13 @@ def run_launcher(case: dict[str, Any]) -> None:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     if case["kernel"] in ("forward", "backward"):
-        packed = tensor(2, length, 3, 12, case["head_width"]).permute(2, 0, 3, 1, 4)
+        packed = tensor(2, length, 3, 12, case["head_dim"]).permute(2, 0, 3, 1, 4)
         query, key, value = packed
         weights = tensor(2, length, dtype=torch.float32)
         if case["kernel"] == "forward":
             attention_forward.attention_forward(query, key, value, weights, 0.125)
             return
-        output = tensor(2, 12, length, case["head_width"])
+        output = tensor(2, 12, length, case["head_dim"])
         log_sums = tensor(2, 12, length, dtype=torch.float32)
         attention_backward.attention_backward(
             output, query, key, value, weights, output, log_sums, 0.125, case["weights_grad"]
@@ -116,33 +116,47 @@ def run_launcher(case: dict[str, Any]) -> None:
         selection.select_and_weigh(scores, tensor(case["classes"] + 1), 5, 1)
 
 
+def signature_of(given: Any, is_general: bool) -> tuple[str, bool]:
+    """Triton's type for an argument, and whether it is known to be a multiple of 16.
+
+    Args:
+        given: Argument of a launch.
+        is_general: Whether one compiled kernel serves all of its values.
+    """
+    if given is None or (type(given) is int and given == 1 and not is_general):
+        return "constexpr", False  # as Triton does at a launch
+    if isinstance(given, torch.Tensor):
+        return POINTER_TYPES[given.dtype], True
+    if isinstance(given, int):
+        return "i32", given % 16 == 0 and not is_general
+    return "fp32", False
+
+
 def compile_launch(kernel: Any, launch: dict[str, Any], arch: int) -> dict[str, Any]:
     """The compiled launch: its shared memory, registers, stack and tensor-core instructions."""
     options = {name: launch.pop(name) for name in OPTIONS if name in launch}
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         name, given = parameter.name, launch[parameter.name]
-        is_constant = parameter.is_constexpr or given is None
-        if isinstance(given, int) and given == 1 and not parameter.do_not_specialize:
-            is_constant = True  # as Triton does at a launch
-        if is_constant:
+        if parameter.is_constexpr:
             signature[name], constants[name] = "constexpr", given
-        elif isinstance(given, torch.Tensor):
-            signature[name] = POINTER_TYPES[given.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(given, int):
-            signature[name] = "i32"
-            if given % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32"
-    held = "BLOCK_KEY" if kernel.__name__ == "grad_key_value_kernel" else "BLOCK_QUERY"
+            continue
+        members = given if isinstance(given, tuple) else (given,)
+        kinds = [signature_of(member, parameter.do_not_specialize) for member in members]
+        signature[name] = tuple(kind for kind, _ in kinds) if given is members else kinds[0][0]
+        for place, (member, (kind, is_divisible)) in enumerate(zip(members, kinds, strict=True)):
+            path = (index, place) if given is members else (index,)
+            if kind == "constexpr":
+                constants[path] = member
+            if is_divisible:
+                attributes[path] = [["tt.divisibility", 16]]
+    stationary = "BLOCK_KEY" if kernel.__name__ == "grad_key_value_kernel" else "BLOCK_QUERY"
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = compiled.asm["ptx"]
     return {
         "kernel": kernel.__name__,
-        "held_rows": constants.get(held, constants.get("BLOCK_ROWS", 0)),
+        "stationary_rows": constants.get(stationary, constants.get("BLOCK_ROWS", 0)),
         "shared": compiled.metadata.shared,
         "tensor_core": sorted(set(TENSOR_CORE.findall(ptx))),
         "wide_loads": len(WIDE_LOAD.findall(ptx)),

@@ -80,8 +80,10 @@ class CpuBackend:
         output = tokens.new_empty(relevance_shape(inputs), dtype=torch.float32)
         _kernels().relevance(
             *relevance_problem(inputs, tokens),
+            type_name(classes),
             address(classes),
             inputs.norm_eps is not None,
+            type_name(gain),
             address(gain),
             address(offset),
             inputs.norm_eps or 0.0,

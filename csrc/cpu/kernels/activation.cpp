@@ -72,21 +72,21 @@ void activate_rows(void* data, ItemQueue& items) {
   auto* hidden = static_cast<const Element*>(problem.hidden);
   auto* grad_output = static_cast<const Element*>(problem.grad_output);
   auto* output = static_cast<Element*>(problem.output);
-  int64_t width = problem.width;
-  Buffer<float> bias(round_up(width, lanes));
-  if (problem.bias == nullptr) {
-    for (int64_t i = 0; i < width; i += lanes) store(bias + i, zero());
+  int64_t channels = problem.channels;
+  Buffer<float> bias(round_up(channels, lanes));
+  if (problem.bias.data == nullptr) {
+    for (int64_t i = 0; i < channels; i += lanes) store(bias + i, zero());
   } else {
-    read_row(bias, problem.bias, problem.bias_type, width);
+    read_row(bias, problem.bias.data, problem.bias.type, channels);
   }
   for (int64_t item = items.take(); item >= 0; item = items.take()) {
     int64_t end = smaller_of((item + 1) * rows_per_item, problem.rows);
     for (int64_t row = item * rows_per_item; row < end; ++row) {
-      for (int64_t i = 0; i < width; i += lanes) {
-        int64_t place = row * width + i;
+      for (int64_t i = 0; i < channels; i += lanes) {
+        int64_t place = row * channels + i;
         const Element* gradient = grad_output == nullptr ? nullptr : grad_output + place;
         activate<kind, Row>(hidden + place, bias + i, gradient, output + place,
-                            smaller_of(lanes, width - i));
+                            smaller_of(lanes, channels - i));
       }
     }
   }
@@ -95,7 +95,7 @@ void activate_rows(void* data, ItemQueue& items) {
 }  // namespace
 
 void activation(const Activation& problem, int threads) {
-  if (problem.rows * problem.width < min_parallel_values) threads = 1;
+  if (problem.rows * problem.channels < min_parallel_values) threads = 1;
   with_row_type(problem.type, [&](auto row_type) {
     using Row = decltype(row_type);
     Worker worker = problem.kind == ActivationKind::gelu

@@ -19,7 +19,8 @@ constexpr float infinity = __builtin_inff();
 constexpr double min_parallel_work = 1e6;
 
 inline double attention_work(const AttentionShape& shape) {
-  return static_cast<double>(shape.batch) * shape.heads * shape.length * shape.length * shape.width;
+  return static_cast<double>(shape.batch) * shape.heads * shape.length * shape.length *
+         shape.head_dim;
 }
 
 // Keys are taken in blocks that stay in the cache: even shares of `count`, of whole panels.
@@ -48,10 +49,10 @@ inline int64_t parts_per_head(const AttentionShape& shape, int threads, int64_t 
 // Copies rows as a left operand; a row of zeros makes an odd number even.
 template <class Math>
 void copy_rows(typename Math::Unit* target, const RowGrid& source, Type type, int64_t batch,
-               int64_t head, int64_t first, int64_t count, int64_t width) {
-  int64_t stride = row_units<Math>(width);
+               int64_t head, int64_t first, int64_t count, int64_t head_dim) {
+  int64_t stride = row_units<Math>(head_dim);
   for (int64_t i = 0; i < count; ++i) {
-    Math::copy_row(target + i * stride, source.row(batch, head, first + i, type), type, width);
+    Math::copy_row(target + i * stride, source.row(batch, head, first + i, type), type, head_dim);
   }
   if (count % 2 != 0) memset(target + count * stride, 0, stride * sizeof(uint32_t));
 }

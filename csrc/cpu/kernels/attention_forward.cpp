@@ -21,16 +21,16 @@ class ForwardWorker {
   explicit ForwardWorker(const AttentionForward& problem)
       : problem_(problem),
         shape_(problem.shape),
-        padded_width_(round_up(shape_.width, lanes)),
-        row_units_(row_units<Math>(shape_.width)),
+        padded_head_dim_(round_up(shape_.head_dim, lanes)),
+        row_units_(row_units<Math>(shape_.head_dim)),
         score_stride_(score_stride(shape_.length, max_key_block)),
         key_panels_(packed_units(row_units_, shape_.length)),
-        value_panels_(packed_units(steps_of<Math>(shape_.length), shape_.width)),
+        value_panels_(packed_units(steps_of<Math>(shape_.length), shape_.head_dim)),
         packing_space_(lanes * row_units_),
         queries_(tile_queries * row_units_),
         scores_(tile_queries * score_stride_),
         probabilities_(Math::values_per_unit == 1 ? 0 : tile_queries * score_stride_ / 2),
-        sums_(tile_queries * padded_width_) {}
+        sums_(tile_queries * padded_head_dim_) {}
 
   void pack(int64_t batch, int64_t head, const KeyList& keys) {
     keys_ = keys;
@@ -38,16 +38,16 @@ class ForwardWorker {
     head_ = head;
     auto key_at = [&](int64_t i) { return row_of(problem_.key, keys.index[i]); };
     auto value_at = [&](int64_t i) { return row_of(problem_.value, keys.index[i]); };
-    pack_columns<Math>(key_panels_, key_at, shape_.type, keys.count, shape_.width,
+    pack_columns<Math>(key_panels_, key_at, shape_.type, keys.count, shape_.head_dim,
                        packing_space_);
     value_panel_stride_ = steps_of<Math>(keys.count) * panel_width;
     pack_rows<Math>(value_panels_, value_panel_stride_, value_at, shape_.type, keys.count,
-                    shape_.width);
+                    shape_.head_dim);
   }
 
   void attend(int64_t first_query, int64_t count) {
     copy_rows<Math>(queries_, problem_.query, shape_.type, batch_, head_, first_query, count,
-                    shape_.width);
+                    shape_.head_dim);
     for (int64_t i = 0; i < count; ++i) {
       maxima_[i] = -infinity;
       totals_[i] = 0;
@@ -56,13 +56,13 @@ class ForwardWorker {
     for (int64_t key = 0; key < keys_.count; key += block) {
       int64_t num_keys = smaller_of(block, keys_.count - key);
       Right<Math> key_columns{key_panels_ + key * row_units_, row_units_ * panel_width};
-      multiply<Math>(count, num_keys, steps_of<Math>(shape_.width), {queries_, row_units_, 1},
+      multiply<Math>(count, num_keys, steps_of<Math>(shape_.head_dim), {queries_, row_units_, 1},
                      key_columns, scores_, score_stride_, false);
-      for (int64_t i = 0; i < count; ++i) exponentiate(i, key, num_keys);
+      for (int64_t i = 0; i < count; ++i) online_softmax_update(i, key, num_keys);
       Right<Math> value_rows{value_panels_ + steps_of<Math>(key) * panel_width,
                              value_panel_stride_};
-      multiply<Math>(count, shape_.width, steps_of<Math>(num_keys), probability_rows(), value_rows,
-                     sums_, padded_width_, key > 0);
+      multiply<Math>(count, shape_.head_dim, steps_of<Math>(num_keys), probability_rows(),
+                     value_rows, sums_, padded_head_dim_, key > 0);
     }
     for (int64_t i = 0; i < count; ++i) write(i, first_query + i);
   }
@@ -73,7 +73,7 @@ class ForwardWorker {
   }
 
   // Scores become exponentials, relative to the largest weighted exponential of the row so far.
-  void exponentiate(int64_t row, int64_t first_key, int64_t num_keys) {
+  void online_softmax_update(int64_t row, int64_t first_key, int64_t num_keys) {
     float* scores = scores_ + row * score_stride_;
     const float* log2_weights = keys_.log2_weight + first_key;
     Vec scale = broadcast(shape_.scale * log2_e);
@@ -93,8 +93,8 @@ class ForwardWorker {
     if (first_key > 0) {
       Vec fade = exp2(broadcast(maxima_[row]) - shift);
       totals_[row] *= fade[0];
-      float* sums = sums_ + row * padded_width_;
-      for (int64_t i = 0; i < padded_width_; i += lanes) store(sums + i, load(sums + i) * fade);
+      float* sums = sums_ + row * padded_head_dim_;
+      for (int64_t i = 0; i < padded_head_dim_; i += lanes) store(sums + i, load(sums + i) * fade);
     }
     totals_[row] += sum_of(total);
     maxima_[row] = maximum;
@@ -123,13 +123,14 @@ class ForwardWorker {
     problem_.log_sum_exp[place] =
         is_empty ? -infinity : maxima_[row] * ln_2 + __builtin_logf(totals_[row]);
     char* output = static_cast<char*>(problem_.output);
-    write_row(output + place * shape_.width * bytes_of(shape_.type), sums_ + row * padded_width_,
-              is_empty ? 0.0f : 1.0f / totals_[row], shape_.type, shape_.width);
+    write_row(output + place * shape_.head_dim * bytes_of(shape_.type),
+              sums_ + row * padded_head_dim_, is_empty ? 0.0f : 1.0f / totals_[row],
+              shape_.type, shape_.head_dim);
   }
 
   const AttentionForward& problem_;
   const AttentionShape& shape_;
-  int64_t padded_width_, row_units_, score_stride_;
+  int64_t padded_head_dim_, row_units_, score_stride_;
   Buffer<Unit> key_panels_, value_panels_, packing_space_;
   Buffer<Unit> queries_;
   Buffer<float> scores_;
@@ -143,7 +144,7 @@ class ForwardWorker {
 void write_empty(const AttentionForward& problem, int64_t batch, int64_t head) {
   const AttentionShape& shape = problem.shape;
   int64_t place = (batch * shape.heads + head) * shape.length;
-  int64_t row_bytes = shape.width * bytes_of(shape.type);
+  int64_t row_bytes = shape.head_dim * bytes_of(shape.type);
   memset(static_cast<char*>(problem.output) + place * row_bytes, 0, shape.length * row_bytes);
   for (int64_t i = 0; i < shape.length; ++i) problem.log_sum_exp[place + i] = -infinity;
 }

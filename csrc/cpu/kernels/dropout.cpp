@@ -76,9 +76,11 @@ void drop_row(const PhiloxDropout& problem, int64_t group, int64_t branch, int64
   int64_t output_row =
       ((group * problem.branches + branch) * problem.sequences + sequence) * problem.length +
       position;
-  auto* source = static_cast<const typename In::Element*>(problem.rows) + row * problem.width;
-  auto* target = static_cast<typename Out::Element*>(problem.output) + output_row * problem.width;
-  int64_t blocks = divide_up(problem.width, channels_per_draw);
+  auto* source = static_cast<const typename In::Element*>(problem.rows.data);
+  auto* target = static_cast<typename Out::Element*>(problem.output);
+  source += row * problem.channels;
+  target += output_row * problem.channels;
+  int64_t blocks = divide_up(problem.channels, channels_per_draw);
   uint32_t place = problem.stream << 24 |
                    (problem.first_branch + static_cast<uint32_t>(branch)) << 16;
   UintVec lane{};
@@ -92,7 +94,7 @@ void drop_row(const PhiloxDropout& problem, int64_t group, int64_t branch, int64
     philox(counter, static_cast<uint64_t>(problem.seeds[group]));
     for (int slot = 0; slot < channels_per_draw; ++slot) {
       int64_t offset = slot * blocks + block;
-      int64_t count = smaller_of(smaller_of(blocks - block, lanes), problem.width - offset);
+      int64_t count = smaller_of(smaller_of(blocks - block, lanes), problem.channels - offset);
       if (count <= 0) break;
       UintVec word = counter[slot / 2];
       UintVec bits = slot % 2 == 0 ? word & 0xffffu : word >> 16;
@@ -119,8 +121,8 @@ void drop_rows(void* data, ItemQueue& items) {
 
 void philox_dropout(const PhiloxDropout& problem, int threads) {
   int64_t items = problem.groups * problem.branches * problem.sequences;
-  if (items * problem.length * problem.width < min_parallel_values) threads = 1;
-  with_row_type(problem.input_type, [&](auto in) {
+  if (items * problem.length * problem.channels < min_parallel_values) threads = 1;
+  with_row_type(problem.rows.type, [&](auto in) {
     with_row_type(problem.output_type, [&](auto out) {
       run_workers(threads, items, drop_rows<decltype(in), decltype(out)>,
                   const_cast<PhiloxDropout*>(&problem));

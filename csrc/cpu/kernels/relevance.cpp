@@ -18,6 +18,9 @@ constexpr int64_t chunk_tokens = 48;
 // Below this many multiply-adds the work is shorter than waking threads.
 constexpr double min_parallel_work = 1e6;
 
+// Class embeddings and the norm's weights, which the binding takes in float32 alone.
+const float* floats_of(const Array& array) { return static_cast<const float*>(array.data); }
+
 float norm_of(const float* values, int64_t count) {
   Vec squares = zero();
   int64_t i = 0;
@@ -86,7 +89,7 @@ struct Job {
 
 template <class Math>
 int64_t panel_units(const Relevance& problem) {
-  return row_units<Math>(problem.width) * panel_width;
+  return row_units<Math>(problem.model_dim) * panel_width;
 }
 
 // Packs the projection, a panel of its columns per item.
@@ -94,24 +97,25 @@ template <class Math>
 void pack_projection(void* data, ItemQueue& items) {
   const auto& job = *static_cast<const Job<Math>*>(data);
   const Relevance& problem = job.problem;
-  int64_t value_bytes = bytes_of(problem.proj_type);
-  Buffer<typename Math::Unit> workspace(lanes * row_units<Math>(problem.width));
+  int64_t value_bytes = bytes_of(problem.proj.type);
+  Buffer<typename Math::Unit> workspace(lanes * row_units<Math>(problem.model_dim));
   for (int64_t panel = items.take(); panel >= 0; panel = items.take()) {
     int64_t first = panel * panel_width;
-    int64_t count = smaller_of(panel_width, problem.joint_width - first);
+    int64_t count = smaller_of(panel_width, problem.joint_dim - first);
     auto* target = job.projection + panel * panel_units<Math>(problem);
     auto* source =
-        static_cast<const char*>(problem.proj) + first * problem.proj_column_stride * value_bytes;
+        static_cast<const char*>(problem.proj.data) +
+        first * problem.proj_column_stride * value_bytes;
     if (problem.proj_column_stride == 1) {
       auto row_at = [&](int64_t i) -> const void* {
         return source + i * problem.proj_row_stride * value_bytes;
       };
-      pack_rows<Math>(target, 0, row_at, problem.proj_type, problem.width, count);
+      pack_rows<Math>(target, 0, row_at, problem.proj.type, problem.model_dim, count);
     } else {
       auto column_at = [&](int64_t i) -> const void* {
         return source + i * problem.proj_column_stride * value_bytes;
       };
-      pack_columns<Math>(target, column_at, problem.proj_type, count, problem.width, workspace);
+      pack_columns<Math>(target, column_at, problem.proj.type, count, problem.model_dim, workspace);
     }
   }
 }
@@ -119,19 +123,19 @@ void pack_projection(void* data, ItemQueue& items) {
 template <class Math>
 void pack_classes(const Job<Math>& job) {
   const Relevance& problem = job.problem;
-  int64_t width = problem.joint_width;
-  Buffer<float> workspace(lanes * row_units<Float32Math>(width));
-  Buffer<float> classes(problem.num_classes * width);
-  auto row_at = [&](int64_t i) { return classes + i * width; };
+  int64_t joint_dim = problem.joint_dim;
+  Buffer<float> workspace(lanes * row_units<Float32Math>(joint_dim));
+  Buffer<float> classes(problem.num_classes * joint_dim);
+  auto row_at = [&](int64_t i) { return classes + i * joint_dim; };
   for (int64_t g = 0; g < problem.num_groups; ++g) {
     int64_t first = g * problem.num_classes;
-    memcpy(classes, problem.class_embeddings + first * width,
-           problem.num_classes * width * sizeof(float));
+    memcpy(classes, floats_of(problem.class_embeddings) + first * joint_dim,
+           problem.num_classes * joint_dim * sizeof(float));
     for (int64_t c = 0; c < problem.num_classes; ++c) {
-      job.class_divisors[first + c] = cosine_divisor(row_at(c), width, 1.0f);
+      job.class_divisors[first + c] = cosine_divisor(row_at(c), joint_dim, 1.0f);
     }
     pack_columns<Float32Math>(job.classes + g * job.class_panels, row_at, Type::float32,
-                              problem.num_classes, width, workspace);
+                              problem.num_classes, joint_dim, workspace);
   }
 }
 
@@ -143,12 +147,12 @@ class RelevanceWorker {
   explicit RelevanceWorker(const Job<Math>& job)
       : job_(job),
         problem_(job.problem),
-        token_stride_(round_up(problem_.width, 2 * lanes)),
-        feature_stride_(problem_.proj ? round_up(problem_.joint_width, lanes) : token_stride_),
+        token_stride_(round_up(problem_.model_dim, 2 * lanes)),
+        feature_stride_(problem_.proj.data ? round_up(problem_.joint_dim, lanes) : token_stride_),
         dot_stride_(round_up(problem_.num_classes, lanes)),
         tokens_(Math::values_per_unit == 1 ? 0 : token_stride_),
         left_rows_(chunk_tokens * row_stride()),
-        features_(problem_.proj ? chunk_tokens * feature_stride_ : 0),
+        features_(problem_.proj.data ? chunk_tokens * feature_stride_ : 0),
         dots_(chunk_tokens * dot_stride_) {}
 
   // The patch tokens [first, first + count) of a group, counted through its images.
@@ -164,8 +168,8 @@ class RelevanceWorker {
     if (count % 2 != 0) memset(left_rows_ + count * row_stride(), 0, row_stride() * sizeof(Unit));
 
     float* features;
-    if (problem_.proj != nullptr) {
-      multiply_in_parts<Math>(count, problem_.joint_width, steps_of<Math>(problem_.width),
+    if (problem_.proj.data != nullptr) {
+      multiply_in_parts<Math>(count, problem_.joint_dim, steps_of<Math>(problem_.model_dim),
                               {left_rows_, row_stride(), 1},
                               {job_.projection, panel_units<Math>(problem_)}, features_,
                               feature_stride_);
@@ -175,11 +179,11 @@ class RelevanceWorker {
     }
     float divisors[chunk_tokens];
     for (int64_t i = 0; i < count; ++i) {
-      divisors[i] = cosine_divisor(features + i * feature_stride_, problem_.joint_width,
+      divisors[i] = cosine_divisor(features + i * feature_stride_, problem_.joint_dim,
                                    token_factors_[i]);
     }
-    int64_t class_panel_stride = round_up(problem_.joint_width, lanes) * panel_width;
-    multiply_in_parts<Float32Math>(count, problem_.num_classes, problem_.joint_width,
+    int64_t class_panel_stride = round_up(problem_.joint_dim, lanes) * panel_width;
+    multiply_in_parts<Float32Math>(count, problem_.num_classes, problem_.joint_dim,
                                    {features, feature_stride_, 1},
                                    {job_.classes + group * job_.class_panels, class_panel_stride},
                                    dots_, dot_stride_);
@@ -206,15 +210,15 @@ class RelevanceWorker {
     } else {
       values = tokens_;
     }
-    int64_t width = problem_.width, padded = round_up(width, lanes);
-    read_row(values, source, problem_.token_type, width);
+    int64_t model_dim = problem_.model_dim, padded = round_up(model_dim, lanes);
+    read_row(values, source, problem_.token_type, model_dim);
     token_factors_[i] = 1.0f;
     if (problem_.has_norm) {
       normalise(values);
-    } else if (problem_.proj != nullptr) {
-      float largest = largest_magnitude(values, width);
+    } else if (problem_.proj.data != nullptr) {
+      float largest = largest_magnitude(values, model_dim);
       if (largest > huge_token && largest < __builtin_inff()) {
-        token_factors_[i] = rescale(values, width, largest);
+        token_factors_[i] = rescale(values, model_dim, largest);
       }
     }
     for (int64_t k = padded; k < token_stride_; ++k) values[k] = 0;
@@ -235,43 +239,45 @@ class RelevanceWorker {
   // The variance is taken around the mean: tokens of a deep block may lie far from zero, where the
   // mean of the squares would lose it.
   Moments moments_of(const float* values) const {
-    int64_t width = problem_.width;
-    float inverse_width = 1.0f / static_cast<float>(width);
+    int64_t model_dim = problem_.model_dim;
+    float inverse_model_dim = 1.0f / static_cast<float>(model_dim);
     Vec sum = zero();
-    for (int64_t k = 0; k < width; k += lanes) sum = sum + load(values + k);
-    Vec mean = broadcast(sum_of(sum) * inverse_width);
+    for (int64_t k = 0; k < model_dim; k += lanes) sum = sum + load(values + k);
+    Vec mean = broadcast(sum_of(sum) * inverse_model_dim);
     Vec squares = zero();
     int64_t k = 0;
-    for (; k + lanes <= width; k += lanes) {
+    for (; k + lanes <= model_dim; k += lanes) {
       Vec centered = load(values + k) - mean;
       squares = multiply_add(centered, centered, squares);
     }
     float rest = 0;
-    for (; k < width; ++k) rest += (values[k] - mean[0]) * (values[k] - mean[0]);
-    return {mean, (sum_of(squares) + rest) * inverse_width};
+    for (; k < model_dim; ++k) rest += (values[k] - mean[0]) * (values[k] - mean[0]);
+    return {mean, (sum_of(squares) + rest) * inverse_model_dim};
   }
 
   // LayerNorm in place.
   void normalise(float* values) const {
-    int64_t width = problem_.width, k;
+    int64_t model_dim = problem_.model_dim, k;
     Moments moments = moments_of(values);
     if (!(moments.variance < __builtin_inff())) {
-      float largest = largest_magnitude(values, width);
+      float largest = largest_magnitude(values, model_dim);
       if (largest < __builtin_inff()) {  // LayerNorm forgets the scale; beside it, eps is nothing
-        rescale(values, width, largest);
+        rescale(values, model_dim, largest);
         moments = moments_of(values);
       }
     }
     Vec mean = moments.mean;
     Vec factor = broadcast(1.0f / __builtin_sqrtf(moments.variance + problem_.norm_eps));
-    for (k = 0; k < width; k += lanes) {
-      int64_t count = smaller_of(lanes, width - k);
+    for (k = 0; k < model_dim; k += lanes) {
+      int64_t count = smaller_of(lanes, model_dim - k);
       Vec value = (load(values + k) - mean) * factor;
-      if (problem_.norm_weight) value = value * load_first(problem_.norm_weight + k, count);
-      if (problem_.norm_bias) value = value + load_first(problem_.norm_bias + k, count);
+      const float* weight = floats_of(problem_.norm_weight);
+      const float* bias = floats_of(problem_.norm_bias);
+      if (weight != nullptr) value = value * load_first(weight + k, count);
+      if (bias != nullptr) value = value + load_first(bias + k, count);
       store(values + k, value);
     }
-    for (k = width; k < round_up(width, lanes); ++k) values[k] = 0;
+    for (k = model_dim; k < round_up(model_dim, lanes); ++k) values[k] = 0;
   }
 
   const Job<Math>& job_;
@@ -301,20 +307,20 @@ void work(void* data, ItemQueue& items) {
 template <class Math>
 void run(const Relevance& problem, int threads) {
   int64_t class_panels =
-      packed_units(round_up(problem.joint_width, lanes), problem.num_classes);
+      packed_units(round_up(problem.joint_dim, lanes), problem.num_classes);
   int64_t tokens_per_group = problem.batch / problem.num_groups *
                              (problem.length - problem.num_prefix_tokens);
   Buffer<typename Math::Unit> projection(
-      problem.proj ? packed_units(row_units<Math>(problem.width), problem.joint_width) : 0);
+      problem.proj.data ? packed_units(row_units<Math>(problem.model_dim), problem.joint_dim) : 0);
   Buffer<float> classes(problem.num_groups * class_panels);
   Buffer<float> class_divisors(problem.num_groups * problem.num_classes);
   Job<Math> job{problem,      projection, classes, class_divisors, class_panels,
                 divide_up(tokens_per_group, chunk_tokens)};
-  double columns = problem.proj ? problem.joint_width : problem.num_classes;
-  double work_per_token = columns * problem.width;
+  double columns = problem.proj.data ? problem.joint_dim : problem.num_classes;
+  double work_per_token = columns * problem.model_dim;
   if (work_per_token * tokens_per_group * problem.num_groups < min_parallel_work) threads = 1;
-  if (problem.proj != nullptr) {
-    run_workers(threads, divide_up(problem.joint_width, panel_width), pack_projection<Math>, &job);
+  if (problem.proj.data != nullptr) {
+    run_workers(threads, divide_up(problem.joint_dim, panel_width), pack_projection<Math>, &job);
   }
   pack_classes(job);
   run_workers(threads, problem.num_groups * job.chunks_per_group, work<Math>, &job);
@@ -325,7 +331,7 @@ void run(const Relevance& problem, int threads) {
 void relevance(const Relevance& problem, int threads) {
 #if defined(__AVX512BF16__)
   // Without a projection there is nothing to gain from products of bfloat16.
-  if (problem.proj != nullptr && problem.proj_type == Type::bfloat16) {
+  if (problem.proj.data != nullptr && problem.proj.type == Type::bfloat16) {
     return run<BFloat16Math>(problem, threads);
   }
 #endif

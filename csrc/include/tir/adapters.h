@@ -16,16 +16,16 @@ struct PhiloxDropout {
   int64_t branches;   // K
   int64_t sequences;  // S, of a group
   int64_t length;     // T
-  int64_t width;      // D
-  Type input_type, output_type;
-  const void* rows;      // [G, S, T, D], contiguous
+  int64_t channels;   // D
+  Array rows;            // [G, S, T, D], contiguous
   const int64_t* seeds;  // [G]
   int64_t step;
   uint32_t stream;        // below 2^8
   uint32_t first_branch;  // first_branch + K at most 2^8
   uint32_t threshold;     // a channel is kept where 16 random bits are at least this
   float scale;            // of what is kept
-  void* output;           // [G, K, S, T, D], contiguous
+  Type output_type;
+  void* output;  // [G, K, S, T, D], contiguous
 };
 
 constexpr int64_t channels_per_draw = 8;
@@ -35,12 +35,11 @@ enum class ActivationKind : int { gelu = 0, quick_gelu = 1 };
 // act(hidden + bias), or the gradient of it where there is one of the output.
 struct Activation {
   ActivationKind kind;
-  int64_t rows;   // R
-  int64_t width;  // D
-  Type type;
+  int64_t rows;      // R
+  int64_t channels;  // D
+  Type type;         // of hidden, grad_output and output
   const void* hidden;       // [R, D], contiguous
-  Type bias_type;
-  const void* bias;         // [D], or null
+  Array bias;               // [D], or null
   const void* grad_output;  // [R, D], contiguous; null for the forward pass
   void* output;             // [R, D]: the activation, or the gradient of hidden
 };

@@ -10,7 +10,7 @@ struct AttentionShape {
   int64_t batch;
   int64_t heads;
   int64_t length;
-  int64_t width;
+  int64_t head_dim;
   Type type;    // of queries, keys, values, outputs and their gradients
   float scale;  // of the scores
 };

@@ -11,7 +11,7 @@ namespace tir::cuda {
 
 using Stream = void*;
 
-constexpr int64_t kMaxHeadWidth = 128;
+constexpr int64_t kMaxHeadDim = 128;
 
 // Where the weights of keys come from, if not from AttentionForward::weights: they are looked up in
 // a table by counts, which are given or found by selecting from relevance.
@@ -44,12 +44,7 @@ void attention_forward(const AttentionForward& arguments, const KeyWeights& deri
 void attention_backward(const AttentionBackward& arguments, const KeyWeights& derived,
                         float* delta, float* partial, Stream stream);
 
-// What Relevance points to is read as it is, in these types; so is proj, in its own.
-struct RelevanceTypes {
-  Type class_embeddings, norm;
-};
-
-void relevance(const Relevance& arguments, const RelevanceTypes& types, Stream stream);
+void relevance(const Relevance& arguments, Stream stream);
 
 // `weights` may be null where only counts are wanted.
 void select_tokens(const Selection& arguments, Stream stream);

@@ -9,27 +9,26 @@ struct Relevance {
   int64_t batch;              // B
   int64_t length;             // L, prefix tokens included
   int64_t num_prefix_tokens;  // P; N = L - P patch tokens have a relevance
-  int64_t width;              // D
-  int64_t joint_width;        // E; equals D without a projection
+  int64_t model_dim;          // D
+  int64_t joint_dim;          // E; equals D without a projection
   int64_t num_groups;         // G, divides B
   int64_t num_classes;        // C
 
   Type token_type;
-  RowGrid tokens;                  // [B, L, D]; the head stride is not used
-  const float* class_embeddings;   // [G, C, E], contiguous
-  bool has_norm;                   // LayerNorm before the projection?
-  const float* norm_weight;        // [D], or null for 1
-  const float* norm_bias;          // [D], or null for 0
+  RowGrid tokens;          // [B, L, D]; the head stride is not used
+  Array class_embeddings;  // [G, C, E], contiguous
+  bool has_norm;           // LayerNorm before the projection?
+  Array norm_weight;       // [D], or null for 1
+  Array norm_bias;         // [D], or null for 0; of the type of norm_weight
   float norm_eps;
-  Type proj_type;                  // float32, or bfloat16 where the tokens are bfloat16 too
-  const void* proj;                // [D, E], or null for none
+  Array proj;                                   // [D, E], or null for none
   int64_t proj_row_stride, proj_column_stride;  // one of them is 1
 
-  float* relevance;                // [B, C, N]
+  float* relevance;  // [B, C, N]
 };
 
 struct Selection {
-  int64_t batch, num_classes, num_patches, num_prefix_tokens;
+  int64_t batch, num_classes, num_patches, num_prefix_tokens;  // B, C, N, P
   int64_t top_k;           // tokens that each class selects
   const float* relevance;  // [B, C, N]
   const float* table;      // [C + 1]

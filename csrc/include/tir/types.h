@@ -9,7 +9,14 @@ enum class Type : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 
 inline int64_t bytes_of(Type type) { return type == Type::float32 ? 4 : 2; }
 
-// A (batch, head, row) grid of rows whose elements lie side by side. Strides count elements.
+// Elements of a type that only the running program knows.
+struct Array {
+  const void* data;  // null for none
+  Type type;
+};
+
+// A (batch, head, row) grid of rows whose elements lie side by side, of a type that
+// stands beside the grid. Strides count elements.
 struct RowGrid {
   const void* data;
   int64_t batch_stride;

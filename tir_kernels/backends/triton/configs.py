@@ -16,15 +16,15 @@ MIN_DOT = 16  # the smallest edge that every tensor-core instruction accepts
 
 
 class AttentionConfig(NamedTuple):
-    block_held: int  # rows that a program keeps: queries, or keys where it sums up for keys
-    block_step: int  # rows of the other kind that it takes at a time
+    block_stationary: int  # rows that a program keeps: queries, or keys where it sums up for keys
+    block_streamed: int  # rows of the other kind that it takes at a time
     num_warps: int
     num_stages: int
 
 
 class RelevanceConfig(NamedTuple):
     block_rows: int
-    block_depth: int  # step through the width of a token
+    block_depth: int  # step through the channels of a token
     block_features: int  # joint features computed at once
     block_classes: int
     num_warps: int
@@ -41,8 +41,8 @@ def next_power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def split_width(head_dim: int) -> tuple[int, int]:
-    """Powers of two (main, tail) that cover a head width; tail is 0 where one tile wastes no more.
+def split_head_dim(head_dim: int) -> tuple[int, int]:
+    """Powers of two (main, tail) that cover a head_dim; tail is 0 where one tile wastes no more.
 
     A tile's edge must be a power of two, and padding 80 to 128 would waste three eighths of every
     product; 64 + 16 wastes nothing.
@@ -68,43 +68,43 @@ def has_large_shared_memory(capability: tuple[int, int]) -> bool:
 def forward_config(
     capability: tuple[int, int], dtype: torch.dtype, head_dim: int, length: int
 ) -> AttentionConfig:
-    width = sum(split_width(head_dim))
+    columns = sum(split_head_dim(head_dim))
     if dtype == torch.float32:  # no tensor cores: registers are what is scarce
-        return AttentionConfig(32 if width <= 128 else 16, 32, 8, 1)
+        return AttentionConfig(32 if columns <= 128 else 16, 32, 8, 1)
     if not has_large_shared_memory(capability):
-        if width > 128:
+        if columns > 128:
             return AttentionConfig(64, 32, 8, 1)
-        return AttentionConfig(64, 64 if width <= 64 else 32, 4, 2)
-    if width > 128:
+        return AttentionConfig(64, 64 if columns <= 64 else 32, 4, 2)
+    if columns > 128:
         return AttentionConfig(64, 32, 8, 2)
     if length >= 1024:
         return AttentionConfig(128, 64, 8, 2)
-    return AttentionConfig(64, 64 if width <= 96 else 32, 4, 2)
+    return AttentionConfig(64, 64 if columns <= 96 else 32, 4, 2)
 
 
 def grad_query_config(
     capability: tuple[int, int], dtype: torch.dtype, head_dim: int
 ) -> AttentionConfig:
-    width = sum(split_width(head_dim))
+    columns = sum(split_head_dim(head_dim))
     large = has_large_shared_memory(capability)
     if dtype == torch.float32:
-        block = 32 if large or width <= 128 else 16
+        block = 32 if large or columns <= 128 else 16
         return AttentionConfig(block, block, 8, 1)
     if not large:
-        return AttentionConfig(64, 32, 4, 2) if width <= 128 else AttentionConfig(32, 16, 4, 1)
-    return AttentionConfig(64, 64 if width <= 128 else 32, 4 if width <= 64 else 8, 2)
+        return AttentionConfig(64, 32, 4, 2) if columns <= 128 else AttentionConfig(32, 16, 4, 1)
+    return AttentionConfig(64, 64 if columns <= 128 else 32, 4 if columns <= 64 else 8, 2)
 
 
 def grad_key_value_config(
     capability: tuple[int, int], dtype: torch.dtype, head_dim: int
 ) -> AttentionConfig:
-    width = sum(split_width(head_dim))
+    columns = sum(split_head_dim(head_dim))
     large = has_large_shared_memory(capability)
     if dtype == torch.float32:
-        return AttentionConfig(32 if large or width <= 128 else 16, 16, 8, 1)
-    if width > 128:
+        return AttentionConfig(32 if large or columns <= 128 else 16, 16, 8, 1)
+    if columns > 128:
         return AttentionConfig(32, 64, 8, 2) if large else AttentionConfig(16, 32, 4, 1)
-    return AttentionConfig(64, 64 if large else 32, 4 if width <= 64 else 8, 2)
+    return AttentionConfig(64, 64 if large else 32, 4 if columns <= 64 else 8, 2)
 
 
 def relevance_config(

@@ -1,9 +1,9 @@
 """Weighted attention, backward, in two kernels and without atomics, so that every run gives the
 same bits.
 
-The first holds query rows still and walks over the keys: it gives the gradient of the queries and,
-on the way, delta[i] = grad_output[i] . output[i]. The second holds keys still and walks over the
-queries: it gives the gradients of keys, values and weights. The latter are one partial sum a head.
+The first has stationary queries and streamed keys: it gives the gradient of the queries and, on the
+way, delta[i] = grad_output[i] . output[i]. The second has stationary keys and streamed queries: it
+gives the gradients of keys, values and weights. The latter are one partial sum a head.
 """
 
 from __future__ import annotations
@@ -15,18 +15,23 @@ from torch import Tensor
 
 from ... import common
 from ...common import device_guard
-from ..configs import grad_key_value_config, grad_query_config, split_width
+from ..configs import grad_key_value_config, grad_query_config, split_head_dim
 from .tiles import (
     LOG2_E,
     device_capability,
-    dot,
-    head_offset,
+    dot_rows,
+    dot_transposed,
+    head_pointer,
+    load_columns,
     load_key_weights,
     load_rows,
+    locate_rows,
     loop_end,
     narrow,
+    scale_rows,
     store_rows,
     stride_unit,
+    zero_rows,
 )
 
 MAX_EXPONENT_LOG2 = tl.constexpr(common.MAX_EXPONENT * common.LOG2_E)
@@ -58,8 +63,8 @@ def row_products(
     """
     total = tl.zeros(rows.shape, tl.float32)
     for first in tl.static_range(0, HEAD_DIM, 32):
-        left = load_rows(left_ptr, rows, in_range, left_stride, first, 32, HEAD_DIM, STRIDE_UNIT)
-        right = load_rows(right_ptr, rows, in_range, HEAD_DIM, first, 32, HEAD_DIM, 1)
+        left = load_columns(left_ptr, rows, in_range, left_stride, first, 32, HEAD_DIM, STRIDE_UNIT)
+        right = load_columns(right_ptr, rows, in_range, HEAD_DIM, first, 32, HEAD_DIM, 1)
         total += tl.sum(left.to(tl.float32) * right.to(tl.float32), 1)
     return total
 
@@ -75,18 +80,10 @@ def grad_query_kernel(
     log_sum_exp_ptr,  # [B, H, L]
     grad_query_ptr,  # [B, H, L, d], contiguous
     delta_ptr,  # [B, H, L]
-    grad_batch_stride,
-    grad_head_stride,
-    grad_row_stride,
-    query_batch_stride,
-    query_head_stride,
-    query_row_stride,
-    key_batch_stride,
-    key_head_stride,
-    key_row_stride,
-    value_batch_stride,
-    value_head_stride,
-    value_row_stride,
+    grad_output_strides,  # of batch, head and row
+    query_strides,
+    key_strides,
+    value_strides,
     num_heads,
     length,
     scale,
@@ -97,36 +94,29 @@ def grad_query_kernel(
     BLOCK_QUERY: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
 ):
-    num_blocks = tl.cdiv(length, BLOCK_QUERY)
-    batch_head = tl.program_id(0) // num_blocks
-    batch = batch_head // num_heads
-    head = batch_head % num_heads
-    first_row = batch_head.to(tl.int64) * length
-    grad_output_ptr += head_offset(batch, head, grad_batch_stride, grad_head_stride, STRIDE_UNIT)
-    query_ptr += head_offset(batch, head, query_batch_stride, query_head_stride, STRIDE_UNIT)
-    key_ptr += head_offset(batch, head, key_batch_stride, key_head_stride, STRIDE_UNIT)
-    value_ptr += head_offset(batch, head, value_batch_stride, value_head_stride, STRIDE_UNIT)
+    rows, batch, head, first_row = locate_rows(num_heads, length, BLOCK_QUERY)
+    grad_output_ptr = head_pointer(grad_output_ptr, batch, head, grad_output_strides, STRIDE_UNIT)
+    query_ptr = head_pointer(query_ptr, batch, head, query_strides, STRIDE_UNIT)
+    key_ptr = head_pointer(key_ptr, batch, head, key_strides, STRIDE_UNIT)
+    value_ptr = head_pointer(value_ptr, batch, head, value_strides, STRIDE_UNIT)
     weights_ptr += batch.to(tl.int64) * length
-    output_ptr += first_row * HEAD_DIM
-    grad_query_ptr += first_row * HEAD_DIM
 
-    rows = (tl.program_id(0) % num_blocks) * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
     in_range = rows < length
-    query = load_rows(query_ptr, rows, in_range, query_row_stride, 0, MAIN, HEAD_DIM, STRIDE_UNIT)
-    grads = load_rows(
-        grad_output_ptr, rows, in_range, grad_row_stride, 0, MAIN, HEAD_DIM, STRIDE_UNIT
+    query = load_rows(
+        query_ptr, rows, in_range, query_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT
     )
-    grad_query = tl.zeros((BLOCK_QUERY, MAIN), tl.float32)
-    if TAIL > 0:
-        query_tail = load_rows(
-            query_ptr, rows, in_range, query_row_stride, MAIN, TAIL, HEAD_DIM, STRIDE_UNIT
-        )
-        grads_tail = load_rows(
-            grad_output_ptr, rows, in_range, grad_row_stride, MAIN, TAIL, HEAD_DIM, STRIDE_UNIT
-        )
-        grad_query_tail = tl.zeros((BLOCK_QUERY, TAIL), tl.float32)
+    grads = load_rows(
+        grad_output_ptr, rows, in_range, grad_output_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT
+    )
+    grad_query = zero_rows(BLOCK_QUERY, MAIN, TAIL)
     delta = row_products(
-        grad_output_ptr, output_ptr, rows, in_range, grad_row_stride, HEAD_DIM, STRIDE_UNIT
+        grad_output_ptr,
+        output_ptr + first_row * HEAD_DIM,
+        rows,
+        in_range,
+        grad_output_strides[2],
+        HEAD_DIM,
+        STRIDE_UNIT,
     )
     tl.store(delta_ptr + first_row + rows, delta, mask=in_range)
     log_sums = load_log_sums(log_sum_exp_ptr + first_row, rows, in_range)
@@ -135,34 +125,18 @@ def grad_query_kernel(
         keys = first_key + tl.arange(0, BLOCK_KEY)
         _, attended, log_weights = load_key_weights(weights_ptr, keys, length)
         bias = tl.where(attended, log_weights, float("-inf"))
-        key = load_rows(key_ptr, keys, attended, key_row_stride, 0, MAIN, HEAD_DIM, STRIDE_UNIT)
+        key = load_rows(key_ptr, keys, attended, key_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT)
         value = load_rows(
-            value_ptr, keys, attended, value_row_stride, 0, MAIN, HEAD_DIM, STRIDE_UNIT
+            value_ptr, keys, attended, value_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT
         )
-        zeros = tl.zeros((BLOCK_QUERY, BLOCK_KEY), tl.float32)
-        scores = dot(query, tl.trans(key), zeros)
-        grad_probabilities = dot(grads, tl.trans(value), zeros)
-        if TAIL > 0:
-            key_tail = load_rows(
-                key_ptr, keys, attended, key_row_stride, MAIN, TAIL, HEAD_DIM, STRIDE_UNIT
-            )
-            value_tail = load_rows(
-                value_ptr, keys, attended, value_row_stride, MAIN, TAIL, HEAD_DIM, STRIDE_UNIT
-            )
-            scores = dot(query_tail, tl.trans(key_tail), scores)
-            grad_probabilities = dot(grads_tail, tl.trans(value_tail), grad_probabilities)
+        scores = dot_transposed(query, key, TAIL)
+        grad_probabilities = dot_transposed(grads, value, TAIL)
         exponents = scores * (scale * LOG2_E) + bias[None, :] - log_sums[:, None]
         grad_scores = tl.exp2(exponents) * (grad_probabilities - delta[:, None])
-        grad_scores = narrow(grad_scores, key.dtype)
-        grad_query = dot(grad_scores, key, grad_query)
-        if TAIL > 0:
-            grad_query_tail = dot(grad_scores, key_tail, grad_query_tail)
+        grad_query = dot_rows(narrow(grad_scores, key[0].dtype), key, grad_query, TAIL)
 
-    grad_query *= scale
-    store_rows(grad_query_ptr, rows, in_range, grad_query, 0, MAIN, HEAD_DIM)
-    if TAIL > 0:
-        grad_query_tail *= scale
-        store_rows(grad_query_ptr, rows, in_range, grad_query_tail, MAIN, TAIL, HEAD_DIM)
+    grad_query = scale_rows(grad_query, scale, TAIL)
+    store_rows(grad_query_ptr + first_row * HEAD_DIM, rows, in_range, grad_query, HEAD_DIM, TAIL)
 
 
 @triton.jit(do_not_specialize=["num_heads", "length"])
@@ -177,18 +151,10 @@ def grad_key_value_kernel(
     grad_key_ptr,  # [B, H, L, d], contiguous
     grad_value_ptr,  # [B, H, L, d], contiguous
     grad_weights_ptr,  # [B, H, L]; not touched unless NEEDS_WEIGHTS_GRAD
-    grad_batch_stride,
-    grad_head_stride,
-    grad_row_stride,
-    query_batch_stride,
-    query_head_stride,
-    query_row_stride,
-    key_batch_stride,
-    key_head_stride,
-    key_row_stride,
-    value_batch_stride,
-    value_head_stride,
-    value_row_stride,
+    grad_output_strides,  # of batch, head and row
+    query_strides,
+    key_strides,
+    value_strides,
     num_heads,
     length,
     scale,
@@ -200,19 +166,12 @@ def grad_key_value_kernel(
     BLOCK_KEY: tl.constexpr,
     NEEDS_WEIGHTS_GRAD: tl.constexpr,
 ):
-    num_blocks = tl.cdiv(length, BLOCK_KEY)
-    batch_head = tl.program_id(0) // num_blocks
-    batch = batch_head // num_heads
-    head = batch_head % num_heads
-    first_row = batch_head.to(tl.int64) * length
-    grad_output_ptr += head_offset(batch, head, grad_batch_stride, grad_head_stride, STRIDE_UNIT)
-    query_ptr += head_offset(batch, head, query_batch_stride, query_head_stride, STRIDE_UNIT)
-    key_ptr += head_offset(batch, head, key_batch_stride, key_head_stride, STRIDE_UNIT)
-    value_ptr += head_offset(batch, head, value_batch_stride, value_head_stride, STRIDE_UNIT)
-    grad_key_ptr += first_row * HEAD_DIM
-    grad_value_ptr += first_row * HEAD_DIM
+    keys, batch, head, first_row = locate_rows(num_heads, length, BLOCK_KEY)
+    grad_output_ptr = head_pointer(grad_output_ptr, batch, head, grad_output_strides, STRIDE_UNIT)
+    query_ptr = head_pointer(query_ptr, batch, head, query_strides, STRIDE_UNIT)
+    key_ptr = head_pointer(key_ptr, batch, head, key_strides, STRIDE_UNIT)
+    value_ptr = head_pointer(value_ptr, batch, head, value_strides, STRIDE_UNIT)
 
-    keys = (tl.program_id(0) % num_blocks) * BLOCK_KEY + tl.arange(0, BLOCK_KEY)
     in_range = keys < length
     weights, attended, bias = load_key_weights(
         weights_ptr + batch.to(tl.int64) * length, keys, length
@@ -221,49 +180,30 @@ def grad_key_value_kernel(
     # does. Such a key's bias is 0, as if its weight were 1, and what it sums up for its key and
     # value is dropped at the end: all of these sums belong to single keys.
     needed = in_range & ((weights < 0.0) == 0)
-    key = load_rows(key_ptr, keys, needed, key_row_stride, 0, MAIN, HEAD_DIM, STRIDE_UNIT)
-    value = load_rows(value_ptr, keys, needed, value_row_stride, 0, MAIN, HEAD_DIM, STRIDE_UNIT)
-    grad_key = tl.zeros((BLOCK_KEY, MAIN), tl.float32)
-    grad_value = tl.zeros((BLOCK_KEY, MAIN), tl.float32)
-    if TAIL > 0:
-        key_tail = load_rows(
-            key_ptr, keys, needed, key_row_stride, MAIN, TAIL, HEAD_DIM, STRIDE_UNIT
-        )
-        value_tail = load_rows(
-            value_ptr, keys, needed, value_row_stride, MAIN, TAIL, HEAD_DIM, STRIDE_UNIT
-        )
-        grad_key_tail = tl.zeros((BLOCK_KEY, TAIL), tl.float32)
-        grad_value_tail = tl.zeros((BLOCK_KEY, TAIL), tl.float32)
+    key = load_rows(key_ptr, keys, needed, key_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT)
+    value = load_rows(value_ptr, keys, needed, value_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT)
+    grad_key = zero_rows(BLOCK_KEY, MAIN, TAIL)
+    grad_value = zero_rows(BLOCK_KEY, MAIN, TAIL)
     grad_weights = tl.zeros((BLOCK_KEY,), tl.float32)
 
     for first_query in range(0, loop_end(length), BLOCK_QUERY):
         rows = first_query + tl.arange(0, BLOCK_QUERY)
         row_exists = rows < length
         query = load_rows(
-            query_ptr, rows, row_exists, query_row_stride, 0, MAIN, HEAD_DIM, STRIDE_UNIT
+            query_ptr, rows, row_exists, query_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT
         )
         grads = load_rows(
-            grad_output_ptr, rows, row_exists, grad_row_stride, 0, MAIN, HEAD_DIM, STRIDE_UNIT
+            grad_output_ptr,
+            rows,
+            row_exists,
+            grad_output_strides[2],
+            HEAD_DIM,
+            MAIN,
+            TAIL,
+            STRIDE_UNIT,
         )
-        zeros = tl.zeros((BLOCK_KEY, BLOCK_QUERY), tl.float32)
-        scores = dot(key, tl.trans(query), zeros)
-        grad_probabilities = dot(value, tl.trans(grads), zeros)
-        if TAIL > 0:
-            query_tail = load_rows(
-                query_ptr, rows, row_exists, query_row_stride, MAIN, TAIL, HEAD_DIM, STRIDE_UNIT
-            )
-            grads_tail = load_rows(
-                grad_output_ptr,
-                rows,
-                row_exists,
-                grad_row_stride,
-                MAIN,
-                TAIL,
-                HEAD_DIM,
-                STRIDE_UNIT,
-            )
-            scores = dot(key_tail, tl.trans(query_tail), scores)
-            grad_probabilities = dot(value_tail, tl.trans(grads_tail), grad_probabilities)
+        scores = dot_transposed(key, query, TAIL)
+        grad_probabilities = dot_transposed(value, grads, TAIL)
         log_sums = load_log_sums(log_sum_exp_ptr + first_row, rows, row_exists)
         delta = tl.load(delta_ptr + first_row + rows, mask=row_exists, other=0.0)
         exponents = scores * (scale * LOG2_E) + bias[:, None] - log_sums[None, :]
@@ -273,24 +213,15 @@ def grad_key_value_kernel(
         grad_scores = probabilities * (grad_probabilities - delta[None, :])
         if NEEDS_WEIGHTS_GRAD:
             grad_weights += tl.sum(grad_scores, 1)
-        probabilities = narrow(probabilities, key.dtype)
-        grad_scores = narrow(grad_scores, key.dtype)
-        grad_value = dot(probabilities, grads, grad_value)
-        grad_key = dot(grad_scores, query, grad_key)
-        if TAIL > 0:
-            grad_value_tail = dot(probabilities, grads_tail, grad_value_tail)
-            grad_key_tail = dot(grad_scores, query_tail, grad_key_tail)
+        grad_value = dot_rows(narrow(probabilities, key[0].dtype), grads, grad_value, TAIL)
+        grad_key = dot_rows(narrow(grad_scores, key[0].dtype), query, grad_key, TAIL)
 
     keep = attended[:, None]
-    grad_key = tl.where(keep, grad_key * scale, 0.0)
-    grad_value = tl.where(keep, grad_value, 0.0)
-    store_rows(grad_key_ptr, keys, in_range, grad_key, 0, MAIN, HEAD_DIM)
-    store_rows(grad_value_ptr, keys, in_range, grad_value, 0, MAIN, HEAD_DIM)
-    if TAIL > 0:
-        grad_key_tail = tl.where(keep, grad_key_tail * scale, 0.0)
-        grad_value_tail = tl.where(keep, grad_value_tail, 0.0)
-        store_rows(grad_key_ptr, keys, in_range, grad_key_tail, MAIN, TAIL, HEAD_DIM)
-        store_rows(grad_value_ptr, keys, in_range, grad_value_tail, MAIN, TAIL, HEAD_DIM)
+    grad_key = scale_rows(grad_key, scale, TAIL)
+    grad_key = (tl.where(keep, grad_key[0], 0.0), tl.where(keep, grad_key[1], 0.0))
+    grad_value = (tl.where(keep, grad_value[0], 0.0), tl.where(keep, grad_value[1], 0.0))
+    store_rows(grad_key_ptr + first_row * HEAD_DIM, keys, in_range, grad_key, HEAD_DIM, TAIL)
+    store_rows(grad_value_ptr + first_row * HEAD_DIM, keys, in_range, grad_value, HEAD_DIM, TAIL)
     if NEEDS_WEIGHTS_GRAD:
         grad_weights = grad_weights / tl.where(attended, weights, 1.0)
         grad_weights = tl.where(weights < 0.0, 0.0, grad_weights)
@@ -325,8 +256,8 @@ def attention_backward(
 
     weights, log_sum_exp = weights.contiguous(), log_sum_exp.contiguous()
     inputs = (grad_output, query, key, value)
-    strides = [stride for tensor in inputs for stride in tensor.stride()[:-1]]
-    main, tail = split_width(head_dim)
+    strides = [tensor.stride()[:-1] for tensor in inputs]
+    main, tail = split_head_dim(head_dim)
     constants = {
         "HEAD_DIM": head_dim,
         "MAIN": main,
@@ -334,7 +265,7 @@ def attention_backward(
         "STRIDE_UNIT": stride_unit(*inputs),
     }
     with device_guard(query.device):
-        num_programs = triton.cdiv(length, query_config.block_held) * batch * num_heads
+        num_programs = triton.cdiv(length, query_config.block_stationary) * batch * num_heads
         grad_query_kernel[(num_programs,)](
             *inputs,
             weights,
@@ -347,12 +278,12 @@ def attention_backward(
             length,
             scale,
             **constants,
-            BLOCK_QUERY=query_config.block_held,
-            BLOCK_KEY=query_config.block_step,
+            BLOCK_QUERY=query_config.block_stationary,
+            BLOCK_KEY=query_config.block_streamed,
             num_warps=query_config.num_warps,
             num_stages=query_config.num_stages,
         )
-        num_programs = triton.cdiv(length, key_config.block_held) * batch * num_heads
+        num_programs = triton.cdiv(length, key_config.block_stationary) * batch * num_heads
         grad_key_value_kernel[(num_programs,)](
             *inputs,
             weights,
@@ -366,8 +297,8 @@ def attention_backward(
             length,
             scale,
             **constants,
-            BLOCK_QUERY=key_config.block_step,
-            BLOCK_KEY=key_config.block_held,
+            BLOCK_QUERY=key_config.block_streamed,
+            BLOCK_KEY=key_config.block_stationary,
             NEEDS_WEIGHTS_GRAD=needs_weights_grad,
             num_warps=key_config.num_warps,
             num_stages=key_config.num_stages,

@@ -14,9 +14,9 @@ _BLOCK = 256
 
 @triton.jit
 def _write_kept(
-    rows_ptr, output_ptr, source, target, channel, exists, width, bits, threshold, scale
+    rows_ptr, output_ptr, source, target, channel, exists, num_channels, bits, threshold, scale
 ):
-    is_written = exists & (channel < width)
+    is_written = exists & (channel < num_channels)
     value = tl.load(rows_ptr + source + channel, mask=is_written, other=0.0).to(tl.float32)
     kept = tl.where(bits >= threshold, value * scale, 0.0)
     kept = narrow(kept, output_ptr.dtype.element_ty)
@@ -32,7 +32,7 @@ def philox_dropout_kernel(
     num_rows,  # G S T
     group_rows,  # S T
     length,
-    width,
+    num_channels,
     num_blocks,
     num_branches,
     place,  # stream << 24 | first branch << 16
@@ -53,8 +53,8 @@ def philox_dropout_kernel(
     second, third = position.to(tl.uint32), sequence.to(tl.uint32)
     fourth = (third ^ third) + step.to(tl.uint32)
     word_0, word_1, word_2, word_3 = tl.philox(seed, first, second, third, fourth)
-    source = row * width
-    target = ((group * num_branches + branch) * group_rows + row_of_group) * width
+    source = row * num_channels
+    target = ((group * num_branches + branch) * group_rows + row_of_group) * num_channels
     for slot in tl.static_range(8):
         if slot // 2 == 0:
             word = word_0
@@ -67,7 +67,7 @@ def philox_dropout_kernel(
         bits = (word >> (16 * (slot % 2))) & 0xFFFF
         channel = slot * num_blocks + block
         _write_kept(
-            rows_ptr, output_ptr, source, target, channel, exists, width,
+            rows_ptr, output_ptr, source, target, channel, exists, num_channels,
             bits.to(tl.int32), threshold, scale,
         )  # fmt: skip
 
@@ -82,8 +82,8 @@ def philox_dropout(
     scale: float,
     output: Tensor,
 ) -> None:
-    _, branches, sequences, length, width = output.shape
-    num_rows, num_blocks = rows.numel() // width, triton.cdiv(width, 8)
+    _, branches, sequences, length, num_channels = output.shape
+    num_rows, num_blocks = rows.numel() // num_channels, triton.cdiv(num_channels, 8)
     grid = (triton.cdiv(num_rows * num_blocks, _BLOCK), branches)
     with device_guard(rows.device):
         philox_dropout_kernel[grid](
@@ -94,7 +94,7 @@ def philox_dropout(
             num_rows,
             sequences * length,
             length,
-            width,
+            num_channels,
             num_blocks,
             branches,
             stream << 24 | first_branch << 16,

@@ -20,63 +20,73 @@ EPS = tl.constexpr(COSINE_EPS)
 
 
 @triton.jit
-def load_tokens(row_ptrs, in_range, column_stride, columns, WIDTH: tl.constexpr):
-    """(rows, columns) of the tokens as float32; 0 outside."""
-    mask = in_range[:, None] & (columns < WIDTH)[None, :]
+def load_tokens(tokens, columns, MODEL_DIM: tl.constexpr):
+    """(rows, columns) of the tokens as float32; 0 outside.
+
+    ``tokens`` is (pointers to rows, whether each exists, stride of columns).
+    """
+    row_ptrs, in_range, column_stride = tokens
+    mask = in_range[:, None] & (columns < MODEL_DIM)[None, :]
     pointers = row_ptrs[:, None] + columns[None, :] * column_stride
     return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def row_statistics(
-    row_ptrs, in_range, column_stride, norm_eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr
-):
+def row_statistics(tokens, norm_eps, MODEL_DIM: tl.constexpr, BLOCK: tl.constexpr):
     """Mean and 1 / standard deviation of every row, in one sweep.
 
     The blocks' means and squared deviations are merged one by one: unlike a sum of squares, that
     loses nothing where a row's mean is far from 0.
     """
-    mean = tl.sum(tl.zeros((row_ptrs.shape[0], BLOCK), tl.float32), 1)
+    mean = tl.sum(tl.zeros((tokens[0].shape[0], BLOCK), tl.float32), 1)
     deviations = mean
-    for first in range(0, WIDTH, BLOCK):
+    for first in range(0, MODEL_DIM, BLOCK):
         columns = first + tl.arange(0, BLOCK)
-        tokens = load_tokens(row_ptrs, in_range, column_stride, columns, WIDTH)
-        size = tl.minimum(BLOCK, WIDTH - first).to(tl.float32)
-        block_mean = tl.sum(tokens, 1) / size
-        centered = tl.where((columns < WIDTH)[None, :], tokens - block_mean[:, None], 0.0)
+        values = load_tokens(tokens, columns, MODEL_DIM)
+        size = tl.minimum(BLOCK, MODEL_DIM - first).to(tl.float32)
+        block_mean = tl.sum(values, 1) / size
+        centered = tl.where((columns < MODEL_DIM)[None, :], values - block_mean[:, None], 0.0)
         shift = block_mean - mean
         share = size / (first + size)
         mean += shift * share
         deviations += tl.sum(centered * centered, 1) + shift * shift * (first * share)
-    return mean, 1.0 / tl.sqrt(deviations / WIDTH + norm_eps)
+    return mean, 1.0 / tl.sqrt(deviations / MODEL_DIM + norm_eps)
 
 
 @triton.jit
 def load_normalized(
-    row_ptrs,
-    in_range,
-    column_stride,
-    columns,
-    mean,
-    inverse_deviation,
+    tokens,
+    statistics,
     norm_weight_ptr,
     norm_bias_ptr,
-    WIDTH: tl.constexpr,
+    columns,
+    MODEL_DIM: tl.constexpr,
     HAS_NORM: tl.constexpr,
 ):
-    """Columns of the tokens after LayerNorm, as float32; 0 in columns past WIDTH."""
-    tokens = load_tokens(row_ptrs, in_range, column_stride, columns, WIDTH)
+    """Columns of the tokens after LayerNorm, as float32; 0 in columns past MODEL_DIM."""
+    values = load_tokens(tokens, columns, MODEL_DIM)
     if HAS_NORM:
-        exists = columns < WIDTH
-        tokens = (tokens - mean[:, None]) * inverse_deviation[:, None]
+        mean, inverse_deviation = statistics
+        exists = columns < MODEL_DIM
+        values = (values - mean[:, None]) * inverse_deviation[:, None]
         if norm_weight_ptr is not None:
             gain = tl.load(norm_weight_ptr + columns, mask=exists, other=0.0)
-            tokens *= gain.to(tl.float32)[None, :]
+            values *= gain.to(tl.float32)[None, :]
         if norm_bias_ptr is not None:
             offset = tl.load(norm_bias_ptr + columns, mask=exists, other=0.0)
-            tokens += offset.to(tl.float32)[None, :]
-        tokens = tl.where(exists[None, :], tokens, 0.0)
-    return tokens
+            values += offset.to(tl.float32)[None, :]
+        values = tl.where(exists[None, :], values, 0.0)
+    return values
+
+
+@triton.jit
+def load_projection(proj_ptr, rows, columns, strides, mask, dtype: tl.constexpr):
+    """Rows and columns of the projection, in the type of the tokens; 0 outside."""
+    offsets = rows.to(tl.int64)[:, None] * strides[0] + columns[None, :] * strides[1]
+    proj = tl.load(proj_ptr + offsets, mask=mask, other=0.0)
+    if proj.dtype != dtype:
+        proj = narrow(proj.to(tl.float32), dtype)
+    return proj
 
 
 @triton.jit(do_not_specialize=["images_per_group", "num_prefix_tokens", "num_patches"])
@@ -87,21 +97,16 @@ def relevance_kernel(
     norm_bias_ptr,  # [D], contiguous, or None
     proj_ptr,  # [D, E] or None
     relevance_ptr,  # [B, C, N], contiguous, float32
-    token_batch_stride,
-    token_row_stride,
-    token_column_stride,
-    class_group_stride,
-    class_stride,
-    class_column_stride,
-    proj_row_stride,
-    proj_column_stride,
+    token_strides,  # of image, row and column
+    class_strides,  # of group, class and column
+    proj_strides,  # of row and column
     images_per_group,
     num_prefix_tokens,
     num_patches,
     num_classes,
     norm_eps,
-    WIDTH: tl.constexpr,
-    NUM_FEATURES: tl.constexpr,
+    MODEL_DIM: tl.constexpr,
+    JOINT_DIM: tl.constexpr,
     HAS_NORM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
@@ -112,71 +117,45 @@ def relevance_kernel(
     image = tl.program_id(0) // num_blocks
     rows = (tl.program_id(0) % num_blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     in_range = rows < num_patches
-    tokens_ptr += image.to(tl.int64) * token_batch_stride
-    row_ptrs = tokens_ptr + (rows + num_prefix_tokens).to(tl.int64) * token_row_stride
+    tokens_ptr += image.to(tl.int64) * token_strides[0]
+    row_ptrs = tokens_ptr + (rows + num_prefix_tokens).to(tl.int64) * token_strides[1]
+    tokens = (row_ptrs, in_range, token_strides[2])
+    dtype: tl.constexpr = tokens_ptr.dtype.element_ty
     first_class = tl.program_id(1) * BLOCK_CLASSES
     indices = tl.arange(0, BLOCK_CLASSES)
     num_own_classes = tl.minimum(BLOCK_CLASSES, num_classes - first_class)
-    classes_ptr += (image // images_per_group).to(tl.int64) * class_group_stride
+    classes_ptr += (image // images_per_group).to(tl.int64) * class_strides[0]
 
-    mean, inverse_deviation = 0.0, 1.0
+    statistics = (0.0, 1.0)
     if HAS_NORM:
-        mean, inverse_deviation = row_statistics(
-            row_ptrs, in_range, token_column_stride, norm_eps, WIDTH, BLOCK_DEPTH
-        )
+        statistics = row_statistics(tokens, norm_eps, MODEL_DIM, BLOCK_DEPTH)
 
     products = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), tl.float32)
     feature_squares = tl.zeros((BLOCK_ROWS,), tl.float32)
     class_squares = tl.zeros((BLOCK_CLASSES,), tl.float32)
-    for first_feature in range(0, NUM_FEATURES, BLOCK_FEATURES):
+    for first_feature in range(0, JOINT_DIM, BLOCK_FEATURES):
         columns = first_feature + tl.arange(0, BLOCK_FEATURES)
-        exists = columns < NUM_FEATURES
+        exists = columns < JOINT_DIM
         if proj_ptr is None:
             features = load_normalized(
-                row_ptrs,
-                in_range,
-                token_column_stride,
-                columns,
-                mean,
-                inverse_deviation,
-                norm_weight_ptr,
-                norm_bias_ptr,
-                WIDTH,
-                HAS_NORM,
+                tokens, statistics, norm_weight_ptr, norm_bias_ptr, columns, MODEL_DIM, HAS_NORM
             )
         else:
             features = tl.zeros((BLOCK_ROWS, BLOCK_FEATURES), tl.float32)
-            for first_depth in range(0, WIDTH, BLOCK_DEPTH):
+            for first_depth in range(0, MODEL_DIM, BLOCK_DEPTH):
                 depths = first_depth + tl.arange(0, BLOCK_DEPTH)
-                tokens = load_normalized(
-                    row_ptrs,
-                    in_range,
-                    token_column_stride,
-                    depths,
-                    mean,
-                    inverse_deviation,
-                    norm_weight_ptr,
-                    norm_bias_ptr,
-                    WIDTH,
-                    HAS_NORM,
+                normalized = load_normalized(
+                    tokens, statistics, norm_weight_ptr, norm_bias_ptr, depths, MODEL_DIM, HAS_NORM
                 )
-                proj = tl.load(
-                    proj_ptr
-                    + depths.to(tl.int64)[:, None] * proj_row_stride
-                    + columns[None, :] * proj_column_stride,
-                    mask=(depths < WIDTH)[:, None] & exists[None, :],
-                    other=0.0,
-                )
-                if proj.dtype != tokens_ptr.dtype.element_ty:
-                    proj = narrow(proj.to(tl.float32), tokens_ptr.dtype.element_ty)
-                tokens = narrow(tokens, tokens_ptr.dtype.element_ty)
-                features = dot(tokens, proj, features)
+                mask = (depths < MODEL_DIM)[:, None] & exists[None, :]
+                proj = load_projection(proj_ptr, depths, columns, proj_strides, mask, dtype)
+                features = dot(narrow(normalized, dtype), proj, features)
         feature_squares += tl.sum(features * features, 1)
         # Class after class, not as one product of matrices: classes are few, the features are in
         # registers already, and nothing is rounded to what tensor cores take.
         for index in range(0, loop_end(num_own_classes)):
-            class_ptr = classes_ptr + (first_class + index).to(tl.int64) * class_stride
-            embedding = tl.load(class_ptr + columns * class_column_stride, mask=exists, other=0.0)
+            class_ptr = classes_ptr + (first_class + index).to(tl.int64) * class_strides[1]
+            embedding = tl.load(class_ptr + columns * class_strides[2], mask=exists, other=0.0)
             embedding = embedding.to(tl.float32)
             product = tl.sum(features * embedding[None, :], 1)
             square = tl.sum(embedding * embedding, 0)
@@ -201,8 +180,8 @@ def relevance(
     num_prefix_tokens: int,
 ) -> Tensor:
     """(B, L, D) tokens and (G, C, E) class embeddings -> (B, C, N) float32."""
-    batch, length, width = tokens.shape
-    num_groups, num_classes, num_features = class_embeddings.shape
+    batch, length, model_dim = tokens.shape
+    num_groups, num_classes, joint_dim = class_embeddings.shape
     num_patches = length - num_prefix_tokens
     config = relevance_config(tokens.dtype, batch, num_patches, num_classes)
     scores = torch.empty(
@@ -220,16 +199,16 @@ def relevance(
             None if norm_bias is None else norm_bias.contiguous(),
             proj,
             scores,
-            *tokens.stride(),
-            *class_embeddings.stride(),
-            *((0, 0) if proj is None else proj.stride()),
+            tokens.stride(),
+            class_embeddings.stride(),
+            (0, 0) if proj is None else proj.stride(),
             batch // num_groups,
             num_prefix_tokens,
             num_patches,
             num_classes,
             0.0 if norm_eps is None else norm_eps,
-            WIDTH=width,
-            NUM_FEATURES=num_features,
+            MODEL_DIM=model_dim,
+            JOINT_DIM=joint_dim,
             HAS_NORM=norm_eps is not None,
             BLOCK_ROWS=config.block_rows,
             BLOCK_DEPTH=config.block_depth,

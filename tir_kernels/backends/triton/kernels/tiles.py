@@ -30,44 +30,158 @@ def loop_end(number):
 
 
 @triton.jit
-def load_rows(
+def locate_rows(num_heads, length, BLOCK: tl.constexpr):
+    """This program's rows, their image and head, and the head's first row among those of all."""
+    num_blocks = tl.cdiv(length, BLOCK)
+    batch_head = tl.program_id(0) // num_blocks
+    rows = (tl.program_id(0) % num_blocks) * BLOCK + tl.arange(0, BLOCK)
+    first_row = batch_head.to(tl.int64) * length
+    return rows, batch_head // num_heads, batch_head % num_heads, first_row
+
+
+@triton.jit
+def head_pointer(pointer, batch, head, strides, STRIDE_UNIT: tl.constexpr):
+    """The first element of a head of an image; ``strides`` are those of batch, head and row."""
+    offset = batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+    return pointer + tl.multiple_of(offset, STRIDE_UNIT)
+
+
+@triton.jit
+def load_columns(
     pointer,
     rows,
     keep,
     row_stride,
     FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
+    COUNT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
 ):
-    """Columns FIRST to FIRST + WIDTH of some rows; 0 where a row is not kept or past HEAD_DIM."""
-    columns = FIRST + tl.arange(0, WIDTH)
+    """Columns FIRST to FIRST + COUNT of some rows; 0 where a row is not kept or past HEAD_DIM."""
+    columns = FIRST + tl.arange(0, COUNT)
     offsets = rows.to(tl.int64) * row_stride
-    if STRIDE_UNIT > 1:  # without the hint a head width such as 72 would be read by twos of bytes
+    if STRIDE_UNIT > 1:  # without the hint a head_dim such as 72 would be read by twos of bytes
         offsets = tl.multiple_of(offsets, STRIDE_UNIT)
     mask = keep[:, None]
-    if FIRST + WIDTH > HEAD_DIM:
+    if FIRST + COUNT > HEAD_DIM:
         mask = mask & (columns < HEAD_DIM)[None, :]
     return tl.load(pointer + offsets[:, None] + columns[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def store_rows(
+def store_columns(
     pointer,
     rows,
     keep,
     tile,
     FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
+    COUNT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """Write columns FIRST to FIRST + WIDTH of contiguous rows."""
-    columns = FIRST + tl.arange(0, WIDTH)
+    """Write columns FIRST to FIRST + COUNT of contiguous rows."""
+    columns = FIRST + tl.arange(0, COUNT)
     mask = keep[:, None]
-    if FIRST + WIDTH > HEAD_DIM:
+    if FIRST + COUNT > HEAD_DIM:
         mask = mask & (columns < HEAD_DIM)[None, :]
     offsets = rows[:, None] * HEAD_DIM + columns[None, :]
     tl.store(pointer + offsets, narrow(tile, pointer.dtype.element_ty), mask=mask)
+
+
+# Rows of a head are pairs (main, tail) of tiles, MAIN and TAIL columns wide; see split_head_dim.
+# Where TAIL is 0 the second of a pair is never looked at.
+
+
+@triton.jit
+def load_rows(
+    pointer,
+    rows,
+    keep,
+    row_stride,
+    HEAD_DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+):
+    """Some rows of a head; 0 where a row is not kept."""
+    main = load_columns(pointer, rows, keep, row_stride, 0, MAIN, HEAD_DIM, STRIDE_UNIT)
+    tail = main
+    if TAIL > 0:
+        tail = load_columns(pointer, rows, keep, row_stride, MAIN, TAIL, HEAD_DIM, STRIDE_UNIT)
+    return main, tail
+
+
+@triton.jit
+def store_rows(pointer, rows, keep, tiles, HEAD_DIM: tl.constexpr, TAIL: tl.constexpr):
+    """Write contiguous rows of a head."""
+    MAIN: tl.constexpr = tiles[0].shape[1]
+    store_columns(pointer, rows, keep, tiles[0], 0, MAIN, HEAD_DIM)
+    if TAIL > 0:
+        store_columns(pointer, rows, keep, tiles[1], MAIN, TAIL, HEAD_DIM)
+
+
+@triton.jit
+def zero_rows(ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+    """Sums of rows before the first product is added."""
+    main = tl.zeros((ROWS, MAIN), tl.float32)
+    tail = main
+    if TAIL > 0:
+        tail = tl.zeros((ROWS, TAIL), tl.float32)
+    return main, tail
+
+
+@triton.jit
+def scale_rows(rows, factor, TAIL: tl.constexpr):
+    """Every row times its own factor, or all times one."""
+    main = rows[0] * factor
+    tail = main
+    if TAIL > 0:
+        tail = rows[1] * factor
+    return main, tail
+
+
+@triton.jit
+def dot_transposed(left, right, TAIL: tl.constexpr):
+    """Scalar products of every row on the left with every row on the right."""
+    total = tl.zeros((left[0].shape[0], right[0].shape[0]), tl.float32)
+    total = dot(left[0], tl.trans(right[0]), total)
+    if TAIL > 0:
+        total = dot(left[1], tl.trans(right[1]), total)
+    return total
+
+
+@triton.jit
+def dot_rows(factors, rows, sums, TAIL: tl.constexpr):
+    """sums + factors @ rows."""
+    main = dot(factors, rows[0], sums[0])
+    tail = main
+    if TAIL > 0:
+        tail = dot(factors, rows[1], sums[1])
+    return main, tail
+
+
+@triton.jit
+def online_softmax_update(scores, maximum, total):
+    """Take a block of base-2 scores into every row's softmax.
+
+    Returns the block's exponentials and the correction that earlier ones need, both relative to the
+    new maximum, then the new maximum and the new total.
+    """
+    new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+    # While nothing was attended to, -inf - -inf would be NaN where exp must give 0.
+    shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    exponentials = tl.exp2(scores - shift[:, None])
+    correction = tl.exp2(maximum - shift)
+    total = total * correction + tl.sum(exponentials, 1)
+    return exponentials, correction, new_maximum, total
+
+
+@triton.jit
+def softmax_end(maximum, total):
+    """Divisor of every row's sums, and its log-sum-exp; -inf for a row that attends to nothing."""
+    is_empty = total == 0.0
+    divisor = tl.where(is_empty, 1.0, total)
+    log_sum_exp = tl.where(is_empty, float("-inf"), (maximum + tl.log2(divisor)) * LN_2)
+    return divisor, log_sum_exp
 
 
 @triton.jit
@@ -78,13 +192,6 @@ def load_key_weights(weights_ptr, keys, length):
     weights = tl.load(weights_ptr + keys, mask=keys < length, other=0.0)
     attended = (weights < SMALLEST_WEIGHT) == 0
     return weights, attended, tl.log2(tl.where(attended, weights, 1.0))
-
-
-@triton.jit
-def head_offset(batch, head, batch_stride, head_stride, STRIDE_UNIT: tl.constexpr):
-    """Where a head of an image begins, in elements, in 64 bits."""
-    offset = batch.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride
-    return tl.multiple_of(offset, STRIDE_UNIT)
 
 
 @triton.jit

@@ -1,0 +1,301 @@
+// The steps of attention's backward pass for one (batch, head), with the memory that they work in.
+//
+// Probabilities are recomputed from the forward pass's log-sum-exp, for a tile of queries and a
+// block of keys at a time. Every gradient is the same additions in the same order whatever is
+// wanted beside it: tiles and blocks never depend on the threads.
+#pragma once
+
+#include "attention.h"
+
+namespace tir::cpu::TIR_ARCH {
+
+// One source includes this: with internal linkage its compiler inlines what is used once.
+namespace {
+
+constexpr int64_t max_key_block = 384;
+constexpr float max_power_of_two = max_exponent * log2_e;
+
+struct Wanted {
+  bool query, key_value, weights;
+};
+
+// One worker's memory, and what it does for one (batch, head).
+template <class Math>
+class BackwardWorker {
+  using Unit = typename Math::Unit;
+  static constexpr bool is_paired = Math::values_per_unit == 2;
+
+ public:
+  explicit BackwardWorker(const AttentionBackward& problem)
+      : problem_(problem),
+        shape_(problem.shape),
+        padded_head_dim_(round_up(shape_.head_dim, lanes)),
+        row_units_(row_units<Math>(shape_.head_dim)),
+        score_stride_(score_stride(shape_.length, max_key_block)),
+        packing_space_(lanes * row_units_),
+        key_columns_(packed_units(row_units_, shape_.length)),
+        value_columns_(packed_units(row_units_, shape_.length)),
+        key_rows_(packed_units(steps_of<Math>(shape_.length), shape_.head_dim)),
+        queries_(tile_queries * row_units_),
+        grads_(tile_queries * row_units_),
+        query_rows_(packed_units(steps_of<Math>(tile_queries), shape_.head_dim)),
+        grad_rows_(packed_units(steps_of<Math>(tile_queries), shape_.head_dim)),
+        scores_(tile_queries * score_stride_),
+        grad_probabilities_(tile_queries * score_stride_),
+        score_pairs_(is_paired ? 3 * tile_queries * score_stride_ / 2 : 0),
+        query_sums_(tile_queries * padded_head_dim_),
+        key_sums_(round_up(shape_.length, 2) * padded_head_dim_),
+        value_sums_(round_up(shape_.length, 2) * padded_head_dim_),
+        weight_sums_(round_up(shape_.length, lanes)),
+        delta_row_(padded_head_dim_),
+        delta_other_row_(padded_head_dim_) {}
+
+  void choose(int64_t batch, int64_t head) {
+    batch_ = batch;
+    head_ = head;
+  }
+
+  // The gradients that `keys` contribute to over the queries of some tiles.
+  void run(const KeyList& keys, int64_t first_tile, int64_t end_tile, Wanted wanted) {
+    keys_ = keys;
+    wanted_ = wanted;
+    pack_keys();
+    memset(weight_sums_, 0, round_up(keys.count, lanes) * sizeof(float));
+    for (int64_t tile = first_tile; tile < end_tile; ++tile) {
+      int64_t first = tile * tile_queries;
+      run_tile(first, smaller_of(tile_queries, shape_.length - first), tile > first_tile);
+    }
+  }
+
+  // Key and value gradients of the rows [first, end), zero for those that are not in `keys`.
+  void write_key_value(const KeyList& keys, int64_t first, int64_t end) {
+    int64_t i = 0;
+    for (int64_t row = first; row < end; ++row) {
+      if (i < keys.count && keys.index[i] == row) {
+        write(problem_.grad_key, row, key_sums_ + i * padded_head_dim_, shape_.scale);
+        write(problem_.grad_value, row, value_sums_ + i * padded_head_dim_, 1.0f);
+        ++i;
+      } else {
+        write_zeros(problem_.grad_key, row);
+        write_zeros(problem_.grad_value, row);
+      }
+    }
+  }
+
+  void write_weights(float* head_grads) {
+    for (int64_t i = 0; i < keys_.count; ++i) head_grads[keys_.index[i]] = weight_sums_[i];
+  }
+
+  void write_zero_queries(int64_t first_tile, int64_t end_tile) {
+    int64_t end = smaller_of(end_tile * tile_queries, shape_.length);
+    for (int64_t i = first_tile * tile_queries; i < end; ++i) write_zeros(problem_.grad_query, i);
+  }
+
+ private:
+  const void* row_of(const RowGrid& grid, int64_t row) const {
+    return grid.row(batch_, head_, row, shape_.type);
+  }
+  char* place_of(void* output, int64_t row) const {
+    int64_t place = (batch_ * shape_.heads + head_) * shape_.length + row;
+    return static_cast<char*>(output) + place * shape_.head_dim * bytes_of(shape_.type);
+  }
+  void write(void* output, int64_t row, const float* sums, float factor) const {
+    write_row(place_of(output, row), sums, factor, shape_.type, shape_.head_dim);
+  }
+  void write_zeros(void* output, int64_t row) const {
+    memset(place_of(output, row), 0, shape_.head_dim * bytes_of(shape_.type));
+  }
+
+  void pack_keys() {
+    auto key_at = [&](int64_t i) { return row_of(problem_.key, keys_.index[i]); };
+    auto value_at = [&](int64_t i) { return row_of(problem_.value, keys_.index[i]); };
+    pack_columns<Math>(key_columns_, key_at, shape_.type, keys_.count, shape_.head_dim,
+                       packing_space_);
+    pack_columns<Math>(value_columns_, value_at, shape_.type, keys_.count, shape_.head_dim,
+                       packing_space_);
+    key_panel_stride_ = steps_of<Math>(keys_.count) * panel_width;
+    if (wanted_.query) {
+      pack_rows<Math>(key_rows_, key_panel_stride_, key_at, shape_.type, keys_.count,
+                      shape_.head_dim);
+    }
+  }
+
+  void load_tile(int64_t first, int64_t count) {
+    copy_rows<Math>(queries_, problem_.query, shape_.type, batch_, head_, first, count,
+                    shape_.head_dim);
+    copy_rows<Math>(grads_, problem_.grad_output, shape_.type, batch_, head_, first, count,
+                    shape_.head_dim);
+    if (wanted_.key_value) {
+      auto query_at = [&](int64_t i) { return row_of(problem_.query, first + i); };
+      auto grad_at = [&](int64_t i) { return row_of(problem_.grad_output, first + i); };
+      int64_t panel_stride = steps_of<Math>(count) * panel_width;
+      pack_rows<Math>(query_rows_, panel_stride, query_at, shape_.type, count, shape_.head_dim);
+      pack_rows<Math>(grad_rows_, panel_stride, grad_at, shape_.type, count, shape_.head_dim);
+    }
+    int64_t place = (batch_ * shape_.heads + head_) * shape_.length + first;
+    for (int64_t i = 0; i < count; ++i) {
+      deltas_[i] = delta_of(first + i);
+      // Minus infinity makes the probabilities of a row that attends to nothing 0.
+      float log_sum = problem_.log_sum_exp[place + i];
+      float exponent = static_cast<float>(keys_.exponent);
+      exponent_offsets_[i] = log_sum == -infinity ? -infinity : exponent - log_sum * log2_e;
+    }
+    if (count % 2 != 0) {
+      deltas_[count] = 0;
+      exponent_offsets_[count] = -infinity;
+    }
+  }
+
+  // How much all gradients of a row's probabilities lose to the softmax's sum staying 1.
+  float delta_of(int64_t query) {
+    read_row(delta_row_, row_of(problem_.grad_output, query), shape_.type, shape_.head_dim);
+    read_row(delta_other_row_, row_of(problem_.output, query), shape_.type, shape_.head_dim);
+    Vec sum = zero();
+    for (int64_t i = 0; i < padded_head_dim_; i += lanes) {
+      sum = multiply_add(load(delta_row_ + i), load(delta_other_row_ + i), sum);
+    }
+    return sum_of(sum);
+  }
+
+  void run_tile(int64_t first, int64_t count, bool adds) {
+    load_tile(first, count);
+    int64_t head_dim_steps = steps_of<Math>(shape_.head_dim);
+    int64_t query_steps = steps_of<Math>(count);
+    int64_t block = key_block_size(keys_.count, max_key_block);
+    for (int64_t key = 0; key < keys_.count; key += block) {
+      int64_t num_keys = smaller_of(block, keys_.count - key);
+      int64_t column_stride = row_units_ * panel_width;
+      multiply<Math>(count, num_keys, head_dim_steps, {queries_, row_units_, 1},
+                     {key_columns_ + key * row_units_, column_stride}, scores_, score_stride_,
+                     false);
+      multiply<Math>(count, num_keys, head_dim_steps, {grads_, row_units_, 1},
+                     {value_columns_ + key * row_units_, column_stride}, grad_probabilities_,
+                     score_stride_, false);
+      for (int64_t i = 0; i < num_keys; i += lanes) {
+        if (wanted_.weights) {
+          differentiate<true>(key, i, count);
+        } else {
+          differentiate<false>(key, i, count);
+        }
+      }
+      if (wanted_.query) {
+        multiply<Math>(count, shape_.head_dim, steps_of<Math>(num_keys), grad_score_rows(),
+                       {key_rows_ + steps_of<Math>(key) * panel_width, key_panel_stride_},
+                       query_sums_, padded_head_dim_, key > 0);
+      }
+      if (wanted_.key_value) {
+        int64_t panel_stride = query_steps * panel_width;
+        multiply<Math>(num_keys, shape_.head_dim, query_steps, grad_score_columns(),
+                       {query_rows_, panel_stride}, key_sums_ + key * padded_head_dim_,
+                       padded_head_dim_, adds);
+        multiply<Math>(num_keys, shape_.head_dim, query_steps, probability_columns(),
+                       {grad_rows_, panel_stride}, value_sums_ + key * padded_head_dim_,
+                       padded_head_dim_, adds);
+      }
+    }
+    if (wanted_.query) {
+      for (int64_t i = 0; i < count; ++i) {
+        write(problem_.grad_query, first + i, query_sums_ + i * padded_head_dim_, shape_.scale);
+      }
+    }
+  }
+
+  // One vector of keys: scores and gradients of probabilities, for all queries of the tile, become
+  // probabilities and gradients of scores.
+  template <bool WantsWeights>
+  void differentiate(int64_t first_key, int64_t column, int64_t count) {
+    Vec weights = load(keys_.scaled_weight + first_key + column);
+    Vec scale = broadcast(shape_.scale * log2_e);
+    Vec weight_sum = zero();
+    for (int64_t row = 0; row < count; row += 2) {
+      Vec probabilities[2], grad_scores[2];
+      TIR_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        int64_t place = (row + i) * score_stride_ + column;
+        // smaller() keeps a NaN in its second argument.
+        Vec exponents = smaller(broadcast(max_power_of_two),
+                                multiply_add(load(scores_ + place), scale,
+                                             broadcast(exponent_offsets_[row + i])));
+        Vec per_weight = exp2(exponents);  // probability / scaled weight
+        Vec grads = load(grad_probabilities_ + place) - broadcast(deltas_[row + i]);
+        probabilities[i] = per_weight * weights;
+        grad_scores[i] = probabilities[i] * grads;
+        if (WantsWeights) weight_sum = multiply_add(per_weight, grads, weight_sum);
+      }
+      write_scores(row, column, probabilities, grad_scores);
+    }
+    if (WantsWeights) {
+      float* sums = weight_sums_ + first_key + column;
+      store(sums, load(sums) + weight_sum);
+    }
+  }
+
+  void write_scores(int64_t row, int64_t column, const Vec (&probabilities)[2],
+                    const Vec (&grad_scores)[2]) {
+    if constexpr (is_paired) {
+      int64_t pair = row / 2 * score_stride_ + column;
+      HalfWidthVec grad_bits[2] = {to_bfloat16(grad_scores[0]), to_bfloat16(grad_scores[1])};
+      UintVec grad_pairs = widen(grad_bits[0]) | widen(grad_bits[1]) << 16;
+      UintVec pairs =
+          widen(to_bfloat16(probabilities[0])) | widen(to_bfloat16(probabilities[1])) << 16;
+      memcpy(grad_row_pairs() + (row * score_stride_ + column) / 2, &grad_bits[0],
+             sizeof grad_bits[0]);
+      memcpy(grad_row_pairs() + ((row + 1) * score_stride_ + column) / 2, &grad_bits[1],
+             sizeof grad_bits[1]);
+      memcpy(grad_column_pairs() + pair, &grad_pairs, sizeof grad_pairs);
+      memcpy(score_pairs_ + pair, &pairs, sizeof pairs);
+    } else {
+      for (int i = 0; i < 2; ++i) {
+        int64_t place = (row + i) * score_stride_ + column;
+        store(scores_ + place, probabilities[i]);
+        store(grad_probabilities_ + place, grad_scores[i]);
+      }
+    }
+  }
+
+  // Paired values are needed with neighbouring queries in a unit (for the gradients of keys and
+  // values) and with neighbouring keys in a unit (for those of the queries).
+  Unit* grad_column_pairs() const { return score_pairs_ + tile_queries * score_stride_ / 2; }
+  Unit* grad_row_pairs() const { return score_pairs_ + tile_queries * score_stride_; }
+
+  Left<Math> grad_score_rows() const {
+    if constexpr (is_paired) {
+      return {grad_row_pairs(), score_stride_ / 2, 1};
+    } else {
+      return {grad_probabilities_, score_stride_, 1};
+    }
+  }
+  Left<Math> grad_score_columns() const {
+    if constexpr (is_paired) {
+      return {grad_column_pairs(), 1, score_stride_};
+    } else {
+      return {grad_probabilities_, 1, score_stride_};
+    }
+  }
+  Left<Math> probability_columns() const {
+    if constexpr (is_paired) {
+      return {score_pairs_, 1, score_stride_};
+    } else {
+      return {scores_, 1, score_stride_};
+    }
+  }
+
+  const AttentionBackward& problem_;
+  const AttentionShape& shape_;
+  int64_t padded_head_dim_, row_units_, score_stride_;
+  Buffer<Unit> packing_space_;
+  Buffer<Unit> key_columns_, value_columns_, key_rows_;  // right operands, of all keys
+  Buffer<Unit> queries_, grads_;                         // left operands, of a tile
+  Buffer<Unit> query_rows_, grad_rows_;                  // right operands, of a tile
+  Buffer<float> scores_, grad_probabilities_;            // of a tile and a block of keys
+  Buffer<Unit> score_pairs_;
+  Buffer<float> query_sums_, key_sums_, value_sums_, weight_sums_;
+  Buffer<float> delta_row_, delta_other_row_;
+  float deltas_[tile_queries], exponent_offsets_[tile_queries];
+  KeyList keys_{};
+  Wanted wanted_{};
+  int64_t batch_ = 0, head_ = 0, key_panel_stride_ = 0;
+};
+
+}  // namespace
+}  // namespace tir::cpu::TIR_ARCH

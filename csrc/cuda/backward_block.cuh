@@ -1,0 +1,155 @@
+// The steps that both kernels of the attention's backward pass are made of.
+//
+// Every warp has 16 or 32 stationary rows of its own, the others of the head are streamed past all
+// warps: keys are stationary and queries streamed for the gradients of keys, values and weights,
+// and the other way round for those of queries. Each of the two kinds of rows is a pair: a key with
+// its value, a query with the gradient of its output.
+#pragma once
+
+#include "cuda/heads.cuh"
+
+namespace tir::cuda {
+
+// 16-row tiles that a warp holds: with two, what is read of the streamed rows serves twice. Wider
+// heads leave no registers for the sums of two.
+template <class T, int D>
+constexpr int kHeldTiles = kHasTensorCores<T> && D <= 64 ? 2 : 1;
+template <class T, int D>
+constexpr int kHeldRows = kHeldTiles<T, D> * kRows;
+
+// Rows that are loaded at a time, and those of them that are multiplied at a time.
+template <class T, int D>
+constexpr int kChunk = kHasTensorCores<T> || D <= 96 ? 32 : 16;
+template <class T, int D>
+constexpr int kStep = kHeldTiles<T, D> == 2 ? 16 : kChunk<T, D>;
+
+constexpr float kMaxPowerOfTwo = max_exponent * log2_e;
+
+// Base-2 logarithm of a row's sum, negated; -inf for rows that attend to nothing.
+TIR_DEVICE float negative_log_sum(float log_sum) {
+  return log_sum == -INFINITY ? -INFINITY : -log_sum * log2_e;
+}
+
+template <class T, int D>
+struct BackwardBlock {
+  static constexpr int kHeld = kHeldTiles<T, D>, kTiles = kStep<T, D> / 8;
+  static constexpr int kOwnElements = kHeldRows<T, D> * kPitch<T, D>;
+  static constexpr int kChunkElements = kChunk<T, D> * kPitch<T, D>;
+  using Products = float[kHeld][kTiles][4];  // of stationary rows with streamed ones
+  using Sums = float[kHeld][D / 8][4];       // [stationary row, column], spread over the lanes
+  using PerRow = float[kHeld][2];            // of the stationary rows that this lane has a part in
+
+  const AttentionShape& shape;
+  int64_t head_index;
+  int part;  // of the head's stationary rows
+  bool is_aligned;
+  int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  int warp = thread / kWarp, warps = threads / kWarp, lane = thread % kWarp;
+  int length = static_cast<int>(shape.length), head_dim = static_cast<int>(shape.head_dim);
+  int64_t batch = head_index / shape.heads, head = head_index % shape.heads;
+  int chunks = (length + kChunk<T, D> - 1) / kChunk<T, D>;
+  int first = (part * warps + warp) * kHeldRows<T, D>;  // of the warp's stationary rows
+
+  // exponent = scale score + shift of the row + shift of the column: that of a key is the logarithm
+  // of its weight, that of a query its negative log-sum. A streamed row at -inf is not there.
+  float* shifts = reinterpret_cast<float*>(shared_memory());  // of the streamed rows
+  float* deltas = shifts + chunks * kChunk<T, D>;             // of the streamed rows, if queries
+  T* stationary = reinterpret_cast<T*>(deltas + chunks * kChunk<T, D>);
+  T* own_first = stationary + warp * 2 * kOwnElements;
+  T* own_second = own_first + kOwnElements;
+  T* streamed = stationary + warps * 2 * kOwnElements;
+  T* own_staging = streamed + 4 * kChunkElements + warp * kStaging<T, kTiles>;
+
+  TIR_DEVICE Rows<T> rows_of(const RowGrid& grid) const {
+    return rows_of_head<T>(grid, shape, batch, head, is_aligned);
+  }
+
+  TIR_DEVICE int row(int m, int r) const { return first + m * kRows + lane / 4 + 8 * r; }
+
+  TIR_DEVICE void load_stationary(const Rows<T>& first_rows, const Rows<T>& second_rows) const {
+    load_tile<T, D>(own_first, first_rows, first, kHeldRows<T, D>, lane, kWarp, KeepAll());
+    load_tile<T, D>(own_second, second_rows, first, kHeldRows<T, D>, lane, kWarp, KeepAll());
+  }
+
+  // Calls step(scores, grad_probabilities, start, tile of the first rows, tile of the second rows,
+  // used) for kStep streamed rows at a time, of which 8 `used` count.
+  template <class Keep, class Step>
+  TIR_DEVICE void stream(const Rows<T>& first_rows, const Rows<T>& second_rows, Keep is_kept,
+                         Step step) const {
+    auto slot = [&](int chunk) { return streamed + chunk % 2 * 2 * kChunkElements; };
+    auto load = [&](int chunk) {
+      int start = chunk * kChunk<T, D>, rows = min(kChunk<T, D>, round_up(length - start, kRows));
+      T* target = slot(chunk);
+      load_tile<T, D>(target, first_rows, start, rows, thread, threads, is_kept);
+      load_tile<T, D>(target + kChunkElements, second_rows, start, rows, thread, threads, is_kept);
+      commit_copies();
+    };
+    load(0);
+    constexpr bool kHold = kHeld == 1 && D <= 64;  // more would not leave registers for the sums
+    LeftRows<T, D, kHold> left_first[kHeld], left_second[kHeld];
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      wait_for_copies<0>();
+      __syncthreads();  // all copies are in, and the slot that is filled next is read no more
+      if (chunk + 1 < chunks) load(chunk + 1);
+      if (chunk == 0) {
+        TIR_UNROLL
+        for (int m = 0; m < kHeld; ++m) {
+          left_first[m].take(own_first + m * kRows * kPitch<T, D>, lane);
+          left_second[m].take(own_second + m * kRows * kPitch<T, D>, lane);
+        }
+      }
+      int begin = chunk * kChunk<T, D>, end = min(length, begin + kChunk<T, D>);
+      TIR_NO_UNROLL
+      for (int start = begin; start < end; start += kStep<T, D>) {
+        const T* first_tile = slot(chunk) + (start - begin) * kPitch<T, D>;
+        const T* second_tile = first_tile + kChunkElements;
+        int used = min(kTiles, 2 * ((end - start + 15) / 16));
+        Products scores = {}, grad_probabilities = {};
+        multiply_transposed(scores, left_first, first_tile, used, lane);
+        multiply_transposed(grad_probabilities, left_second, second_tile, used, lane);
+        step(scores, grad_probabilities, start, first_tile, second_tile, used);
+      }
+    }
+  }
+
+  // Scores become probabilities, and the gradients of these become those of the scores.
+  // delta_of(m, r, delta of the streamed row) is what a gradient loses to the sum staying 1.
+  template <bool kHasLimit, class DeltaOf>
+  TIR_DEVICE void differentiate(Products& scores, Products& grads, int start,
+                                const PerRow& row_shifts, DeltaOf delta_of) const {
+    float scale = shape.scale * log2_e;
+    TIR_UNROLL
+    for (int j = 0; j < kTiles; ++j) {
+      int column = start + 8 * j + 2 * (lane % 4);
+      float2 column_shifts = *reinterpret_cast<const float2*>(shifts + column);
+      float2 column_deltas = *reinterpret_cast<const float2*>(deltas + column);
+      TIR_UNROLL
+      for (int m = 0; m < kHeld; ++m) {
+        TIR_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          float shift = e % 2 == 0 ? column_shifts.x : column_shifts.y;
+          float difference = delta_of(m, e / 2, e % 2 == 0 ? column_deltas.x : column_deltas.y);
+          float exponent = scores[m][j][e] * scale + (row_shifts[m][e / 2] + shift);
+          // The limit of a key without weight may overflow. NaN is not larger, and stays.
+          if (kHasLimit && exponent > kMaxPowerOfTwo) exponent = kMaxPowerOfTwo;
+          float probability = power_of_two(exponent);
+          float grad = probability * (grads[m][j][e] - difference);
+          scores[m][j][e] = shift == -INFINITY ? 0.0f : probability;
+          grads[m][j][e] = shift == -INFINITY ? 0.0f : grad;
+        }
+      }
+    }
+  }
+
+  // Writes the sums of the stationary rows times `factor`; the warp's own tile serves on the way.
+  TIR_DEVICE void store(const Sums& sums, float factor, T* own_tile, void* gradient) const {
+    T* target = static_cast<T*>(gradient) + head_index * length * head_dim;
+    TIR_UNROLL
+    for (int m = 0; m < kHeld; ++m) {
+      store_rows<T, D>(sums[m], factor, factor, own_tile + m * kRows * kPitch<T, D>, target,
+                       first + m * kRows, length, head_dim, lane);
+    }
+  }
+};
+
+}  // namespace tir::cuda
