@@ -97,6 +97,7 @@ def restored_kernels():
     _C.use_architecture(before)
 
 
+@pytest.mark.slow
 def test_interpreted_triton_kernel_drops_what_the_reference_drops() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     program = """

@@ -24,7 +24,7 @@ from bench.whole_runs import RunOutcome, run_ours, run_published, start_up_secon
 from bench.workload import Workload
 from tir_kernels.fewshot import FewShotConfig, NonFiniteLossError
 
-pytestmark = pytest.mark.usefixtures("low_ceilings")
+pytestmark = [pytest.mark.usefixtures("low_ceilings"), pytest.mark.slow]
 
 SMALL = ["episodes", "--device", "cpu", "--threads", "1", "--ways", "3", "--shots", "2"]
 SMALL += ["--queries", "4", "--episodes", "2", "--steps", "3"]

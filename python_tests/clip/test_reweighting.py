@@ -438,6 +438,7 @@ def _fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compiled_models() -> None:
     """One graph for the whole tower, with LoRA in it; the compiler behind it is another matter."""
