@@ -69,7 +69,7 @@ class PlainStep:
         tokenizer: Callable[[list[str]], Tensor],
         class_names: Sequence[str],
         config: FewShotConfig,
-        attend: Attend,
+        attend: Attend = materialised_attention,
         *,
         trains: bool = True,
     ) -> None:

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.problems import RelevanceProblem
+from bench.problems import Forward, RelevanceProblem
 from bench.settings import Settings
 from bench.shapes import PREFIX_TOKENS
 from tir_kernels import token_relevance, token_weights
 
-from .common import COMPILED, EAGER, Forward, Peer, compiled, own_peers
+from .common import COMPILED, EAGER, Peer, compiled, own_peers
 
 
 def relevance_peers(settings: Settings) -> list[Peer]:
