@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .counting import (
     Cost,
@@ -78,14 +78,12 @@ TOKEN_RELEVANCE = Operator(
     cost=lambda point, direction: relevance_cost(point),
     model_tensors=3,  # tokens, what the norm makes of them, and features
 )
-TOKEN_WEIGHTS = Operator(
+TOKEN_WEIGHTS = replace(
+    TOKEN_RELEVANCE,
     name="token_weights",
-    directions=("forward",),
-    sizes=_OF_TOKENS,
     peers=token_weights_peers,
     problem=TokenWeightsProblem,
     cost=lambda point, direction: token_weights_cost(point),
-    model_tensors=3,
 )
 REWEIGHTED_ATTENTION = Operator(
     name="reweighted_attention",

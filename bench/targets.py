@@ -174,6 +174,15 @@ _MAIN_TOKEN_WEIGHTS = Rows(
 _MAIN_OPERATOR = Rows(("operator",), ("reweighted_attention",), "bfloat16", "forward+backward")
 _OPERATORS = ("weighted_attention", "reweighted_attention", "token_relevance", "token_weights")
 
+# Peers on a GPU: in words, as in the records, and the most of its time that ours may take.
+_OF_ATTENTION = (
+    ("the fastest unweighted attention", UNWEIGHTED, 1.0),
+    ("SDPA with a mask", MASKED, 0.6),
+    ("FlexAttention", FLEX, 0.6),
+)
+_OF_TOKEN_WEIGHTS = (("eager", EAGER, 0.2), ("torch.compile", COMPILED, 0.5))
+_OF_THE_WHOLE = (("eager", EAGER, 0.4), ("torch.compile with SDPA", COMPILED_SDPA, 0.65))
+
 _ON_ANY_DEVICE = (
     Target(
         what="fine-tuning step, peak memory against the published program",
@@ -194,38 +203,18 @@ TARGETS: dict[str, tuple[Target, ...]] = {
     "cuda": (
         *(
             Target(
-                what=f"attention {direction}, against {peer}",
+                what=f"{what}, against {peer}",
                 at_most=limit,
-                rows=_main_attention(direction),
+                rows=rows,
                 measure=time_against(name),
             )
-            for direction in ("forward", "backward")
-            for peer, name, limit in (
-                ("the fastest unweighted attention", UNWEIGHTED, 1.0),
-                ("SDPA with a mask", MASKED, 0.6),
-                ("FlexAttention", FLEX, 0.6),
+            for what, rows, peers in (
+                ("attention forward", _main_attention("forward"), _OF_ATTENTION),
+                ("attention backward", _main_attention("backward"), _OF_ATTENTION),
+                ("token_weights of ViT-B/16", _MAIN_TOKEN_WEIGHTS, _OF_TOKEN_WEIGHTS),
+                ("reweighted_attention forward + backward", _MAIN_OPERATOR, _OF_THE_WHOLE),
             )
-        ),
-        *(
-            Target(
-                what=f"token_weights of ViT-B/16, against {peer}",
-                at_most=limit,
-                rows=_MAIN_TOKEN_WEIGHTS,
-                measure=time_against(peer),
-            )
-            for peer, limit in ((EAGER, 0.2), (COMPILED, 0.5))
-        ),
-        *(
-            Target(
-                what=f"reweighted_attention forward + backward, against {peer}",
-                at_most=limit,
-                rows=_MAIN_OPERATOR,
-                measure=time_against(name),
-            )
-            for peer, name, limit in (
-                ("eager", EAGER, 0.4),
-                ("torch.compile with SDPA", COMPILED_SDPA, 0.65),
-            )
+            for peer, name, limit in peers
         ),
         Target(
             what="attention forward, share of the bound, B·H ≥ 768",
