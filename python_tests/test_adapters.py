@@ -281,6 +281,7 @@ def test_unsuitable_activations_are_refused() -> None:
         bias_activation(torch.ones(2, 3), torch.ones(3, requires_grad=True))
 
 
+@pytest.mark.slow
 def test_operators_pass_opcheck() -> None:
     ops = torch.ops.tir_kernels
     rows, step = torch.randn(2, 3, 4, 8), torch.tensor([0])
