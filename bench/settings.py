@@ -108,8 +108,9 @@ class Settings:
     data: str | None = _option(
         None,
         str,
-        "Of episodes: what tir-finetune takes as --data. Default: drawings.",
-        metavar="SOURCE",
+        "Of episodes: a folder with a folder of images per class, and class_names.json if the "
+        "folders' names are no words, or a list of images. Default: drawings.",
+        metavar="PATH",
     )
     ways: int = _option(5, click.IntRange(2), "Classes.")
     shots: tuple[int, ...] | None = _option(
