@@ -13,6 +13,8 @@ import click
 import torch
 from torch import Tensor, nn
 
+from .counting import Transformer
+
 DEFAULT_MODEL = "ViT-B-16"
 CONFIG_NAME = "open_clip_config.json"
 
@@ -24,38 +26,34 @@ class ClipSizes:
     model_cfg: dict[str, Any]
 
     @property
-    def image_size(self) -> int:
-        return self.model_cfg["vision_cfg"]["image_size"]
+    def vision(self) -> dict[str, Any]:
+        return self.model_cfg["vision_cfg"]
 
     @property
-    def length(self) -> int:
-        """Tokens of an image, class token included."""
-        return (self.image_size // self.model_cfg["vision_cfg"]["patch_size"]) ** 2 + 1
+    def text(self) -> dict[str, Any]:
+        return self.model_cfg["text_cfg"]
 
-    @property
-    def width(self) -> int:
-        return self.model_cfg["vision_cfg"]["width"]
+    def image_tower(self, images: int) -> Transformer:
+        """Images that pass through their tower, the class token included."""
+        length = (self.vision["image_size"] // self.vision["patch_size"]) ** 2 + 1
+        return Transformer(images, length, self.vision["width"], self.vision["layers"])
 
-    @property
-    def layers(self) -> int:
-        return self.model_cfg["vision_cfg"]["layers"]
+    def text_tower(self, prompts: int, length: int) -> Transformer:
+        """Prompts of a length that pass through their tower."""
+        return Transformer(prompts, length, self.text["width"], self.text["layers"])
 
-    @property
-    def text_width(self) -> int:
-        return self.model_cfg["text_cfg"]["width"]
-
-    @property
-    def text_layers(self) -> int:
-        return self.model_cfg["text_cfg"]["layers"]
+    def shape(self) -> dict[str, int]:
+        """The length and the width of the image tower, as in the records."""
+        tower = self.image_tower(1)
+        return {"L": tower.length, "D": tower.width}
 
     def shrunk(self) -> ClipSizes:
         """The same kind of model with next to nothing in it."""
-        vision, text = self.model_cfg["vision_cfg"], self.model_cfg["text_cfg"]
-        side, width = 2 * vision["patch_size"], vision.get("head_width", 64)
+        side, width = 2 * self.vision["patch_size"], self.vision.get("head_width", 64)
         return ClipSizes(
             self.model_cfg
-            | {"vision_cfg": vision | {"image_size": side, "layers": 4, "width": width}}
-            | {"text_cfg": text | {"width": 16, "heads": 1, "layers": 2}}
+            | {"vision_cfg": self.vision | {"image_size": side, "layers": 4, "width": width}}
+            | {"text_cfg": self.text | {"width": 16, "heads": 1, "layers": 2}}
         )
 
 
@@ -105,4 +103,4 @@ def write_model(sizes: ClipSizes, folder: Path) -> None:
 def make_tokenizer(sizes: ClipSizes) -> Callable[[list[str]], Tensor]:
     from open_clip.tokenizer import SimpleTokenizer
 
-    return SimpleTokenizer(context_length=sizes.model_cfg["text_cfg"]["context_length"])
+    return SimpleTokenizer(context_length=sizes.text["context_length"])

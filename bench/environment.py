@@ -3,38 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
-import platform
 import subprocess
 from pathlib import Path
 
 import torch
 
-import tir_kernels
 from tir_kernels import files
-from tir_kernels.__main__ import processor
+from tir_kernels.__main__ import processor, versions
 
 
 def environment(device: str) -> dict[str, str]:
     """Versions, commit and device of this process."""
-    facts = {
-        "tir_kernels": tir_kernels.__version__,
-        "commit": _commit(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "python": platform.python_version(),
-    }
+    found = versions() | {"commit": _commit(), "torch": torch.__version__}
+    facts = {name: found[name] for name in ("tir_kernels", "commit", "torch", "triton", "python")}
     if device == "cuda":
         return facts | {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda or ""}
     return facts | {"processor": processor(), "threads": str(torch.get_num_threads())}
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _commit(root: Path = Path(__file__).parents[1]) -> str:

@@ -42,13 +42,13 @@ def findings(records: Iterable[Record], device: str) -> list[Finding | Target]:
         values: dict[str, list[tuple[float, Record]]] = {}
         for case in cases.values():
             for name, record in case.items():
-                if not name.startswith(OURS) or name == _READABLE or not target.applies(record):
+                if not name.startswith(OURS) or name == _READABLE or record not in target.rows:
                     continue
                 value = target.measure(record, case)
                 if value is not None:
                     values.setdefault(name, []).append((value, record))
         for name, found in values.items():
-            worst_first = sorted(found, key=lambda pair: pair[0], reverse=target.at_most)
+            worst_first = sorted(found, key=lambda pair: pair[0], reverse=target.is_upper)
             result.append(Finding(target, name, worst_first))
         if not values:
             result.append(target)
@@ -85,7 +85,7 @@ def _row(finding: Finding | Target) -> tuple[str, ...]:
 
 
 def _limit(target: Target) -> str:
-    return f"{'≤' if target.at_most else '≥'} {_value(target.limit, target)}"
+    return f"{'≤' if target.is_upper else '≥'} {_value(target.limit, target)}"
 
 
 def _value(value: float, target: Target) -> str:

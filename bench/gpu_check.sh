@@ -178,8 +178,8 @@ run_tests() {
 gpu_tests() {
     local ignored=() note='' status
     if ! "$python" -c 'import open_clip'; then
-        ignored=(--ignore=python_tests/{clip,fewshot,demo})
-        note="open_clip is missing: tests of clip, fewshot and demo are left out"
+        ignored=(--ignore=python_tests/{adapters,clip,demo,fewshot,towers})
+        note="open_clip is missing: tests of towers, adapters, fewshot and demo are left out"
     fi
     run_tests -m gpu "${ignored[@]}" python_tests
     status=$?

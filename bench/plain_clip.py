@@ -69,7 +69,7 @@ class PlainStep:
         tokenizer: Callable[[list[str]], Tensor],
         class_names: Sequence[str],
         config: FewShotConfig,
-        attend: Attend,
+        attend: Attend = materialised_attention,
         *,
         trains: bool = True,
     ) -> None:
@@ -186,13 +186,11 @@ class PlainStep:
         return plain_token_weights(
             tokens,
             classes.to(tokens.dtype),
-            tower.ln_post.weight,
-            tower.ln_post.bias,
+            (tower.ln_post.weight, tower.ln_post.bias, tower.ln_post.eps),
             tower.proj,
             int((tokens.shape[1] - 1) * config.top_ratio),
             config.strength,
             (len(classes) + 1) / 2,
-            tower.ln_post.eps,
         )
 
     def _block(self, block: nn.Module, hidden: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,8 @@ from torch import Tensor
 from tir_kernels import JointSpace, WeightRule
 
 from .cases import WrongResultError
-from .shapes import JOINT_WIDTH, PREFIX_TOKENS
+from .settings import DTYPES
+from .shapes import PREFIX_TOKENS, Point
 from .timing import Call
 
 # Allowed distance from float64, as a share of the norm: four rounding steps of the type. float32
@@ -27,6 +29,34 @@ _STEPS = 4
 
 # Share of the selections that rounding may turn: those that lie next to the threshold.
 _TURNED = {torch.float32: 0.002, torch.float16: 0.02, torch.bfloat16: 0.02}
+
+
+Forward = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class WholeForward:
+    """A forward pass that can also tell which weights it used: (output, weights)."""
+
+    run: Forward
+    with_weights: Callable[[], tuple[Tensor, Tensor]]
+
+    def __call__(self) -> Tensor:
+        return self.run()
+
+
+class Problem(Protocol):
+    """The tensors of one shape."""
+
+    def verify(self, forward: Forward, direction: str, *, is_weighted: bool = True) -> None:
+        """Compare a forward pass, and with a backward pass its gradients, with float64.
+
+        Raises:
+            WrongResultError: One of the results is off.
+        """
+
+    def call(self, forward: Forward, direction: str) -> Call:
+        """The call that is measured."""
 
 
 class AttentionProblem:
@@ -40,35 +70,29 @@ class AttentionProblem:
         leaves: Query, key and value, which gradients are taken for.
     """
 
-    def __init__(
-        self, batch: int, heads: int, length: int, width: int, dtype: torch.dtype, device: str
-    ) -> None:
-        packed = torch.randn(batch, length, 3, heads, width, device=device).to(dtype)
+    def __init__(self, point: Point, device: str) -> None:
+        sizes = point.images, point.heads, point.length, point.head_dim
+        batch, heads, length, head_dim = sizes
+        dtype = DTYPES[point.dtype]
+        packed = torch.randn(batch, length, 3, heads, head_dim, device=device).to(dtype)
         self.query, self.key, self.value = (
             part.requires_grad_() for part in packed.permute(2, 0, 3, 1, 4).unbind(0)
         )
         self.weights = torch.rand(batch, length, device=device) + 0.5
-        self.scale = width**-0.5
-        self.grad_output = torch.randn(batch, heads, length, width, device=device).to(dtype)
+        self.scale = head_dim**-0.5
+        self.grad_output = torch.randn(sizes, device=device).to(dtype)
 
     @property
     def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.query, self.key, self.value
 
-    def verify(
-        self, forward: Callable[[], Tensor], direction: str, *, is_weighted: bool = True
-    ) -> None:
-        """Compare the output, and with a backward pass the gradients, with float64.
+    def call(self, forward: Forward, direction: str) -> Call:
+        return _directed(forward, direction, self.leaves, self.grad_output)
 
-        Raises:
-            WrongResultError: One of them is off.
-        """
-        weights = self.weights if is_weighted else None
-        self.verify_with(forward, weights, direction)
+    def verify(self, forward: Forward, direction: str, *, is_weighted: bool = True) -> None:
+        self.verify_with(forward, self.weights if is_weighted else None, direction)
 
-    def verify_with(
-        self, forward: Callable[[], Tensor], weights: Tensor | None, direction: str
-    ) -> None:
+    def verify_with(self, forward: Forward, weights: Tensor | None, direction: str) -> None:
         names = ("output", "gradient of q", "gradient of k", "gradient of v")
         with_gradients = direction != "forward"
         with torch.set_grad_enabled(with_gradients):
@@ -110,26 +134,20 @@ class RelevanceProblem:
         top_k: Tokens each class selects.
     """
 
-    def __init__(
-        self,
-        batch: int,
-        length: int,
-        model_width: int,
-        num_classes: int,
-        dtype: torch.dtype,
-        device: str,
-    ) -> None:
+    def __init__(self, point: Point, device: str) -> None:
+        dtype, model_dim, classes = DTYPES[point.dtype], point.model_dim, point.num_classes
+
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, device=device)
 
-        self.tokens = random(batch, length, model_width).to(dtype)
-        self.classes = random(num_classes, JOINT_WIDTH).to(dtype)
-        self.gain = (1 + 0.1 * random(model_width)).to(dtype)
-        self.offset = (0.1 * random(model_width)).to(dtype)
-        self.proj = (random(model_width, JOINT_WIDTH) * model_width**-0.5).to(dtype)
+        self.tokens = random(point.images, point.length, model_dim).to(dtype)
+        self.classes = random(classes, point.joint_dim).to(dtype)
+        self.gain = (1 + 0.1 * random(model_dim)).to(dtype)
+        self.offset = (0.1 * random(model_dim)).to(dtype)
+        self.proj = (random(model_dim, point.joint_dim) * model_dim**-0.5).to(dtype)
         self.space = JointSpace(self.gain, self.offset, 1e-5, self.proj)
-        self.rule = WeightRule(center=num_classes / 2 + 0.25)
-        self.top_k = int((length - PREFIX_TOKENS) * self.rule.top_ratio)
+        self.rule = WeightRule(center=classes / 2 + 0.25)
+        self.top_k = int(point.patches * self.rule.top_ratio)
         self.dtype = dtype
 
     @functools.cached_property
@@ -141,15 +159,22 @@ class RelevanceProblem:
         features = F.layer_norm(features, gain.shape, gain, offset, 1e-5) @ proj
         return F.normalize(self.classes.double(), dim=-1) @ F.normalize(features, dim=-1).mT
 
-    def verify_relevance(self, forward: Callable[[], Tensor]) -> None:
-        """Raises WrongResultError unless the cosines (B, C, N) are right."""
+    def call(self, forward: Forward, direction: str) -> Call:
+        return _directed(forward, direction, (), None)
+
+    def verify(self, forward: Forward, direction: str, *, is_weighted: bool = True) -> None:
+        """Compare the cosines (B, C, N)."""
         with torch.no_grad():
             relevance = forward()
         images = _ends(len(relevance), relevance.device)
         require_close("relevance", relevance[images], self.exact_relevance, self.dtype)
 
-    def verify_weights(self, forward: Callable[[], Tensor]) -> None:
-        """Raises WrongResultError unless the weights (B, L) follow from the right counts."""
+
+class TokenWeightsProblem(RelevanceProblem):
+    """Tokens and classes, of which the weights (B, L) are wanted."""
+
+    def verify(self, forward: Forward, direction: str, *, is_weighted: bool = True) -> None:
+        """Check that the weights follow from the right counts."""
         with torch.no_grad():
             weights = forward()
         self.verify_counts(weights)
@@ -175,40 +200,37 @@ class RelevanceProblem:
             )
 
 
-@dataclass(frozen=True)
-class OperatorProblem:
-    """A whole re-weighted attention: tokens as wide as all heads together."""
+class ReweightedProblem:
+    """A whole re-weighted attention: tokens as wide as all heads together.
 
-    attention: AttentionProblem
-    relevance: RelevanceProblem
+    Attributes:
+        attention: Query, key and value.
+        relevance: Tokens and classes.
+    """
 
-    def verify(
-        self,
-        forward: Callable[[], Tensor],
-        with_weights: Callable[[], tuple[Tensor, Tensor]],
-        direction: str,
-    ) -> None:
+    def __init__(self, point: Point, device: str) -> None:
+        self.attention = AttentionProblem(point, device)
+        self.relevance = TokenWeightsProblem(point, device)
+
+    def call(self, forward: Forward, direction: str) -> Call:
+        return self.attention.call(forward, direction)
+
+    def verify(self, forward: WholeForward, direction: str, *, is_weighted: bool = True) -> None:
         """Check the weights an implementation finds, then its attention with these weights.
 
         A selection that rounding turns changes the output by more than rounding does; taken in two
         steps both checks are sharp.
-
-        Raises:
-            WrongResultError: The weights, the output or a gradient is off.
         """
         with torch.no_grad():
-            output, weights = with_weights()
+            output, weights = forward.with_weights()
         self.relevance.verify_counts(weights)
         self.attention.verify_with(forward, weights, direction)
         with torch.no_grad():
             require_close("output without weights", forward(), output, output.dtype)
 
 
-def directed(
-    forward: Callable[[], Tensor],
-    direction: str,
-    leaves: Sequence[Tensor],
-    grad_output: Tensor | None,
+def _directed(
+    forward: Forward, direction: str, leaves: Sequence[Tensor], grad_output: Tensor | None
 ) -> Call:
     """The timed call: the forward pass, the backward pass of one forward pass, or both."""
     if direction == "forward":

@@ -9,36 +9,27 @@ classified has a text pass of its own, and each episode reads its model from dis
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import open_clip
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from tir_kernels.fewshot import FewShotConfig
 
-from .plain_clip import PlainStep, materialised_attention, precision
-from .workload import EpisodeFiles, read_images
+from .plain_clip import PlainStep, precision
+from .workload import EpisodeFiles
 
 IMAGES_PER_BATCH = 64  # when classifying; the engine's number
 
 
 class PublishedStep(PlainStep):
     """A :class:`PlainStep` with all the work that the published program does."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Callable[[list[str]], Tensor],
-        class_names: Sequence[str],
-        config: FewShotConfig,
-    ) -> None:
-        super().__init__(model, tokenizer, class_names, config, materialised_attention)
 
     def _text_length(self, token_ids: Tensor) -> int:
         """The whole context, padding included."""
@@ -97,18 +88,16 @@ def run_episode(folder: Path, files: EpisodeFiles, config: FewShotConfig) -> Pub
 
 def _load(folder: Path, device: str) -> tuple[nn.Module, Callable, Callable]:
     name = f"local-dir:{folder}"
-    with _without_logging():
-        model, _, preprocess = open_clip.create_model_and_transforms(name, device=device)
-        tokenizer = open_clip.get_tokenizer(name)
-    return model.eval().requires_grad_(False), preprocess, tokenizer
+    model, _, preprocess = open_clip.create_model_and_transforms(name, device=device)
+    return model.eval().requires_grad_(False), preprocess, open_clip.get_tokenizer(name)
 
 
-@contextlib.contextmanager
-def _without_logging() -> Iterator[None]:
-    # open_clip warns at each load which of one weights file it takes.
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+def read_images(
+    files: Sequence[Path | IO[bytes]], preprocess: Callable[[Image.Image], Tensor], device: str
+) -> Tensor:
+    """(images, 3, H, W) float32."""
+    images = []
+    for file in files:
+        with Image.open(file) as image:
+            images.append(preprocess(image.convert("RGB")))
+    return torch.stack(images).to(device)

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from tir_kernels import files
+from tir_kernels.fewshot.strict_json import decode_json
 
 from .counting import Cost
 
@@ -163,18 +164,14 @@ def load_records(path: Path, *, new_ok: bool = False) -> list[Record]:
     """
     try:
         text = files.read_text(path, at_most=_MOST_BYTES)
-        if not text.strip():
-            if new_ok:
-                return []
-            raise click.ClickException(f"{path} is empty: it has no records yet")
-        records = json.loads(text)
-    except FileNotFoundError as error:
-        if new_ok:
+        if new_ok and not text.strip():
+            return []
+        records = decode_json(text.encode())
+    except OSError as error:
+        if new_ok and isinstance(error, FileNotFoundError):
             return []
         raise _cannot("read", path, error) from error
-    except OSError as error:
-        raise _cannot("read", path, error) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise click.ClickException(
             f"{path} is no JSON file of records ({error}); choose another file"
         ) from error

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from tir_kernels.fewshot.train.memory import available_bytes
+
 from .bounds import Ceilings, bound_ms
 from .cases import Case, Implementation, WrongResultError
 from .records import RecordFile, case_key, make_record
@@ -97,18 +99,18 @@ class Runner:
             self.outcome.kept += 1
             return
         if reason := self._too_much(case):
-            self._say(case, "left out", reason)
-            skipped = {i.name: {"skipped": reason} for i in case.implementations}
-            self._record(case, skipped)
+            self._record(case, self._left_out(case, reason))
             return
         try:
             results = self._compete(case)
         except torch.OutOfMemoryError as error:
-            reason = _reason(error, [])
-            self._say(case, "left out", reason)
-            results = {i.name: {"skipped": reason} for i in case.implementations}
+            results = self._left_out(case, _reason(error, []))
         self._record(case, results)
         self.outcome.measured += 1
+
+    def _left_out(self, case: Case, reason: str) -> dict[str, dict[str, Any]]:
+        self._say(case, "left out", reason)
+        return {i.name: {"skipped": reason} for i in case.implementations}
 
     def _compete(self, case: Case) -> dict[str, dict[str, Any]]:
         """Prepare every implementation, then let those that are right take turns."""
@@ -145,7 +147,7 @@ class Runner:
 
     def _too_much(self, case: Case) -> str:
         """The reason that a case is not for this machine; empty if it is."""
-        memory = _free_bytes(case.device)
+        memory = available_bytes(torch.device(case.device))
         if case.input_bytes > _USABLE_SHARE_OF_MEMORY * memory:
             return f"needs {case.input_bytes / 2**30:.1f} GiB of {memory / 2**30:.1f} GiB free"
         if case.device == "cpu" and case.cost is not None:
@@ -156,7 +158,7 @@ class Runner:
         return ""
 
     def _prepare(self, case: Case, implementation: Implementation, inputs: Any) -> Call:
-        needed, memory = implementation.scratch_bytes, _free_bytes(case.device)
+        needed, memory = implementation.scratch_bytes, available_bytes(torch.device(case.device))
         if needed > _USABLE_SHARE_OF_MEMORY * memory:
             raise _LeftOutError(
                 f"needs about {needed / 2**30:.1f} GiB of {memory / 2**30:.1f} GiB free"
@@ -212,15 +214,6 @@ def _reason(error: Exception, caught: list[warnings.WarningMessage]) -> str:
     if "kernel" in words:
         parts += dict.fromkeys(str(w.message).split("(Triggered")[0].strip() for w in caught)
     return "; ".join(parts)[: 2 * _LONGEST_ERROR]
-
-
-def _free_bytes(device: str) -> int:
-    if device == "cuda":
-        free, _ = torch.cuda.mem_get_info()
-        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    with open("/proc/meminfo") as lines:
-        fields = dict(line.split(":") for line in lines)
-    return int(fields["MemAvailable"].split()[0]) * 1024
 
 
 def _require_working_device(device: str, name: str) -> None:

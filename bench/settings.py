@@ -1,9 +1,11 @@
-"""The choices of the command line."""
+"""The choices of a run: fields with their help, of which the command line makes options."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+import click
 import torch
 
 import tir_kernels
@@ -22,58 +24,111 @@ OURS = "tir "  # in front of a backend's name
 PUBLISHED = "published "  # the method's published program, in front of the type it runs in
 
 
+class CommaSeparated(click.ParamType):
+    """A list such as 50,197: whole numbers of at least 1, or some of the choices."""
+
+    name = "list"
+
+    def __init__(self, choices: tuple[str, ...] | None = None) -> None:
+        self.choices = choices
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return "A,B,..."
+
+    def convert(self, value, param, ctx) -> tuple:
+        if isinstance(value, tuple):
+            return value
+        return tuple(self._item(item.strip(), param, ctx) for item in value.split(","))
+
+    def _item(self, item: str, param, ctx) -> int | str:
+        if self.choices is not None:
+            if item not in self.choices:
+                self.fail(f"{item!r} is none of {', '.join(self.choices)}", param, ctx)
+            return item
+        if not item.isdigit() or int(item) < 1:
+            self.fail(f"{item!r} is no whole number of at least 1", param, ctx)
+        return int(item)
+
+
+def _option(default: Any, kind: Any, text: str, **rest: Any) -> Any:
+    """A field with its option: the type, the help, and what else ``click.option`` takes."""
+    return field(default=default, metadata={"type": kind, "help": text, **rest})
+
+
+_NUMBERS = CommaSeparated()
+_COUNT = click.IntRange(1)
+
+
 @dataclass(frozen=True)
 class Settings:
-    """One run of the program; ``None`` in a filter means the suite's own choice.
+    """One run of the program; ``None`` in a filter means the suite's own choice."""
 
-    Args:
-        device: "cpu" or "cuda".
-        quick: Few shapes and little time, for a first look.
-        seconds: Measuring time per row, that is per implementation at one shape.
-        threads: CPU threads.
-        lengths: Token counts L.
-        widths: Head widths d.
-        heads: Products B·H; with 12 heads, 60 stands for 5 images.
-        classes: Class counts C.
-        dtypes: Names in ``DTYPES``.
-        directions: Of ``DIRECTIONS``.
-        backends: Backends of tir_kernels, of those that serve the device.
-        compiles: Whether implementations that need torch.compile take part.
-        max_call_seconds: A case whose call is estimated to take longer is left out.
-        model: open_clip architecture, JSON file with a ``model_cfg``, or folder with
-            ``open_clip_config.json`` and weights.
-        data: Folder with a folder of images per class.
-        ways: Classes of an episode.
-        shots: Support images per class, each number measured by itself.
-        queries: Query images per class.
-        episodes: Episodes of a whole run.
-        published_episodes: How many of them the published program runs.
-        steps: Training steps of an episode.
-        parallel_episodes: Episodes trained at once, each number measured by itself.
-    """
-
-    device: str = "cpu"
-    quick: bool = False
-    seconds: float = 1.0
-    threads: int = 1
-    lengths: tuple[int, ...] | None = None
-    widths: tuple[int, ...] | None = None
-    heads: tuple[int, ...] | None = None
-    classes: tuple[int, ...] | None = None
-    dtypes: tuple[str, ...] | None = None
-    directions: tuple[str, ...] | None = None
-    backends: tuple[str, ...] | None = None
-    compiles: bool = True
-    max_call_seconds: float = 5.0
-    model: str | None = None
-    data: str | None = None
-    ways: int = 5
-    shots: tuple[int, ...] | None = None
-    queries: int = 15
-    episodes: int | None = None
-    published_episodes: int | None = None
-    steps: int | None = None
-    parallel_episodes: tuple[int, ...] | None = None
+    device: str = _option("cpu", click.Choice(["cpu", "cuda"]), "Default: cuda if there is one.")
+    quick: bool = _option(False, bool, "Few shapes and little time: a minute per suite.")
+    threads: int = _option(1, _COUNT, "CPU threads. Default: all cores.")
+    seconds: float = _option(
+        1.0,
+        click.FloatRange(0),
+        "Measuring time per row, that is per implementation at one shape.",
+    )
+    lengths: tuple[int, ...] | None = _option(None, _NUMBERS, "Token counts L.")
+    widths: tuple[int, ...] | None = _option(None, _NUMBERS, "Head widths d.")
+    heads: tuple[int, ...] | None = _option(
+        None, _NUMBERS, "Products B·H; 60 is 5 images of 12 heads."
+    )
+    classes: tuple[int, ...] | None = _option(None, _NUMBERS, "Class counts C.")
+    dtypes: tuple[str, ...] | None = _option(None, CommaSeparated(tuple(DTYPES)), ", ".join(DTYPES))
+    directions: tuple[str, ...] | None = _option(
+        None, CommaSeparated(DIRECTIONS), ", ".join(DIRECTIONS)
+    )
+    backends: tuple[str, ...] | None = _option(
+        None,
+        CommaSeparated(("cpu", "cuda", "triton", "reference")),
+        "Ours to measure. Default: all that serve the device.",
+    )
+    compiles: bool = _option(
+        True,
+        bool,
+        "Whether peers take part that need torch.compile.",
+        name="--compile/--no-compile",
+    )
+    max_call_seconds: float = _option(
+        5.0,
+        click.FloatRange(0, min_open=True),
+        "Leave out shapes of which one call is estimated to take longer (cpu).",
+    )
+    model: str | None = _option(
+        None,
+        str,
+        "Of step, savings, memory and episodes: an open_clip architecture or a JSON file with a "
+        "model_cfg, either of which gets random weights, or a folder with open_clip_config.json "
+        "and weights. Default: ViT-B-16, but in episodes the demonstration's model.",
+        metavar="ARCH_OR_DIR",
+    )
+    data: str | None = _option(
+        None,
+        str,
+        "Of episodes: a folder with a folder of images per class, and class_names.json if the "
+        "folders' names are no words, or a list of images. Default: drawings.",
+        metavar="PATH",
+    )
+    ways: int = _option(5, click.IntRange(2), "Classes.")
+    shots: tuple[int, ...] | None = _option(
+        None, _NUMBERS, "Support images per class, each number measured by itself."
+    )
+    queries: int = _option(15, _COUNT, "Query images per class.")
+    episodes: int | None = _option(None, _COUNT, "Episodes of a whole run.")
+    published_episodes: int | None = _option(
+        None,
+        _COUNT,
+        "How many of them the published program runs. Default: all, on cuda at most 2.",
+    )
+    steps: int | None = _option(None, _COUNT, "Training steps of an episode.")
+    parallel_episodes: tuple[int, ...] | None = _option(
+        None,
+        _NUMBERS,
+        "Episodes trained at once. Default: 1,2,4 in step; in episodes 1, and on cuda 8 too.",
+    )
 
     @property
     def why_not_compiled(self) -> str:

@@ -2,35 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from .settings import Settings
+from .settings import DTYPES, Settings
 
 LENGTHS = (50, 197, 257, 577, 1024)
 CLASSES = (5, 20, 100)
 
-JOINT_WIDTH = 512  # E of ViT-B/16
+JOINT_DIM = 512  # E of ViT-B/16
 MODEL_HEADS = 12  # of ViT-B/16
 PREFIX_TOKENS = 1
 
 
 @dataclass(frozen=True)
 class Point:
-    """One shape of a grid."""
+    """One shape of a grid, and the type of its tensors."""
 
     length: int
-    width: int
+    head_dim: int
     images: int
     heads: int
     num_classes: int
     dtype: str
+    joint_dim: int = JOINT_DIM
 
     @property
-    def model_width(self) -> int:
+    def model_dim(self) -> int:
         """D: tokens are as wide as all heads together."""
-        return self.heads * self.width
+        return self.heads * self.head_dim
+
+    @property
+    def patches(self) -> int:
+        return self.length - PREFIX_TOKENS
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype].itemsize
+
+    def sizes(self, names: Iterable[str]) -> dict[str, int]:
+        """Some of its sizes, by their names in the records."""
+        found = {
+            "B": self.images,
+            "H": self.heads,
+            "L": self.length,
+            "d": self.head_dim,
+            "D": self.model_dim,
+            "E": self.joint_dim,
+            "C": self.num_classes,
+        }
+        return {name: found[name] for name in names}
 
 
 @dataclass(frozen=True)

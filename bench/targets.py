@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 from .counting import fused_memory
 from .memory_probe import MIB
@@ -11,8 +12,8 @@ from .peers.attention import FLEX, MASKED, UNWEIGHTED
 from .peers.common import COMPILED, EAGER
 from .peers.operator import COMPILED_SDPA
 from .records import Record
-from .settings import DTYPES, OURS, PUBLISHED
-from .shapes import PREFIX_TOKENS
+from .settings import OURS, PUBLISHED
+from .shapes import Point
 from .suites.episodes import START_UP, WHOLE_RUN
 from .suites.operator import HOST_TIME
 from .suites.step import STEP
@@ -23,22 +24,63 @@ Measure = Callable[[Record, Case], "float | None"]
 
 
 @dataclass(frozen=True)
+class Rows:
+    """The records that a target is about.
+
+    Args:
+        suites: Names of suites.
+        operators: Patterns of operators' names, such as "whole run*"; all by default.
+        dtype: The type; any by default.
+        direction: The direction; any by default.
+        sizes: Sizes that the shape has, each exactly or out of some; "B·H" is the product of two.
+    """
+
+    suites: tuple[str, ...]
+    operators: tuple[str, ...] = ("*",)
+    dtype: str | None = None
+    direction: str | None = None
+    sizes: Mapping[str, int | range | tuple[int, ...]] = field(default_factory=dict)
+
+    def __contains__(self, record: Record) -> bool:
+        shape = record["shape"]
+        if "H" in shape:
+            shape = shape | {"B·H": shape["B"] * shape["H"]}
+        return (
+            record["suite"] in self.suites
+            and any(fnmatchcase(record["operator"], pattern) for pattern in self.operators)
+            and self.dtype in (None, record["dtype"])
+            and self.direction in (None, record["direction"])
+            and all(_is_among(shape[name], wanted) for name, wanted in self.sizes.items())
+        )
+
+
+def _is_among(size: int, wanted: int | range | tuple[int, ...]) -> bool:
+    return size == wanted if isinstance(wanted, int) else size in wanted
+
+
+@dataclass(frozen=True, kw_only=True)
 class Target:
-    """A limit on a number, for all records of ours that it applies to."""
+    """A limit on a number, for all records of ours among some rows; one of the limits is given."""
 
     what: str
-    limit: float
-    at_most: bool
-    applies: Callable[[Record], bool]
+    rows: Rows
     measure: Measure
+    at_most: float | None = None
+    at_least: float | None = None
     unit: str = "×"
 
+    @property
+    def is_upper(self) -> bool:
+        return self.at_most is not None
+
+    @property
+    def limit(self) -> float:
+        limit = self.at_most if self.is_upper else self.at_least
+        assert limit is not None
+        return limit
+
     def is_met(self, value: float) -> bool:
-        return value <= self.limit if self.at_most else value >= self.limit
-
-
-def _ms(record: Record | None) -> float | None:
-    return None if record is None else record["ms"]
+        return value <= self.limit if self.is_upper else value >= self.limit
 
 
 def _fastest(case: Case, names: tuple[str, ...]) -> float | None:
@@ -96,284 +138,170 @@ def _share_of_published_memory(record: Record, case: Case) -> float | None:
 def _share_of_fused_memory(record: Record, case: Case) -> float | None:
     if record.get("mib") is None:
         return None
-    sizes = [record["shape"][name] for name in ("B", "H", "L", "d")]
-    itemsize = DTYPES[record["dtype"]].itemsize
-    allowed = fused_memory(
-        *sizes, PREFIX_TOKENS, record["shape"]["C"], itemsize, record["direction"]
-    )
-    return record["mib"] * MIB / allowed
+    sizes, dtype = record["shape"], record["dtype"]
+    point = Point(sizes["L"], sizes["d"], sizes["B"], sizes["H"], sizes["C"], dtype)
+    return record["mib"] * MIB / fused_memory(point, record["direction"])
 
 
-def _attention(direction: str, dtype: str = "bfloat16") -> Callable[[Record], bool]:
-    def applies(record: Record) -> bool:
-        return (
-            record["suite"] == "attention"
-            and record["dtype"] == dtype
-            and record["direction"] == direction
-        )
-
-    return applies
+_MANY = 2**31
+_MAIN_SIZES = {"d": 64, "L": range(50, 578), "B·H": range(300, _MANY)}
+_VIT_B = {"L": 197, "D": 768}
+_EPISODE = {"ways": 5, "queries": 15, "steps": 100, "L": 197}
 
 
-def _main_attention(direction: str, least_heads: int = 300) -> Callable[[Record], bool]:
-    def applies(record: Record) -> bool:
-        shape = record["shape"]
-        return (
-            _attention(direction)(record)
-            and shape["d"] == 64
-            and 50 <= shape["L"] <= 577
-            and shape["B"] * shape["H"] >= least_heads
-        )
-
-    return applies
-
-
-def _main_token_weights(record: Record) -> bool:
-    shape = record["shape"]
-    sizes = {"L": 197, "D": 768, "E": 512, "C": 5}
-    return (
-        record["operator"] == "token_weights"
-        and record["suite"] == "relevance"
-        and record["dtype"] == "bfloat16"
-        and shape["B"] in (25, 64)
-        and all(shape[name] == size for name, size in sizes.items())
-    )
-
-
-def _main_operator(record: Record) -> bool:
-    return (
-        record["suite"] == "operator"
-        and record["operator"] == "reweighted_attention"
-        and record["direction"] == "forward+backward"
-        and record["dtype"] == "bfloat16"
-    )
-
-
-def _cpu_token_weights(record: Record) -> bool:
-    return record["suite"] == "relevance" and record["operator"] == "token_weights"
-
-
-def _cpu_operators(record: Record) -> bool:
-    is_timed = record["suite"] in ("attention", "relevance", "operator")
-    return is_timed and HOST_TIME not in record["operator"]
-
-
-def _host_time(record: Record) -> bool:
-    return HOST_TIME in record["operator"]
-
-
-def _step_of_vit_b(dtype: str) -> Callable[[Record], bool]:
-    """Whether a record is of a step with five images, one episode at a time."""
-    sizes = {"B": 5, "L": 197, "D": 768}
-
-    def applies(record: Record) -> bool:
-        return (
-            record["suite"] == "step"
-            and record["operator"] == f"{STEP}, placement tokens"
-            and record["dtype"] == dtype
-            and all(record["shape"][name] == size for name, size in sizes.items())
-        )
-
-    return applies
-
-
-def _whole_run(width: int, shots: int) -> Callable[[Record], bool]:
+def _whole_runs(width: int, shots: int, dtype: str | None = None) -> Rows:
     """Five-way episodes, at the method's settings, of a transformer with 197 tokens of a width."""
-    sizes = {"ways": 5, "shots": shots, "queries": 15, "steps": 100, "L": 197, "D": width}
-
-    def applies(record: Record) -> bool:
-        return (
-            record["suite"] == "episodes"
-            and record["operator"].startswith(WHOLE_RUN)
-            and all(record["shape"][name] == size for name, size in sizes.items())
-        )
-
-    return applies
+    sizes = _EPISODE | {"D": width, "shots": shots}
+    return Rows(("episodes",), (f"{WHOLE_RUN}*",), dtype, sizes=sizes)
 
 
-def _cpu_whole_run(record: Record) -> bool:
-    return _whole_run(192, 5)(record) and record["dtype"] == "float32"
+def _attention(direction: str, dtype: str, sizes: Mapping[str, int | range] | None = None) -> Rows:
+    return Rows(("attention",), dtype=dtype, direction=direction, sizes=sizes or {})
 
 
-def _start_up(record: Record) -> bool:
-    return record["suite"] == "episodes" and record["operator"].startswith(START_UP)
+def _main_attention(direction: str) -> Rows:
+    return _attention(direction, "bfloat16", _MAIN_SIZES)
 
 
-def _step_memory(record: Record) -> bool:
-    return record["suite"] == "memory" and record["operator"] == STEP
+def _steps(dtype: str) -> Rows:
+    """Steps with five images, one episode at a time."""
+    return Rows(("step",), (f"{STEP}, placement tokens",), dtype, sizes=_VIT_B | {"B": 5})
 
 
-def _fused(record: Record) -> bool:
-    return record["suite"] == "memory" and record["operator"] == "reweighted_attention"
-
-
-_BY_DIRECTION = tuple(
-    target
-    for direction in ("forward", "backward")
-    for target in (
-        Target(
-            f"attention {direction}, against the fastest unweighted attention",
-            1.0,
-            True,
-            _main_attention(direction),
-            time_against(UNWEIGHTED),
-        ),
-        Target(
-            f"attention {direction}, against SDPA with a mask",
-            0.6,
-            True,
-            _main_attention(direction),
-            time_against(MASKED),
-        ),
-        Target(
-            f"attention {direction}, against FlexAttention",
-            0.6,
-            True,
-            _main_attention(direction),
-            time_against(FLEX),
-        ),
-    )
+_MAIN_TOKEN_WEIGHTS = Rows(
+    ("relevance",), ("token_weights",), "bfloat16", sizes=_VIT_B | {"E": 512, "C": 5, "B": (25, 64)}
 )
-_TOKEN_WEIGHTS = "token_weights of ViT-B/16, against"
-_WHOLE = "reweighted_attention forward + backward, against"
-_OF_VIT_B = "ViT-B/16, 5 images, speed against the published program"
-_OF_A_RUN = "whole run, 5-way"
+_MAIN_OPERATOR = Rows(("operator",), ("reweighted_attention",), "bfloat16", "forward+backward")
+_OPERATORS = ("weighted_attention", "reweighted_attention", "token_relevance", "token_weights")
 
-_OF_EPISODES = (
+# Peers on a GPU: in words, as in the records, and the most of its time that ours may take.
+_OF_ATTENTION = (
+    ("the fastest unweighted attention", UNWEIGHTED, 1.0),
+    ("SDPA with a mask", MASKED, 0.6),
+    ("FlexAttention", FLEX, 0.6),
+)
+_OF_TOKEN_WEIGHTS = (("eager", EAGER, 0.2), ("torch.compile", COMPILED, 0.5))
+_OF_THE_WHOLE = (("eager", EAGER, 0.4), ("torch.compile with SDPA", COMPILED_SDPA, 0.65))
+
+_ON_ANY_DEVICE = (
     Target(
-        "fine-tuning step, peak memory against the published program",
-        0.5,
-        True,
-        _step_memory,
-        _share_of_published_memory,
+        what="fine-tuning step, peak memory against the published program",
+        at_most=0.5,
+        rows=Rows(("memory",), (STEP,)),
+        measure=_share_of_published_memory,
     ),
-    Target("start-up to the first step, files in cache", 10.0, True, _start_up, _seconds, unit="s"),
+    Target(
+        what="start-up to the first step, files in cache",
+        at_most=10.0,
+        rows=Rows(("episodes",), (f"{START_UP}*",)),
+        measure=_seconds,
+        unit="s",
+    ),
 )
 
 TARGETS: dict[str, tuple[Target, ...]] = {
     "cuda": (
-        *_BY_DIRECTION,
-        Target(f"{_TOKEN_WEIGHTS} eager", 0.2, True, _main_token_weights, time_against(EAGER)),
-        Target(
-            f"{_TOKEN_WEIGHTS} torch.compile",
-            0.5,
-            True,
-            _main_token_weights,
-            time_against(COMPILED),
-        ),
-        Target(f"{_WHOLE} eager", 0.4, True, _main_operator, time_against(EAGER)),
-        Target(
-            f"{_WHOLE} torch.compile with SDPA",
-            0.65,
-            True,
-            _main_operator,
-            time_against(COMPILED_SDPA),
+        *(
+            Target(
+                what=f"{what}, against {peer}",
+                at_most=limit,
+                rows=rows,
+                measure=time_against(name),
+            )
+            for what, rows, peers in (
+                ("attention forward", _main_attention("forward"), _OF_ATTENTION),
+                ("attention backward", _main_attention("backward"), _OF_ATTENTION),
+                ("token_weights of ViT-B/16", _MAIN_TOKEN_WEIGHTS, _OF_TOKEN_WEIGHTS),
+                ("reweighted_attention forward + backward", _MAIN_OPERATOR, _OF_THE_WHOLE),
+            )
+            for peer, name, limit in peers
         ),
         Target(
-            "attention forward, share of the bound, B·H ≥ 768",
-            0.6,
-            False,
-            _main_attention("forward", 768),
-            _fraction,
+            what="attention forward, share of the bound, B·H ≥ 768",
+            at_least=0.6,
+            rows=_attention("forward", "bfloat16", _MAIN_SIZES | {"B·H": range(768, _MANY)}),
+            measure=_fraction,
             unit="%",
         ),
-        Target("host time of a call", 15.0, True, _host_time, _microseconds, unit="µs"),
         Target(
-            # The allocator rounds up.
-            "memory of the fused operator, against outputs, statistics and (B, C, N)",
-            1.01,
-            True,
-            _fused,
-            _share_of_fused_memory,
+            what="host time of a call",
+            at_most=15.0,
+            rows=Rows(("operator",), (f"* {HOST_TIME}",)),
+            measure=_microseconds,
+            unit="µs",
         ),
         Target(
-            f"{_OF_A_RUN} 5-shot, ViT-B/16, speed against the published program",
-            10.0,
-            False,
-            _whole_run(768, 5),
-            speed_against(PUBLISHED),
+            what="memory of the fused operator, against outputs, statistics and (B, C, N)",
+            at_most=1.01,  # the allocator rounds up
+            rows=Rows(("memory",), ("reweighted_attention",)),
+            measure=_share_of_fused_memory,
+        ),
+        *(
+            Target(
+                what=f"whole run, 5-way {shots}-shot, ViT-B/16, "
+                "speed against the published program",
+                at_least=limit,
+                rows=_whole_runs(768, shots),
+                measure=speed_against(PUBLISHED),
+            )
+            for shots, limit in ((5, 10.0), (1, 20.0))
         ),
         Target(
-            f"{_OF_A_RUN} 1-shot, ViT-B/16, speed against the published program",
-            20.0,
-            False,
-            _whole_run(768, 1),
-            speed_against(PUBLISHED),
-        ),
-        Target(
-            f"{_OF_A_RUN} 5-shot, ViT-B/16, model FLOPs over the rate of a large product",
-            0.4,
-            False,
-            _whole_run(768, 5),
-            _fraction,
+            what="whole run, 5-way 5-shot, ViT-B/16, model FLOPs over the rate of a large product",
+            at_least=0.4,
+            rows=_whole_runs(768, 5),
+            measure=_fraction,
             unit="%",
         ),
-        *_OF_EPISODES,
+        *_ON_ANY_DEVICE,
     ),
     "cpu": (
-        Target(
-            "attention forward float32, speed against SDPA with a mask",
-            1.0,
-            False,
-            _attention("forward", "float32"),
-            speed_against(MASKED),
+        *(
+            Target(
+                what=f"attention {shown} {dtype}, speed against SDPA with a mask",
+                at_least=limit,
+                rows=_attention(direction, dtype),
+                measure=speed_against(MASKED),
+            )
+            for shown, direction, dtype, limit in (
+                ("forward", "forward", "float32", 1.0),
+                ("forward + backward", "forward+backward", "float32", 1.2),
+                ("forward", "forward", "bfloat16", 2.0),
+                ("forward + backward", "forward+backward", "bfloat16", 2.0),
+            )
         ),
         Target(
-            "attention forward + backward float32, speed against SDPA with a mask",
-            1.2,
-            False,
-            _attention("forward+backward", "float32"),
-            speed_against(MASKED),
+            what="token_weights, speed against eager",
+            at_least=1.5,
+            rows=Rows(("relevance",), ("token_weights",)),
+            measure=speed_against(EAGER),
         ),
         Target(
-            "attention forward bfloat16, speed against SDPA with a mask",
-            2.0,
-            False,
-            _attention("forward"),
-            speed_against(MASKED),
+            what="every operator, speed against the best peer",
+            at_least=0.95,
+            rows=Rows(("attention", "relevance", "operator"), _OPERATORS),
+            measure=speed_against_best,
+        ),
+        *(
+            Target(
+                what=f"step in {dtype}, ViT-B/16, 5 images, speed against the published program"
+                f"{remark}",
+                at_least=limit,
+                rows=_steps(dtype),
+                measure=speed_against(f"{PUBLISHED}float32"),
+            )
+            for dtype, limit, remark in (
+                ("float32", 2.2, ""),
+                ("bfloat16", 4.0, " in float32, which is what it runs in on a CPU"),
+            )
         ),
         Target(
-            "attention forward + backward bfloat16, speed against SDPA with a mask",
-            2.0,
-            False,
-            _attention("forward+backward"),
-            speed_against(MASKED),
+            what="whole run, 5-way 5-shot, ViT-Ti/16 in float32, speed against the published "
+            "program",
+            at_least=3.0,
+            rows=_whole_runs(192, 5, "float32"),
+            measure=speed_against(f"{PUBLISHED}float32"),
         ),
-        Target(
-            "token_weights, speed against eager",
-            1.5,
-            False,
-            _cpu_token_weights,
-            speed_against(EAGER),
-        ),
-        Target(
-            "every operator, speed against the best peer",
-            0.95,
-            False,
-            _cpu_operators,
-            speed_against_best,
-        ),
-        Target(
-            f"step in float32, {_OF_VIT_B}",
-            2.2,
-            False,
-            _step_of_vit_b("float32"),
-            speed_against(f"{PUBLISHED}float32"),
-        ),
-        Target(
-            f"step in bfloat16, {_OF_VIT_B} in float32, which is what it runs in on a CPU",
-            4.0,
-            False,
-            _step_of_vit_b("bfloat16"),
-            speed_against(f"{PUBLISHED}float32"),
-        ),
-        Target(
-            f"{_OF_A_RUN} 5-shot, ViT-Ti/16 in float32, speed against the published program",
-            3.0,
-            False,
-            _cpu_whole_run,
-            speed_against(f"{PUBLISHED}float32"),
-        ),
-        *_OF_EPISODES,
+        *_ON_ANY_DEVICE,
     ),
 }

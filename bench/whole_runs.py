@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from tir_kernels.fewshot import Episode, FewShotConfig, finetune_episodes
+from tir_kernels.fewshot import FewShotConfig, finetune_episodes
 
 from . import published
-from .workload import EpisodeFiles, Workload, read_images
+from .workload import Workload
 
 Say = Callable[[str], None]
 
@@ -55,18 +55,15 @@ def run_ours(
         at_once: Most of them that are trained at once.
         say: Is called with a line of progress.
     """
-    model = workload.model
+    model, reader = workload.model, workload.reader()
     first_losses: list[float] = []
     accuracies: list[float] = []
     start = time.perf_counter()
     for first in range(0, episodes, at_once):
         numbers = range(first, min(first + at_once, episodes))
-        chosen = [read_episode(workload, workload.draw(n, config.shots)) for n in numbers]
-        for episode, result in zip(
-            chosen,
-            finetune_episodes(model.model, model.tokenizer, chosen, config),
-            strict=True,
-        ):
+        chosen = [workload.load(reader, n, config.shots, config.device) for n in numbers]
+        results = finetune_episodes(model.model, model.tokenizer, chosen, config)
+        for episode, result in zip(chosen, results, strict=True):
             if isinstance(result, Exception):
                 raise result
             first_losses.append(result.losses[0])
@@ -77,19 +74,6 @@ def run_ours(
     return RunOutcome(seconds, first_losses, accuracies, len(right))
 
 
-def read_episode(workload: Workload, files: EpisodeFiles) -> Episode:
-    """An episode with its images, on the CPU."""
-    preprocess = workload.model.preprocess
-    return Episode(
-        files.class_names,
-        read_images(files.support, preprocess, "cpu"),
-        files.support_labels,
-        read_images(files.queries, preprocess, "cpu"),
-        files.index,
-        files.query_labels,
-    )
-
-
 def run_published(workload: Workload, config: FewShotConfig, episodes: int, say: Say) -> RunOutcome:
     """A whole run of the published program, which starts over at each episode."""
     folder = workload.model_folder
@@ -97,7 +81,7 @@ def run_published(workload: Workload, config: FewShotConfig, episodes: int, say:
     accuracies: list[float] = []
     start = time.perf_counter()
     for index in range(episodes):
-        files = workload.draw(index, config.shots)
+        files = workload.files(index, config.shots)
         result = published.run_episode(folder, files, config)
         first_losses.append(result.losses[0])
         accuracies.append(result.accuracy)

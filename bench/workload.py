@@ -1,23 +1,25 @@
-"""The material of whole runs: image files, episodes drawn from them, and a model in a folder."""
+"""The material of whole runs: a data set, episodes drawn from it, and a model in a folder."""
 
 from __future__ import annotations
 
-import json
-import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import IO
 
 import click
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torchvision.datasets import ImageFolder
 
 from tir_kernels.demo import model_directory, write_image_folder
+from tir_kernels.errors import FewShotError
+from tir_kernels.fewshot import Episode
+from tir_kernels.fewshot.data.dataset import ImageData, load_data
+from tir_kernels.fewshot.data.load import load_episode
+from tir_kernels.fewshot.data.reader import ImageReader
+from tir_kernels.fewshot.episode import EpisodePlan, plan_episode
 from tir_kernels.towers.loading.models import LoadedModel, load_model
 
 from .clip_model import ClipSizes, load_sizes, write_model
@@ -29,7 +31,7 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class EpisodeFiles:
-    """An episode before its images are read.
+    """An episode as files that are not read yet, for the published program.
 
     Attributes:
         index: Its number, which is its seed too.
@@ -40,8 +42,8 @@ class EpisodeFiles:
 
     index: int
     class_names: list[str]
-    support: list[Path]
-    queries: list[Path]
+    support: list[Path | IO[bytes]]
+    queries: list[Path | IO[bytes]]
 
     @property
     def support_labels(self) -> Tensor:
@@ -51,7 +53,7 @@ class EpisodeFiles:
     def query_labels(self) -> Tensor:
         return self._labels(self.queries)
 
-    def _labels(self, files: Sequence[Path]) -> Tensor:
+    def _labels(self, files: Sequence) -> Tensor:
         num_classes = len(self.class_names)
         return torch.arange(num_classes).repeat_interleave(len(files) // num_classes)
 
@@ -71,12 +73,12 @@ class Workload:
 
     def __init__(self, settings: Settings, shots: Sequence[int]) -> None:
         self._settings = settings
-        self._needed = max(shots) + settings.queries
+        self._most_shots = max(shots)
         self._temporary = tempfile.TemporaryDirectory(prefix="tir-bench-")
         self._model = settings.model or str(model_directory())
         self.sizes: ClipSizes = load_sizes(self._model)
         if settings.data is not None:
-            _ = self._files  # what is wrong with them shows before anything is measured
+            _ = self.data  # what is wrong with it shows before anything is measured
 
     @property
     def name(self) -> str:
@@ -105,57 +107,41 @@ class Workload:
         return load_model(str(self.model_folder), device=self._settings.device)
 
     @cached_property
-    def _files(self) -> dict[str, list[Path]]:
-        """The image files by the words of each class."""
-        root, ways = self.data_folder, self._settings.ways
+    def data(self) -> ImageData:
+        words = self.data_folder / _CLASS_NAMES
+        settings = self._settings
         try:
-            folder = ImageFolder(str(root))
-        except OSError as error:
-            raise click.ClickException(f"--data: {error}") from error
-        given = root / _CLASS_NAMES
-        words = json.loads(given.read_text(encoding="utf-8")) if given.exists() else {}
-        found: dict[str, list[Path]] = {}
-        for path, number in sorted(folder.samples):
-            name = folder.classes[number]
-            found.setdefault(words.get(name, _in_words(name)), []).append(Path(path))
-        if len(found) < ways:
-            raise click.ClickException(f"--data: {root} has {len(found)} classes; lower --ways")
-        few = [name for name, files in found.items() if len(files) < self._needed]
-        if few:
-            raise click.ClickException(
-                f"--data: {root} has fewer than {self._needed} images of {few[0]!r}; lower --shots "
-                "or --queries"
-            )
-        return found
+            data = load_data(self.data_folder, class_names=words if words.exists() else None)
+            data.require(ways=settings.ways, shots=self._most_shots, queries=settings.queries)
+        except FewShotError as error:
+            raise click.ClickException(str(error)) from error
+        return data
 
-    def draw(self, index: int, shots: int) -> EpisodeFiles:
+    def reader(self) -> ImageReader:
+        """Reads images as a run does that finds none in a cache."""
+        return ImageReader(self.data, self.model.preprocess)
+
+    def plan(self, index: int) -> EpisodePlan:
         """An episode, which depends on its number alone."""
-        random = np.random.default_rng([_SEED, index])
-        names = [str(name) for name in random.permutation(list(self._files))]
-        names = names[: self._settings.ways]
-        orders = [random.permutation(len(self._files[name])) for name in names]
+        sizes = [len(entry.files) for entry in self.data.classes]
+        return plan_episode(_SEED, index, sizes, self._settings.ways)
+
+    def load(self, reader: ImageReader, index: int, shots: int, device: str) -> Episode:
+        """An episode with its images."""
+        queries = self._settings.queries
+        plan = self.plan(index)
+        return load_episode(plan, self.data, reader, shots=shots, queries=queries, device=device)
+
+    def files(self, index: int, shots: int) -> EpisodeFiles:
+        """The files of the same episode."""
+        plan = self.plan(index)
+        classes = [self.data.classes[number] for number in plan.classes]
         support, queries = (
             [
-                self._files[name][position]
-                for name, order in zip(names, orders, strict=True)
+                self.data.source.file(entry.files[position])
+                for entry, order in zip(classes, plan.orders, strict=True)
                 for position in order[begin:end]
             ]
             for begin, end in ((0, shots), (shots, shots + self._settings.queries))
         )
-        return EpisodeFiles(index, names, support, queries)
-
-
-def read_images(
-    files: Sequence[Path], preprocess: Callable[[Image.Image], Tensor], device: str
-) -> Tensor:
-    """(images, 3, H, W) float32."""
-    images = []
-    for file in files:
-        with Image.open(file) as image:
-            images.append(preprocess(image.convert("RGB")))
-    return torch.stack(images).to(device)
-
-
-def _in_words(folder: str) -> str:
-    """``AnnualCrop`` -> annual crop."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])|[_\W]+", " ", folder).strip().lower()
+        return EpisodeFiles(index, [entry.words for entry in classes], support, queries)

@@ -25,7 +25,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
-@pytest.fixture(params=["reference", "cpu", "triton", "cuda", "cuda-emulated"])
+# Where a CPU plays the GPU, kernels take long, and emulated ones are compiled first.
+_PLAYED = [] if torch.cuda.is_available() else [pytest.mark.slow]
+_BACKENDS = (
+    "reference",
+    "cpu",
+    pytest.param("triton", marks=_PLAYED),
+    "cuda",
+    pytest.param("cuda-emulated", marks=pytest.mark.slow),
+)
+
+
+@pytest.fixture(params=_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that runs here; the others are skipped with the reason they give."""
     import cuda_emulation

@@ -50,7 +50,7 @@ def flags_for(source: Path) -> list[str]:
     import pybind11
 
     flags = [
-        "-std=c++17", "-O1", "-g", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Werror",
+        "-std=c++17", "-O1", "-g1", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Werror",
         # Kernels read and write tiles as wider words, which CUDA's compiler allows.
         "-fno-strict-aliasing",
         # Several versions of the module can be loaded side by side.

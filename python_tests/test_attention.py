@@ -95,6 +95,7 @@ def test_a_row_of_one_key_of_small_weight(backend: str, device: str) -> None:
         check(q, k, v, torch.full((1, 1), weight, device=device), backend, 1.0)
 
 
+@pytest.mark.slow
 def test_random_shapes(backend: str, device: str, is_slow: bool) -> None:
     longest, _ = sizes(is_slow)
 
@@ -210,6 +211,7 @@ def test_one_token(backend: str, device: str) -> None:
     assert (output[1] == 0).all()
 
 
+@pytest.mark.slow
 def test_long_row(backend: str, device: str, is_slow: bool) -> None:
     if is_slow:
         pytest.skip("too slow for 4096 tokens where a CPU plays the GPU")

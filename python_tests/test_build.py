@@ -15,6 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 pytest.importorskip("pybind11", reason="builds need pybind11, one of the test requirements")
 pytest.importorskip("setuptools", reason="builds need setuptools")
+
+pytestmark = pytest.mark.slow
+
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="no C++ compiler"
 )

@@ -44,6 +44,7 @@ def relevance_arguments(given: dict[str, Any]) -> tuple:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(backend: str, device: str, dtype: torch.dtype) -> None:
     given = inputs(dtype=dtype, device=device)
@@ -121,6 +122,7 @@ def test_is_an_autograd_function() -> None:
     assert issubclass(ReweightedAttention, torch.autograd.Function)
 
 
+@pytest.mark.slow
 def test_compile_with_dynamic_length(backend: str, device: str) -> None:
     def step(q, k, v, tokens, class_embeddings, joint_space, table):  # type: ignore[no-untyped-def]
         output, (weights, _) = tir_kernels.reweighted_attention(

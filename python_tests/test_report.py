@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
+import pytest
 import torch
+
+pytestmark = pytest.mark.slow  # each starts Python anew
 
 
 def run(*arguments: str) -> str:

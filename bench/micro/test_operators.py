@@ -33,8 +33,8 @@ def call_of(name: str, backend: str, point: Point, direction: str) -> Call:
     problem = operator.problem(point, DEVICE)
     (peer,) = (p for p in operator.peers(SETTINGS) if p.name == OURS + backend)
     forward = peer.build(problem)
-    operator.verify(peer, forward, problem, direction)
-    return operator.call(forward, problem, direction)
+    problem.verify(forward, direction)
+    return problem.call(forward, direction)
 
 
 def finished(call: Call) -> Callable[[], None]:
@@ -53,7 +53,7 @@ def finished(call: Call) -> Callable[[], None]:
 @pytest.mark.parametrize("length", [50, 197])
 @pytest.mark.parametrize("direction", WEIGHTED_ATTENTION.directions)
 def test_weighted_attention(benchmark, direction, length, dtype, backend) -> None:
-    point = Point(length, width=64, images=IMAGES, heads=12, num_classes=5, dtype=dtype)
+    point = Point(length, head_dim=64, images=IMAGES, heads=12, num_classes=5, dtype=dtype)
     benchmark(finished(call_of("weighted_attention", backend, point, direction)))
 
 
@@ -61,7 +61,7 @@ def test_weighted_attention(benchmark, direction, length, dtype, backend) -> Non
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["token_relevance", "token_weights"])
 def test_tokens(benchmark, name, dtype, backend) -> None:
-    point = Point(197, width=64, images=IMAGES, heads=12, num_classes=5, dtype=dtype)
+    point = Point(197, head_dim=64, images=IMAGES, heads=12, num_classes=5, dtype=dtype)
     benchmark(finished(call_of(name, backend, point, "forward")))
 
 
@@ -69,5 +69,5 @@ def test_tokens(benchmark, name, dtype, backend) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("direction", REWEIGHTED_ATTENTION.directions)
 def test_reweighted_attention(benchmark, direction, dtype, backend) -> None:
-    point = Point(197, width=64, images=IMAGES, heads=12, num_classes=5, dtype=dtype)
+    point = Point(197, head_dim=64, images=IMAGES, heads=12, num_classes=5, dtype=dtype)
     benchmark(finished(call_of("reweighted_attention", backend, point, direction)))

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.problems import AttentionProblem
+from bench.problems import AttentionProblem, Forward
 from bench.settings import DIRECTIONS, Settings
 from tir_kernels import weighted_attention
 
-from .common import COMPILED, EAGER, Forward, Peer, compiled, own_peers
+from .common import COMPILED, EAGER, Peer, compiled, own_peers
 
 MASKED = "sdpa+mask"
 UNWEIGHTED = "sdpa unweighted"

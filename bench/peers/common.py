@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._functorch import config as functorch_config
 
+from bench.problems import Forward
 from bench.settings import DIRECTIONS, OURS, Settings
-
-Forward = Callable[[], Tensor]
 
 EAGER = "eager"
 COMPILED = "torch.compile"

@@ -4,32 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.problems import OperatorProblem
+from bench.problems import ReweightedProblem, WholeForward
 from bench.settings import Settings
 from bench.shapes import PREFIX_TOKENS
 from tir_kernels import reweighted_attention
 
 from .attention import plain_attention
-from .common import COMPILED, EAGER, Forward, Peer, compiled, own_peers
+from .common import COMPILED, EAGER, Peer, compiled, own_peers
 from .relevance import plain_token_weights, token_weights_arguments
 
 COMPILED_SDPA = f"{COMPILED} sdpa+mask"
-
-
-@dataclass(frozen=True)
-class WholeForward:
-    """A forward pass that can also tell which weights it used: (output, weights)."""
-
-    run: Forward
-    with_weights: Callable[[], tuple[Tensor, Tensor]]
-
-    def __call__(self) -> Tensor:
-        return self.run()
 
 
 def operator_peers(settings: Settings) -> list[Peer]:
@@ -45,7 +33,7 @@ def masked_sdpa(query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scal
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
-def _ours(backend: str, problem: OperatorProblem) -> WholeForward:
+def _ours(backend: str, problem: ReweightedProblem) -> WholeForward:
     attention, relevance = problem.attention, problem.relevance
     call = functools.partial(
         reweighted_attention,
@@ -68,7 +56,7 @@ def _ours(backend: str, problem: OperatorProblem) -> WholeForward:
 
 def _plain(
     attend: Callable[..., Tensor],
-    problem: OperatorProblem,
+    problem: ReweightedProblem,
     transform: Callable[[Callable], Callable] = lambda function: function,
 ) -> WholeForward:
     def whole(leaves: tuple, scale: float, relevance_inputs: tuple) -> tuple[Tensor, Tensor]:
@@ -85,5 +73,5 @@ def _plain(
     return WholeForward(lambda: run()[0], run)
 
 
-def _compiled_sdpa(problem: OperatorProblem) -> WholeForward:
+def _compiled_sdpa(problem: ReweightedProblem) -> WholeForward:
     return _plain(masked_sdpa, problem, compiled)

@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.problems import RelevanceProblem
+from bench.problems import Forward, RelevanceProblem
 from bench.settings import Settings
 from bench.shapes import PREFIX_TOKENS
 from tir_kernels import token_relevance, token_weights
 
-from .common import COMPILED, EAGER, Forward, Peer, compiled, own_peers
+from .common import COMPILED, EAGER, Peer, compiled, own_peers
+
+Norm = tuple[Tensor, Tensor, float]  # gain, offset, eps
 
 
 def relevance_peers(settings: Settings) -> list[Peer]:
@@ -26,15 +28,9 @@ def token_weights_peers(settings: Settings) -> list[Peer]:
     return [*ours, *_plain_peers(plain_token_weights, token_weights_arguments, settings)]
 
 
-def plain_relevance(
-    tokens: Tensor,
-    classes: Tensor,
-    gain: Tensor,
-    offset: Tensor,
-    proj: Tensor,
-    eps: float = 1e-5,
-) -> Tensor:
+def plain_relevance(tokens: Tensor, classes: Tensor, norm: Norm, proj: Tensor) -> Tensor:
     """(B, C, N) cosines, every step in the type of the tokens."""
+    gain, offset, eps = norm
     features = F.layer_norm(tokens[:, PREFIX_TOKENS:], gain.shape, gain, offset, eps) @ proj
     return F.normalize(classes, dim=-1) @ F.normalize(features, dim=-1).mT
 
@@ -42,16 +38,14 @@ def plain_relevance(
 def plain_token_weights(
     tokens: Tensor,
     classes: Tensor,
-    gain: Tensor,
-    offset: Tensor,
+    norm: Norm,
     proj: Tensor,
     top_k: int,
     strength: float,
     center: float,
-    eps: float = 1e-5,
 ) -> Tensor:
     """(B, L) weights of the linear rule."""
-    relevance = plain_relevance(tokens, classes, gain, offset, proj, eps)
+    relevance = plain_relevance(tokens, classes, norm, proj)
     chosen = relevance.topk(top_k, dim=-1).indices
     counts = torch.zeros_like(relevance, dtype=torch.float32).scatter_(-1, chosen, 1.0).sum(1)
     weights = torch.where(counts == 0, 1.0, 1.0 - strength * (counts - center))
@@ -60,7 +54,8 @@ def plain_token_weights(
 
 def relevance_arguments(problem: RelevanceProblem) -> tuple:
     """The arguments for :func:`plain_relevance`."""
-    return problem.tokens, problem.classes, problem.gain, problem.offset, problem.proj
+    norm = (problem.gain, problem.offset, problem.space.norm_eps)
+    return problem.tokens, problem.classes, norm, problem.proj
 
 
 def token_weights_arguments(problem: RelevanceProblem) -> tuple:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from bench.cases import Case
 from bench.operators import WEIGHTED_ATTENTION
 from bench.settings import Settings
@@ -16,15 +18,9 @@ def attention_cases(settings: Settings) -> list[Case]:
     directions = WEIGHTED_ATTENTION.directions
     if settings.device == "cpu" and settings.directions is None:
         directions = ("forward", "forward+backward")
+    suite = functools.partial(operator_case, "attention", WEIGHTED_ATTENTION)
     return [
-        operator_case(
-            "attention",
-            WEIGHTED_ATTENTION,
-            point,
-            direction,
-            settings,
-            _priority(point, direction),
-        )
+        suite(point, direction, settings, priority=_priority(point, direction))
         for point in points("attention", settings, varies=_SIZES)
         for direction in directions
         if settings.wants(direction)
@@ -33,7 +29,7 @@ def attention_cases(settings: Settings) -> list[Case]:
 
 def _priority(point: Point, direction: str) -> int:
     heads = point.images * point.heads
-    is_main = point.dtype == "bfloat16" and point.width == 64 and point.length < 1024
+    is_main = point.dtype == "bfloat16" and point.head_dim == 64 and point.length < 1024
     if not is_main or heads < 300 or direction == "forward+backward":
         return LAST
     return FIRST if heads == 768 else SECOND

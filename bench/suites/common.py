@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench.cases import Case, Implementation, Measurement
-from bench.operators import Operator, score_bytes
-from bench.peers.common import Forward, Peer
+from bench.counting import score_bytes
+from bench.operators import Operator
+from bench.peers.common import Peer
+from bench.problems import Forward
 from bench.settings import Settings
 from bench.shapes import Point
 from bench.timing import Call, clock_for, median_times
@@ -16,6 +18,8 @@ from bench.timing import Call, clock_for, median_times
 FIRST, SECOND, THIRD, LAST = range(4)
 
 Measure = Callable[[Sequence[Call], float], list[Measurement]]
+# (peer, its forward pass, which was found right, the case's problem) -> what is measured
+Prepare = Callable[[Peer, Forward, Any], Call]
 
 
 def operator_case(
@@ -24,14 +28,41 @@ def operator_case(
     point: Point,
     direction: str,
     settings: Settings,
-    priority: int,
+    *,
+    peers: Sequence[Peer] | None = None,
+    prepare: Prepare | None = None,
+    priority: int = FIRST,
 ) -> Case:
-    """The time of an operator's peers at one shape."""
+    """The case of an operator's peers at one shape.
 
-    def prepare(peer: Peer, forward: Forward, problem: Any) -> Call:
-        operator.verify(peer, forward, problem, direction)
-        return operator.call(forward, problem, direction)
+    Args:
+        suite: Its name.
+        operator: What is measured.
+        point: The shape.
+        direction: One of the operator's.
+        settings: Of the run.
+        peers: Those that take part, in turn; the operator's by default.
+        prepare: What of a peer is measured; the call in the direction by default.
+        priority: Of the case.
+    """
 
+    def call(peer: Peer, forward: Forward, problem: Any) -> Call:
+        return problem.call(forward, direction)
+
+    def implementation(peer: Peer) -> Implementation:
+        def prepared(problem: Any) -> Call:
+            forward = peer.build(problem)
+            problem.verify(forward, direction, is_weighted=peer.is_weighted)
+            return (prepare or call)(peer, forward, problem)
+
+        reason = peer.unavailable
+        if not reason and direction not in peer.directions:
+            reason = f"does {' and '.join(peer.directions)} only on this device"
+        passes = 1 if direction == "forward" else 2
+        scratch = passes * peer.score_tensors * score_bytes(point)
+        return Implementation(peer.name, prepared, reason, scratch)
+
+    competing = operator.peers(settings) if peers is None else peers
     return Case(
         suite=suite,
         operator=operator.name,
@@ -40,42 +71,12 @@ def operator_case(
         shape=operator.shape(point),
         direction=direction,
         make_inputs=lambda: operator.problem(point, settings.device),
-        implementations=competing(operator.peers(settings), point, direction, prepare),
+        implementations=[implementation(peer) for peer in competing],
         measure=_timed(settings.device),
         cost=operator.cost(point, direction),
         input_bytes=operator.tensor_bytes(point),
         priority=priority,
     )
-
-
-def competing(
-    peers: Sequence[Peer],
-    point: Point,
-    direction: str,
-    prepare: Callable[[Peer, Forward, Any], Call],
-) -> list[Implementation]:
-    """Peers as implementations of a case.
-
-    Args:
-        peers: In the order in which they take turns.
-        point: The shape.
-        direction: What is measured.
-        prepare: (peer, its forward pass, the case's problem) -> the call, after checking it.
-    """
-    passes = 1 if direction == "forward" else 2
-
-    def implementation(peer: Peer) -> Implementation:
-        reason = peer.unavailable
-        if not reason and direction not in peer.directions:
-            reason = f"does {' and '.join(peer.directions)} only on this device"
-        return Implementation(
-            peer.name,
-            lambda problem: prepare(peer, peer.build(problem), problem),
-            reason,
-            passes * peer.score_tensors * score_bytes(point),
-        )
-
-    return [implementation(peer) for peer in peers]
 
 
 def _timed(device: str) -> Measure:

@@ -84,9 +84,7 @@ def _config(dtype: str, settings: Settings, method: str, shots: int) -> FewShotC
 
 
 def _shape(workload: Workload, shots: int, settings: Settings) -> dict[str, int]:
-    sizes = workload.sizes
-    shape = {"ways": settings.ways, "shots": shots}
-    return shape | {"L": sizes.length, "D": sizes.width}
+    return {"ways": settings.ways, "shots": shots, **workload.sizes.shape()}
 
 
 def _whole_run(workload: Workload, method: str, shots: int, dtype: str, settings: Settings) -> Case:
@@ -119,12 +117,11 @@ def _whole_run(workload: Workload, method: str, shots: int, dtype: str, settings
 
 def _problem(workload: Workload, shots: int, device: str) -> StepProblem:
     """The first episode, for the check of the first loss."""
-    from bench.workload import read_images
-
-    model, files = workload.model, workload.draw(0, shots)
-    images = read_images(files.support, model.preprocess, device)
-    labels = files.support_labels.to(device)
-    return StepProblem(model.model, model.tokenizer, files.class_names, images, labels)
+    model, episode = workload.model, workload.load(workload.reader(), 0, shots, device)
+    labels = episode.support_labels.to(device)
+    return StepProblem(
+        model.model, model.tokenizer, episode.class_names, episode.support_images, labels
+    )
 
 
 def _implementations(

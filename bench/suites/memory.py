@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,12 +17,13 @@ from bench.operators import (
     WEIGHTED_ATTENTION,
     Operator,
 )
-from bench.peers.common import Forward, Peer
+from bench.peers.common import Peer
+from bench.problems import Forward
 from bench.settings import Settings
 from bench.shapes import Point, points
 from bench.timing import Call
 
-from .common import FIRST, SECOND, competing
+from .common import SECOND, operator_case
 from .step import (
     STEP,
     STEPS_OF_PEAK,
@@ -30,10 +31,9 @@ from .step import (
     StepProblem,
     has_open_clip,
     implementations,
-    make_problem,
     rebuild_step,
     smallest_step_points,
-    step_shape,
+    step_case,
 )
 
 _SIZES = ("lengths", "widths", "heads", "classes", "dtypes")
@@ -63,27 +63,14 @@ def _directions(operator: Operator, settings: Settings) -> list[str]:
 
 def _case(operator: Operator, point: Point, direction: str, settings: Settings) -> Case:
     def prepare(peer: Peer, forward: Forward, problem: Any) -> Call:
-        operator.verify(peer, forward, problem, direction)
-        if settings.device == "cuda":
-            call = operator.call(forward, problem, direction)
-            return functools.partial(added_on_gpu, call)
         rebuild = functools.partial(_rebuild, operator.name, peer.name, point, direction, settings)
-        return functools.partial(added_in_new_process, rebuild, settings.threads)
+        return _probe(problem.call(forward, direction), rebuild, settings)
 
     peers = [p for p in operator.peers(settings) if p.is_weighted and not p.is_compiled]
-    return Case(
-        suite="memory",
-        operator=operator.name,
-        device=settings.device,
-        dtype=point.dtype,
-        shape=operator.shape(point),
-        direction=direction,
-        make_inputs=lambda: operator.problem(point, settings.device),
-        implementations=competing(peers, point, direction, prepare),
-        measure=_measure,
-        input_bytes=operator.tensor_bytes(point),
-        priority=FIRST,
+    case = operator_case(
+        "memory", operator, point, direction, settings, peers=peers, prepare=prepare
     )
+    return replace(case, measure=_measure, cost=None)
 
 
 def _step_case(point: Point, sizes: ClipSizes, settings: Settings) -> Case:
@@ -92,26 +79,22 @@ def _step_case(point: Point, sizes: ClipSizes, settings: Settings) -> Case:
     def implementation(each: StepImplementation) -> Implementation:
         def prepare(problem: StepProblem) -> Call:
             call = functools.partial(each.prepare(problem), STEPS_OF_PEAK[settings.device])
-            if settings.device == "cuda":
-                return functools.partial(added_on_gpu, call)
             rebuild = functools.partial(rebuild_step, each.name, point, sizes, settings)
-            return functools.partial(added_in_new_process, rebuild, settings.threads)
+            return _probe(call, rebuild, settings)
 
         return Implementation(each.name, prepare, each.unavailable)
 
     chosen = implementations(point, "tokens", settings, only_targeted=True)
-    return Case(
-        suite="memory",
-        operator=STEP,
-        device=settings.device,
-        dtype=point.dtype,
-        shape=step_shape(point, sizes),
-        direction="forward+backward",
-        make_inputs=functools.partial(make_problem, point, sizes, settings.device),
-        implementations=[implementation(each) for each in chosen],
-        measure=_measure,
-        priority=SECOND,
-    )
+    competing = [implementation(each) for each in chosen]
+    case = step_case(STEP, point, sizes, settings, competing, priority=SECOND)
+    return replace(case, suite="memory", measure=_measure, cost=None)
+
+
+def _probe(call: Call, rebuild: Callable[[bool], Call], settings: Settings) -> Call:
+    """The memory of a call: on a GPU this one's, else that of the same call in a new process."""
+    if settings.device == "cuda":
+        return functools.partial(added_on_gpu, call)
+    return functools.partial(added_in_new_process, rebuild, settings.threads)
 
 
 def _measure(probes: Sequence[Call], seconds: float) -> list[Measurement]:
@@ -138,4 +121,4 @@ def _rebuild(
         point = replace(point, length=min(_SMALL_LENGTH, point.length))
     (peer,) = (p for p in operator.peers(settings) if p.name == peer_name)
     problem = operator.problem(point, settings.device)
-    return operator.call(peer.build(problem), problem, direction)
+    return problem.call(peer.build(problem), direction)

@@ -16,29 +16,25 @@ from bench.operators import (
     Operator,
 )
 from bench.peers.attention import default_sdpa
-from bench.peers.common import EAGER, Forward, Peer
+from bench.peers.common import EAGER, Peer
+from bench.problems import Forward
 from bench.settings import OURS, Settings
 from bench.shapes import Point, points
 from bench.timing import Call, HostClock, median_times
 
-from .common import FIRST, LAST, SECOND, competing, operator_case
+from .common import FIRST, LAST, SECOND, operator_case
 
 HOST_TIME = "host time"
 
 _SIZES = ("lengths", "widths", "heads", "classes", "dtypes")
-_TINY = Point(length=8, width=16, images=1, heads=1, num_classes=2, dtype="")
+_TINY = Point(length=8, head_dim=16, images=1, heads=1, num_classes=2, dtype="")
 
 
 def operator_cases(settings: Settings) -> list[Case]:
     whole = REWEIGHTED_ATTENTION
     cases = [
         operator_case(
-            "operator",
-            whole,
-            point,
-            direction,
-            settings,
-            _priority(point, direction),
+            "operator", whole, point, direction, settings, priority=_priority(point, direction)
         )
         for point in points("operator", settings, varies=_SIZES)
         for direction in whole.directions
@@ -64,31 +60,25 @@ def _host_time_case(operator: Operator, settings: Settings) -> Case:
     Query, key and value require gradients, as in training: to record the call for the backward pass
     is part of it.
     """
-    dtype = "float32" if settings.device == "cpu" else "bfloat16"
-    point = replace(_TINY, dtype=dtype)
 
-    def prepare(peer: Peer, forward: Forward, problem: Any) -> Call:
-        operator.verify(peer, forward, problem, "forward")
+    def forward_alone(peer: Peer, forward: Forward, problem: Any) -> Call:
         return forward
 
-    return Case(
-        suite="operator",
-        operator=f"{operator.name} {HOST_TIME}",
-        device=settings.device,
-        dtype=dtype,
-        shape=operator.shape(point),
-        direction="forward",
-        make_inputs=lambda: operator.problem(point, settings.device),
-        implementations=competing(_called_directly(operator, settings), point, "forward", prepare),
-        measure=_host_timed(settings.device),
-        priority=FIRST,
-    )
-
-
-def _called_directly(operator: Operator, settings: Settings) -> list[Peer]:
-    """Our operators, the plain formula and PyTorch's attention, called without naming a backend."""
+    # Our operators, the plain formula and PyTorch's attention, called without naming a backend.
     peers = [p for p in operator.peers(settings) if p.name.startswith(OURS) or p.name == EAGER]
-    return [*peers, default_sdpa()] if operator is WEIGHTED_ATTENTION else peers
+    if operator is WEIGHTED_ATTENTION:
+        peers.append(default_sdpa())
+    point = replace(_TINY, dtype="float32" if settings.device == "cpu" else "bfloat16")
+    case = operator_case(
+        "operator", operator, point, "forward", settings, peers=peers, prepare=forward_alone
+    )
+    return replace(
+        case,
+        operator=f"{operator.name} {HOST_TIME}",
+        measure=_host_timed(settings.device),
+        cost=None,
+        input_bytes=0,
+    )
 
 
 def _host_timed(device: str) -> Callable[[Sequence[Call], float], list[Measurement]]:

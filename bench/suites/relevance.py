@@ -22,5 +22,7 @@ def relevance_cases(settings: Settings) -> list[Case]:
             has_target = operator is TOKEN_WEIGHTS and point.num_classes == 5
             is_main = has_target and point.dtype == "bfloat16" and point.length == 197
             priority = FIRST if is_main else LAST
-            cases.append(operator_case("relevance", operator, point, "forward", settings, priority))
+            cases.append(
+                operator_case("relevance", operator, point, "forward", settings, priority=priority)
+            )
     return cases

@@ -17,10 +17,10 @@ from .common import LAST, Measure
 from .step import (
     StepImplementation,
     StepProblem,
-    make_problem,
+    own_config,
     require_open_clip,
     smallest_step_points,
-    step_shape,
+    step_case,
     train,
 )
 from .step_timing import StepRun, measure_for, measure_on_cpu
@@ -78,28 +78,23 @@ def _parts(point: Point, settings: Settings) -> list[_Part]:
 
 
 def _case(part: _Part, point: Point, sizes: ClipSizes, settings: Settings) -> Case:
-    from tir_kernels.fewshot import FewShotConfig, Savings
+    from tir_kernels.fewshot import Savings
 
-    backend, reason = settings.our_backends()[0]
-    config = FewShotConfig(precision=point.dtype, device=settings.device, backend=backend)
-    chosen = {f"{OURS}{backend}": Savings()}
+    config, reason = own_config(point, settings)
+    chosen = {f"{OURS}{config.backend}": Savings()}
     chosen |= {f"without {name}": replace(Savings(), **{name: False}) for name in part.savings}
-    return Case(
+    competing = [
+        StepImplementation(name, config, functools.partial(part.run, savings), reason).competing()
+        for name, savings in chosen.items()
+    ]
+    case = step_case(part.name, point, sizes, settings, competing, priority=LAST)
+    return replace(
+        case,
         suite="savings",
-        operator=part.name,
-        device=settings.device,
-        dtype=point.dtype,
-        shape=step_shape(point, sizes) | part.sizes,
+        shape=dict(case.shape) | part.sizes,
         direction=part.direction,
-        make_inputs=functools.partial(make_problem, point, sizes, settings.device),
-        implementations=[
-            StepImplementation(
-                name, config, functools.partial(part.run, savings), reason
-            ).competing()
-            for name, savings in chosen.items()
-        ],
         measure=part.measure,
-        priority=LAST,
+        cost=None,
     )
 
 

@@ -175,42 +175,47 @@ def implementations(
 
 def _case(point: Point, placement: str, sizes: ClipSizes, settings: Settings) -> Case:
     competing = [each.competing() for each in implementations(point, placement, settings)]
+    operator = f"{STEP}, placement {placement}"
     priority = SECOND if placement == "tokens" else THIRD
-    return _case_of(
-        point, sizes, settings, f"{STEP}, placement {placement}", competing, priority=priority
-    )
+    return step_case(operator, point, sizes, settings, competing, priority=priority)
 
 
 def _case_at_once(point: Point, sizes: ClipSizes, settings: Settings) -> Case:
     """The time of a step per episode, where some are trained at once."""
-    from tir_kernels.fewshot import FewShotConfig
-
     numbers = settings.parallel_episodes or _AT_ONCE
-    backend, reason = settings.our_backends()[0]
-    config = FewShotConfig(precision=point.dtype, device=settings.device, backend=backend)
+    config, reason = own_config(point, settings)
     competing = [
         StepImplementation(
-            f"{OURS}{backend}, {number} at once",
+            f"{OURS}{config.backend}, {number} at once",
             config,
             functools.partial(_run_engine_at_once, number),
             reason,
         ).competing()
         for number in numbers
     ]
-    operator = f"{STEP} per episode"
-    return _case_of(point, sizes, settings, operator, competing, at_once=max(numbers))
+    case = step_case(f"{STEP} per episode", point, sizes, settings, competing)
+    return replace(case, slowdown=case.slowdown * max(numbers))
 
 
-def _case_of(
+def own_config(point: Point, settings: Settings) -> tuple[FewShotConfig, str]:
+    """Settings of the engine with the first of our backends, and why that does not run here."""
+    from tir_kernels.fewshot import FewShotConfig
+
+    backend, reason = settings.our_backends()[0]
+    config = FewShotConfig(precision=point.dtype, device=settings.device, backend=backend)
+    return config, reason
+
+
+def step_case(
+    operator: str,
     point: Point,
     sizes: ClipSizes,
     settings: Settings,
-    operator: str,
     competing: list[Implementation],
     *,
-    at_once: int = 1,
     priority: int = THIRD,
 ) -> Case:
+    """The case of implementations of a step, or of what goes with one."""
     return Case(
         suite="step",
         operator=operator,
@@ -222,31 +227,23 @@ def _case_of(
         implementations=competing,
         measure=measure_for(settings),
         cost=cost_of_step(point.images, CLASS_NAMES, sizes),
-        slowdown=1.5 * at_once,  # nearly all of it are matrix products
+        slowdown=1.5,  # nearly all of it are matrix products
         priority=priority,
     )
 
 
 def step_shape(point: Point, sizes: ClipSizes) -> dict[str, int]:
-    return {"B": point.images, "L": sizes.length, "D": sizes.width, "C": len(CLASS_NAMES)}
+    return {"B": point.images, **sizes.shape(), "C": len(CLASS_NAMES)}
 
 
 def cost_of_step(images: int, class_names: Sequence[str], sizes: ClipSizes) -> Cost:
     token_ids = make_tokenizer(sizes)([f"a photo of a {name}." for name in class_names])
-    return step_cost(
-        images,
-        sizes.length,
-        sizes.width,
-        sizes.layers,
-        len(class_names),
-        int(token_ids.argmax(-1).max()) + 1,
-        sizes.text_width,
-        sizes.text_layers,
-    )
+    text_length = int(token_ids.argmax(-1).max()) + 1
+    return step_cost(sizes.image_tower(images), sizes.text_tower(len(class_names), text_length))
 
 
 def make_problem(point: Point, sizes: ClipSizes, device: str) -> StepProblem:
-    side = sizes.image_size
+    side = sizes.vision["image_size"]
     labels = torch.arange(point.images, device=device) % len(CLASS_NAMES)
     images = torch.randn(point.images, 3, side, side, device=device)
     model, tokenizer = make_model(sizes, device), make_tokenizer(sizes)

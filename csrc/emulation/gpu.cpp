@@ -1,7 +1,5 @@
 #include "cuda/device.cuh"
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -9,6 +7,8 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "emulation/fiber.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
@@ -40,7 +40,7 @@ struct Copy {
 };
 
 struct Thread {
-  ucontext_t context;
+  Fiber fiber;
   std::unique_ptr<unsigned char[]> stack;
   void* fake_stack = nullptr;  // AddressSanitizer's
   State state;
@@ -66,7 +66,7 @@ struct Block {
 };
 
 Block block;
-ucontext_t scheduler;
+Fiber scheduler;
 uint64_t thread_order = 0;
 std::mt19937_64 dice;
 
@@ -85,7 +85,7 @@ void to_scheduler(bool is_last) {
 #else
   (void)is_last;
 #endif
-  swapcontext(&self.context, &scheduler);
+  switch_fibers(self.fiber, scheduler);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(self.fake_stack, nullptr, nullptr);
 #endif
@@ -105,7 +105,7 @@ void to_thread(int index) {
   void* fake_stack;
   __sanitizer_start_switch_fiber(&fake_stack, next.stack.get(), kStack);
 #endif
-  swapcontext(&scheduler, &next.context);
+  switch_fibers(scheduler, next.fiber);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 #endif
@@ -133,11 +133,7 @@ void start_threads(dim3 block_index, dim3 grid, dim3 size, const std::function<v
     thread.uncommitted.clear();
     dim3 index(i % size.x, i / size.x % size.y, i / (size.x * size.y));
     thread.lane = {index, block_index, size, grid, i % 32};
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.get();
-    thread.context.uc_stack.ss_size = kStack;
-    thread.context.uc_link = nullptr;
-    makecontext(&thread.context, thread_main, 0);
+    prepare(thread.fiber, thread.stack.get(), kStack, thread_main);
   }
 }
 

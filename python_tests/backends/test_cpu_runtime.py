@@ -71,6 +71,7 @@ def test_several_python_threads_at_once() -> None:
     assert all(torch.equal(output, expected) for output in outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads through /proc")
 def test_no_threads_beside_those_of_torch() -> None:
     program = """
@@ -135,6 +136,7 @@ def test_a_fork_after_use_does_not_hang() -> None:
         process.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["portable", "nonsense"])
 def test_the_environment_names_an_instruction_set(name: str) -> None:
     program = (

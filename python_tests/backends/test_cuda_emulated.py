@@ -13,6 +13,7 @@ from pathlib import Path
 
 import cuda_emulation
 import oracle
+import proofs
 import pytest
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 pytestmark = [
     pytest.mark.usefixtures("poisoned_outputs"),
     pytest.mark.skipif(bool(cuda_emulation.missing()), reason=cuda_emulation.missing() or "runs"),
+    pytest.mark.slow,
 ]
 
 
@@ -262,6 +264,16 @@ def run_sanitized(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
+def sanitized_result(name: str, *tests: str) -> Path:
+    """Where a run under sanitizers leaves that it passed; it depends on all that it imports."""
+    helpers = ("conftest.py", "cuda_emulation.py", "oracle.py", "proofs.py", "golden", "backends")
+    files = proofs.sources(*(f"python_tests/{part}" for part in helpers), *tests)
+    files += proofs.cuda_sources() + proofs.operator_sources()
+    flags = cuda_emulation.flags_for(Path("csrc"))
+    versions = (proofs.version_of("g++"), sys.version, torch.__version__)
+    return proofs.place(f"sanitized-{name}", [*files, *proofs.operator_sources()], flags, *versions)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -278,9 +290,10 @@ def test_under_address_and_undefined_behaviour_sanitizers(name: str) -> None:
         pytest.skip("this is such a run")
     chosen = "(cuda-emulated or test_cuda) and not mistakes and not order and not stray"
     options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", chosen]
-    done = run_sanitized(["-m", "pytest", *options, str(ROOT / "python_tests" / name)])
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
-    assert " passed" in done.stdout
+    with proofs.once(sanitized_result(Path(name).stem, f"python_tests/{name}")):
+        done = run_sanitized(["-m", "pytest", *options, str(ROOT / "python_tests" / name)])
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
+        assert " passed" in done.stdout
 
 
 STRAY_READ = """
@@ -300,9 +313,10 @@ print("ran to the end")
 def test_the_sanitizer_sees_a_stray_read(mistake: str, tmp_path: Path) -> None:
     if cuda_emulation.is_sanitized():
         pytest.skip("starts such a run")
-    done = run_sanitized(["-c", STRAY_READ, mistake, str(tmp_path)])
-    if mistake == "none":
-        assert "ran to the end" in done.stdout, done.stderr
-    else:
-        assert "heap-buffer-overflow" in done.stderr
-        assert done.returncode != 0
+    with proofs.once(sanitized_result(f"stray-read-{mistake.replace(' ', '-')}")):
+        done = run_sanitized(["-c", STRAY_READ, mistake, str(tmp_path)])
+        if mistake == "none":
+            assert "ran to the end" in done.stdout, done.stderr
+        else:
+            assert "heap-buffer-overflow" in done.stderr
+            assert done.returncode != 0

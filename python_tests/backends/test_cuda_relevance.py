@@ -23,6 +23,7 @@ NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "f
 pytestmark = [
     pytest.mark.usefixtures("poisoned_outputs"),
     pytest.mark.skipif(bool(cuda_emulation.missing()), reason=cuda_emulation.missing() or "runs"),
+    pytest.mark.slow,
 ]
 
 

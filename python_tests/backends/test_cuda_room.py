@@ -17,9 +17,10 @@ SHARED_MEMORY = (99, 163, 227)  # KiB a block: capability 8.6, 8.0, 9.0
 # Beside four multiprocessors, blocks of one, two, three and four warps, as the rows allow.
 HEADS = (1, 2, 3, 64)
 
-pytestmark = pytest.mark.skipif(
-    bool(cuda_emulation.missing()), reason=cuda_emulation.missing() or "runs"
-)
+pytestmark = [
+    pytest.mark.skipif(bool(cuda_emulation.missing()), reason=cuda_emulation.missing() or "runs"),
+    pytest.mark.slow,
+]
 
 
 def test_the_limits_are_those_of_the_launcher(kernels) -> None:

@@ -36,7 +36,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 ONLY_DEVICE = (
-    pytest.param("cpu", id="interpreted")
+    pytest.param("cpu", id="interpreted", marks=pytest.mark.slow)
     if INTERPRETED
     else pytest.param("cuda", marks=pytest.mark.gpu)
 )

@@ -12,9 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import proofs
 import pytest
+import torch
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+pytestmark = pytest.mark.slow
 
 # KiB of shared memory that a program may use. 8.0 itself has 163, but its configurations also serve
 # 8.6, 8.9 and 12.x, which have 99.
@@ -74,12 +78,17 @@ def dropout_cases() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The compiler's word on each kernel, kept for as long as the kernels stay as they are."""
     cases = [
         {**case, "arch": arch, "weights_grad": True}
         for make in (attention_cases, relevance_cases, selection_cases, dropout_cases)
         for case in make()
         for arch in SHARED_MEMORY
     ]
+    files = [*proofs.operator_sources(), Path(__file__).with_name("triton_offline.py")]
+    kept = proofs.place("triton-compiled", files, cases, triton.__version__, torch.__version__)
+    if proofs.is_done(kept):
+        return [json.loads(line) for line in kept.read_text().splitlines()]
     repository = Path(__file__).parents[2]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
@@ -94,6 +103,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     assert done.returncode == 0, done.stderr[-4000:]
     results = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(results) >= len(cases)
+    proofs.keep(kept, done.stdout)
     return results
 
 

@@ -24,7 +24,7 @@ from bench.whole_runs import RunOutcome, run_ours, run_published, start_up_secon
 from bench.workload import Workload
 from tir_kernels.fewshot import FewShotConfig, NonFiniteLossError
 
-pytestmark = pytest.mark.usefixtures("low_ceilings")
+pytestmark = [pytest.mark.usefixtures("low_ceilings"), pytest.mark.slow]
 
 SMALL = ["episodes", "--device", "cpu", "--threads", "1", "--ways", "3", "--shots", "2"]
 SMALL += ["--queries", "4", "--episodes", "2", "--steps", "3"]
@@ -211,9 +211,10 @@ def write_images(folder, classes, count):
 
 def test_episodes_are_drawn_from_a_folder(tmp_path):
     data = write_images(tmp_path / "images", ["AnnualCrop", "sea_lake", "x"], 5)
-    (data / "class_names.json").write_text('{"x": "highway"}')
+    names = {"x": "highway", "AnnualCrop": "annual crop", "sea_lake": "sea lake"}
+    (data / "class_names.json").write_text(json.dumps(names))
     workload = Workload(Settings(data=str(data), ways=3, queries=2), [3])
-    drawn = [workload.draw(index, 3) for index in range(4)]
+    drawn = [workload.files(index, 3) for index in range(4)]
     assert sorted(drawn[0].class_names) == ["annual crop", "highway", "sea lake"]
     assert drawn[0].support_labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert drawn[0].query_labels.tolist() == [0, 0, 1, 1, 2, 2]
@@ -226,16 +227,16 @@ def test_episodes_are_drawn_from_a_folder(tmp_path):
         ):
             named = [folders[episode.class_names[label]] for label in labels]
             assert [file.parent.name for file in files] == named
-    assert workload.draw(1, 3) == drawn[1]
+    assert workload.files(1, 3) == drawn[1]
     assert len({tuple(episode.support) for episode in drawn}) == 4
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": "nowhere"}, "--data: "),
-        ({"ways": 3}, "has 2 classes; lower --ways"),
-        ({"queries": 5}, "fewer than 6 images of 'one'; lower --shots or --queries"),
+        ({"data": "nowhere"}, "nowhere does not exist"),
+        ({"ways": 3}, "is more than the 2 classes"),
+        ({"queries": 5}, "class 'one' in .* has 5 images but 6 are needed"),
         ({"model": "ViT-B-61"}, "did you mean ViT-B-16"),
     ],
 )

@@ -218,7 +218,9 @@ def test_a_backend_that_does_not_run_fails(check):
 def test_what_the_machine_lacks_is_done_without(check):
     status, output, calls = check(NO_XDIST="1", NO_OPEN_CLIP="1")
     assert status == 0
-    assert "open_clip is missing: tests of clip, fewshot and demo are left out" in output
+    assert (
+        "open_clip is missing: tests of towers, adapters, fewshot and demo are left out" in output
+    )
     tests = [call for call in calls if "-m pytest" in call]
     assert not any("-n 8" in call for call in tests)
     assert "--ignore=python_tests/fewshot" in tests[0]

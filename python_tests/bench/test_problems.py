@@ -7,14 +7,14 @@ from bench.cases import WrongResultError
 from bench.operators import OPERATORS, WEIGHTED_ATTENTION
 from bench.peers.attention import plain_attention
 from bench.peers.relevance import plain_token_weights, token_weights_arguments
-from bench.problems import AttentionProblem, RelevanceProblem
+from bench.problems import AttentionProblem, TokenWeightsProblem
 from bench.settings import Settings
 from bench.shapes import Point, points, split_heads
 
 
-def attention_problem(dtype=torch.float32):
+def attention_problem():
     torch.manual_seed(0)
-    return AttentionProblem(3, 2, 9, 8, dtype, "cpu")
+    return AttentionProblem(Point(9, 8, images=3, heads=2, num_classes=3, dtype="float32"), "cpu")
 
 
 def test_tensors_are_views_of_one_projection():
@@ -35,7 +35,7 @@ def test_all_peers_are_right(name, direction, dtype):
     problem = operator.problem(point, "cpu")
     for peer in operator.peers(settings):
         if not peer.unavailable:
-            operator.verify(peer, peer.build(problem), problem, direction)
+            problem.verify(peer.build(problem), direction, is_weighted=peer.is_weighted)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -46,7 +46,7 @@ def test_all_token_peers_are_right(name, dtype):
     problem = operator.problem(Point(50, 8, 3, 4, 7, dtype), "cpu")
     for peer in operator.peers(Settings(compiles=False)):
         if not peer.unavailable:
-            operator.verify(peer, peer.build(problem), problem, "forward")
+            problem.verify(peer.build(problem), "forward")
 
 
 def test_attention_without_its_weights_is_wrong():
@@ -79,7 +79,7 @@ def test_nan_and_shapes_are_found():
 
 def test_wrong_weights_are_found():
     torch.manual_seed(0)
-    problem = RelevanceProblem(2, 50, 16, 5, torch.float32, "cpu")
+    problem = TokenWeightsProblem(Point(50, 4, 2, 4, 5, "float32"), "cpu")
     *inputs, top_k, strength, center = token_weights_arguments(problem)
     right = plain_token_weights(*inputs, top_k, strength, center)
     problem.verify_counts(right)

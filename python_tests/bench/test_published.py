@@ -101,7 +101,7 @@ def test_dropout_is_for_training_only(model, tokenizer, images) -> None:
     torch.testing.assert_close(step.classify(queries), step.classify(queries), atol=0, rtol=0)
 
 
-def test_it_does_the_published_work(model, tokenizer, images, monkeypatch) -> None:
+def test_it_does_the_published_work(model, tokenizer, images) -> None:
     support, labels, queries = images
     width = 32  # of both towers
 
@@ -123,20 +123,18 @@ def test_it_does_the_published_work(model, tokenizer, images, monkeypatch) -> No
     assert full - low_rank == expected
 
     lengths = []
-    attend = published.materialised_attention
 
     def note(q, k, v, bias):
         lengths.append(q.shape[2])
-        return attend(q, k, v, bias)
+        return materialised_attention(q, k, v, bias)
 
-    monkeypatch.setattr(published, "materialised_attention", note)
-    PublishedStep(model, tokenizer, NAMES, CONFIG).classify(queries)
+    PublishedStep(model, tokenizer, NAMES, CONFIG, note).classify(queries)
     one_batch = [CONTEXT] * 3 + [17] * 5
     assert lengths == one_batch * 2, "the text passes through its tower with each batch"
 
 
 def test_a_plain_step_cuts_its_prompts(model, tokenizer) -> None:
-    plain = PlainStep(model, tokenizer, NAMES[:2], CONFIG, materialised_attention)
+    plain = PlainStep(model, tokenizer, NAMES[:2], CONFIG)
     whole = PublishedStep(model, tokenizer, NAMES[:2], CONFIG)
     lengths = [1 + 4 + step.after.shape[1] for step in (plain, whole)]
     assert lengths == [8, CONTEXT]  # start, a photo of a, the name, full stop, end
@@ -160,7 +158,7 @@ def test_each_episode_reads_its_model_and_images(monkeypatch) -> None:
     monkeypatch.setattr(published, "read_images", noting_read)
     config = replace(CONFIG, shots=1, steps=2, lora_dropout=0.25)
     for index in range(2):
-        episode = published.run_episode(workload.model_folder, workload.draw(index, 1), config)
+        episode = published.run_episode(workload.model_folder, workload.files(index, 1), config)
         assert len(episode.losses) == 2
         assert episode.accuracy in (0, 0.5, 1)
     assert loads == [workload.model_folder] * 2

@@ -7,6 +7,7 @@ from bench.counting import fused_memory
 from bench.findings import Finding, findings, summary
 from bench.records import make_record
 from bench.report import report
+from bench.shapes import Point
 from bench.targets import TARGETS
 
 PEERS = {
@@ -84,7 +85,7 @@ def test_gpu_targets_of_the_other_suites():
 
 
 def test_memory_is_compared_with_what_a_fused_call_needs():
-    allowed = fused_memory(25, 12, 197, 64, 1, 5, 2, "forward") / 2**20
+    allowed = fused_memory(Point(197, 64, 25, 12, 5, "bfloat16"), "forward") / 2**20
     case = case_of(suite="memory", operator="reweighted_attention", shape=OPERATOR_SHAPE)
     records = [make_record(case, "tir cuda", mib=2 * allowed)]
     (finding,) = found(records).values()

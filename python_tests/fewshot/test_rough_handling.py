@@ -310,6 +310,7 @@ def test_an_encoding_that_lacks_a_character(make_images, tmp_path, monkeypatch, 
     assert len(results(out)) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seconds", "number"),
     [(0.3, signal.SIGINT), (0.8, signal.SIGINT), (1.5, signal.SIGINT), (0.5, signal.SIGTERM)],

@@ -23,6 +23,8 @@ from tir_kernels.fewshot.command import main
 from tir_kernels.fewshot.run.folder import read_run
 from tir_kernels.fewshot.run.journal import journal_paths
 
+pytestmark = pytest.mark.slow
+
 KILLS = 20
 
 forking = multiprocessing.get_context("fork")

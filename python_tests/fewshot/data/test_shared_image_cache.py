@@ -27,6 +27,7 @@ def read_all(setting, answers):
     answers.put((reader.preprocess.decoded, total, len(setting.notices)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [None, signal.SIGKILL, signal.SIGINT])
 def test_processes_at_once_and_what_a_stopped_one_leaves(tmp_path, number):
     setting = Setting(write_images(tmp_path / "images", {"a": 40}), tmp_path / "cache")

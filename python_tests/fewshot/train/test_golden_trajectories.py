@@ -101,11 +101,13 @@ def test_trajectory(name: str) -> None:
     follow(name)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("published_ties")
 def test_trajectory_with_ties() -> None:
     follow("tir_5shot", backend="reference")
 
 
+@pytest.mark.slow
 def test_tokens_of_weight_zero_tie(monkeypatch: pytest.MonkeyPatch) -> None:
     """That ties, and nothing else, set the two orders apart."""
     smallest_gaps = []

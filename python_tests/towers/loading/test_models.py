@@ -284,6 +284,7 @@ def test_nothing_is_logged(folder, caplog):
     assert caplog.text == ""
 
 
+@pytest.mark.slow
 def test_real_model_knows_everyday_objects(real_data):
     # Weights, preprocessing and class words all have to be right for this.
     loaded = load_model(str(real_data / "model"))
