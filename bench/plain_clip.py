@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tir_kernels.fewshot import FewShotConfig
+from bench.training import Training
+from tir_kernels.fewshot.methods.tir import TIR
 
 from .peers.relevance import plain_token_weights
 
@@ -39,11 +40,11 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Ten
     )
 
 
-def precision(config: FewShotConfig) -> contextlib.AbstractContextManager:
+def precision(training: Training) -> contextlib.AbstractContextManager:
     """Autocast as the settings say."""
-    if config.precision == "float32":
+    if training.runtime.precision == "float32":
         return contextlib.nullcontext()
-    return torch.autocast(config.device, dtype=getattr(torch, config.precision))
+    return torch.autocast(training.runtime.device, dtype=getattr(torch, training.runtime.precision))
 
 
 class PlainStep:
@@ -53,7 +54,7 @@ class PlainStep:
         model: An open_clip CLIP model, whose parameters are only read.
         tokenizer: Its tokenizer.
         class_names: C names.
-        config: The engine's settings; "lora" as method leaves re-weighting out.
+        training: The method; LoRA alone leaves re-weighting out.
         attend: How attention is computed.
         trains: Without it there are no low-rank factors, and the first loss is what it would be
             with them, since they start as a change of nothing.
@@ -68,13 +69,13 @@ class PlainStep:
         model: nn.Module,
         tokenizer: Callable[[list[str]], Tensor],
         class_names: Sequence[str],
-        config: FewShotConfig,
+        training: Training,
         attend: Attend = materialised_attention,
         *,
         trains: bool = True,
     ) -> None:
         self.model = model
-        self.config = config
+        self.training = training
         self.attend = attend
         self.drops = trains
         device = model.token_embedding.weight.device
@@ -83,7 +84,7 @@ class PlainStep:
         with torch.no_grad():
             embeddings = model.token_embedding(token_ids[:, : self._text_length(token_ids)])
             embeddings = embeddings.half().to(embeddings.dtype)  # as published
-        words = config.context_tokens
+        words = training.method.context_tokens
         self.before, self.after = embeddings[:, :1], embeddings[:, 1 + words :]
         self.context = nn.Parameter(embeddings[0, 1 : 1 + words].clone())
         self.lora: dict[nn.Module, tuple[nn.Parameter, nn.Parameter]] = {}
@@ -92,8 +93,9 @@ class PlainStep:
                 for block in tower.resblocks:
                     self.lora[block] = self._factors(block)
         depth = len(model.visual.transformer.resblocks)
-        reweighted = config.layers or (depth - 4, depth - 2)
-        self.reweighted = set(reweighted if config.method == "tir" else ())
+        self.reweighted = set()
+        if isinstance(training.method, TIR):
+            self.reweighted = set(training.method.layers or (depth - 4, depth - 2))
         self.text_layer = len(model.transformer.resblocks) - 2
 
     def _text_length(self, token_ids: Tensor) -> int:
@@ -102,7 +104,7 @@ class PlainStep:
 
     def _factors(self, block: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
         weight = block.attn.in_proj_weight
-        width, rank = weight.shape[1], self.config.lora_rank
+        width, rank = weight.shape[1], self.training.method.lora_rank
         a = nn.Parameter(torch.empty(3, rank, width, device=weight.device))
         for factor in a.unbind():
             nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
@@ -116,11 +118,13 @@ class PlainStep:
         on_step: Callable[[], None] = lambda: None,
     ) -> list[float]:
         """Take some steps and return their losses; ``on_step`` is called after each."""
-        config = self.config
+        training = self.training
         factors = [factor for pair in self.lora.values() for factor in pair]
         optimizers = [
-            torch.optim.AdamW(factors, lr=config.lora_lr, weight_decay=0.01),
-            torch.optim.SGD([self.context], lr=config.context_lr, momentum=0.9, weight_decay=5e-4),
+            torch.optim.AdamW(factors, lr=training.method.lora_lr, weight_decay=0.01),
+            torch.optim.SGD(
+                [self.context], lr=training.method.context_lr, momentum=0.9, weight_decay=5e-4
+            ),
         ]
         losses = []
         for _ in range(steps):
@@ -142,7 +146,7 @@ class PlainStep:
         classes, intermediate = self._encode_text()
         features = F.normalize(self._encode_images(images, intermediate.detach()), dim=-1)
         cosines = features @ F.normalize(classes, dim=-1).T
-        return self.config.resolved_logit_scale * cosines
+        return self.training.logit_scale * cosines
 
     def _encode_text(self) -> tuple[Tensor, Tensor]:
         """(C, E) class embeddings of the last block, and of the block the relevance uses."""
@@ -173,23 +177,23 @@ class PlainStep:
             bias = None
             if layer in self.reweighted:
                 weights = self._weights(hidden, classes)
-                if self.config.placement != "attention":
+                if self.training.method.placement != "attention":
                     hidden = hidden * weights[..., None].to(hidden.dtype)
-                if self.config.placement != "tokens":
+                if self.training.method.placement != "tokens":
                     bias = weights.clamp(min=0).log()[:, None, None, :]
             hidden = self._block(block, hidden, bias)
         return tower.ln_post(hidden[:, 0]) @ tower.proj
 
     @torch.no_grad()
     def _weights(self, tokens: Tensor, classes: Tensor) -> Tensor:
-        tower, config = self.model.visual, self.config
+        tower, training = self.model.visual, self.training
         return plain_token_weights(
             tokens,
             classes.to(tokens.dtype),
             (tower.ln_post.weight, tower.ln_post.bias, tower.ln_post.eps),
             tower.proj,
-            int((tokens.shape[1] - 1) * config.top_ratio),
-            config.strength,
+            int((tokens.shape[1] - 1) * training.method.top_ratio),
+            training.method.strength,
             (len(classes) + 1) / 2,
         )
 
@@ -219,8 +223,8 @@ class PlainStep:
 
     @property
     def _lora_scaling(self) -> float:
-        return self.config.lora_alpha / math.sqrt(self.config.lora_rank)
+        return self.training.method.lora_alpha / math.sqrt(self.training.method.lora_rank)
 
     def _lora_input(self, tokens: Tensor) -> Tensor:
         # As published, the branches pass no gradient on.
-        return F.dropout(tokens.detach(), self.config.lora_dropout, self.drops)
+        return F.dropout(tokens.detach(), self.training.method.lora_dropout, self.drops)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from tir_kernels.fewshot import FewShotConfig
+from bench.training import Training
 
 from .plain_clip import PlainStep, precision
 from .workload import EpisodeFiles
@@ -65,22 +65,25 @@ class PublishedEpisode:
     accuracy: float
 
 
-def run_episode(folder: Path, files: EpisodeFiles, config: FewShotConfig) -> PublishedEpisode:
+def run_episode(folder: Path, files: EpisodeFiles, training: Training) -> PublishedEpisode:
     """Load the model and the images, train, classify.
 
     Args:
         folder: The model's, with ``open_clip_config.json`` and weights.
         files: The episode.
-        config: Settings.
+        training: Settings.
     """
-    model, preprocess, tokenizer = _load(folder, config.device)
+    model, preprocess, tokenizer = _load(folder, training.runtime.device)
     torch.manual_seed(files.index)
     support, queries = (
-        read_images(names, preprocess, config.device) for names in (files.support, files.queries)
+        read_images(names, preprocess, training.runtime.device)
+        for names in (files.support, files.queries)
     )
-    with precision(config):
-        step = PublishedStep(model, tokenizer, files.class_names, config)
-        losses = step.train(support, files.support_labels.to(config.device), config.steps)
+    with precision(training):
+        step = PublishedStep(model, tokenizer, files.class_names, training)
+        losses = step.train(
+            support, files.support_labels.to(training.runtime.device), training.method.steps
+        )
         guesses = step.classify(queries).argmax(1).cpu()
     correct = guesses == files.query_labels
     return PublishedEpisode(losses, correct.float().mean().item())

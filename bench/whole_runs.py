@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from tir_kernels.fewshot import FewShotConfig, finetune_episodes
+from bench.training import Training
+from tir_kernels.fewshot import finetune_episodes
 
 from . import published
 from .workload import Workload
@@ -44,13 +45,13 @@ class RunOutcome:
 
 
 def run_ours(
-    workload: Workload, config: FewShotConfig, episodes: int, at_once: int, say: Say
+    workload: Workload, training: Training, episodes: int, at_once: int, say: Say
 ) -> RunOutcome:
     """A whole run of ours; the model is loaded once, before the clock starts.
 
     Args:
         workload: What is run.
-        config: Settings, of which ``shots`` counts too.
+        training: Settings, of which ``shots`` counts too.
         episodes: Their number.
         at_once: Most of them that are trained at once.
         say: Is called with a line of progress.
@@ -61,8 +62,12 @@ def run_ours(
     start = time.perf_counter()
     for first in range(0, episodes, at_once):
         numbers = range(first, min(first + at_once, episodes))
-        chosen = [workload.load(reader, n, config.shots, config.device) for n in numbers]
-        results = finetune_episodes(model.model, model.tokenizer, chosen, config)
+        chosen = [
+            workload.load(reader, n, training.shots, training.runtime.device) for n in numbers
+        ]
+        results = finetune_episodes(
+            model.model, model.tokenizer, chosen, training.method, runtime=training.runtime
+        )
         for episode, result in zip(chosen, results, strict=True):
             if isinstance(result, Exception):
                 raise result
@@ -74,15 +79,15 @@ def run_ours(
     return RunOutcome(seconds, first_losses, accuracies, len(right))
 
 
-def run_published(workload: Workload, config: FewShotConfig, episodes: int, say: Say) -> RunOutcome:
+def run_published(workload: Workload, training: Training, episodes: int, say: Say) -> RunOutcome:
     """A whole run of the published program, which starts over at each episode."""
     folder = workload.model_folder
     first_losses: list[float] = []
     accuracies: list[float] = []
     start = time.perf_counter()
     for index in range(episodes):
-        files = workload.files(index, config.shots)
-        result = published.run_episode(folder, files, config)
+        files = workload.files(index, training.shots)
+        result = published.run_episode(folder, files, training)
         first_losses.append(result.losses[0])
         accuracies.append(result.accuracy)
         say(_progress(accuracies, episodes))
@@ -95,7 +100,7 @@ def _progress(accuracies: list[float], episodes: int) -> str:
     return f"{len(accuracies)} of {episodes} episodes, accuracy {mean:.1%}"
 
 
-def start_up_seconds(workload: Workload, config: FewShotConfig, ways: int, out: Path) -> float:
+def start_up_seconds(workload: Workload, training: Training, ways: int, out: Path) -> float:
     """Time from the start of ``tir-finetune run`` to the end of its first training step.
 
     Raises:
@@ -106,13 +111,13 @@ def start_up_seconds(workload: Workload, config: FewShotConfig, ways: int, out: 
         "model": workload.model_folder,
         "out": out,
         "ways": ways,
-        "shots": config.shots,
+        "shots": training.shots,
         "queries": 1,
         "episodes": 1,
-        "method": config.method,
-        "precision": config.precision,
-        "device": config.device,
-        "backend": config.backend,
+        "method": training.method.name,
+        "precision": training.runtime.precision,
+        "device": training.runtime.device,
+        "backend": training.runtime.backend,
     }
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     program = [sys.executable, "-m", "bench.first_step", str(torch.get_num_threads())]

@@ -10,7 +10,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -114,6 +114,13 @@ class _Changed(Method):
         with self.method.start(kit) as learner:
             self.change(learner)
             yield learner
+
+
+def with_steps(method: Method, steps: int) -> Method:
+    """A method that takes so many steps, changed or not."""
+    if isinstance(method, _Changed):
+        return replace(method, method=with_steps(method.method, steps))
+    return replace(method, steps=steps)  # type: ignore[call-arg]
 
 
 @contextmanager

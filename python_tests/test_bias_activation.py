@@ -155,6 +155,7 @@ def test_float64_is_for_the_reference() -> None:
         bias_activation(torch.ones(2, 3, dtype=torch.float64), None, backend="cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_opcheck(backend: str) -> None:
     rows, bias = torch.randn(2, 3, 4, 8), torch.randn(8)

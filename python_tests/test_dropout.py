@@ -90,6 +90,7 @@ def test_every_instruction_set_and_number_of_threads_drops_the_same(restored_ker
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_interpreted_triton_kernel_drops_what_the_reference_drops() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     program = """
@@ -248,6 +249,7 @@ def test_float64_is_for_the_reference() -> None:
     assert torch.equal(kept != 0, single != 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_opcheck(backend: str) -> None:
     rows, step = torch.randn(2, 3, 4, 8), torch.tensor([0])

@@ -8,14 +8,14 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bench.cases import Case, Implementation, Measurement
 from bench.counting import episode_cost
 from bench.settings import OURS, PUBLISHED, Settings
 from bench.timing import Call
+from tir_kernels.fewshot.methods import DEFAULT_METHODS
 
 from .common import FIRST, SECOND, THIRD
 from .step import (
@@ -29,13 +29,12 @@ from .step import (
 )
 
 if TYPE_CHECKING:
+    from bench.training import Training
     from bench.whole_runs import RunOutcome
     from bench.workload import Workload
-    from tir_kernels.fewshot import FewShotConfig
 
 WHOLE_RUN = "whole run"
 START_UP = "start-up to the first step"
-METHODS = ("tir", "lora")
 _AUTO = "auto"  # the backend that a run chooses by itself
 
 # (device, quick) -> sizes where none are given
@@ -49,7 +48,7 @@ _ALLOWED_ERRORS = 4  # standard errors between accuracies of programs with other
 
 Result = TypeVar("Result")
 # (settings, number of episodes, where lines of progress go)
-RunEpisodes = Callable[["FewShotConfig", int, Callable[[str], None]], "RunOutcome"]
+RunEpisodes = Callable[["Training", int, Callable[[str], None]], "RunOutcome"]
 
 
 def episode_cases(settings: Settings) -> list[Case]:
@@ -65,21 +64,22 @@ def episode_cases(settings: Settings) -> list[Case]:
         _whole_run(workload, method, shots, dtype, settings)
         for dtype in dtypes
         for shots in chosen
-        for method in METHODS
+        for method in DEFAULT_METHODS
     ]
     return [_start_up(workload, dtypes[0], chosen[0], settings), *cases]
 
 
-def _config(dtype: str, settings: Settings, method: str, shots: int) -> FewShotConfig:
-    from tir_kernels.fewshot import FewShotConfig
+def _training(dtype: str, settings: Settings, method: str, shots: int) -> Training:
+    from bench.training import Training
+    from tir_kernels.fewshot import Runtime
+    from tir_kernels.fewshot.methods import method_class
 
-    return FewShotConfig(
-        method=method,
-        steps=settings.steps or _STEPS[settings.quick],
-        shots=shots,
-        precision=dtype,
-        device=settings.device,
-        backend=settings.backends[0] if settings.backends else _AUTO,
+    chosen: Any = method_class(method)
+    backend = settings.backends[0] if settings.backends else _AUTO
+    return Training(
+        chosen(steps=settings.steps or _STEPS[settings.quick]),
+        Runtime(settings.device, dtype, backend),
+        shots,
     )
 
 
@@ -88,7 +88,7 @@ def _shape(workload: Workload, shots: int, settings: Settings) -> dict[str, int]
 
 
 def _whole_run(workload: Workload, method: str, shots: int, dtype: str, settings: Settings) -> Case:
-    config = _config(dtype, settings, method, shots)
+    training = _training(dtype, settings, method, shots)
     episodes = settings.episodes or _EPISODES[settings.device, settings.quick]
     names = [f"class {number}" for number in range(settings.ways)]
     sizes = workload.sizes
@@ -97,7 +97,7 @@ def _whole_run(workload: Workload, method: str, shots: int, dtype: str, settings
     )
     shape = _shape(workload, shots, settings) | {
         "queries": settings.queries,
-        "steps": config.steps,
+        "steps": training.method.steps,
     }
     return Case(
         suite="episodes",
@@ -107,11 +107,11 @@ def _whole_run(workload: Workload, method: str, shots: int, dtype: str, settings
         shape=shape,
         direction="forward+backward",
         make_inputs=functools.partial(_problem, workload, shots, settings.device),
-        implementations=_implementations(workload, config, episodes, settings),
+        implementations=_implementations(workload, training, episodes, settings),
         measure=functools.partial(_measure_runs, dtype),
-        cost=episode_cost(step, config.steps, on_queries),
+        cost=episode_cost(step, training.method.steps, on_queries),
         slowdown=0.0,  # how long it takes is for the command line to say
-        priority=SECOND if method == "tir" else THIRD,
+        priority=SECOND if method == DEFAULT_METHODS[0] else THIRD,
     )
 
 
@@ -125,7 +125,7 @@ def _problem(workload: Workload, shots: int, device: str) -> StepProblem:
 
 
 def _implementations(
-    workload: Workload, config: FewShotConfig, episodes: int, settings: Settings
+    workload: Workload, training: Training, episodes: int, settings: Settings
 ) -> list[Implementation]:
     from bench.whole_runs import run_ours, run_published
 
@@ -134,30 +134,30 @@ def _implementations(
     )
 
     def ours(at_once: int) -> RunEpisodes:
-        return lambda config, count, say: run_ours(workload, config, count, at_once, say)
+        return lambda training, count, say: run_ours(workload, training, count, at_once, say)
 
     found = []
     for number in settings.parallel_episodes or _AT_ONCE[settings.device]:
-        name = f"{OURS}{config.backend}" + (f", {number} at once" if number > 1 else "")
-        found.append(_implementation(name, config, ours(number), episodes, min(number, episodes)))
-    for dtype in published_precisions(settings.device, config.precision):
-        theirs_config = replace(config, precision=dtype)
+        name = f"{OURS}{training.runtime.backend}" + (f", {number} at once" if number > 1 else "")
+        found.append(_implementation(name, training, ours(number), episodes, min(number, episodes)))
+    for dtype in published_precisions(settings.device, training.runtime.precision):
+        theirs_training = training.running(precision=dtype)
         run = functools.partial(run_published, workload)
-        found.append(_implementation(PUBLISHED + dtype, theirs_config, run, theirs, 1))
+        found.append(_implementation(PUBLISHED + dtype, theirs_training, run, theirs, 1))
     return found
 
 
 def _implementation(
-    name: str, config: FewShotConfig, run: RunEpisodes, episodes: int, warm_up: int
+    name: str, training: Training, run: RunEpisodes, episodes: int, warm_up: int
 ) -> Implementation:
     def say(line: str) -> None:
         print(f"{name}: {line}", file=sys.stderr, flush=True)
 
     def prepare(problem: StepProblem) -> Call:
-        config_of_check = checked(config)
-        first = run(config_of_check, warm_up, lambda line: None)
-        verify_first_loss(first.first_losses[0], problem, config_of_check)
-        return lambda: (name, run(config, episodes, say))
+        training_of_check = checked(training)
+        first = run(training_of_check, warm_up, lambda line: None)
+        verify_first_loss(first.first_losses[0], problem, training_of_check)
+        return lambda: (name, run(training, episodes, say))
 
     return Implementation(name, prepare)
 
@@ -212,12 +212,12 @@ def disagreement(ours: RunOutcome, theirs: RunOutcome, dtype: str) -> str:
 def _start_up(workload: Workload, dtype: str, shots: int, settings: Settings) -> Case:
     from bench.whole_runs import start_up_seconds
 
-    config = _config(dtype, settings, "tir", shots)
+    training = _training(dtype, settings, DEFAULT_METHODS[0], shots)
 
     def prepare(_: Workload) -> Call:
         def start() -> float:
             with tempfile.TemporaryDirectory() as folder:
-                return start_up_seconds(workload, config, settings.ways, Path(folder) / "run")
+                return start_up_seconds(workload, training, settings.ways, Path(folder) / "run")
 
         start()  # files and compiled kernels are in their caches from now on
         return start
@@ -237,7 +237,7 @@ def _start_up(workload: Workload, dtype: str, shots: int, settings: Settings) ->
         shape=_shape(workload, shots, settings),
         direction="forward+backward",
         make_inputs=lambda: workload,
-        implementations=[Implementation(f"{OURS}{config.backend}", prepare)],
+        implementations=[Implementation(f"{OURS}{training.runtime.backend}", prepare)],
         measure=measure,
         priority=FIRST,
     )

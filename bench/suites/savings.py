@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from bench.cases import Case
@@ -15,20 +14,21 @@ from bench.shapes import Point
 
 from .common import LAST, Measure
 from .step import (
+    RunSteps,
     StepImplementation,
     StepProblem,
-    own_config,
+    own_training,
     require_open_clip,
     smallest_step_points,
     step_case,
     train,
+    without_saving,
 )
 from .step_timing import StepRun, measure_for, measure_on_cpu
 
 if TYPE_CHECKING:
-    from tir_kernels.fewshot import FewShotConfig, Savings
+    from bench.training import Training
 
-RunWith = Callable[["Savings", StepProblem, "FewShotConfig", int], StepRun]
 
 _ON_GPU_ONLY = ("step_graph",)
 _OF_CLASSIFYING = ("shared_text_pass", "image_batches")
@@ -41,7 +41,7 @@ class _Part:
 
     name: str
     direction: str
-    run: RunWith
+    run: RunSteps
     measure: Measure
     savings: tuple[str, ...]
     sizes: dict[str, int]
@@ -59,13 +59,13 @@ def savings_cases(settings: Settings) -> list[Case]:
 
 
 def _parts(point: Point, settings: Settings) -> list[_Part]:
-    from tir_kernels.fewshot import Savings
+    from bench.without import SAVINGS
 
     left_out = _OF_CLASSIFYING if settings.device == "cuda" else _OF_CLASSIFYING + _ON_GPU_ONLY
-    of_steps = tuple(field.name for field in fields(Savings) if field.name not in left_out)
+    of_steps = tuple(name for name in SAVINGS if name not in left_out)
     queries = settings.ways * settings.queries
     return [
-        _Part("fine-tuning step", "forward+backward", _step, measure_for(settings), of_steps, {}),
+        _Part("fine-tuning step", "forward+backward", train, measure_for(settings), of_steps, {}),
         _Part(
             "classifying",
             "forward",
@@ -78,14 +78,12 @@ def _parts(point: Point, settings: Settings) -> list[_Part]:
 
 
 def _case(part: _Part, point: Point, sizes: ClipSizes, settings: Settings) -> Case:
-    from tir_kernels.fewshot import Savings
-
-    config, reason = own_config(point, settings)
-    chosen = {f"{OURS}{config.backend}": Savings()}
-    chosen |= {f"without {name}": replace(Savings(), **{name: False}) for name in part.savings}
+    training, reason = own_training(point, settings)
+    chosen = {f"{OURS}{training.runtime.backend}": ""}
+    chosen |= {f"without {name}": name for name in part.savings}
     competing = [
-        StepImplementation(name, config, functools.partial(part.run, savings), reason).competing()
-        for name, savings in chosen.items()
+        StepImplementation(name, training, without_saving(saving, part.run), reason).competing()
+        for name, saving in chosen.items()
     ]
     case = step_case(part.name, point, sizes, settings, competing, priority=LAST)
     return replace(
@@ -98,15 +96,9 @@ def _case(part: _Part, point: Point, sizes: ClipSizes, settings: Settings) -> Ca
     )
 
 
-def _step(savings: Savings, problem: StepProblem, config: FewShotConfig, steps: int) -> StepRun:
-    return train(problem, config, steps, savings=savings)
-
-
-def _classify(
-    queries: int, savings: Savings, problem: StepProblem, config: FewShotConfig, steps: int
-) -> StepRun:
+def _classify(queries: int, problem: StepProblem, training: Training, steps: int) -> StepRun:
     """Time from the end of a one-step training to the logits of the support and query images."""
     copies = -(-queries // len(problem.images))
     images = problem.images.repeat(copies, 1, 1, 1)[:queries]
-    training = train(problem, config, 1, savings=savings, query_images=images)
-    return StepRun(training.first_losses, [training.ends[-1], time.perf_counter()])
+    run = train(problem, training, 1, images)
+    return StepRun(run.first_losses, [run.ends[-1], time.perf_counter()])

@@ -1,6 +1,6 @@
 """A whole fine-tuning step of a CLIP model with random weights: both towers, LoRA, prompt context.
 
-To add an implementation, write a function ``(problem, config, steps) -> StepRun`` and name it in
+To add an implementation, write a function ``(problem, training, steps) -> StepRun`` and name it in
 :func:`implementations`.
 """
 
@@ -29,7 +29,7 @@ from .common import SECOND, THIRD
 from .step_timing import StepRun, measure_for
 
 if TYPE_CHECKING:
-    from tir_kernels.fewshot import FewShotConfig, Savings
+    from bench.training import Training
 
 STEP = "fine-tuning step"
 UNWEIGHTED = "sdpa unweighted"
@@ -64,7 +64,7 @@ class StepProblem:
     exact_losses: dict[tuple[str, str], float] = field(default_factory=dict)
 
 
-RunSteps = Callable[[StepProblem, "FewShotConfig", int], StepRun]
+RunSteps = Callable[[StepProblem, "Training", int], StepRun]
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,16 @@ class StepImplementation:
     """Name, settings, how it runs, and why it cannot if it cannot."""
 
     name: str
-    config: FewShotConfig
+    training: Training
     run: RunSteps
     unavailable: str = ""
 
     def prepare(self, problem: StepProblem) -> Call:
         """A call that takes a number of steps, once its first loss is found right."""
-        config = checked(self.config)
-        for loss in self.run(problem, config, 1).first_losses:
-            verify_first_loss(loss, problem, config)
-        return functools.partial(self.run, problem, self.config)
+        training = checked(self.training)
+        for loss in self.run(problem, training, 1).first_losses:
+            verify_first_loss(loss, problem, training)
+        return functools.partial(self.run, problem, self.training)
 
     def competing(self) -> Implementation:
         """The implementation in the form that the runner wants."""
@@ -143,15 +143,15 @@ def implementations(
     """
     from bench.plain_clip import PlainStep, fused_attention, materialised_attention
     from bench.published import PublishedStep
-    from tir_kernels.fewshot import FewShotConfig
+    from bench.training import without_reweighting
 
-    config = FewShotConfig(placement=placement, precision=point.dtype, device=settings.device)
+    training = step_training(point, settings, placement)
 
     def plain(attend: Callable[..., Tensor]) -> RunSteps:
         return functools.partial(_run_plain, functools.partial(PlainStep, attend=attend))
 
     found = [
-        StepImplementation(OURS + name, replace(config, backend=name), train, reason)
+        StepImplementation(OURS + name, training.running(backend=name), train, reason)
         for name, reason in settings.our_backends()
         if not (only_targeted and name == "reference")
     ]
@@ -159,15 +159,15 @@ def implementations(
         found += [
             StepImplementation(
                 PUBLISHED + dtype,
-                replace(config, precision=dtype),
+                training.running(precision=dtype),
                 functools.partial(_run_plain, PublishedStep),
             )
             for dtype in published_precisions(settings.device, point.dtype)
         ]
     if not only_targeted:
-        unweighted = replace(config, method="lora")
+        unweighted = without_reweighting(training)
         found += [
-            StepImplementation(EAGER, config, plain(materialised_attention)),
+            StepImplementation(EAGER, training, plain(materialised_attention)),
             StepImplementation(UNWEIGHTED, unweighted, plain(fused_attention)),
         ]
     return found
@@ -183,12 +183,12 @@ def _case(point: Point, placement: str, sizes: ClipSizes, settings: Settings) ->
 def _case_at_once(point: Point, sizes: ClipSizes, settings: Settings) -> Case:
     """The time of a step per episode, where some are trained at once."""
     numbers = settings.parallel_episodes or _AT_ONCE
-    config, reason = own_config(point, settings)
+    training, reason = own_training(point, settings)
     competing = [
         StepImplementation(
-            f"{OURS}{config.backend}, {number} at once",
-            config,
-            functools.partial(_run_engine_at_once, number),
+            f"{OURS}{training.runtime.backend}, {number} at once",
+            training,
+            functools.partial(train_at_once, number),
             reason,
         ).competing()
         for number in numbers
@@ -197,13 +197,20 @@ def _case_at_once(point: Point, sizes: ClipSizes, settings: Settings) -> Case:
     return replace(case, slowdown=case.slowdown * max(numbers))
 
 
-def own_config(point: Point, settings: Settings) -> tuple[FewShotConfig, str]:
+def own_training(point: Point, settings: Settings) -> tuple[Training, str]:
     """Settings of the engine with the first of our backends, and why that does not run here."""
-    from tir_kernels.fewshot import FewShotConfig
-
     backend, reason = settings.our_backends()[0]
-    config = FewShotConfig(precision=point.dtype, device=settings.device, backend=backend)
-    return config, reason
+    return step_training(point, settings).running(backend=backend), reason
+
+
+def step_training(point: Point, settings: Settings, placement: str = "tokens") -> Training:
+    """The method as published for five shots, whatever the number of images."""
+    from bench.training import Training
+    from tir_kernels.fewshot import Runtime
+    from tir_kernels.fewshot.methods.tir import TIR
+
+    method = TIR(placement=placement, logit_scale=4.0)
+    return Training(method, Runtime(precision=point.dtype, device=settings.device))
 
 
 def step_case(
@@ -251,39 +258,39 @@ def make_problem(point: Point, sizes: ClipSizes, device: str) -> StepProblem:
 
 
 def train(
-    problem: StepProblem,
-    config: FewShotConfig,
-    steps: int,
-    *,
-    savings: Savings | None = None,
-    query_images: Tensor | None = None,
+    problem: StepProblem, training: Training, steps: int, query_images: Tensor | None = None
 ) -> StepRun:
     """Steps of the few-shot engine, after which it classifies images if there are any."""
-    from tir_kernels.fewshot import Savings, finetune_episode
-
-    ends: list[float] = []
-    result = finetune_episode(
-        problem.model,
-        problem.tokenizer,
-        problem.class_names,
-        problem.images,
-        problem.labels,
-        problem.images[:0] if query_images is None else query_images,
-        replace(config, steps=steps),
-        on_step=lambda step, loss: ends.append(time.perf_counter()),
-        savings=savings or Savings(),
-    )
-    return StepRun(result.losses[:1], ends)
+    return train_at_once(1, problem, training, steps, query_images)
 
 
-def _run_engine_at_once(
-    number: int, problem: StepProblem, config: FewShotConfig, steps: int
+def without_saving(saving: str, run: RunSteps) -> RunSteps:
+    """The run of an engine without one of its savings; all of them stay for the name ""."""
+    from bench.without import without
+
+    def changed(problem: StepProblem, training: Training, steps: int) -> StepRun:
+        with without(training.method, *filter(None, [saving])) as method:
+            return run(problem, replace(training, method=method), steps)
+
+    return changed
+
+
+def train_at_once(
+    number: int,
+    problem: StepProblem,
+    training: Training,
+    steps: int,
+    query_images: Tensor | None = None,
 ) -> StepRun:
+    """Steps of that many episodes at once; the ends are those of the last one's steps."""
+    from bench.without import with_steps
     from tir_kernels.fewshot import Episode, finetune_episodes
 
-    images, labels = problem.images, problem.labels
+    queries = problem.images[:0] if query_images is None else query_images
     names = list(problem.class_names)
-    episodes = [Episode(names, images, labels, images[:0], index) for index in range(number)]
+    episodes = [
+        Episode(names, problem.images, problem.labels, queries, index) for index in range(number)
+    ]
     ends: list[float] = []
 
     def note(position: int, step: int, loss: float) -> None:
@@ -294,8 +301,8 @@ def _run_engine_at_once(
         problem.model,
         problem.tokenizer,
         episodes,
-        replace(config, steps=steps),
-        parallel=number,
+        with_steps(training.method, steps),
+        runtime=training.runtime,
         on_step=note,
     )
     first_losses = [result.losses[0] for result in results]  # an error has them too
@@ -303,13 +310,13 @@ def _run_engine_at_once(
 
 
 def _run_plain(
-    build: Callable[..., object], problem: StepProblem, config: FewShotConfig, steps: int
+    build: Callable[..., object], problem: StepProblem, training: Training, steps: int
 ) -> StepRun:
     from bench.plain_clip import precision
 
     ends: list[float] = []
-    with precision(config):
-        plain = build(problem.model, problem.tokenizer, problem.class_names, config)
+    with precision(training):
+        plain = build(problem.model, problem.tokenizer, problem.class_names, training)
         losses = plain.train(
             problem.images, problem.labels, steps, lambda: ends.append(time.perf_counter())
         )
@@ -324,24 +331,24 @@ def rebuild_step(
         sizes = sizes.shrunk()
     (chosen,) = (each for each in implementations(point, "tokens", settings) if each.name == name)
     problem = make_problem(point, sizes, settings.device)
-    return functools.partial(chosen.run, problem, chosen.config, STEPS_OF_PEAK[settings.device])
+    return functools.partial(chosen.run, problem, chosen.training, STEPS_OF_PEAK[settings.device])
 
 
-def checked(config: FewShotConfig) -> FewShotConfig:
+def checked(training: Training) -> Training:
     """The settings with which an implementation is checked."""
-    return replace(config, steps=1, logit_scale=_CHECKED_SCALE)
+    return training.having(steps=1, logit_scale=_CHECKED_SCALE)
 
 
-def verify_first_loss(loss: float, problem: StepProblem, config: FewShotConfig) -> None:
+def verify_first_loss(loss: float, problem: StepProblem, training: Training) -> None:
     """Compare the first loss, which LoRA does not change yet, with float64.
 
     Raises:
         WrongResultError: They differ by more than rounding explains.
     """
-    key = (config.method, config.placement)
+    key = (training.method.name, getattr(training.method, "placement", ""))
     if key not in problem.exact_losses:
-        problem.exact_losses[key] = _exact_loss(problem, config)
-    if wrong := wrong_first_loss(loss, problem.exact_losses[key], config.precision):
+        problem.exact_losses[key] = _exact_loss(problem, training)
+    if wrong := wrong_first_loss(loss, problem.exact_losses[key], training.runtime.precision):
         raise WrongResultError(f"{wrong} in float64")
 
 
@@ -353,11 +360,16 @@ def wrong_first_loss(loss: float, expected: float, dtype: str) -> str:
 
 
 @torch.no_grad()
-def _exact_loss(problem: StepProblem, config: FewShotConfig) -> float:
+def _exact_loss(problem: StepProblem, training: Training) -> float:
     from bench.plain_clip import PlainStep, materialised_attention
 
     model = copy.deepcopy(problem.model).double()
     plain = PlainStep(
-        model, problem.tokenizer, problem.class_names, config, materialised_attention, trains=False
+        model,
+        problem.tokenizer,
+        problem.class_names,
+        training,
+        materialised_attention,
+        trains=False,
     )
     return plain.loss(problem.images.double(), problem.labels).item()

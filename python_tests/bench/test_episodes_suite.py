@@ -20,9 +20,11 @@ from bench.counting import Cost, episode_cost
 from bench.settings import Settings
 from bench.suites import episodes
 from bench.suites.episodes import disagreement
+from bench.training import Training
 from bench.whole_runs import RunOutcome, run_ours, run_published, start_up_seconds
 from bench.workload import Workload
-from tir_kernels.fewshot import FewShotConfig, NonFiniteLossError
+from tir_kernels.fewshot import NonFiniteLossError, Runtime
+from tir_kernels.fewshot.methods.tir import TIR
 
 pytestmark = [pytest.mark.usefixtures("low_ceilings"), pytest.mark.slow]
 
@@ -121,9 +123,9 @@ def test_results_unlike_the_published_ones_are_refused(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("no_start")
 def test_a_run_that_breaks_off_is_left_out_with_its_reason(tmp_path, monkeypatch):
-    def diverging(workload, config, *rest):
-        if config.steps == 1:  # the check before
-            return run_ours(workload, config, *rest)
+    def diverging(workload, training, *rest):
+        if training.method.steps == 1:  # the check before
+            return run_ours(workload, training, *rest)
         raise NonFiniteLossError(2, [1.0, 1.5, float("inf")])
 
     monkeypatch.setattr(whole_runs, "run_ours", diverging)
@@ -176,9 +178,9 @@ def test_disagreement():
 
 def test_the_same_episode_has_the_same_first_loss_in_both():
     workload = Workload(Settings(ways=3, queries=2), [2])
-    config = FewShotConfig(steps=1, shots=2, logit_scale=100)
-    ours = run_ours(workload, config, 3, 2, lambda line: None)
-    theirs = run_published(workload, config, 3, lambda line: None)
+    training = Training(TIR(steps=1, logit_scale=100), Runtime(), shots=2)
+    ours = run_ours(workload, training, 3, 2, lambda line: None)
+    theirs = run_published(workload, training, 3, lambda line: None)
     assert ours.first_losses == pytest.approx(theirs.first_losses, rel=1e-2)
     assert statistics.pstdev(ours.first_losses) > 0.1, "episodes differ"
     assert ours.queries == theirs.queries == 6
@@ -187,18 +189,18 @@ def test_the_same_episode_has_the_same_first_loss_in_both():
 
 def test_start_up_ends_at_the_first_step(tmp_path):
     workload = Workload(Settings(ways=3), [2])
-    config = FewShotConfig(shots=2, steps=100_000)
-    assert 0.5 < start_up_seconds(workload, config, 3, tmp_path / "run") < 120
+    training = Training(TIR(steps=100_000), Runtime(), shots=2)
+    assert 0.5 < start_up_seconds(workload, training, 3, tmp_path / "run") < 120
     assert (tmp_path / "run" / "settings.json").exists()
 
 
 def test_a_start_that_fails_says_why(tmp_path):
     workload = Workload(Settings(ways=3), [2])
-    config = FewShotConfig(shots=2)
+    training = Training(TIR(), Runtime(), shots=2)
     with pytest.raises(RuntimeError, match=r"tir-finetune ended with 2: .*--ways 50"):
-        start_up_seconds(workload, config, 50, tmp_path / "run")
+        start_up_seconds(workload, training, 50, tmp_path / "run")
     with pytest.raises(RuntimeError, match="took no training step"):
-        start_up_seconds(workload, replace(config, method="zero-shot"), 3, tmp_path / "other")
+        start_up_seconds(workload, training.of_method("zero-shot"), 3, tmp_path / "other")
 
 
 def write_images(folder, classes, count):

@@ -11,17 +11,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 open_clip = pytest.importorskip("open_clip")
 
+from fewshot.training_cases import StartingFrom
+
 from bench import published  # noqa: E402
 from bench.plain_clip import PlainStep, materialised_attention  # noqa: E402
 from bench.published import PublishedStep  # noqa: E402
 from bench.settings import Settings  # noqa: E402
+from bench.training import Training, without_reweighting  # noqa: E402
 from bench.workload import Workload  # noqa: E402
-from tir_kernels.fewshot import FewShotConfig, finetune_episode  # noqa: E402
+from tir_kernels.fewshot import Episode, Runtime, finetune_episode  # noqa: E402
+from tir_kernels.fewshot.methods.tir import TIR  # noqa: E402
 
 NAMES = ["cat", "dog", "a very long description of a kitten"]
 CONTEXT = 20
 # Strength 0.3 gives no token the weight 0, so that none tie.
-CONFIG = FewShotConfig(steps=5, lora_lr=1e-3, lora_dropout=0.0, context_lr=0.01, strength=0.3)
+METHOD = TIR(steps=5, lora_lr=1e-3, lora_dropout=0.0, context_lr=0.01, strength=0.3)
+TRAINING = Training(METHOD, Runtime(), shots=2)
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +69,13 @@ def start_of(step: PlainStep) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("method", ["tir", "lora"])
 def test_losses_and_logits_are_those_of_the_engine(model, tokenizer, images, method) -> None:
     support, labels, queries = images
-    config = replace(CONFIG, method=method)
+    training = TRAINING if method == "tir" else without_reweighting(TRAINING)
     torch.manual_seed(1)
-    step = PublishedStep(model, tokenizer, NAMES, config)
-    start = start_of(step)
-    losses = step.train(support, labels, config.steps)
-    ours = finetune_episode(
-        model, tokenizer, NAMES, support, labels, queries, config, lora_init=start
-    )
+    step = PublishedStep(model, tokenizer, NAMES, training)
+    start = StartingFrom(training.method, start_of(step))
+    losses = step.train(support, labels, training.method.steps)
+    episode = Episode(NAMES, support, labels, queries)
+    ours = finetune_episode(model, tokenizer, episode, start)
     torch.testing.assert_close(losses, ours.losses, atol=1e-5, rtol=0)
     assert losses[0] - losses[-1] > 0.1, "it has learned"
     torch.testing.assert_close(step.classify(queries), ours.query_logits, atol=1e-4, rtol=0)
@@ -80,12 +84,12 @@ def test_losses_and_logits_are_those_of_the_engine(model, tokenizer, images, met
 def test_weights_and_factors_count(model, tokenizer, images) -> None:
     support, labels, _ = images
 
-    def first_loss(**changes) -> float:
-        step = PublishedStep(model, tokenizer, NAMES, replace(CONFIG, **changes))
+    def first_loss(changes: Training) -> float:
+        step = PublishedStep(model, tokenizer, NAMES, changes)
         return step.loss(support, labels).item()
 
-    assert abs(first_loss() - first_loss(method="lora")) > 1e-3
-    step = PublishedStep(model, tokenizer, NAMES, CONFIG)
+    assert abs(first_loss(TRAINING) - first_loss(without_reweighting(TRAINING))) > 1e-3
+    step = PublishedStep(model, tokenizer, NAMES, TRAINING)
     before = step.loss(support, labels).item()
     for _, b in step.lora.values():
         nn.init.normal_(b, std=0.05)
@@ -94,7 +98,7 @@ def test_weights_and_factors_count(model, tokenizer, images) -> None:
 
 def test_dropout_is_for_training_only(model, tokenizer, images) -> None:
     support, _, queries = images
-    step = PublishedStep(model, tokenizer, NAMES, replace(CONFIG, lora_dropout=0.5))
+    step = PublishedStep(model, tokenizer, NAMES, TRAINING.having(lora_dropout=0.5))
     for _, b in step.lora.values():
         nn.init.normal_(b, std=0.05)
     assert not torch.equal(step.logits(support), step.logits(support))
@@ -113,9 +117,9 @@ def test_it_does_the_published_work(model, tokenizer, images) -> None:
     class OnlyLonger(PublishedStep):
         _project = PlainStep._project
 
-    full = flops(PublishedStep(model, tokenizer, NAMES, CONFIG))
-    low_rank = flops(OnlyLonger(model, tokenizer, NAMES, CONFIG))
-    rank = CONFIG.lora_rank
+    full = flops(PublishedStep(model, tokenizer, NAMES, TRAINING))
+    low_rank = flops(OnlyLonger(model, tokenizer, NAMES, TRAINING))
+    rank = METHOD.lora_rank
     image_products, text_products = 5 * 3, 3 * 3  # blocks, each with q, k and v
     expected = 0
     for count, rows in ((image_products, 6 * 17), (text_products, 3 * CONTEXT)):
@@ -128,14 +132,14 @@ def test_it_does_the_published_work(model, tokenizer, images) -> None:
         lengths.append(q.shape[2])
         return materialised_attention(q, k, v, bias)
 
-    PublishedStep(model, tokenizer, NAMES, CONFIG, note).classify(queries)
+    PublishedStep(model, tokenizer, NAMES, TRAINING, note).classify(queries)
     one_batch = [CONTEXT] * 3 + [17] * 5
     assert lengths == one_batch * 2, "the text passes through its tower with each batch"
 
 
 def test_a_plain_step_cuts_its_prompts(model, tokenizer) -> None:
-    plain = PlainStep(model, tokenizer, NAMES[:2], CONFIG)
-    whole = PublishedStep(model, tokenizer, NAMES[:2], CONFIG)
+    plain = PlainStep(model, tokenizer, NAMES[:2], TRAINING)
+    whole = PublishedStep(model, tokenizer, NAMES[:2], TRAINING)
     lengths = [1 + 4 + step.after.shape[1] for step in (plain, whole)]
     assert lengths == [8, CONTEXT]  # start, a photo of a, the name, full stop, end
 
@@ -156,9 +160,9 @@ def test_each_episode_reads_its_model_and_images(monkeypatch) -> None:
 
     monkeypatch.setattr(published, "_load", noting_load)
     monkeypatch.setattr(published, "read_images", noting_read)
-    config = replace(CONFIG, shots=1, steps=2, lora_dropout=0.25)
+    training = replace(TRAINING.having(steps=2, lora_dropout=0.25), shots=1)
     for index in range(2):
-        episode = published.run_episode(workload.model_folder, workload.files(index, 1), config)
+        episode = published.run_episode(workload.model_folder, workload.files(index, 1), training)
         assert len(episode.losses) == 2
         assert episode.accuracy in (0, 0.5, 1)
     assert loads == [workload.model_folder] * 2

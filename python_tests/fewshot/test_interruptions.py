@@ -50,6 +50,7 @@ def assert_continues(arguments, tmp_path):
     assert summaries[0] == summaries[1]
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_nothing(arguments, tmp_path):
     process = start(arguments, tmp_path, count=2)
     process.kill()

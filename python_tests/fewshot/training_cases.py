@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import fields, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import open_clip
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tir_kernels.fewshot import Episode, EpisodeResult, finetune_episode, finetune_episodes
-from tir_kernels.fewshot.methods import Method, method_class
+from tir_kernels.fewshot.methods import Kit, Learner, Method, method_class
+from tir_kernels.fewshot.methods.lora import LoRA
 from tir_kernels.fewshot.methods.tir import TIR
 
 # Class names of one to many tokens, so that the prompts of episodes differ in length.
@@ -57,6 +59,24 @@ def draw_episode(index: int, names: list[str], shots: int = 2, queries: int = 3)
 
 
 EPISODES = [draw_episode(index, names) for index, names in zip((3, 0, 8), NAMES, strict=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class StartingFrom(Method):
+    """A method that starts from given factors A of LoRA."""
+
+    method: LoRA
+    factors: dict[str, Tensor]
+
+    @property
+    def steps(self) -> int:
+        return self.method.steps
+
+    @contextmanager
+    def start(self, kit: Kit) -> Iterator[Learner]:
+        with self.method.start(kit) as learner:
+            learner.lora.set_factors({name: a[None] for name, a in self.factors.items()})
+            yield learner
 
 
 @functools.cache

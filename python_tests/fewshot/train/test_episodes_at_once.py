@@ -241,6 +241,7 @@ def test_the_last_block_does_less(model, tokenizer, monkeypatch) -> None:
         block.mlp._forward_hooks.clear()
 
 
+@pytest.mark.slow
 def test_at_once_is_as_alone_over_a_whole_training() -> None:
     """On a trained model: of one with random weights, tiny gradients make Adam chaotic."""
     loaded = load_model(str(model_directory()))

@@ -9,19 +9,16 @@ scores. Its trajectory is followed with exactly that in place of our selection.
 
 import json
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
 import torch
+from fewshot.training_cases import StartingFrom
 
 from tir_kernels.backends import reference
 from tir_kernels.fewshot import Episode, EpisodeResult, Runtime, finetune_episode
-from tir_kernels.fewshot.methods import Kit, Learner, Method
 from tir_kernels.fewshot.methods.lora import LoRA
 from tir_kernels.fewshot.methods.tir import TIR
 
@@ -126,24 +123,6 @@ def test_tokens_of_weight_zero_tie(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.isfinite(result.losses).all()
 
 
-@dataclass(frozen=True, eq=False)
-class _From(Method):
-    """A method that starts from given factors A of LoRA."""
-
-    method: LoRA
-    factors: dict[str, torch.Tensor]
-
-    @property
-    def steps(self) -> int:
-        return self.method.steps
-
-    @contextmanager
-    def start(self, kit: Kit) -> Iterator[Learner]:
-        with self.method.start(kit) as learner:
-            learner.lora.set_factors({name: a[None] for name, a in self.factors.items()})
-            yield learner
-
-
 def follow(name: str, *, backend: str = "auto", compare: bool = True) -> EpisodeResult:
     golden = np.load(GOLDEN / f"trajectory_{name}.npz")
     meta = json.loads(str(golden["meta"]))
@@ -182,7 +161,7 @@ def follow(name: str, *, backend: str = "auto", compare: bool = True) -> Episode
         model,
         open_clip.get_tokenizer("ViT-B-16"),
         episode,
-        _From(method, lora_init),
+        StartingFrom(method, lora_init),
         runtime=Runtime(backend=backend),
     )
     if not compare:
