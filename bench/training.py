@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from tir_kernels.fewshot import Runtime
@@ -35,9 +35,9 @@ class Training:
         """The same with another method, with the options that both have."""
         chosen: type[Method] = method_class(name)
         shared = {
-            field: getattr(self.method, field)
-            for field in chosen.__dataclass_fields__
-            if hasattr(self.method, field)
+            field.name: getattr(self.method, field.name)
+            for field in fields(chosen)
+            if hasattr(self.method, field.name)
         }
         return replace(self, method=chosen(**shared))
 

@@ -7,7 +7,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "tir_kernels"
 # Rooms that import nothing of the package beside one another: whoever needs them may.
-TOOLS = {"errors", "files", "precision", "scalars", "text"}
+TOOLS = {"errors", "files", "precision", "registry", "scalars", "text"}
+
+# Their arguments are fixed by what they promise to users.
+CONTRACTS = {"reweighted_attention"}
 
 # Room -> the rooms of the package it may import from.
 ALLOWED = {
@@ -19,6 +22,7 @@ ALLOWED = {
     "towers": {"__init__", "operators", *TOOLS},
     "adapters": {"__init__", "towers", "operators", "rules", *TOOLS},
     "demo": {"towers"},
+    "analysis": {"__init__", "towers", *TOOLS},
     "fewshot": {"__init__", "towers", "adapters", "demo", "operators", "rules", *TOOLS},
 }
 
@@ -72,3 +76,37 @@ def test_backends_do_not_know_each_other() -> None:
             parts = module.split(".")
             if parts[:2] == ["tir_kernels", "backends"] and len(parts) > 2:
                 assert parts[2] == own or parts[2] not in names, f"{path} imports {module}"
+
+
+def test_one_file_names_the_published_method() -> None:
+    """Beside its registry, none but its own file compares with its name."""
+    own = {PACKAGE / "fewshot" / "methods" / name for name in ("tir.py", "__init__.py")}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        names = [
+            node.value
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Constant) and node.value == "tir"
+        ]
+        assert not names or path in own, path
+
+
+def test_protocols_are_short_and_no_file_is_long() -> None:
+    root = PACKAGE.parent
+    for folder in ("tir_kernels", "python_tests", "bench", "csrc"):
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in (".py", ".cpp", ".cu", ".cuh", ".h", ".sh"):
+                length = len(path.read_text().splitlines())
+                assert length <= (100 if path.name == "protocol.py" else 400), f"{path}: {length}"
+
+
+def test_no_function_takes_more_than_eight() -> None:
+    """Kernels, the operators' own calls and what stands in for PyTorch's aside."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if "kernels" in path.parts[-3:-1]:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name not in CONTRACTS:
+                arguments = node.args
+                given = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+                own = [each for each in given if each.arg not in ("self", "cls", "ctx")]
+                assert len(own) <= 8, f"{path}: {node.name} takes {len(own)}"

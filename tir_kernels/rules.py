@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from .registry import load
 from .scalars import finite_number, real_number, whole_number
 
 if TYPE_CHECKING:
@@ -14,14 +14,7 @@ if TYPE_CHECKING:
 
 PLACEMENTS = ("tokens", "attention", "both")
 
-# Kind of rule -> "module:function" of a function (count, num_classes, strength, center) -> weight.
-RULES = {
-    "linear": "tir_kernels.rules:linear",
-    "extremes": "tir_kernels.rules:extremes",
-    "suppress": "tir_kernels.rules:suppress",
-    "amplify": "tir_kernels.rules:amplify",
-    "none": "tir_kernels.rules:unweighted",
-}
+WeightOfCount = Callable[[int, int, float, float], float]
 LARGEST_WEIGHT = 2.0**128 - 2.0**104  # float32's largest number
 
 
@@ -64,6 +57,9 @@ class WeightRule:
     def __post_init__(self) -> None:
         if self.kind not in RULES:
             raise ValueError(f"kind must be one of {', '.join(RULES)}; got {self.kind!r}")
+        place = RULES[self.kind]
+        if isinstance(place, str):
+            RULES[self.kind] = load(place)
         # The class is frozen: this is how its fields are set.
         object.__setattr__(self, "strength", finite_number("strength", self.strength))
         if self.center is not None:
@@ -88,7 +84,7 @@ class WeightRule:
         num_classes = whole_number("num_classes", num_classes)
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1; got {num_classes}")
-        weight_of = _load(RULES[self.kind])
+        weight_of: Any = RULES[self.kind]
         center = (num_classes + 1) / 2 if self.center is None else self.center
         weights = [
             float(weight_of(count, num_classes, self.strength, center))
@@ -128,13 +124,18 @@ def unweighted(count: int, num_classes: int, strength: float, center: float) -> 
     return 1.0
 
 
+# Kind of rule -> function (count, num_classes, strength, center) -> weight, or "module:function".
+RULES: dict[str, WeightOfCount | str] = {
+    "linear": linear,
+    "extremes": extremes,
+    "suppress": suppress,
+    "amplify": amplify,
+    "none": unweighted,
+}
+
+
 def _ramp(count: int, strength: float, center: float) -> float:
     return 1.0 - strength * (count - center)
-
-
-def _load(place: str) -> Callable[[int, int, float, float], float]:
-    module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 @dataclass(frozen=True, eq=False)

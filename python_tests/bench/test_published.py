@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 open_clip = pytest.importorskip("open_clip")
 
-from fewshot.training_cases import StartingFrom
+from fewshot.training_cases import StartingFrom  # noqa: E402
 
 from bench import published  # noqa: E402
 from bench.plain_clip import PlainStep, materialised_attention  # noqa: E402

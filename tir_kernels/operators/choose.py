@@ -6,8 +6,9 @@ Imports no PyTorch: a program's ``--help`` names the backends.
 from __future__ import annotations
 
 import functools
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from tir_kernels.registry import load
 
 if TYPE_CHECKING:
     import torch
@@ -61,10 +62,7 @@ def require_backend(backend: object) -> None:
 def load_backend(name: str) -> Any:
     """The backend of a name, one object per process; its module is imported here."""
     backend = _registered[name] if name in _registered else BACKENDS[name]
-    if not isinstance(backend, str):
-        return backend
-    module, _, class_name = backend.partition(":")
-    return getattr(importlib.import_module(module), class_name)()
+    return load(backend)() if isinstance(backend, str) else backend
 
 
 def available_backends() -> dict[str, str]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from tir_kernels.registry import load
 from tir_kernels.towers.protocol import VisionTower
 
 if TYPE_CHECKING:
@@ -24,8 +24,7 @@ def _ask(model: Any, function: str, words: str) -> tuple[Any, str]:
     """The tower that the first family to know the model gives; else ``None`` and what all take."""
     taken = []
     for place in FAMILIES.values():
-        module, name = place.split(":")
-        family = getattr(importlib.import_module(module), name)
+        family = load(place)
         tower = getattr(family, function)(model)
         if tower is not None:
             return tower, ""

@@ -15,7 +15,8 @@ from tir_kernels.fewshot.data.dataset import load_data
 from tir_kernels.fewshot.data.load import load_episode
 from tir_kernels.fewshot.data.reader import ImageReader
 from tir_kernels.fewshot.episode import plan_episode
-from tir_kernels.fewshot.settings import FewShotConfig
+from tir_kernels.fewshot.methods.zero_shot import ZeroShot
+from tir_kernels.fewshot.settings import Runtime
 from tir_kernels.fewshot.train.loop import finetune_episode
 from tir_kernels.towers.loading import models
 from tir_kernels.towers.loading.models import load_model
@@ -290,17 +291,9 @@ def test_real_model_knows_everyday_objects(real_data):
     loaded = load_model(str(real_data / "model"))
     data = load_data(real_data / "tinyimagenet")
     reader = ImageReader(data, loaded.preprocess)
-    config = FewShotConfig(method="zero-shot", backend="reference")
     plan = plan_episode(0, 0, [len(entry.files) for entry in data.classes], ways=5)
     episode = load_episode(plan, data, reader, shots=1, queries=4)
-    result = finetune_episode(
-        loaded.model,
-        loaded.tokenizer,
-        episode.class_names,
-        episode.support_images,
-        episode.support_labels,
-        episode.query_images,
-        config,
-    )
+    runtime = Runtime(backend="reference")
+    result = finetune_episode(loaded.model, loaded.tokenizer, episode, ZeroShot(), runtime=runtime)
     correct = result.query_logits.argmax(1) == episode.query_labels
     assert correct.float().mean() >= 0.6  # chance is 0.2

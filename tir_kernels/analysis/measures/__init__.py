@@ -5,9 +5,8 @@ To add one, write a file like ``sink_ratio.py`` and name it in ``MEASURES``.
 
 from __future__ import annotations
 
-import importlib
-
 from tir_kernels.analysis.measures.protocol import BlockView, Finding, Measure
+from tir_kernels.registry import load
 
 # Name -> "module:Class".
 MEASURES = {
@@ -25,5 +24,4 @@ def measure_class(name: str) -> type[Measure]:
     """
     if name not in MEASURES:
         raise ValueError(f"measure must be one of {', '.join(MEASURES)}; got {name!r}")
-    module, _, attribute = MEASURES[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    return load(MEASURES[name])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 
 from tir_kernels.fewshot.data.protocol import DataSource
+from tir_kernels.registry import load
 
 # Name -> "module:class" of a ``DataSource``; the first that owns the data reads it.
 SOURCES = {
@@ -19,8 +19,7 @@ SOURCES = {
 def data_sources() -> Iterator[DataSource]:
     """The sources, in the order in which they are asked."""
     for place in SOURCES.values():
-        module, _, name = place.partition(":")
-        yield getattr(importlib.import_module(module), name)()
+        yield load(place)()
 
 
 def list_endings() -> tuple[str, ...]:

@@ -5,9 +5,8 @@ To add one, write a file like ``zero_shot.py`` and name it in ``METHODS``.
 
 from __future__ import annotations
 
-import importlib
-
 from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method, Observer, ParameterGroup
+from tir_kernels.registry import load
 
 # Name -> "module:Class". A run compares the first two where nothing is said, the demo three.
 METHODS = {
@@ -36,13 +35,8 @@ def __getattr__(name: str) -> type[Method]:
     # methods.TIR and its like, each from its own file.
     for path in METHODS.values():
         if path.endswith(f":{name}"):
-            return _load(path)
+            return load(path)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def _load(path: str) -> type[Method]:
-    module, _, attribute = path.partition(":")
-    return getattr(importlib.import_module(module), attribute)
 
 
 def method_class(name: str) -> type[Method]:
@@ -53,4 +47,4 @@ def method_class(name: str) -> type[Method]:
     """
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {name!r}")
-    return _load(METHODS[name])
+    return load(METHODS[name])

@@ -45,7 +45,6 @@ class Learner:
 
     def classes(self) -> Any:
         """The part of the logits that no image changes: run once a step, and once to classify."""
-        return None
 
     def logits(self, inputs: Tensor, classes: Any) -> Tensor:
         """(G, S, ...) inputs, and the result of ``classes`` -> (G, S, C) logits."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-
 from tir_kernels.fewshot.data.known.protocol import KnownSet
+from tir_kernels.registry import load
 
 # Name -> "module:object" of a ``KnownSet``; of several that have all of a data set's classes, the
 # first gives the words.
@@ -18,8 +17,7 @@ KNOWN_SETS = {
 
 def known_set(name: str) -> KnownSet:
     """The known data set of this name."""
-    module, _, attribute = KNOWN_SETS[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    return load(KNOWN_SETS[name])
 
 
 def known_sets() -> dict[str, KnownSet]:
