@@ -89,7 +89,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     kept = proofs.place("triton-compiled", files, cases, triton.__version__, torch.__version__)
     if proofs.is_done(kept):
         return [json.loads(line) for line in kept.read_text().splitlines()]
-    repository = Path(__file__).parents[2]
+    repository = Path(__file__).parents[3]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
     environment["PYTHONPATH"] = str(repository)

@@ -1,0 +1,175 @@
+"""Attention of the Triton backend against float64, interpreted or on a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import oracle
+from triton_cases import (
+    BACKEND,
+    DTYPES,
+    INF,
+    NAN,
+    attention_inputs,
+    check_attention,
+    exact_attention,
+    random_tensor,
+    run_attention,
+)
+
+from tir_kernels.backends.protocol import AttentionInputs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("length", "head_dim"), [(50, 64), (50, 72), (33, 80), (70, 17), (1, 1)])
+def test_attention(length: int, head_dim: int, dtype: torch.dtype, device: str) -> None:
+    check_attention(2, 1, length, head_dim, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_many_blocks(dtype: torch.dtype, device: str) -> None:
+    check_attention(1, 1, 197, 64, dtype, device)
+
+
+@pytest.mark.parametrize("head_dim", [3, 64, 72, 80, 88, 96, 104, 112, 128, 160, 256])
+def test_attention_of_every_head_dim(head_dim: int, device: str) -> None:
+    check_attention(1, 2, 20, head_dim, torch.bfloat16, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [16, 64, 72, 80, 88, 96, 104, 112, 128, 256])
+@pytest.mark.parametrize("length", [50, 197, 257, 577, 1100])
+def test_attention_on_gpu(length: int, head_dim: int, dtype: torch.dtype, cuda: str) -> None:
+    check_attention(2, 3, length, head_dim, dtype, cuda)
+
+
+@pytest.mark.gpu
+def test_attention_of_many_heads_and_long_rows(cuda: str) -> None:
+    check_attention(1, 2, 4096, 64, torch.bfloat16, cuda)
+    check_attention(70_000, 1, 5, 16, torch.float32, cuda)
+
+
+@pytest.mark.gpu
+def test_current_stream_is_used(cuda: str) -> None:
+    inputs = attention_inputs(2, 2, 197, 64, torch.float32, cuda)
+    expected = run_attention(*inputs, 0.125)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        inputs[0].mul_(2.0)
+        inputs[0].mul_(0.5)
+        results = run_attention(*inputs, 0.125)
+    torch.cuda.current_stream().wait_stream(stream)
+    for ours, other in zip(results, expected, strict=True):
+        assert torch.equal(ours, other)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_unattended_keys_do_not_leak(bad: float, device: str) -> None:
+    query, key, value, grad_output, weights = attention_inputs(2, 1, 40, 24, torch.float32, device)
+    weights[0, 3] = -1.0
+    scale = 24**-0.5
+    expected = run_attention(query, key, value, grad_output, weights, scale)
+    key, value = key.clone(), value.clone()
+    for tensor in (key, value):
+        tensor.masked_fill_((weights <= 0)[:, None, :, None], bad)
+    results = run_attention(query, key, value, grad_output, weights, scale)
+    for ours, other in zip(results[:5], expected[:5], strict=True):
+        assert torch.equal(ours, other)
+    assert torch.equal(results[5][weights != 0], expected[5][weights != 0])
+    ignored = (weights <= 0)[:, None, :, None].expand_as(key)
+    assert (results[3][ignored] == 0).all()
+    assert (results[4][ignored] == 0).all()
+    assert results[5][0, 3] == 0
+
+
+def test_nan_weights_show_and_stay_in_their_image(device: str) -> None:
+    inputs = attention_inputs(2, 1, 40, 16, torch.float32, device)
+    expected = run_attention(*inputs, 0.25)
+    inputs[4][0, 5] = NAN
+    results = run_attention(*inputs, 0.25)
+    exact = exact_attention(*inputs, 0.25)
+    for ours, before, true in zip(results, expected, exact, strict=True):
+        assert torch.equal(ours[1], before[1])
+        assert torch.equal(ours[0].isnan(), true[0].isnan())
+        assert ours[0].isnan().any()
+
+
+def test_rows_without_attended_keys(device: str) -> None:
+    query, key, value, grad_output, weights = attention_inputs(2, 2, 20, 16, torch.float16, device)
+    weights[0] = torch.where(torch.arange(20, device=device) % 2 == 0, 0.0, -2.0)
+    results = run_attention(query, key, value, grad_output, weights, 0.25)
+    assert (results[1][0] == -INF).all()
+    for index, result in enumerate(results):
+        assert index == 1 or (result[0] == 0).all()
+        assert result[1].isfinite().all()
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 12.0])
+def test_weight_gradient_has_its_limit_at_zero(magnitude: float, device: str) -> None:
+    """Also where exp(score - log_sum_exp) overflows float32 and is held at exp(88)."""
+    query, key, value, grad_output, weights = attention_inputs(1, 2, 20, 16, torch.float32, device)
+    query, key = query * magnitude, key.clone()
+    key[:, :, 8] = query[:, :, 8]
+    weights[:, 8] = 0.0
+    inputs = (query, key, value, grad_output * 0.01, weights)
+    results, exact = run_attention(*inputs, 1.0), exact_attention(*inputs, 1.0)
+    assert exact[5][0, 8].abs() > (1e30 if magnitude > 1 else 1e-6)
+    torch.testing.assert_close(results[5], exact[5].float(), rtol=1e-4, atol=1e-4)
+    for ours in results:
+        assert ours.isfinite().all()
+
+
+def test_tiny_weights_in_float16(device: str) -> None:
+    """1 / weight exceeds float16's range; no product may."""
+    query, key, value, grad_output, weights = attention_inputs(1, 1, 20, 16, torch.float16, device)
+    weights[:, 2] = 1e-7
+    inputs = (query, key, value, grad_output, weights)
+    for ours, true in zip(
+        run_attention(*inputs, 0.25), exact_attention(*inputs, 0.25), strict=True
+    ):
+        torch.testing.assert_close(ours.double(), true, rtol=2e-2, atol=5e-3)
+
+
+def test_any_strides(device: str) -> None:
+    """Heads that share their keys, an expanded gradient, and every other row of a longer tensor."""
+    query = random_tensor(2, 80, 3, 24).to(device)[:, ::2].transpose(1, 2)
+    key = random_tensor(2, 1, 40, 27, seed=1).to(device)[..., 3:].expand(2, 3, 40, 24)
+    value = random_tensor(1, 3, 40, 24, seed=2).to(device).expand(2, 3, 40, 24)
+    grad_output = random_tensor(24, seed=3).to(device).expand(2, 3, 40, 24)
+    weights = random_tensor(40, 2, seed=4).to(device).abs().T
+    strided = (query, key, value, grad_output, weights)
+    contiguous = [tensor.contiguous() for tensor in strided]
+    for ours, other in zip(
+        run_attention(*strided, 0.2), run_attention(*contiguous, 0.2), strict=True
+    ):
+        torch.testing.assert_close(ours, other, rtol=1e-6, atol=1e-6)
+
+
+def test_weight_gradient_only_if_asked(device: str) -> None:
+    query, key, value, grad_output, weights = attention_inputs(1, 2, 20, 16, torch.float32, device)
+    inputs = AttentionInputs(query, key, value, weights, 0.25)
+    *with_weights, _ = oracle.run_attention(BACKEND, inputs, grad_output, True)
+    *without, no_grad_weights = oracle.run_attention(BACKEND, inputs, grad_output, False)
+    assert no_grad_weights.shape == (0,)
+    for ours, other in zip(without, with_weights, strict=True):
+        assert torch.equal(ours, other)
+
+
+def test_heads_too_wide_are_refused(device: str) -> None:
+    query, key, value, _, weights = attention_inputs(1, 1, 2, 257, torch.float32, device)
+    with pytest.raises(ValueError, match="at most 256; got 257"):
+        BACKEND.attention_forward(AttentionInputs(query, key, value, weights, 1.0))
+
+
+# Relevance
