@@ -45,9 +45,7 @@ def whole_number(name: str, value: object, expected: str = "an int") -> int:
     """Whatever ``operator.index`` takes but a bool, as an int.
 
     Args:
-        name: Name of the argument, for the message.
-        value: What was given for it.
-        expected: What it must be, for the message.
+        name, value, expected: As for :func:`real_number`.
 
     Raises:
         TypeError: It is of another type. A tensor is, too: reading it would wait for its device.

@@ -228,12 +228,13 @@ def test_mistakes_are_caught(mistake: str, tmp_path: Path) -> None:
     faulty = cuda_emulation.EmulatedBackend(cuda_emulation.load(build_with(mistake, tmp_path)))
     q, k, v, weights, _ = draw(2, 1, 130, 64, torch.bfloat16, 11)
     weights = weights.abs() + 0.5
-    expected = true.attention_forward(q, k, v, weights, 0.125)
+    inputs = AttentionInputs(q, k, v, weights, 0.125)
+    expected = true.attention_forward(inputs)
     caught = False
     for order in (0, 1, 2):
         faulty.kernels.set_thread_order(order)
         try:
-            results = faulty.attention_forward(q, k, v, weights, 0.125)
+            results = faulty.attention_forward(inputs)
         except RuntimeError:
             caught = True
         else:

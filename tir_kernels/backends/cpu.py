@@ -140,10 +140,7 @@ class CpuBackend:
         grad_weights = log_sum_exp.new_empty(weights_shape)
         _kernels().attention_backward(
             *attention_problem(inputs),
-            row_grid(grad_output),
-            row_grid(query),
-            row_grid(key),
-            row_grid(value),
+            *map(row_grid, (grad_output, query, key, value)),
             address(weights),
             row_grid(output),
             log_sum_exp.data_ptr(),

@@ -6,7 +6,6 @@ operations in the same type, plus one rounding step.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,13 +13,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
-
-pytest.importorskip("triton", reason="Triton is not installed")
-
-
 from triton_cases import (
     BACKEND,
     NAN,

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
+import oracle
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
-
-pytest.importorskip("triton", reason="Triton is not installed")
-
-import oracle
 from triton_cases import (
     BACKEND,
     DTYPES,

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
+import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
-
-pytest.importorskip("triton", reason="Triton is not installed")
-
-import oracle
 from triton_cases import (
     BACKEND,
     DTYPES,

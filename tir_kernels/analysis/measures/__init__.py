@@ -6,7 +6,7 @@ To add one, write a file like ``sink_ratio.py`` and name it in ``MEASURES``.
 from __future__ import annotations
 
 from tir_kernels.analysis.measures.protocol import BlockView, Finding, Measure
-from tir_kernels.registry import load
+from tir_kernels.registry import chosen
 
 # Name -> "module:Class".
 MEASURES = {
@@ -22,6 +22,4 @@ def measure_class(name: str) -> type[Measure]:
     Raises:
         ValueError: There is none of that name.
     """
-    if name not in MEASURES:
-        raise ValueError(f"measure must be one of {', '.join(MEASURES)}; got {name!r}")
-    return load(MEASURES[name])
+    return chosen(MEASURES, "measure", name)

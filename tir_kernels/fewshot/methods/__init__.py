@@ -6,7 +6,7 @@ To add one, write a file like ``zero_shot.py`` and name it in ``METHODS``.
 from __future__ import annotations
 
 from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method, Observer, ParameterGroup
-from tir_kernels.registry import load
+from tir_kernels.registry import chosen, load
 
 # Name -> "module:Class". A run compares the first two where nothing is said, the demo three.
 METHODS = {
@@ -45,6 +45,4 @@ def method_class(name: str) -> type[Method]:
     Raises:
         ValueError: There is none of that name.
     """
-    if name not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {name!r}")
-    return load(METHODS[name])
+    return chosen(METHODS, "method", name)
