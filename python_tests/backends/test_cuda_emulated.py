@@ -21,6 +21,7 @@ from torch import Tensor
 import tir_kernels
 from tir_kernels import JointSpace, WeightRule
 from tir_kernels.backends import cuda
+from tir_kernels.backends.protocol import AttentionInputs
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
