@@ -69,6 +69,7 @@ def sizes(is_slow: bool) -> tuple[int, tuple[int, ...]]:
     return (70, (50,)) if is_slow else (1100, LENGTHS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_lengths_that_matter(backend: str, device: str, is_slow: bool, dtype: torch.dtype) -> None:
     for length in sizes(is_slow)[1]:

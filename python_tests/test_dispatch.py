@@ -88,6 +88,7 @@ def test_a_backend_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
             dispatch.register_backend(taken, Stranger())
 
 
+@pytest.mark.slow
 def test_names_and_choices_need_no_pytorch() -> None:
     program = (
         "import sys\n"

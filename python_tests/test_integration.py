@@ -161,6 +161,7 @@ def test_compile_with_dynamic_length(backend: str, device: str) -> None:
     assert graphs == 1, "a new length must not compile anew"
 
 
+@pytest.mark.slow
 def test_compile_without_gradients(backend: str, device: str) -> None:
     """Nothing requires one: torch.compile then calls the functions in another way."""
 

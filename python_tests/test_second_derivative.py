@@ -119,6 +119,7 @@ def test_a_table_is_differentiable_as_often_as_one_likes() -> None:
     assert torch.autograd.gradgradcheck(reweight, (table,))
 
 
+@pytest.mark.slow
 def test_compiled_functions_refuse_too() -> None:
     def attend(q: Tensor) -> Tensor:
         return tir_kernels.weighted_attention(q, K, V, WEIGHTS)

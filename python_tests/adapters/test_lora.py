@@ -351,6 +351,7 @@ def test_gradient_checkpointing_repeats_the_same_dropout() -> None:
         torch.testing.assert_close(gradients[1], gradients[0])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_was_compiled_before_notices() -> None:
     torch.compiler.reset()

@@ -145,6 +145,7 @@ def _fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_compiled_models(placement: str) -> None:
@@ -170,6 +171,7 @@ def test_compiled_models(placement: str) -> None:
                 torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @torch.no_grad()
@@ -185,6 +187,7 @@ def test_what_was_compiled_before_notices(placement: str) -> None:
     torch.testing.assert_close(compiled(images), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @torch.no_grad()

@@ -34,6 +34,7 @@ def results(model: nn.Module, images: Tensor, parameters: list[Tensor]) -> list[
     return [features, *torch.autograd.grad(features.square().sum(), parameters)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", ["tokens", "attention", "both"])
 @pytest.mark.parametrize("has_lora", [True, False])
 def test_each_thread_gets_its_own_result(placement: str, has_lora: bool) -> None:

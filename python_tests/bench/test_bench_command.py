@@ -19,7 +19,7 @@ from bench.suites import SUITES, memory
 from bench.suites.memory import _rebuild
 from bench.suites.step import rebuild_step, step_points
 
-pytestmark = pytest.mark.usefixtures("low_ceilings")
+pytestmark = [pytest.mark.usefixtures("low_ceilings"), pytest.mark.slow]
 
 TINY = ["--device", "cpu", "--no-compile", "--threads", "1", "--seconds", "0"]
 TINY += ["--lengths", "9", "--heads", "4", "--widths", "8", "--classes", "2", "--dtypes", "float32"]
@@ -32,7 +32,6 @@ def run(*arguments, status=0):
     return result.output
 
 
-@pytest.mark.slow
 def test_end_to_end_and_restart(tmp_path):
     path, picture = tmp_path / "records.json", tmp_path / "plot.png"
     arguments = [*ENOUGH, *TINY, "--json", path, "--plot", picture]
@@ -94,7 +93,6 @@ def test_memory_suite(tmp_path, monkeypatch):
     assert "1.5 MiB" in output
 
 
-@pytest.mark.slow
 def test_memory_of_a_process_of_its_own():
     point = Point(1024, 64, images=1, heads=4, num_classes=5, dtype="float32")
     prepare = functools.partial(
@@ -104,7 +102,6 @@ def test_memory_of_a_process_of_its_own():
     assert scores <= added_in_new_process(prepare, 1) <= 4 * scores
 
 
-@pytest.mark.slow
 def test_memory_of_steps_in_a_process_of_their_own(tmp_path):
     pytest.importorskip("open_clip")
     sizes = load_sizes(str(write_small_clip(tmp_path)))
@@ -114,7 +111,6 @@ def test_memory_of_steps_in_a_process_of_their_own(tmp_path):
     assert 0 < added_in_new_process(prepare, 1) < 200
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_step_suite(tmp_path, dtype):
     pytest.importorskip("open_clip")
@@ -136,7 +132,6 @@ def test_step_suite(tmp_path, dtype):
     }
 
 
-@pytest.mark.slow
 def test_savings_suite(tmp_path):
     pytest.importorskip("open_clip")
     from bench.without import SAVINGS

@@ -144,6 +144,7 @@ def test_a_plain_step_cuts_its_prompts(model, tokenizer) -> None:
     assert lengths == [8, CONTEXT]  # start, a photo of a, the name, full stop, end
 
 
+@pytest.mark.slow
 def test_each_episode_reads_its_model_and_images(monkeypatch) -> None:
     settings = Settings(ways=2, queries=1)
     workload = Workload(settings, [1])

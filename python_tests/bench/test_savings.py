@@ -27,6 +27,8 @@ from bench.without import SAVINGS, without
 from tir_kernels.fewshot import Runtime, finetune_episodes
 from tir_kernels.fewshot.methods import Method
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:

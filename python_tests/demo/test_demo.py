@@ -148,6 +148,7 @@ def test_embedded_model_knows_the_source_domain() -> None:
     assert source_accuracy(model_directory(), groups=2, seed=77) > 0.4
 
 
+@pytest.mark.slow
 def test_training_writes_a_folder_that_open_clip_loads(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

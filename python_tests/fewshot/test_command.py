@@ -264,6 +264,7 @@ def test_a_precision_that_slows_a_cpu_down_is_told(
     assert is_told == (precision != "float32" and not is_supported)
 
 
+@pytest.mark.slow
 def test_auto_and_checkpoints_leave_the_results_alone(make_images, tiny_model_folder, tmp_path):
     arguments = ["run", "--data", str(make_images()), "--model", str(tiny_model_folder)]
     arguments += [*SMALL.split(), "--layers=0", "--lora-dropout=0.25", "--out"]

@@ -82,6 +82,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip install triton" in BACKEND.unavailable()
 
 
+@pytest.mark.slow
 def test_importing_the_backend_does_not_import_triton() -> None:
     program = (
         "import sys, torch\n"

@@ -140,6 +140,7 @@ def test_selection_separates_neighbouring_floats(device: str) -> None:
         check_selection(scores.to(device), 17, 1)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_selection_of_any_shape(data: st.DataObject) -> None:

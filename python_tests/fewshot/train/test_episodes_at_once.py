@@ -51,6 +51,7 @@ def tokenizer() -> Any:
     return make_tokenizer()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("name", ["tir", "lora", "zero-shot"])
 def test_at_once_is_as_alone(tokenizer, name: str, dropout: float) -> None:
@@ -65,6 +66,7 @@ def test_at_once_is_as_alone(tokenizer, name: str, dropout: float) -> None:
             assert expected.losses[0] != expected.losses[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", ["attention", "both"])
 def test_placements(tokenizer, placement: str) -> None:
     method = replace(METHOD, placement=placement, steps=5)
@@ -73,6 +75,7 @@ def test_placements(tokenizer, placement: str) -> None:
     assert_each_as_alone(model, EPISODES, method, together)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context_tokens", [0, 7])
 def test_contexts(tokenizer, context_tokens: int) -> None:
     method = replace(METHOD, context_tokens=context_tokens, steps=5)

@@ -28,6 +28,7 @@ class Watcher:
         self.losses.append(learner.loss(logits, labels).tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tir", "lora"])
 def test_observed_is_as_unobserved(name: str) -> None:
     model, tokenizer = make_model(), make_tokenizer()
