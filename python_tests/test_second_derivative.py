@@ -39,6 +39,7 @@ def host_backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_a_penalty_on_a_gradient_is_refused(function: str, host_backend: str) -> None:
     q = torch.randn(1, 2, 6, 8, requires_grad=True)

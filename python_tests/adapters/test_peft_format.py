@@ -65,6 +65,7 @@ def edit_tensors(directory: Path, change: Any) -> None:
     safetensors.torch.save_file(tensors, path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("towers", TOWERS)
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize(("rank", "alpha"), [(16, 8), (3, 5), (2, 0.7)])

@@ -14,6 +14,8 @@ import pytest
 
 from bench import environment
 
+pytestmark = pytest.mark.slow  # each starts a shell and programs
+
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu_check.sh"
 
 FAKE_PYTHON = """#!/usr/bin/env bash

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import platform
+import sys
 from pathlib import Path
 
 import fake_engine
@@ -11,9 +12,10 @@ import torch
 from command_line import SMALL, assert_refused, results, with_value
 from small_images import write_images
 
-from tir_kernels.fewshot import command
+from tir_kernels.fewshot import command, fields
 from tir_kernels.fewshot.command import main
 from tir_kernels.fewshot.methods import METHODS, method_class
+from tir_kernels.fewshot.methods.zero_shot import ZeroShot
 from tir_kernels.fewshot.settings import Protocol, Runtime
 
 
@@ -300,6 +302,22 @@ def test_arms_of_one_method_are_compared(arguments, tmp_path, capsys):
     arms[1] = "late=tir,layers=2,3,steps=3"
     assert fake_engine.run_main([*arguments, "--method", "tir", *arms]) == 2
     assert "--steps of late was 1, is 3;" in capsys.readouterr().err
+
+
+def test_a_method_may_be_registered_late(arguments, tmp_path, monkeypatch):
+    """It has no options on the command line, but its fields are those of an arm."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Late(ZeroShot):
+        name = "late"
+        sharpness: int = fields.whole(1, "Sharpness.")
+
+    monkeypatch.setitem(METHODS, "late", f"{__name__}:late_method")
+    monkeypatch.setattr(sys.modules[__name__], "late_method", Late, raising=False)
+    arms = ["--method", "late", "--arm", "sharp=late,sharpness=3"]
+    assert fake_engine.run_main([word for word in arguments if "--steps" not in word] + arms) == 0
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())["settings"]["arms"]
+    assert (settings["late"]["sharpness"], settings["sharp"]["sharpness"]) == (1, 3)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from tir_kernels.fewshot.methods import METHODS, method_class
 from tir_kernels.fewshot.methods.lora import LoRA
 from tir_kernels.fewshot.methods.tir import TIR
 from tir_kernels.fewshot.methods.zero_shot import ZeroShot
+from tir_kernels.fewshot.run_options import Inputs, Reading
 
 
 def test_numbers_of_other_libraries_are_numbers():
@@ -83,6 +84,8 @@ def test_every_method_describes_itself(name):
     assert method.name == name
     assert method.source
     assert method.family in ("frozen features", "tuned towers", "inference only", "source-trained")
+    taken = {field.name for kind in (Protocol, Runtime, Inputs, Reading) for field in fields(kind)}
+    assert not taken & {field.name for field in fields(method)}
     for field in fields(method):
         assert field.metadata["help"].endswith("."), field.name
         # One option serves all methods that have it.

@@ -189,7 +189,8 @@ def _run(**options: Any) -> None:
     with settings_named():
         protocol, runtime = taken(Protocol), taken(Runtime)
         methods = options["methods"] or (() if options["arms"] else DEFAULT_METHODS)
-        known = [field.name for field, _ in method_fields()]
+        # A method that was registered after this module was imported has no options of its own.
+        known = [field.name for field, _ in method_fields() if field.name in options]
         shared = {name: options[name] for name in known if options[name] is not None}
         arms = make_arms(methods, options["arms"], shared)
     with leaving_at_once(), console.status("loading libraries"):

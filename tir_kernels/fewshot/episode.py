@@ -92,6 +92,13 @@ class Episode:
                 f"support_labels must have one label for each of the {len(support_images)} support "
                 f"images; got shape {tuple(support_labels.shape)}"
             )
+        if self.shots is not None:
+            needed = len(class_names) * self.shots
+            if self.shots < 1 or len(support_images) % needed:
+                raise ValueError(
+                    f"shots={self.shots} of {len(class_names)} classes take {needed} support "
+                    f"images, or several views of each; got {len(support_images)}"
+                )
         if support_labels.is_floating_point() or support_labels.dtype == torch.bool:
             raise TypeError(f"support_labels must be integers; got {support_labels.dtype}")
         if support_labels.min() < 0 or support_labels.max() >= len(class_names):

@@ -227,6 +227,9 @@ def test_what_cannot_be_is_refused(model, tokenizer) -> None:
     bad = replace(EPISODES[0], support_labels=torch.full((6,), 3))
     with pytest.raises(ValueError, match="support_labels must lie between 0 and 2"):
         finetune_episodes(model, tokenizer, [EPISODES[1], bad], METHOD)
+    for shots in (0, 4):
+        with pytest.raises(ValueError, match=f"shots={shots} of 3 classes take .*; got 6"):
+            finetune_episodes(model, tokenizer, [replace(EPISODES[0], shots=shots)], METHOD)
 
 
 def test_the_last_block_does_less(model, tokenizer, monkeypatch) -> None:
