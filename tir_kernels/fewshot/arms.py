@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tir_kernels.fewshot.fields import kinds_of
 from tir_kernels.fewshot.methods import Method, method_class
 from tir_kernels.fewshot.settings import Arm
 
@@ -52,10 +52,8 @@ def fields_of(method: type[Method]) -> dict[str, dataclasses.Field]:
 
 def value_type(method: type[Method], field: str) -> type:
     """``int``, ``float``, ``str``, or ``tuple`` for several whole numbers, of a method's option."""
-    hint = typing.get_type_hints(method)[field]
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        (hint,) = (kind for kind in typing.get_args(hint) if kind is not type(None))
-    return typing.get_origin(hint) or hint
+    (kind,) = kinds_of(typing.get_type_hints(method)[field])
+    return kind
 
 
 def _arm(name: str, method: type[Method], options: Mapping[str, Any]) -> Arm:

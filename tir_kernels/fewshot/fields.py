@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
+import typing
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -127,6 +129,13 @@ def checked(
         choices: Function that gives the words to choose from, if they are words.
     """
     return _field(default, help, check, **({} if choices is None else {"choices": choices}))
+
+
+def kinds_of(hint: Any) -> tuple[Any, ...]:
+    """The types that a field's hint allows besides ``None``, a tuple's without its entries."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    kinds = typing.get_args(hint) if is_union else (hint,)
+    return tuple(typing.get_origin(kind) or kind for kind in kinds if kind is not type(None))
 
 
 def check_all(settings: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from tir_kernels.fewshot.arms import fields_of
+from tir_kernels.fewshot.fields import kinds_of
 from tir_kernels.fewshot.methods import DEFAULT_METHODS, METHODS, method_class
 from tir_kernels.fewshot.settings import AUTO, Protocol, Runtime
 from tir_kernels.text import Notice, printable
@@ -206,12 +207,10 @@ def _field_option(
 def _option_type(field: dataclasses.Field, hint: Any) -> Any:
     if "choices" in field.metadata:
         return _Choice(field.metadata["choices"])
-    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-    if typing.get_origin(hint) is not tuple and kinds:
-        if len(kinds) > 1:
-            return _Parallel()
-        (hint,) = kinds
-    return _WholeNumbers() if typing.get_origin(hint) is tuple else hint
+    kind, *others = kinds_of(hint)
+    if others:
+        return _Parallel()
+    return _WholeNumbers() if kind is tuple else kind
 
 
 def episodes_option(default: int) -> Callable[[Callable], Callable]:
