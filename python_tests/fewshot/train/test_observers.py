@@ -1,12 +1,13 @@
 """Observers see a training between its steps, and change no bit of it."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from fewshot.training_cases import EPISODES, METHOD, as_method, make_model, make_tokenizer
 
-from tir_kernels.fewshot import finetune_episodes
+from tir_kernels.fewshot import NonFiniteLossError, finetune_episodes
 
 
 class Watcher:
@@ -64,3 +65,20 @@ def test_a_method_without_steps_is_seen_once() -> None:
         make_model(), make_tokenizer(), EPISODES[:2], as_method("zero-shot"), observers=[watcher]
     )
     assert watcher.steps == [0]
+
+
+def test_a_training_that_fails_is_seen_at_the_step_it_reached() -> None:
+    class Counter:
+        every = 100
+        steps: list[int] = []  # noqa: RUF012
+
+        def observe(self, step, learner, inputs) -> None:
+            self.steps.append(step)
+
+    broken = replace(EPISODES[0], support_images=EPISODES[0].support_images * math.nan)
+    counter = Counter()
+    (result,) = finetune_episodes(
+        make_model(), make_tokenizer(), [broken], METHOD, observers=[counter]
+    )
+    assert isinstance(result, NonFiniteLossError)
+    assert counter.steps == [0, 1]

@@ -177,14 +177,14 @@ def _train(
     # A gradient scaler looks at the gradients' values, which a graph can't.
     step = RepeatedStep(take_step, job.device, as_graph=not is_scaled)
     log = LossLog(len(labels), on_step)
+    taken = 0
     learner.train(True)
-    for number in range(job.method.steps):
-        _observe(job.observers, number, learner, inputs)
+    while taken < job.method.steps and not log.all_failed:
+        _observe(job.observers, taken, learner, inputs)
         log.add(step())
-        if log.all_failed:
-            break
+        taken += 1
     learner.train(False)
-    _observe(job.observers, job.method.steps, learner, inputs, is_last=True)
+    _observe(job.observers, taken, learner, inputs, is_last=True)
     return log.finish()
 
 
