@@ -143,10 +143,7 @@ class CpuBackend:
             *map(row_grid, (grad_output, query, key, value)),
             address(weights),
             row_grid(output),
-            log_sum_exp.data_ptr(),
-            grad_query.data_ptr(),
-            grad_key.data_ptr(),
-            grad_value.data_ptr(),
+            *map(address, (log_sum_exp, grad_query, grad_key, grad_value)),
             grad_weights.data_ptr() if needs_weights_grad else 0,
             torch.get_num_threads(),
         )
