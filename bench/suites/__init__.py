@@ -13,10 +13,12 @@ from .memory import memory_cases
 from .operator import operator_cases
 from .relevance import relevance_cases
 from .savings import savings_cases
+from .statistics import statistics_cases
 from .step import step_cases
 
 SUITES: dict[str, Callable[[Settings], list[Case]]] = {
     "attention": attention_cases,
+    "statistics": statistics_cases,
     "relevance": relevance_cases,
     "operator": operator_cases,
     "step": step_cases,
