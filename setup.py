@@ -38,7 +38,7 @@ COMMON = [CPU / f"{name}.cpp" for name in ("dispatch", "keys", "parallel", "sele
 BINDINGS = Path("csrc/bindings.cpp")
 CUDA = Path("csrc/cuda")
 # Each of these is compiled once for every type of elements, so that the work is shared out.
-CUDA_KERNELS = [CUDA / f"{name}.cu" for name in KERNEL_NAMES]
+CUDA_KERNELS = [CUDA / f"{name}.cu" for name in (*KERNEL_NAMES, "attention_statistics")]
 CUDA_ELEMENTS = ("float", "float16", "bfloat16")
 CUDA_COMMON = [CUDA / "runtime.cu", CUDA / "selection.cu"]
 CUDA_HOST = [CUDA / "launchers.cpp", CUDA / "bindings.cpp"]

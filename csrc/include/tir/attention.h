@@ -36,4 +36,15 @@ struct AttentionBackward {
   float* grad_weights;         // [B, L], or null where it is not wanted
 };
 
+struct AttentionStatistics {
+  AttentionShape shape;
+  RowGrid query, key;          // [B, H, L, d]
+  const float* weights;        // [B, L], or null for 1
+  int64_t num_prefix_tokens;   // P
+  float* received_from_prefix;   // [B, H, L]
+  float* received_from_patches;  // [B, H, L]
+  float* entropy;                // [B, H, L]
+  float* log_sum_exp;            // [B, H, L]
+};
+
 }  // namespace tir
