@@ -1,11 +1,11 @@
-"""What keys receive of weighted attention and how queries spread theirs, without atomics and without
-a matrix of L x L.
+"""What keys receive of weighted attention and how queries spread theirs, without a matrix of L x L
+and without atomics.
 
 The first kernel has stationary queries and streamed keys: it finds the softmax and the entropy of
 each query. The second has stationary keys and streamed queries: with the maxima and totals of the
 first it finds the probabilities again and adds up what each key receives. Those two numbers serve
 better than the log-sum-exp, of which a rounding step is a larger part of a probability the further
-it lies from 0.
+it lies from 0. Both kernels multiply tiles of the same shape, so that their scores are the same.
 """
 
 from __future__ import annotations
@@ -122,8 +122,9 @@ def column_statistics_kernel(
 
     _, attended, bias = load_key_weights(weights_ptr + batch.to(tl.int64) * length, keys, length)
     key = load_rows(key_ptr, keys, attended, key_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT)
-    from_prefix = tl.zeros((BLOCK_KEY,), tl.float32)
-    from_patches = tl.zeros((BLOCK_KEY,), tl.float32)
+    # Sums over the queries at the same place of their blocks; warps exchange them once, at the end.
+    from_prefix = tl.zeros((BLOCK_QUERY, BLOCK_KEY), tl.float32)
+    from_patches = tl.zeros((BLOCK_QUERY, BLOCK_KEY), tl.float32)
 
     for first_query in range(0, loop_end(length), BLOCK_QUERY):
         rows = first_query + tl.arange(0, BLOCK_QUERY)
@@ -133,19 +134,20 @@ def column_statistics_kernel(
         )
         maximum = tl.load(maximum_ptr + first_row + rows, mask=row_exists, other=float("inf"))
         total = tl.load(total_ptr + first_row + rows, mask=row_exists, other=1.0)
-        # Rounded as in the row's softmax, so that the largest exponent is exactly 0.
-        scores = dot_transposed(key, query, TAIL) * scale_log2 + bias[:, None]
-        probabilities = tl.exp2(scores - maximum[None, :]) * (1.0 / total)[None, :]
-        is_prefix = (rows < num_prefix_tokens)[None, :]
-        from_prefix += tl.sum(tl.where(is_prefix, probabilities, 0.0), 1)
-        from_patches += tl.sum(tl.where(is_prefix, 0.0, probabilities), 1)
+        scores = dot_transposed(query, key, TAIL) * scale_log2 + bias[None, :]
+        probabilities = tl.exp2(scores - maximum[:, None]) * (1.0 / total)[:, None]
+        is_prefix = (rows < num_prefix_tokens)[:, None]
+        from_prefix += tl.where(is_prefix, probabilities, 0.0)
+        from_patches += tl.where(is_prefix, 0.0, probabilities)
 
-    # Not even the NaN of a query gets to a key that is not attended to. A mean over none is 0.
-    from_prefix = tl.where(attended, from_prefix, 0.0) / tl.maximum(num_prefix_tokens, 1)
-    from_patches = tl.where(attended, from_patches, 0.0) / tl.maximum(length - num_prefix_tokens, 1)
+    # A mean over no queries is 0, and not even their NaN gets to a key that is not attended to.
+    mean_of_prefix = tl.sum(from_prefix, 0) / tl.maximum(num_prefix_tokens, 1)
+    mean_of_patches = tl.sum(from_patches, 0) / tl.maximum(length - num_prefix_tokens, 1)
+    mean_of_prefix = tl.where(attended, mean_of_prefix, 0.0)
+    mean_of_patches = tl.where(attended, mean_of_patches, 0.0)
     in_range = keys < length
-    tl.store(from_prefix_ptr + first_row + keys, from_prefix, mask=in_range)
-    tl.store(from_patches_ptr + first_row + keys, from_patches, mask=in_range)
+    tl.store(from_prefix_ptr + first_row + keys, mean_of_prefix, mask=in_range)
+    tl.store(from_patches_ptr + first_row + keys, mean_of_patches, mask=in_range)
 
 
 def attention_statistics(
@@ -170,12 +172,17 @@ def attention_statistics(
         "MAIN": main,
         "TAIL": tail,
         "STRIDE_UNIT": stride_unit(query, key),
+        "BLOCK_QUERY": config.block_stationary,
+        "BLOCK_KEY": config.block_streamed,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    grid = (triton.cdiv(length, config.block_stationary) * batch * num_heads,)
+
+    def grid(block: int) -> tuple[int]:
+        return (triton.cdiv(length, block) * batch * num_heads,)
+
     with device_guard(query.device):
-        row_statistics_kernel[grid](
+        row_statistics_kernel[grid(config.block_stationary)](
             query,
             key,
             weights,
@@ -188,10 +195,8 @@ def attention_statistics(
             length,
             scale_log2,
             **constants,
-            BLOCK_QUERY=config.block_stationary,
-            BLOCK_KEY=config.block_streamed,
         )
-        column_statistics_kernel[grid](
+        column_statistics_kernel[grid(config.block_streamed)](
             query,
             key,
             weights,
@@ -205,7 +210,5 @@ def attention_statistics(
             num_prefix_tokens,
             scale_log2,
             **constants,
-            BLOCK_QUERY=config.block_streamed,
-            BLOCK_KEY=config.block_stationary,
         )
     return statistics
