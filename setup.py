@@ -31,9 +31,9 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 CPU = Path("csrc/cpu")
-KERNEL_NAMES = ("attention_forward", "attention_backward", "relevance")
-CPU_KERNEL_NAMES = ("attention_statistics", "dropout", "activation")
-KERNELS = [CPU / "kernels" / f"{name}.cpp" for name in KERNEL_NAMES + CPU_KERNEL_NAMES]
+KERNEL_NAMES = ("attention_forward", "attention_backward", "attention_statistics", "relevance")
+ADAPTER_KERNEL_NAMES = ("dropout", "activation")
+KERNELS = [CPU / "kernels" / f"{name}.cpp" for name in KERNEL_NAMES + ADAPTER_KERNEL_NAMES]
 COMMON = [CPU / f"{name}.cpp" for name in ("dispatch", "keys", "parallel", "selection")]
 BINDINGS = Path("csrc/bindings.cpp")
 CUDA = Path("csrc/cuda")

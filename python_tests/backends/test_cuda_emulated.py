@@ -269,8 +269,9 @@ def run_sanitized(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 def sanitized_result(name: str, *tests: str) -> Path:
     """Where a run under sanitizers leaves that it passed; it depends on all that it imports."""
-    helpers = ("conftest.py", "cuda_emulation.py", "oracle.py", "proofs.py", "golden", "backends")
-    files = proofs.sources(*(f"python_tests/{part}" for part in helpers), *tests)
+    helpers = ("conftest", "cuda_emulation", "oracle", "statistics_oracle", "proofs")
+    names = [*(f"{name}.py" for name in helpers), "golden", "backends"]
+    files = proofs.sources(*(f"python_tests/{name}" for name in names), *tests)
     files += proofs.cuda_sources() + proofs.operator_sources()
     flags = cuda_emulation.flags_for(Path("csrc"))
     versions = (proofs.version_of("g++"), sys.version, torch.__version__)
@@ -285,6 +286,7 @@ SANITIZED = {
         "backends/test_cuda_emulated.py",
         "backends/test_cuda_relevance.py",
         "backends/test_cuda_room.py",
+        "backends/test_cuda_statistics.py",
     ],
 }
 
