@@ -27,7 +27,8 @@ def measure(
 
     Args:
         model: A model whose image tower can be opened, or that tower, with whatever adapters are
-            on it; it is read in evaluation mode or not, as it is, and is not changed for a moment.
+            on it; it is read in evaluation mode or not, as it is, and is not changed for a moment, but for
+            the ``last_counts`` of a re-weighting, which are then those of this pass.
         images: (B, 3, H, W), normalised for the model.
         measures: The measures.
         labels: (B,), the number of each image's class; ``None``: measures of classes find nothing.
