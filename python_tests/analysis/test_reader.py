@@ -223,8 +223,8 @@ def test_selection_is_the_operators():
 def test_averages():
     values = torch.tensor([1.0, torch.nan, torch.nan, torch.nan])
     finding = Finding("x", 0, values, torch.tensor([1.0, 2.0, torch.nan, 3.0]))
-    assert finding.averages() == [(1.0, 2.0)]
-    assert finding.averages(2) == [(1.0, 1.5), (None, 3.0)]
+    assert finding.averages() == [(1.0, 1.0)]
+    assert finding.averages(2) == [(1.0, 1.0), (None, 3.0)]
     assert Finding("x", 0, values, 0.25).averages(2) == [(1.0, 0.25), (None, 0.25)]
 
 
