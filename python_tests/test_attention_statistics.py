@@ -12,18 +12,10 @@ from torch import Tensor
 
 import tir_kernels
 from tir_kernels import AttentionStatistics, attention_statistics
-from tir_kernels.operators.choose import load_backend
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 NAMES = AttentionStatistics._fields
-
-
-@pytest.fixture
-def backend(backend: str) -> str:
-    if not hasattr(load_backend(backend), "attention_statistics"):
-        pytest.skip(f"backend {backend} has no attention_statistics")
-    return backend
 
 
 def draw(length: int, device: str = "cpu", layout: str = "packed") -> tuple[Tensor, Tensor, Tensor]:
