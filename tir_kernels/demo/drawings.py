@@ -17,7 +17,8 @@ from pathlib import Path
 from PIL import Image
 
 from tir_kernels.demo.canvas import IMAGE_SIZE
-from tir_kernels.demo.everyday import SHAPES, SourceDrawing, draw_source
+from tir_kernels.demo.everyday import SourceDrawing, draw_source
+from tir_kernels.demo.shapes import SHAPES
 from tir_kernels.demo.tissue import CLASSES, draw_tissue
 
 __all__ = [

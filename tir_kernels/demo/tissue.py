@@ -157,7 +157,7 @@ def _vessel(rng: np.random.Generator) -> Stains:
 
 
 # Folder name -> (words for the class, painter). The folders are abbreviations, as in many real
-# data sets; a few of the words ("small", "ring", "cloud") occur in source captions, with another
+# data sets; a few of the words ("small", "ring", "wavy") occur in source captions, with another
 # meaning, and most do not.
 CLASSES: dict[str, tuple[str, Callable[[np.random.Generator], Stains]]] = {
     "ADI": ("fat bubbles", _fat),
