@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tir_kernels.demo import model_directory, muon, objective, probes, train
 from tir_kernels.demo.captions import CHOICES
-from tir_kernels.demo.drawings import draw_source
+from tir_kernels.demo.drawings import CLASSES, draw_source, draw_tissue
 from tir_kernels.towers.loading.new_models import read_model
 
 WEIGHTS = "open_clip_model.safetensors"
@@ -81,6 +81,30 @@ def test_embedded_model_is_small_and_what_the_script_makes() -> None:
         "model_cfg": train.MODEL_CONFIG,
         "preprocess_cfg": train.PREPROCESS_CONFIG,
     }
+
+
+@pytest.mark.slow
+def test_a_linear_probe_of_the_target_domain_leaves_room() -> None:
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    visual = read_model(model_directory())[0].visual
+    pixels = [[draw_tissue(name, index) for index in range(40)] for name in CLASSES]
+    images = torch.from_numpy(np.array(pixels)).permute(0, 1, 4, 2, 3).float() / 255
+    images = (images - probes.PIXEL_MEAN) / probes.PIXEL_DEVIATION
+    with torch.no_grad():
+        tokens = [visual.ln_post(visual.transformer(visual._embeds(each))) for each in images]
+    features = torch.stack(tokens)[:, :, 0].numpy()
+    accuracies = []
+    for episode in range(60):
+        rng = np.random.default_rng([5, episode])
+        ways = rng.permutation(len(CLASSES))[:5]
+        chosen = [features[way][rng.permutation(40)[:20]] for way in ways]
+        support = np.concatenate([each[:5] for each in chosen])
+        queries = np.concatenate([each[5:] for each in chosen])
+        probe = linear_model.LogisticRegression(max_iter=1000)
+        probe.fit(support, np.repeat(range(5), 5))
+        accuracies.append(probe.score(queries, np.repeat(range(5), 15)))
+    assert 0.5 < np.mean(accuracies) < 0.75
+    assert np.mean(accuracies) == pytest.approx(0.677, abs=0.05)  # stated beside the model
 
 
 def test_probes_ask_each_choice_of_drawings_that_show_it() -> None:
