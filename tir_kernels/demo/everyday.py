@@ -26,7 +26,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }  # fmt: skip
 
 # Patterns in [0, 1] of the pixels right of and below an object's centre: how far the object's
-# colour gives way to its second tone. All repeat within 7 to 10 pixels.
+# colour gives way to its second tone. All repeat within 7 to 12 pixels.
 _TURN = 2 * math.pi
 TEXTURES: dict[str, Callable[[Array, Array], Array]] = {
     "plain": lambda x, y: np.zeros_like(x),

@@ -138,7 +138,8 @@ def losses(model: Any, heads: Heads, batch: Batch, *, windows: bool) -> dict[str
     """The parts of the objective; their sum is to be minimised.
 
     With `windows` the image tower sees 4 x 4 patches of each image, those around an object, for a
-    quarter of the cost; what only the whole image tells is then not asked for.
+    quarter of the cost; the number, which only the whole image tells, is then not asked for by
+    itself.
     """
     visual = model.visual
     patches = _windows(batch.cover) if windows else None

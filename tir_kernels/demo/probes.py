@@ -58,7 +58,13 @@ def naming(attribute: str, choice: str) -> str:
 
 @torch.no_grad()
 def zero_shot(
-    model: Any, tokenizer: Tokenizer, attribute: str, *, count: int, seed: int = 0, stream: int = 1
+    model: Any,
+    tokenizer: Tokenizer,
+    attribute: str,
+    *,
+    count: int,
+    seed: int = 0,
+    stream: int = HELD_OUT_STREAM,
 ) -> Reached:
     """Share of held-out drawings whose attribute is named rightly by the nearest caption."""
     choices, group = PROBES[attribute]
@@ -80,7 +86,7 @@ def zero_shot(
 
 @torch.no_grad()
 def caption_accuracy(
-    model: Any, tokenizer: Tokenizer, *, groups: int, seed: int = 0, stream: int = 1
+    model: Any, tokenizer: Tokenizer, *, groups: int, seed: int = 0, stream: int = HELD_OUT_STREAM
 ) -> Reached:
     """Share of held-out drawings, in `groups` of 128, whose own caption is picked out of all."""
     right = 0
@@ -97,7 +103,7 @@ def caption_accuracy(
 
 
 def everything(
-    model: Any, tokenizer: Tokenizer, *, count: int, seed: int = 0, stream: int = 1
+    model: Any, tokenizer: Tokenizer, *, count: int, seed: int = 0, stream: int = HELD_OUT_STREAM
 ) -> dict[str, Reached]:
     """All probes of `count` drawings each, and captions of about as many."""
     model.eval()
