@@ -1,4 +1,4 @@
-"""The embedded demonstration: drawings, the image folder, the trained model, its training."""
+"""The target domain of the demonstration, and the folder of its images."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tir_kernels.demo import drawings, model_directory, write_image_folder
-from tir_kernels.demo.drawings import CLASS_NAMES_FILE, CLASSES, SHAPES, draw_source, draw_tissue
+from tir_kernels.demo import drawings, write_image_folder
+from tir_kernels.demo.drawings import CLASS_NAMES_FILE, CLASSES, draw_tissue
 
 
 def contents(root: Path) -> dict[str, tuple[bytes, int]]:
@@ -34,30 +34,6 @@ def test_import_leaves_open_clip_and_torch_alone() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
-
-
-@pytest.mark.parametrize("single", [False, True])
-def test_source_drawings_depend_on_seed_stream_and_index_only(single: bool) -> None:
-    first = [draw_source(index, seed=3, single=single) for index in range(12)]
-    again = [draw_source(index, seed=3, single=single) for index in reversed(range(12))][::-1]
-    for one, two in zip(first, again, strict=True):
-        assert one.pixels.shape == (64, 64, 3)
-        assert one.pixels.dtype == np.uint8
-        assert np.array_equal(one.pixels, two.pixels)
-        assert (one.caption, one.shape) == (two.caption, two.shape)
-    assert not np.array_equal(first[0].pixels, first[1].pixels)
-    assert not np.array_equal(first[0].pixels, draw_source(0, seed=4, single=single).pixels)
-    other_stream = draw_source(0, seed=3, stream=1, single=single)
-    assert not np.array_equal(first[0].pixels, other_stream.pixels)
-
-
-def test_source_captions_name_what_is_drawn() -> None:
-    some = [draw_source(index) for index in range(600)]
-    assert {drawing.shape for drawing in some} == set(SHAPES)
-    plural = {"leaf": "leaves"}
-    for drawing in some:
-        assert drawing.shape in drawing.caption or plural[drawing.shape] in drawing.caption
-    assert len({drawing.caption for drawing in some}) > 500
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -139,39 +115,3 @@ def test_wrong_arguments_are_named(tmp_path: Path, wrong: dict[str, int]) -> Non
     with pytest.raises(ValueError, match=next(iter(wrong))):
         write_image_folder(tmp_path / "tissue", **wrong)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_embedded_model_knows_the_source_domain() -> None:
-    from tir_kernels.demo.train import source_accuracy
-
-    # Fresh drawings: another seed than the one it was trained with. Chance is 1 in 128.
-    assert source_accuracy(model_directory(), groups=2, seed=77) > 0.4
-
-
-@pytest.mark.slow
-def test_training_writes_a_folder_that_open_clip_loads(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import open_clip
-    import torch
-    from safetensors.torch import load_file
-
-    from tir_kernels.demo import train
-
-    monkeypatch.setattr(train, "BATCH_SIZE", 16)
-    monkeypatch.setattr(train, "EVALUATION_GROUPS", 1)
-    train.main(["--out", str(tmp_path / "one"), "--steps", "2"])
-    assert "held-out source drawings whose caption is picked" in capsys.readouterr().out
-    train.train(tmp_path / "two", steps=2)
-    one, two = (
-        load_file(tmp_path / name / "open_clip_model.safetensors") for name in ("one", "two")
-    )
-    assert all(value.dtype == torch.float16 for value in one.values())
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'one'}")
-    drawing = draw_source(0)
-    image = preprocess(Image.fromarray(drawing.pixels))
-    assert torch.allclose(image, train.as_images([drawing])[0], atol=1e-6)
-    assert model.encode_image(image[None]).shape == (1, 64)
-    with pytest.raises(ValueError, match="steps"):
-        train.train(tmp_path / "none", steps=0)

@@ -17,7 +17,8 @@ from pathlib import Path
 from PIL import Image
 
 from tir_kernels.demo.canvas import IMAGE_SIZE
-from tir_kernels.demo.everyday import SHAPES, SourceDrawing, draw_source
+from tir_kernels.demo.everyday import SourceDrawing, draw_source
+from tir_kernels.demo.shapes import SHAPES
 from tir_kernels.demo.tissue import CLASSES, draw_tissue
 
 __all__ = [
@@ -27,7 +28,7 @@ __all__ = [
 
 CLASS_NAMES_FILE = "class_names.json"
 _STAMP_FILE = "drawings.json"
-_DRAWING_VERSION = 2  # raise it when the drawings change: older folders are then not reused
+_DRAWING_VERSION = 3  # raise it when the drawings change: older folders are then not reused
 # Images are told from others of their name by their time, and these are always the same ones: those
 # drawn again are no other data to a run that is continued. In nanoseconds; the first of 2026.
 _TIME = 1_767_225_600_000_000_000

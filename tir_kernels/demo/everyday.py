@@ -1,7 +1,8 @@
 """The source domain: clean, everyday compositions, each with an English caption.
 
-A red ball on grass, three yellow stars, a cup left of a striped fish: shapes, colours, textures,
-counts, places and backgrounds combine freely, so that a model has to learn each of them.
+A red ball on grass, three spotted stars at night, a small blue cup on the left: shapes, colours,
+textures, numbers, positions, sizes and backgrounds combine freely, so that a model has to learn
+each of them.
 """
 
 from __future__ import annotations
@@ -11,105 +12,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tir_kernels.demo.canvas import (
-    COLUMNS,
-    IMAGE_SIZE,
-    ROWS,
-    Array,
-    Pixels,
-    smooth_noise,
-    to_pixels,
-)
-
-# A shape maps object coordinates (x right, y down, the object within [-1, 1]) to a signed
-# distance, negative inside. Distances need not be exact: they only place and soften the edge.
-
-
-def _disc(x: Array, y: Array, radius: float, cx: float = 0.0, cy: float = 0.0) -> Array:
-    return np.hypot(x - cx, y - cy) - radius
-
-
-def _rect(x: Array, y: Array, w: float, h: float, cx: float = 0.0, cy: float = 0.0) -> Array:
-    return np.maximum(np.abs(x - cx) - w, np.abs(y - cy) - h)
-
-
-def _wedge(x: Array, y: Array, tip: float, base: float, half_width: float) -> Array:
-    """Triangle with its tip at (0, tip) and a level base at y = base, tip < base."""
-    side = (np.abs(x) * (base - tip) - (y - tip) * half_width) / np.hypot(base - tip, half_width)
-    return np.maximum(side, y - base)
-
-
-def _petals(x: Array, y: Array, count: int, mean: float, depth: float) -> Array:
-    return np.hypot(x, y) - mean - depth * np.cos(count * np.arctan2(x, -y))
-
-
-def _union(*parts: Array) -> Array:
-    return np.minimum.reduce(parts)
-
-
-SHAPES: dict[str, Callable[[Array, Array], Array]] = {
-    "ball": lambda x, y: _disc(x, y, 0.9),
-    "box": lambda x, y: _rect(x, y, 0.8, 0.8),
-    "triangle": lambda x, y: _wedge(x, y, -0.9, 0.8, 0.95),
-    "star": lambda x, y: _petals(x, y, 5, 0.6, 0.32),
-    "flower": lambda x, y: np.maximum(_petals(x, y, 7, 0.72, 0.16), -_disc(x, y, 0.28)),
-    "heart": lambda x, y: _union(
-        _disc(np.abs(x), y, 0.46, 0.42, -0.3), _wedge(x, -y, -0.9, 0.12, 0.87)
-    ),
-    "moon": lambda x, y: np.maximum(_disc(x, y, 0.9), -_disc(x, y, 0.75, 0.45, -0.1)),
-    "ring": lambda x, y: np.abs(_disc(x, y, 0.66)) - 0.22,
-    "cross": lambda x, y: _union(_rect(x, y, 0.9, 0.28), _rect(x, y, 0.28, 0.9)),
-    "diamond": lambda x, y: (np.abs(x) * 1.4 + np.abs(y) - 0.95) * 0.6,
-    "house": lambda x, y: np.maximum(
-        _union(_rect(x, y, 0.65, 0.5, 0.0, 0.4), _wedge(x, y, -0.9, -0.05, 0.92)),
-        -_rect(x, y, 0.15, 0.3, 0.0, 0.6),
-    ),
-    "tree": lambda x, y: _union(_wedge(x, y, -0.95, 0.45, 0.75), _rect(x, y, 0.15, 0.3, 0, 0.65)),
-    "cup": lambda x, y: _union(_rect(x, y, 0.5, 0.65, -0.2), np.abs(_disc(x, y, 0.36, 0.4)) - 0.11),
-    "fish": lambda x, y: _union(
-        (np.hypot((x + 0.2) / 0.72, y / 0.45) - 1) * 0.45, _wedge(y, x, 0.2, 0.9, 0.55)
-    ),
-    "arrow": lambda x, y: _union(_rect(x, y, 0.5, 0.2, -0.4), _wedge(y, -x, -0.9, 0.0, 0.65)),
-    "cloud": lambda x, y: np.maximum(
-        _union(_disc(x, y, 0.5, 0, -0.1), _disc(np.abs(x), y, 0.38, 0.52, 0.15)), y - 0.4
-    ),
-    "mushroom": lambda x, y: _union(
-        np.maximum(_disc(x, y, 0.88), y), _rect(x, y, 0.22, 0.45, 0, 0.4)
-    ),
-    "key": lambda x, y: _union(
-        np.abs(_disc(x, y, 0.3, -0.55)) - 0.12,
-        _rect(x, y, 0.6, 0.1, 0.3),
-        _rect(x, y, 0.09, 0.3, 0.75, 0.2),
-        _rect(x, y, 0.09, 0.24, 0.4, 0.2),
-    ),
-    "bottle": lambda x, y: _union(
-        _rect(x, y, 0.4, 0.55, 0, 0.38), _rect(x, y, 0.14, 0.45, 0, -0.45)
-    ),
-    "leaf": lambda x, y: np.maximum(_disc(x, y, 1.15, 0.7), _disc(x, y, 1.15, -0.7)),
-    "boat": lambda x, y: _union(
-        np.maximum(_disc(x, y, 0.9), 0.25 - y), _wedge(x, y, -0.95, 0.1, 0.5)
-    ),
-    "lamp": lambda x, y: _union(
-        np.maximum(_wedge(x, y, -1.6, 0.05, 0.8), -0.75 - y),
-        _rect(x, y, 0.09, 0.5, 0, 0.4),
-        _rect(x, y, 0.45, 0.1, 0, 0.85),
-    ),
-}
+from tir_kernels.demo.canvas import COLUMNS, ROWS, Array, Pixels, smooth_noise, to_pixels
+from tir_kernels.demo.captions import CHOICES, NUMBERS, Scene, describe
+from tir_kernels.demo.shapes import SHAPES
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40), "orange": (245, 140, 30), "yellow": (245, 215, 60),
     "green": (50, 160, 70), "blue": (45, 90, 205), "purple": (130, 60, 170),
     "pink": (245, 145, 185), "brown": (125, 80, 45), "black": (25, 25, 30),
-    "white": (246, 246, 242), "grey": (135, 138, 142),
+    "white": (246, 246, 242),
 }  # fmt: skip
 
-# Object-space patterns in [0, 1]: how far the object's colour gives way to its second tone.
+# Patterns in [0, 1] of the pixels right of and below an object's centre: how far the object's
+# colour gives way to its second tone. All repeat within 7 to 12 pixels.
+_TURN = 2 * math.pi
 TEXTURES: dict[str, Callable[[Array, Array], Array]] = {
-    "striped": lambda x, y: np.clip(0.5 + 2 * np.sin(9.0 * x), 0, 1),
-    "spotted": lambda x, y: np.clip(0.4 - 4 * (0.5 - np.sin(7 * x) * np.sin(7 * y)), 0, 1),
-    "checkered": lambda x, y: np.clip(0.5 + 3 * np.sin(7 * x) * np.sin(7 * y), 0, 1),
-    "wavy": lambda x, y: np.clip(0.5 + 2 * np.sin(9 * y + 2 * np.sin(6 * x)), 0, 1),
+    "plain": lambda x, y: np.zeros_like(x),
+    "striped": lambda x, y: np.clip(0.5 + 2.5 * np.sin(_TURN * x / 7), 0, 1),
+    "spotted": lambda x, y: np.clip(
+        4.5 * (np.cos(_TURN * x / 7) + np.cos(_TURN * y / 7) - 0.7), 0, 1
+    ),
+    "checkered": lambda x, y: np.clip(
+        0.5 + 3 * np.sin(_TURN * x / 10) * np.sin(_TURN * y / 10), 0, 1
+    ),
+    "wavy": lambda x, y: np.clip(
+        0.5 + 2.5 * np.sin(_TURN * (y + 2 * np.sin(_TURN * x / 12)) / 7), 0, 1
+    ),
 }
 
 
@@ -133,105 +63,108 @@ BACKGROUNDS: dict[str, tuple[tuple[int, int, int], Callable[[np.random.Generator
     "paper": ((232, 226, 210), lambda rng: np.zeros_like(ROWS)),
 }
 
-COUNT_WORDS = {2: "two", 3: "three", 4: "four", 5: "five"}
-_PHRASES = ("a photo of {}", "a picture of {}", "an image of {}", "{}", "a drawing of {}", "{}")
+_OFFSETS = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "middle": (0, 0)}
 
 
 @dataclass(frozen=True)
 class SourceDrawing:
-    """A source image, (64, 64, 3) uint8, its caption, and the name of its first object's shape."""
+    """A source image, the scene it shows, and where its objects are.
+
+    Attributes:
+        pixels: (64, 64, 3) uint8.
+        scene: What can be seen.
+        cover: (64, 64) bool, true on the objects.
+    """
 
     pixels: Pixels
-    caption: str
-    shape: str
+    scene: Scene
+    cover: NDArray[np.bool_]
 
-
-def _paint_object(
-    image: Array, rng: np.random.Generator, shape: str, colour: str, texture: str,
-    centre: Array, radius: float,
-) -> None:  # fmt: skip
-    """Draw one object into `image`, (64, 64, 3), in place; centre (x, y) and radius in pixels."""
-    cx, cy = float(centre[0]), float(centre[1])  # Python floats keep the arithmetic in float32
-    angle = rng.normal(0, 0.15)
-    cosine, sine = math.cos(angle), math.sin(angle)
-    # No shape reaches further than 1.5 radii, so only that window is computed.
-    top, left = max(0, int(cy - 1.5 * radius)), max(0, int(cx - 1.5 * radius))
-    window = np.s_[top : int(cy + 1.5 * radius) + 1, left : int(cx + 1.5 * radius) + 1]
-    dx, dy = (COLUMNS[window] - cx) / radius, (ROWS[window] - cy) / radius
-    x, y = cosine * dx + sine * dy, cosine * dy - sine * dx
-    alpha = np.clip(0.5 - SHAPES[shape](x, y) * radius, 0, 1)[..., None]
-    tone = (np.array(COLOURS[colour]) + rng.normal(0, 9, 3)).astype(np.float32)
-    # The second tone moves towards white for dark colours and towards black for light ones.
-    second = tone + (120 if tone.mean() < 128 else -110)
-    pattern = TEXTURES[texture](x, y)[..., None] if texture else 0.0
-    shading = -14 * (x + y)[..., None].clip(-2, 2)
-    view = image[window]
-    view += alpha * (tone + (second - tone) * pattern + shading - view)
-
-
-def _noun(
-    rng: np.random.Generator, shape: str, colour: str, texture: str, size: str = "", count: int = 1
-) -> str:
-    """Name an object; each attribute is left out now and then, as people do."""
-    words = [w for w in (size, colour, texture) if w and rng.random() < 0.75]
-    noun = " ".join([*words, shape])
-    if count > 1:
-        plural = {"leaf": "leaves", "box": "boxes", "cross": "crosses", "fish": "fish"}
-        return " ".join([COUNT_WORDS[count], *words, plural.get(shape, shape + "s")])
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+    @property
+    def caption(self) -> str:
+        """Words for all attributes of the scene."""
+        return describe(self.scene)
 
 
 def _pick(rng: np.random.Generator, names: tuple[str, ...]) -> str:
     return names[rng.integers(len(names))]
 
 
+def _random_scene(rng: np.random.Generator, number: str) -> Scene:
+    """A scene with `number` objects; single ones have a position, and a size if not medium."""
+    words = {name: _pick(rng, CHOICES[name]) for name in Scene._fields}
+    size = ("small", "large", "", "")[rng.integers(4)]
+    position = "middle" if size == "large" else words["position"]
+    if number != "one":
+        size = position = ""
+    return Scene(**{**words, "number": number, "position": position, "size": size})
+
+
+def _places(rng: np.random.Generator, scene: Scene) -> list[tuple[float, float, float]]:
+    """Where the objects of a scene lie: centre (x, y) and radius of each, in pixels."""
+    if scene.number != "one":
+        cells = rng.permutation(9)[: 1 + NUMBERS.index(scene.number)]
+        shifts, radius = rng.uniform(-1.2, 1.2, (len(cells), 2)), rng.uniform(8.5, 9.6)
+        return [
+            (11.5 + 20.5 * (cell % 3) + dx, 11.5 + 20.5 * (cell // 3) + dy, radius)
+            for cell, (dx, dy) in zip(cells, shifts, strict=True)
+        ]
+    far, least, most = {"small": (19, 9, 10.5), "large": (0, 21, 25)}.get(scene.size, (14, 13, 16))
+    right, down = _OFFSETS[scene.position]
+    shift = rng.uniform(-2.5, 2.5, 2)
+    return [(31.5 + far * right + shift[0], 31.5 + far * down + shift[1], rng.uniform(least, most))]
+
+
+def _paint_object(
+    image: Array,
+    cover: NDArray[np.bool_],
+    rng: np.random.Generator,
+    scene: Scene,
+    place: tuple[float, float, float],
+) -> None:
+    """Draw an object into `image`, (64, 64, 3), and its pixels into `cover`, (64, 64), in place."""
+    cx, cy, radius = map(float, place)  # Python floats keep the arithmetic in float32
+    angle = rng.normal(0, 0.1)
+    cosine, sine = math.cos(angle), math.sin(angle)
+    # No shape reaches further than 1.5 radii, so only that window is computed.
+    top, left = max(0, int(cy - 1.5 * radius)), max(0, int(cx - 1.5 * radius))
+    window = np.s_[top : int(cy + 1.5 * radius) + 2, left : int(cx + 1.5 * radius) + 2]
+    dx, dy = COLUMNS[window] - cx, ROWS[window] - cy
+    x, y = cosine * dx + sine * dy, cosine * dy - sine * dx
+    distance = SHAPES[scene.shape](x / radius, y / radius) * radius
+    tone = (np.array(COLOURS[scene.colour]) + rng.normal(0, 7, 3)).astype(np.float32)
+    # The second tone moves towards white for dark colours and towards black for light ones.
+    second = tone + (120 if tone.mean() < 128 else -110)
+    shading = -8 * np.clip((x + y) / radius, -2, 2)[..., None]
+    view = image[window]
+    view += np.clip(0.5 - distance, 0, 1)[..., None] * (
+        tone + (second - tone) * TEXTURES[scene.texture](x, y)[..., None] + shading - view
+    )
+    # A thin outline, dark on light ground and light on dark, sets every colour off its background.
+    outline = 30.0 if sum(BACKGROUNDS[scene.background][0]) > 450 else 245.0
+    view += np.clip(1.1 - np.abs(distance - 0.3), 0, 0.8)[..., None] * (outline - view)
+    cover[window] |= distance < 0
+
+
 def draw_source(
-    index: int, *, seed: int = 0, stream: int = 0, single: bool = False
+    index: int, *, seed: int = 0, stream: int = 0, group: bool | None = None
 ) -> SourceDrawing:
     """Draw image `index` of the source domain.
 
-    Images with another `seed` or `stream` are independent draws: training takes stream 0,
-    held-out evaluation stream 1. `single` asks for one object, as classification by shape needs;
-    otherwise there are one object, two to five alike, or two different ones side by side.
+    Args:
+        index: At least 0.
+        seed: At least 0; another seed gives independent drawings.
+        stream: Another stream, too: training takes 0, held-out evaluation 1.
+        group: False for a single object, True for two to five alike; by default either.
     """
     rng = np.random.default_rng([seed, stream, index])
-    background = _pick(rng, tuple(BACKGROUNDS))
-    base, pattern = BACKGROUNDS[background]
+    is_group = rng.random() < 0.4 if group is None else group
+    scene = _random_scene(rng, _pick(rng, NUMBERS[1:]) if is_group else NUMBERS[0])
+    base, pattern = BACKGROUNDS[scene.background]
     tint = (np.array(base) + rng.normal(0, 6, 3)).astype(np.float32)
-    image = tint + rng.uniform(8, 18) * pattern(rng)[..., None]
-
-    shapes, colours = tuple(SHAPES), tuple(COLOURS)
-    shape, colour = _pick(rng, shapes), _pick(rng, colours)
-    texture = _pick(rng, tuple(TEXTURES)) if rng.random() < 0.4 else ""
-    layout = 0.0 if single else rng.random()
-    if layout < 0.5:
-        radius = rng.uniform(9, 27)
-        centre = rng.uniform(radius * 0.8, IMAGE_SIZE - radius * 0.8, 2)
-        size = "small" if radius < 14 else "large" if radius > 22 else ""
-        _paint_object(image, rng, shape, colour, texture, centre, radius)
-        what = _noun(rng, shape, colour, texture, size)
-        if abs(centre[0] - 32) > 12 and rng.random() < 0.4:
-            what += " on the left" if centre[0] < 32 else " on the right"
-    elif layout < 0.75:
-        count = int(rng.integers(2, 6))
-        for cell in rng.permutation(9)[:count]:
-            centre = np.array([cell % 3, cell // 3]) * 21 + rng.uniform(9, 13, 2)
-            _paint_object(image, rng, shape, colour, texture, centre, rng.uniform(8, 10.5))
-        what = _noun(rng, shape, colour, texture, count=count)
-    else:
-        other, other_colour = _pick(rng, shapes), _pick(rng, colours)
-        across = rng.random() < 0.5
-        first, second = rng.uniform(12, 20, 2), rng.uniform([44, 28], [52, 36])
-        first[1] = rng.uniform(28, 36)
-        if not across:
-            first, second = first[::-1], second[::-1]
-        _paint_object(image, rng, shape, colour, texture, first, rng.uniform(11, 15))
-        _paint_object(image, rng, other, other_colour, "", second, rng.uniform(11, 15))
-        relation = _pick(rng, ("left of", "next to") if across else ("above", "over"))
-        what = f"{_noun(rng, shape, colour, texture)} {relation} "
-        what += _noun(rng, other, other_colour, "")
-    if rng.random() < 0.5:
-        what += f" on {background}" if rng.random() < 0.6 else f" with a {background} background"
-    caption = _pick(rng, _PHRASES).format(what)
+    image = (tint + rng.uniform(7, 14) * pattern(rng)[..., None]).astype(np.float32)
+    cover = np.zeros(ROWS.shape, dtype=bool)
+    for place in _places(rng, scene):
+        _paint_object(image, cover, rng, scene, place)
     grain = rng.standard_normal(image.shape, dtype=np.float32)
-    return SourceDrawing(to_pixels(image + 2 * grain), caption, shape)
+    return SourceDrawing(to_pixels(image + 2 * grain), scene, cover)
