@@ -11,13 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tir_kernels.errors import FewShotError, first_line
-from tir_kernels.fewshot.run.journal import (
-    Journal,
-    JournalReader,
-    journal_name,
-    journal_paths,
-    sync_folder,
-)
+from tir_kernels.fewshot.run.appended import sync_folder
+from tir_kernels.fewshot.run.journal import Journal, JournalReader, journal_name, journal_paths
 from tir_kernels.fewshot.run.lock import GROUP_KINDS, RunLock
 from tir_kernels.fewshot.run.records import Record, RunShape
 from tir_kernels.fewshot.run.workers import Place
@@ -334,12 +329,16 @@ def _shown(value: object) -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write strict JSON so that a reader sees the old file or the new one, never a part.
+    """Write strict JSON as ``write_whole`` does."""
+    write_whole(path, encode_json(content, indent=2) + b"\n")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part.
 
     Raises:
         FewShotError: The file can't be written.
     """
-    text = encode_json(content, indent=2) + b"\n"
     # A name of this process's own, which is never opened if it is there: a link would lead away.
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -348,7 +347,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
             with open(descriptor, "wb") as file:
-                file.write(text)
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
