@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .operators.attention_statistics import AttentionStatistics, attention_statistics
     from .operators.choose import available_backends
     from .operators.relevance import token_relevance
     from .operators.reweighted_attention import ReweightedAttention, reweighted_attention
@@ -19,10 +20,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionStatistics",
     "JointSpace",
     "ReweightedAttention",
     "TokenWeights",
     "WeightRule",
+    "attention_statistics",
     "available_backends",
     "reweight_tokens",
     "reweighted_attention",
@@ -32,10 +35,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AttentionStatistics": "operators.attention_statistics",
     "JointSpace": "rules",
     "ReweightedAttention": "operators.reweighted_attention",
     "TokenWeights": "operators.token_weights",
     "WeightRule": "rules",
+    "attention_statistics": "operators.attention_statistics",
     "available_backends": "operators.choose",
     "reweight_tokens": "operators.token_weights",
     "reweighted_attention": "operators.reweighted_attention",

@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils.flop_counter import register_flop_formula
 
 # Importing an operator's file registers it.
-from tir_kernels.operators import reweighted_attention  # noqa: F401
+from tir_kernels.operators import attention_statistics, reweighted_attention  # noqa: F401
 from tir_kernels.operators.library import OPS
 
 Shape = tuple[int, ...]
@@ -19,6 +19,11 @@ Shape = tuple[int, ...]
 @register_flop_formula(OPS.weighted_attention)
 def _weighted_attention(query: Shape, *rest: Any, **options: Any) -> int:
     return _attention_products(query, 2)
+
+
+@register_flop_formula(OPS.attention_statistics)
+def _attention_statistics(query: Shape, *rest: Any, **options: Any) -> int:
+    return _attention_products(query, 2)  # the scores of rows, and once more of columns
 
 
 @register_flop_formula([OPS.weighted_attention_backward, OPS.reweighted_attention_backward])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from tir_kernels import WeightRule
 from tir_kernels.analysis.measures.protocol import BlockView, Finding, Measure
 from tir_kernels.towers import vision_tower
 from tir_kernels.towers.protocol import AttentionCall, Modifier, VisionTower
@@ -16,66 +15,119 @@ from tir_kernels.towers.protocol import AttentionCall, Modifier, VisionTower
 
 @torch.no_grad()
 def measure(
-    model: nn.Module | VisionTower, images: Tensor, measures: Sequence[Measure]
+    model: nn.Module | VisionTower,
+    images: Tensor,
+    measures: Sequence[Measure],
+    *,
+    labels: Tensor | None = None,
+    class_embeddings: Tensor | None = None,
+    top_ratio: float = 0.3,
 ) -> list[Finding]:
     """What measures find in every block of an image tower.
 
     Args:
         model: A model whose image tower can be opened, or that tower, with whatever adapters are
-            on it; it is read in evaluation mode or not, as it is.
+            on it; it is read in evaluation mode or not, as it is, and is not changed for a moment.
         images: (B, 3, H, W), normalised for the model.
         measures: The measures.
+        labels: (B,), the number of each image's class; ``None``: measures of classes find nothing.
+        class_embeddings: (C, E), or (G, C, E) where G divides B and image b belongs to group
+            ``b // (B / G)``; ``None``: measures of relevance find nothing.
+        top_ratio: Each class selects its ``int(N * top_ratio)`` most relevant of N patch tokens.
 
     Returns:
         Their findings, block by block.
 
     Raises:
-        TypeError, ValueError: A tower that cannot be opened.
+        TypeError, ValueError: A tower that cannot be opened, labels that fit no image or class, or
+            a ratio outside [0, 1].
     """
     tower = vision_tower(model)
-    return measure_tokens(tower, tower.embed(images), measures)
+    return measure_tokens(
+        tower,
+        tower.embed(images),
+        measures,
+        labels=labels,
+        class_embeddings=class_embeddings,
+        top_ratio=top_ratio,
+    )
 
 
 @torch.no_grad()
 def measure_tokens(
-    tower: VisionTower, tokens: Tensor, measures: Sequence[Measure]
+    tower: VisionTower,
+    tokens: Tensor,
+    measures: Sequence[Measure],
+    *,
+    labels: Tensor | None = None,
+    class_embeddings: Tensor | None = None,
+    top_ratio: float = 0.3,
 ) -> list[Finding]:
     """As :func:`measure`, of embedded tokens (B, L, D)."""
+    _check_labels(labels, class_embeddings, len(tokens))
+    top_ratio = WeightRule(top_ratio=top_ratio).top_ratio  # refuses what is none
     findings: list[Finding] = []
-
-    def note(view: BlockView) -> None:
+    hidden = tokens
+    blocks = tower.blocks
+    for index, block in enumerate(blocks):
+        reader = _Reader()
+        # Not on the block itself, which other threads may be using.
+        twin = block.twin()
+        twin.put(reader, changes_attention=True)
+        output = twin(hidden)
+        view = BlockView(
+            index,
+            len(blocks),
+            hidden,
+            output,
+            reader.call(),
+            tower.num_prefix_tokens,
+            labels,
+            class_embeddings,
+            tower.joint_space,
+            top_ratio,
+        )
         for each in measures:
             findings.extend(each.of_block(view))
-
-    hidden = tokens
-    with ExitStack() as stack:
-        for index, block in enumerate(tower.blocks):
-            stack.enter_context(_read(block, _Reader(index, tower.num_prefix_tokens, note)))
-        for block in tower.blocks:
-            hidden = block(hidden)
+        hidden = output
     return findings
 
 
-class _Reader:
-    """An adapter that changes nothing, and sees the attention call as the others leave it."""
+def _check_labels(labels: Tensor | None, class_embeddings: Tensor | None, batch: int) -> None:
+    if labels is None:
+        return
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+        raise TypeError("labels must be a tensor of whole numbers")
+    if labels.shape != (batch,):
+        raise ValueError(
+            f"labels must have shape (B,), B = {batch} images; got {tuple(labels.shape)}"
+        )
+    if class_embeddings is not None and batch:
+        lowest, highest = labels.min().item(), labels.max().item()
+        if lowest < 0 or highest >= class_embeddings.shape[-2]:
+            raise ValueError(
+                f"labels must lie between 0 and {class_embeddings.shape[-2] - 1}, the last of the "
+                f"class_embeddings; got {lowest} to {highest}"
+            )
 
-    def __init__(self, block: int, num_prefix_tokens: int, note: Any) -> None:
-        self._block = block
-        self._num_prefix_tokens = num_prefix_tokens
-        self._note = note
+
+class _Reader:
+    """An adapter that changes nothing, and keeps the attention call as the others leave it."""
+
+    def __init__(self) -> None:
+        self._call: AttentionCall | None = None
 
     def enter(self, hidden: Tensor) -> tuple[Tensor, Modifier]:
         return hidden, self._see
 
     def _see(self, call: AttentionCall, hidden: Tensor) -> AttentionCall:
-        self._note(BlockView(self._block, hidden, call, self._num_prefix_tokens))
+        weights = call.key_weights
+        if weights is not None and not isinstance(weights, Tensor):
+            weights = weights.form()
+        self._call = call._replace(key_weights=weights)
         return call
 
-
-@contextmanager
-def _read(block: Any, reader: _Reader) -> Iterator[None]:
-    block.put(reader, changes_attention=True)
-    try:
-        yield
-    finally:
-        block.take(reader)
+    def call(self) -> AttentionCall:
+        if self._call is None:
+            raise RuntimeError("the block ran without attention that could be read")
+        return self._call

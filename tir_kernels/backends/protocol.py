@@ -36,6 +36,25 @@ class AttentionInputs(NamedTuple):
     scale: float
 
 
+class StatisticsInputs(NamedTuple):
+    """Queries and keys, with a weight per key, whose attention is to be described."""
+
+    query: Tensor  # (B, H, L, d)
+    key: Tensor  # (B, H, L, d)
+    weights: Tensor | None  # (B, L) float32; None: 1
+    scale: float
+    num_prefix_tokens: int  # P, 0 to L; N = L - P
+
+
+class AttentionStatistics(NamedTuple):
+    """Numbers about each head's attention, each (B, H, L) float32: two per key, two per query."""
+
+    received_from_prefix: Tensor  # by the key: the prefix queries' mean attention
+    received_from_patches: Tensor  # by the key: the patch queries' mean attention
+    entropy: Tensor  # of the query's attention, in nats; 0 where it attends to nothing
+    log_sum_exp: Tensor  # of the query's weighted exponentials; -inf where it attends to nothing
+
+
 class BackwardInputs(NamedTuple):
     """Results of a forward pass of attention, and the gradient of the first."""
 
@@ -75,3 +94,7 @@ class Backend(Protocol):
     def attention_backward(self, inputs: AttentionInputs, backward: BackwardInputs) -> Gradients:
         """Gradients in the type of the query; the weights', (B, L) float32, has shape (0,) unless
         it is needed."""
+
+    def attention_statistics(self, inputs: StatisticsInputs) -> AttentionStatistics:
+        """Contiguous statistics. A mean over no queries is 0, and so is what a key of weight 0 or
+        less receives, whatever the queries hold; a query that attends to nothing gives 0."""

@@ -17,9 +17,17 @@ from tir_kernels.precision import without_autocast
 
 from .common import COSINE_EPS, KERNEL_DTYPES, MAX_EXPONENT
 from .optional import DropoutInputs
-from .protocol import AttentionInputs, BackwardInputs, Gradients, Pair, RelevanceInputs
+from .protocol import (
+    AttentionInputs,
+    AttentionStatistics,
+    BackwardInputs,
+    Gradients,
+    Pair,
+    RelevanceInputs,
+    StatisticsInputs,
+)
 
-Inputs = TypeVar("Inputs", RelevanceInputs, AttentionInputs)
+Inputs = TypeVar("Inputs", RelevanceInputs, AttentionInputs, StatisticsInputs)
 Others = ParamSpec("Others")
 Result = TypeVar("Result")
 
@@ -119,9 +127,8 @@ def _masked(tensor: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tenso
     return rows if weights is None else rows.masked_fill((weights <= 0)[:, None, :, None], 0.0)
 
 
-@_without_autocast
-def attention_forward(inputs: AttentionInputs) -> Pair:
-    query, key, value, weights, scale = inputs
+def _attend(query: Tensor, key: Tensor, weights: Tensor | None, scale: float) -> Pair:
+    """Probabilities (B, H, L, L) and log-sum-exp (B, H, L), in the type they are computed in."""
     dtype = compute_dtype(query, weights)
     scores = query.to(dtype) @ _masked(key, weights, dtype).mT * scale
     if weights is not None:
@@ -130,9 +137,33 @@ def attention_forward(inputs: AttentionInputs) -> Pair:
         scores = scores + weights.to(dtype).clamp(min=0).log()[:, None, None, :]
     log_sum_exp = scores.logsumexp(-1)
     empty_row = log_sum_exp.isneginf()[..., None]
-    probabilities = (scores - log_sum_exp[..., None]).exp().masked_fill(empty_row, 0.0)
-    output = probabilities @ _masked(value, weights, dtype)
+    return (scores - log_sum_exp[..., None]).exp().masked_fill(empty_row, 0.0), log_sum_exp
+
+
+@_without_autocast
+def attention_forward(inputs: AttentionInputs) -> Pair:
+    query, key, value, weights, scale = inputs
+    probabilities, log_sum_exp = _attend(query, key, weights, scale)
+    output = probabilities @ _masked(value, weights, probabilities.dtype)
     return output.to(query.dtype), log_sum_exp
+
+
+@_without_autocast
+def attention_statistics(inputs: StatisticsInputs) -> AttentionStatistics:
+    query, key, weights, scale, num_prefix_tokens = inputs
+    probabilities, log_sum_exp = _attend(query, key, weights, scale)
+
+    def received_from(queries: slice) -> Tensor:
+        rows = probabilities[:, :, queries]
+        means = rows.sum(2) / max(rows.shape[2], 1)
+        return means if weights is None else means.masked_fill((weights <= 0)[:, None], 0.0)
+
+    return AttentionStatistics(
+        received_from(slice(num_prefix_tokens)),
+        received_from(slice(num_prefix_tokens, None)),
+        torch.special.entr(probabilities).sum(-1),
+        log_sum_exp,
+    )
 
 
 @_without_autocast
@@ -240,6 +271,7 @@ class ReferenceBackend:
     dtypes = (*KERNEL_DTYPES, torch.float64)
     attention_forward = staticmethod(attention_forward)
     attention_backward = staticmethod(attention_backward)
+    attention_statistics = staticmethod(attention_statistics)
     philox_dropout = staticmethod(philox_dropout)
     bias_activation = staticmethod(bias_activation)
 

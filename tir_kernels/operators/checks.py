@@ -174,12 +174,12 @@ def _makes_other_tensors() -> bool:
 
 
 def check_attention_inputs(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, backend: str
+    query: Tensor, others: dict[str, Tensor], scale: float | None, backend: str
 ) -> float:
-    """Returns the scale that applies."""
+    """The scale that applies; ``others`` are keys, or keys and values, by the argument's name."""
     require_backend(backend)
     require_tensor("q", query, "(B, H, L, d)")
-    for name, tensor in (("k", key), ("v", value)):
+    for name, tensor in others.items():
         require_tensor(name, tensor, "(B, H, L, d)")
         if tensor.shape != query.shape:
             raise ValueError(
@@ -189,7 +189,7 @@ def check_attention_inputs(
             raise TypeError(f"{name} must have the dtype of q, {query.dtype}; got {tensor.dtype}")
         require_same_device(name, tensor, "q", query)
     head_dim = query.shape[3]
-    for name, tensor in (("q", query), ("k", key), ("v", value)):
+    for name, tensor in {"q": query, **others}.items():
         if head_dim > 1 and tensor.stride(3) != 1:
             raise ValueError(
                 f"{name} must have unit stride in its last dimension; got strides "
@@ -198,6 +198,14 @@ def check_attention_inputs(
     if scale is None:
         return max(head_dim, 1) ** -0.5
     return finite_number("scale", scale, "a number or None")
+
+
+def require_head_width(query: Tensor) -> None:
+    """Refuse heads of no channels, which give an output without numbers but have statistics."""
+    if query.shape[3] < 1:
+        raise ValueError(
+            f"q must have heads of a width d of at least 1; got shape {tuple(query.shape)}"
+        )
 
 
 def check_weights(weights: Tensor, batch: int, length: int, other_name: str) -> None:

@@ -77,7 +77,7 @@ def reweighted_attention(
         RuntimeError: A backend that cannot run here.
     """
     q, k, v = cast_for_autocast(q, k, v)
-    scale = check_attention_inputs(q, k, v, scale, backend)
+    scale = check_attention_inputs(q, {"k": k, "v": v}, scale, backend)
     inputs = check_relevance_inputs(
         tokens, class_embeddings, joint_space, num_prefix_tokens, backend
     )

@@ -65,7 +65,7 @@ def weighted_attention(
         RuntimeError: A backend that cannot run here.
     """
     q, k, v = cast_for_autocast(q, k, v)
-    scale = check_attention_inputs(q, k, v, scale, backend)
+    scale = check_attention_inputs(q, {"k": k, "v": v}, scale, backend)
     if weights is not None:
         check_weights(weights, q.shape[0], q.shape[2], "q")
         require_same_device("weights", weights, "q", q)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
 from tir_kernels.towers.opening import Opened, put_on, require_own_forward, take_off
 from tir_kernels.towers.protocol import BlockAdapter
+
+Self = TypeVar("Self", bound="BlockBase")
 
 
 class BlockBase:
@@ -39,6 +42,15 @@ class BlockBase:
     @property
     def adapters(self) -> tuple[BlockAdapter, ...]:
         return self.module.tir_adapters if isinstance(self.module, Opened) else ()
+
+    def twin(self: Self) -> Self:
+        """The same block with the same parameters and adapters, which takes further adapters
+        without the model's notice."""
+        twin = copy.copy(self)
+        twin.module = _with_own_children(self.module)
+        if self.attention is not None:
+            twin.module.attn = _with_own_children(self.attention)
+        return twin
 
     def check_attention(self) -> None:
         """Refuse an attention that can't be opened, with a TypeError."""
@@ -91,3 +103,10 @@ class BlockBase:
         """Take LoRA off again."""
         del owner.low_rank
         take_off(owner, handle)
+
+
+def _with_own_children(module: nn.Module) -> Any:
+    """A shallow copy whose children can be replaced without the original's notice."""
+    twin = copy.copy(module)
+    vars(twin)["_modules"] = dict(module._modules)
+    return twin

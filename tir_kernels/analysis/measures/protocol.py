@@ -5,45 +5,59 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-from tir_kernels.towers.protocol import AttentionCall
+from tir_kernels.analysis.measures.block_view import BlockView
+
+__all__ = ["Average", "BlockView", "Finding", "Measure"]
 
 
-class BlockView(NamedTuple):
-    """One block in one forward pass of B images.
+class Average(NamedTuple):
+    """A finding's mean over some images, or ``None`` where none of them has such a thing."""
 
-    Attributes:
-        block: Number of the block, from 0.
-        hidden: (B, L, D), the tokens that entered it.
-        call: Its attention, as all adapters left it.
-        num_prefix_tokens: P of the L tokens are class token and registers.
-    """
-
-    block: int
-    hidden: Tensor
-    call: AttentionCall
-    num_prefix_tokens: int
+    value: float | None
+    chance: float | None
 
 
 class Finding(NamedTuple):
     """A number for each image, in one block.
 
+    A quantity of a whole set of images, such as the separability of its classes, is repeated for
+    each image of the set, so that every mean is the set's number.
+
     Attributes:
         name: Quantity, with what tells it from the measure's others.
         block: Number of the block.
-        values: (B,) float32.
-        chance: The value under uniform attention, or random labels, as the measure says.
+        values: (B,) float32; NaN: none found, because the image has no such token, say.
+        chance: The value under uniform attention, random labels or the like, as the measure says:
+            one for all images, or (B,).
     """
 
     name: str
     block: int
     values: Tensor
-    chance: float
+    chance: float | Tensor
+
+    def averages(self, num_groups: int = 1) -> list[Average]:
+        """Means over the images of each group, in which the batch falls; NaN does not count."""
+        values = self.values.float().cpu()
+        chance = torch.as_tensor(self.chance, dtype=torch.float32, device="cpu")
+        groups = values.view(num_groups, -1), chance.expand_as(values).reshape(num_groups, -1)
+        return [Average(_number(own), _number(chance)) for own, chance in zip(*groups, strict=True)]
+
+
+def _number(values: Tensor) -> float | None:
+    mean = values.nanmean().item()
+    return None if mean != mean else mean
 
 
 class Measure(Protocol):
     """A measure of blocks; its fields, if any, are its settings.
+
+    A measure may keep what it saw first in each block, to compare later passes with it: so make one
+    anew for each model and set of images, and give it the same images, in the same order, in each
+    pass, block after block. One that lacks what it needs (classes, labels) finds nothing.
 
     Attributes:
         name: Name in the registry.
