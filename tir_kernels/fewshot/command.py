@@ -25,12 +25,14 @@ from tir_kernels.fewshot.options import (
     method_fields,
     method_options,
     settings_options,
+    track_option,
     with_options,
 )
 from tir_kernels.fewshot.run.workers import Place
 from tir_kernels.fewshot.run_options import Inputs, Reading, RunOptions, settings_named
 from tir_kernels.fewshot.settings import Protocol, Runtime
 from tir_kernels.fewshot.streams import forgiving_output
+from tir_kernels.fewshot.track.settings import Tracking
 from tir_kernels.fewshot.unforeseen import UnforeseenError, describe_unforeseen
 from tir_kernels.text import printable, setting
 
@@ -126,6 +128,7 @@ def cli() -> None:
 )
 @episodes_option(20)
 @settings_options()
+@track_option()
 @method_options()
 def run(**options: Any) -> None:
     """Fine-tune and score methods on few-shot episodes drawn from classes of images."""
@@ -193,13 +196,15 @@ def _run(**options: Any) -> None:
         known = [field.name for field, _ in method_fields() if field.name in options]
         shared = {name: options[name] for name in known if options[name] is not None}
         arms = make_arms(methods, options["arms"], shared)
+        track = options.get("track")
+        tracking = None if track is None else Tracking.parse(track)
     with leaving_at_once(), console.status("loading libraries"):
         from tir_kernels.fewshot.prepare import PreparedRun
         from tir_kernels.fewshot.run.folder import is_read_only
         from tir_kernels.fewshot.run.progress import Messages
 
     messages = Messages(console, with_options)
-    chosen = RunOptions(options["out"], options["episodes"], arms)
+    chosen = RunOptions(options["out"], options["episodes"], arms, tracking)
     prepared = PreparedRun(
         chosen, taken(Inputs), taken(Reading), protocol, runtime, place, messages
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from tir_kernels.analysis.measures import MEASURES
 from tir_kernels.fewshot.arms import fields_of
 from tir_kernels.fewshot.fields import kinds_of
 from tir_kernels.fewshot.methods import DEFAULT_METHODS, METHODS, method_class
@@ -211,6 +212,19 @@ def _option_type(field: dataclasses.Field, hint: Any) -> Any:
     if others:
         return _Parallel()
     return _WholeNumbers() if kind is tuple else kind
+
+
+def track_option(default: str | None = None) -> Callable[[Callable], Callable]:
+    """The option of what is read of each training."""
+    return click.option(
+        "--track",
+        default=default,
+        show_default=default is not None,
+        metavar="every=N[,measures=NAME+NAME][,maps=N]",
+        help="Read measures of attention and tokens on the support images every N steps, and keep "
+        "maps for pictures of the first episodes (2 unless set), beside the results; no result "
+        f"depends on it. Measures, all unless set: {', '.join(MEASURES)}.",
+    )
 
 
 def episodes_option(default: int) -> Callable[[Callable], Callable]:

@@ -5,7 +5,8 @@ To add one, write a file like ``zero_shot.py`` and name it in ``METHODS``.
 
 from __future__ import annotations
 
-from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method, Observer, ParameterGroup
+from tir_kernels.fewshot.methods.observer import Observer
+from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method, ParameterGroup
 from tir_kernels.registry import chosen, load
 
 # Name -> "module:Class". A run compares the first two where nothing is said, the demo three.
