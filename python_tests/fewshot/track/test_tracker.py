@@ -118,9 +118,7 @@ def test_views_are_left_out() -> None:
     found = []
     for own in (augmented, replace(episode, support_images=images.float())):
         tracker = Tracker(model, 1, ["sink-ratio"])
-        finetune_episode(
-            model, tokenizer(), own, as_method("lora", steps=1), observers=[tracker]
-        )
+        finetune_episode(model, tokenizer(), own, as_method("lora", steps=1), observers=[tracker])
         found.append({key: row for key, row in rows(tracker, own).items() if row.step == 0})
     assert found[0] == found[1]
 

@@ -14,6 +14,7 @@ METHODS = {
     "tir": "tir_kernels.fewshot.methods.tir:TIR",
     "lora": "tir_kernels.fewshot.methods.lora:LoRA",
     "zero-shot": "tir_kernels.fewshot.methods.zero_shot:ZeroShot",
+    "linear-probe": "tir_kernels.fewshot.methods.linear_probe:LinearProbe",
     "tip-adapter": "tir_kernels.fewshot.methods.tip_adapter:TipAdapter",
 }
 DEFAULT_METHODS = tuple(METHODS)[:2]
