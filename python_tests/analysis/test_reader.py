@@ -203,6 +203,7 @@ def test_received_attention_is_the_mean_column(prefix, is_masked):
     )
     entropy = -(expected * np.log(expected)).sum(3)
     np.testing.assert_allclose(statistics.entropy, entropy, atol=1e-5)
+    assert statistics.log_sum_exp.shape == (4, 2, length)
 
 
 def test_selection_is_the_operators():

@@ -80,3 +80,20 @@ def make_towers():
 
 def encode(model, images):
     return model.encode_image(images) if hasattr(model, "encode_image") else model(images)
+
+
+@torch.no_grad()
+def real_images(root, domain, ways, shots):
+    """The real model, images of a domain, their labels and the embeddings of their classes."""
+    from PIL import Image
+
+    from tir_kernels.fewshot.data.dataset import load_data
+    from tir_kernels.towers.loading.models import load_model
+
+    loaded = load_model(str(root / "model"))
+    chosen = load_data(root / domain).classes[:ways]
+    files = [sorted((root / domain / each.folder).iterdir())[:shots] for each in chosen]
+    images = [loaded.preprocess(Image.open(file).convert("RGB")) for own in files for file in own]
+    labels = torch.arange(ways).repeat_interleave(shots)
+    texts = loaded.tokenizer([f"a photo of a {each.words}." for each in chosen])
+    return loaded.model, torch.stack(images), labels, loaded.model.encode_text(texts)

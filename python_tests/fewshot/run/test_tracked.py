@@ -19,8 +19,8 @@ from tir_kernels.fewshot.run.tracked import (
 
 
 def track(episode, arm="tir", value=0.25):
-    ratio = Series("sink-ratio", "ratio", [0, 1], [0.0, 0.5], [[value, None], [1 / 3, 2.0]])
-    gap = Series("gap", "modality gap", [None], [None], [[1.0], [2.0]])
+    ratio = Series("sink-ratio", "ratio", [0, 1], [[0.0, 0.5]], [[value, None], [1 / 3, 2.0]])
+    gap = Series("gap", "modality gap", [None], [[None], [0.5]], [[1.0], [2.0]])
     return Track(episode, arm, [0, 10], [ratio, gap])
 
 
@@ -47,7 +47,7 @@ def test_rows_round_trip(tmp_path):
     ]
     assert rows[4:6] == [
         Tracked(0, "lora", 0, None, "gap", "modality gap", 1.0, None),
-        Tracked(0, "lora", 10, None, "gap", "modality gap", 2.0, None),
+        Tracked(0, "lora", 10, None, "gap", "modality gap", 2.0, 0.5),
     ]
     assert [row._replace(episode=0, arm="lora") for row in rows[6:]] == rows[:6]
 
@@ -116,7 +116,7 @@ def test_damaged_line_is_named(tmp_path, change, reason):
 
 def test_lines_are_compact():
     series = [
-        Series("m", f"quantity {index}", list(range(12)), [0.0] * 12, [[1 / 3] * 12] * 26)
+        Series("m", f"quantity {index}", list(range(12)), [[0.0] * 12], [[1 / 3] * 12] * 26)
         for index in range(60)
     ]
     assert len(Track(0, "tir", list(range(26)), series).to_line()) < 10 * 60 * 12 * 26

@@ -16,6 +16,17 @@ if TYPE_CHECKING:
 # Name -> "module:Class".
 MEASURES = {
     "sink-ratio": "tir_kernels.analysis.measures.sink_ratio:SinkRatio",
+    "received-mass": "tir_kernels.analysis.measures.received_mass:ReceivedMass",
+    "top-patch": "tir_kernels.analysis.measures.top_patch:TopPatch",
+    "attention-entropy": "tir_kernels.analysis.measures.attention_entropy:AttentionEntropy",
+    "norm-outliers": "tir_kernels.analysis.measures.norm_outliers:NormOutliers",
+    "massive-activations": "tir_kernels.analysis.measures.massive_activations:MassiveActivations",
+    "norms-by-count": "tir_kernels.analysis.measures.norms_by_count:NormsByCount",
+    "relevance-by-count": "tir_kernels.analysis.measures.relevance_by_count:RelevanceByCount",
+    "selection-overlap": "tir_kernels.analysis.measures.selection_overlap:SelectionOverlap",
+    "count-histogram": "tir_kernels.analysis.measures.count_histogram:CountHistogram",
+    "separability": "tir_kernels.analysis.measures.separability:Separability",
+    "cka": "tir_kernels.analysis.measures.cka:Cka",
 }
 
 __all__ = ["MEASURES", "BlockView", "Finding", "Measure", "measure_class"]

@@ -8,8 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tir_kernels import JointSpace, token_relevance
-from tir_kernels.analysis.statistics import AttentionStatistics, statistics_of
+from tir_kernels import AttentionStatistics, JointSpace, token_relevance
+from tir_kernels.analysis.statistics import statistics_of
 from tir_kernels.towers.attention import attention_matrix
 from tir_kernels.towers.protocol import AttentionCall
 
@@ -67,7 +67,7 @@ class BlockView:
 
     @cached_property
     def attention(self) -> AttentionStatistics:
-        """Attention received per key, and entropy per query."""
+        """Attention received per key, entropy and log-sum-exp per query."""
         return statistics_of(self.call, self.num_prefix_tokens)
 
     @cached_property

@@ -55,14 +55,14 @@ class Series(NamedTuple):
     Attributes:
         measure, name: As of ``Tracked``.
         blocks: Its blocks.
-        chance: Chance level in each block.
+        chance: Chance level in each block: one list of all steps, or one for each.
         values: For each step its value in each block.
     """
 
     measure: str
     name: str
     blocks: list[Block]
-    chance: list[Number]
+    chance: list[list[Number]]
     values: list[list[Number]]
 
 
@@ -83,8 +83,9 @@ class Track(NamedTuple):
     def rows(self) -> Iterator[Tracked]:
         """Its numbers one by one."""
         for own in self.series:
-            for step, values in zip(self.steps, own.values, strict=True):
-                for block, value, chance in zip(own.blocks, values, own.chance, strict=True):
+            chances = own.chance * (len(self.steps) if len(own.chance) == 1 else 1)
+            for step, values, levels in zip(self.steps, own.values, chances, strict=True):
+                for block, value, chance in zip(own.blocks, values, levels, strict=True):
                     yield Tracked(
                         self.episode, self.arm, step, block, own.measure, own.name, value, chance
                     )
@@ -93,7 +94,7 @@ class Track(NamedTuple):
         """The track as a line of JSON, with numbers of six digits."""
         series = [
             own._replace(
-                chance=[_short(chance) for chance in own.chance],
+                chance=[[_short(chance) for chance in levels] for levels in own.chance],
                 values=[[_short(value) for value in values] for values in own.values],
             )._asdict()
             for own in self.series
@@ -129,10 +130,11 @@ class Track(NamedTuple):
             and all(
                 are((str,), [own.measure, own.name])
                 and len(own.values) == len(self.steps)
+                and len(own.chance) in (1, len(self.steps))
                 and are(whole, own.blocks)
                 and all(
                     len(values) == len(own.blocks) and are(number, values)
-                    for values in (own.chance, *own.values)
+                    for values in (*own.chance, *own.values)
                 )
                 for own in self.series
             )

@@ -106,33 +106,27 @@ class _Readings:
 
     def __init__(self) -> None:
         self._steps: list[int] = []
-        self._values: dict[_Key, dict[int, Number]] = {}
-        self._chance: dict[_Key, Number] = {}
+        self._numbers: dict[_Key, dict[int, tuple[Number, Number]]] = {}  # value and chance
 
     def begin(self, step: int) -> None:
         self._steps.append(step)
 
     def add(self, key: _Key, value: Number, chance: Number) -> None:
-        self._values.setdefault(key, {})[self._steps[-1]] = value
-        self._chance.setdefault(key, chance)
+        self._numbers.setdefault(key, {})[self._steps[-1]] = value, chance
 
     def track(self, episode: int, arm: str) -> Track | None:
         if not self._steps:
             return None
-        blocks: dict[tuple[str, str], list[Block]] = {}
-        for measure, name, block in self._values:
-            blocks.setdefault((measure, name), []).append(block)
-        series = [
-            Series(
-                measure,
-                name,
-                own,
-                [self._chance[measure, name, block] for block in own],
-                [
-                    [self._values[measure, name, block].get(step) for block in own]
-                    for step in self._steps
-                ],
+        quantities: dict[tuple[str, str], list[Block]] = {}
+        for measure, name, block in self._numbers:
+            quantities.setdefault((measure, name), []).append(block)
+        series = []
+        for (measure, name), blocks in quantities.items():
+            own = [self._numbers[measure, name, block] for block in blocks]
+            found = [[each.get(step, (None, None)) for each in own] for step in self._steps]
+            values, chance = ([[pair[i] for pair in row] for row in found] for i in (0, 1))
+            is_constant = all(levels == chance[0] for levels in chance)
+            series.append(
+                Series(measure, name, blocks, chance[:1] if is_constant else chance, values)
             )
-            for (measure, name), own in blocks.items()
-        ]
         return Track(episode, arm, self._steps, series)
