@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
     from tir_kernels.fewshot.run.ablation import Ablation
 
-ABLATION_NAME = "ablation.json"
 PUBLISHED, BASELINE = DEFAULT_METHODS
 REFERENCES = ("zero-shot", "linear-probe")  # frozen towers
 

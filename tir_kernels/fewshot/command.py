@@ -14,7 +14,6 @@ import click
 
 from tir_kernels.errors import FewShotError
 from tir_kernels.fewshot.ablate import (
-    ABLATION_NAME,
     BASELINE,
     ablation_arms,
     ablation_methods,
@@ -180,7 +179,12 @@ def _compare(out: str) -> None:
     from rich.console import Console
 
     from tir_kernels.fewshot.run.ablation import read_ablation
-    from tir_kernels.fewshot.run.folder import expanded_out, is_read_only, write_json
+    from tir_kernels.fewshot.run.folder import (
+        ABLATION_NAME,
+        expanded_out,
+        is_read_only,
+        write_json,
+    )
 
     arms = (*ablation_methods(), *(arm.partition("=")[0] for arm in ablation_arms()))
     ablation = read_ablation(out, arms, BASELINE)

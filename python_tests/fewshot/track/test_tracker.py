@@ -11,7 +11,7 @@ from fewshot.training_cases import EPISODES, METHOD, as_method, draw_episode, ma
 from fewshot.training_cases import make_tokenizer as tokenizer
 
 from tir_kernels import WeightRule, analysis, token_relevance, token_weights
-from tir_kernels.fewshot import finetune_episode, finetune_episodes
+from tir_kernels.fewshot import Runtime, finetune_episode, finetune_episodes
 from tir_kernels.fewshot.data.views import with_views
 from tir_kernels.fewshot.track.pictures import MapMaker
 from tir_kernels.fewshot.track.settings import Tracking
@@ -59,6 +59,31 @@ def test_tracked_is_as_untracked(changes, number) -> None:
     assert [module.training for module in model.modules()] == before
     assert torch.equal(torch.get_rng_state(), state)
     assert tracker.track(EPISODES[0].index, "x").steps == [0, 2, 4, 5]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_tracked_is_as_untracked_on_a_gpu(precision: str) -> None:
+    """Where steps are a CUDA graph, but in float16."""
+    model = make_model().cuda()
+    number = 1 if precision == "float16" else 2
+    runtime = Runtime(device="cuda", precision=precision)
+    for selection in ("relevance", "attention", "random"):
+        method = as_method("tir", steps=12, lora_dropout=0.25, selection=selection)
+        plain, tracked = (
+            finetune_episodes(
+                model,
+                tokenizer(),
+                EPISODES[:number],
+                method,
+                runtime=runtime,
+                observers=observers,
+            )
+            for observers in ([], [Tracker(model, 5), MapMaker(model, method, pixels)])
+        )
+        for one, other in zip(plain, tracked, strict=True):
+            assert one.losses == other.losses
+            assert torch.equal(one.query_logits, other.query_logits)
 
 
 def test_rows_are_those_of_the_frozen_tower_before_the_first_step() -> None:

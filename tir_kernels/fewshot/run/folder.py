@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,11 +25,13 @@ _OUT = setting("out")
 
 SETTINGS_NAME = "settings.json"
 SUMMARY_NAME = "summary.json"
+ABLATION_NAME = "ablation.json"
 LOCK_NAME = ".lock"
 
 _LARGEST_JSON = 64 * MIB
 # What a summary of ours holds.
 _SUMMARY_KEYS = {"differences", "skipped_images"}
+_ABLATION_KEYS = {"baseline", "accuracy", "changes"}
 
 
 def read_run(folder: str | Path) -> list[Record]:
@@ -189,8 +192,9 @@ class RunFolder:
 def _refuse_others_files(folder: Path) -> None:
     """Refuse a folder in which something of another program's would be replaced or written to."""
     try:
-        names = [LOCK_NAME, SETTINGS_NAME, SUMMARY_NAME]
-        names += [path.name for path in journal_paths(folder)] if folder.is_dir() else []
+        names = [LOCK_NAME, SETTINGS_NAME, SUMMARY_NAME, ABLATION_NAME]
+        journals = [path.name for path in journal_paths(folder)] if folder.is_dir() else []
+        names += [*journals, *map(tracked_name, journals)]
         kinds = {name: _kind(folder / name) for name in names}
     except (OSError, ValueError) as error:
         raise FewShotError(f"{_OUT}: can't read {folder}: {first_line(error)}") from error
@@ -202,7 +206,8 @@ def _refuse_others_files(folder: Path) -> None:
             )
     if kinds[SETTINGS_NAME] is not None:
         _read_settings(folder / SETTINGS_NAME)
-    for name, is_ours in ((SUMMARY_NAME, _is_summary), (LOCK_NAME, _is_lock)):
+    checks = {SUMMARY_NAME: _is_summary, ABLATION_NAME: _is_ablation, LOCK_NAME: _is_lock}
+    for name, is_ours in checks.items():
         if kinds[name] is not None and not is_ours(folder / name):
             raise FewShotError(
                 f"{_OUT}: {folder / name} was not written by a run; choose another folder, or move "
@@ -218,11 +223,19 @@ def _kind(path: Path) -> int | None:
 
 
 def _is_summary(path: Path) -> bool:
+    return _has_keys(path, _SUMMARY_KEYS)
+
+
+def _is_ablation(path: Path) -> bool:
+    return _has_keys(path, _ABLATION_KEYS)
+
+
+def _has_keys(path: Path, keys: set[str]) -> bool:
     try:
         content = decode_json(read_bytes(path, at_most=_LARGEST_JSON))
     except (OSError, ValueError):
         return False
-    return isinstance(content, dict) and content.keys() >= _SUMMARY_KEYS
+    return isinstance(content, dict) and content.keys() >= keys
 
 
 def _is_lock(path: Path) -> bool:
@@ -326,6 +339,11 @@ def _shown(value: object) -> str:
     if isinstance(value, list):
         return ",".join(map(str, value))
     return "unset" if value is None else str(value)
+
+
+def tracked_name(journal: str) -> str:
+    """The name of the file of measures beside a journal: ``tracked.2.jsonl``."""
+    return re.sub("^episodes", "tracked", journal)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

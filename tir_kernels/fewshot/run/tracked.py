@@ -8,14 +8,13 @@ run again its new line takes the place of the old one.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.fewshot.run.appended import AppendedLines, read_from, whole_lines
-from tir_kernels.fewshot.run.folder import expanded_out, read_run
+from tir_kernels.fewshot.run.folder import expanded_out, read_run, tracked_name
 from tir_kernels.fewshot.run.journal import JournalReader
 from tir_kernels.fewshot.strict_json import decode_json, encode_json
 
@@ -175,7 +174,7 @@ class TrackFile:
 
 def tracked_beside(journal: Path) -> Path:
     """The path of the tracks that belong to a journal: ``tracked.2.jsonl`` of the second's."""
-    return journal.with_name(re.sub("^episodes", "tracked", journal.name))
+    return journal.with_name(tracked_name(journal.name))
 
 
 def read_tracks(folder: str | Path) -> Iterator[Track]:
