@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 from tir_kernels.fewshot.methods import DEFAULT_METHODS
@@ -44,22 +45,25 @@ def ablation_arms() -> tuple[str, ...]:
 
 
 def print_ablation(ablation: Ablation, console: Console) -> None:
-    """Print the tables of accuracies and of changes of sink measures."""
+    """Print the table of accuracies, and for each quantity of sinks how the arms change it."""
+    from tir_kernels.fewshot.run.ablation import accuracy_rows, change_rows
+
+    title = "Ablation: mean ± 95 % confidence interval over episodes"
+    _print_table(title, accuracy_rows(ablation), console)
+    (_, *heading), *rows = change_rows(ablation)
+    for quantity, own in itertools.groupby(rows, key=lambda row: row[0]):
+        title = f"{quantity}: last step minus first, mean over blocks"
+        _print_table(title, [heading, *(row[1:] for row in own)], console)
+
+
+def _print_table(title: str, rows: list[list[str]], console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from tir_kernels.fewshot.run.ablation import accuracy_rows, change_rows
-
-    titles = {
-        "Ablation: mean ± 95 % confidence interval over episodes": accuracy_rows(ablation),
-        "Sink measures, last step minus first, mean over blocks": change_rows(ablation),
-    }
-    for title, (heading, *rows) in titles.items():
-        if not rows:
-            continue
-        table = Table(title=title)
-        for name in heading:
-            table.add_column(Text(printable(name)), overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(printable(cell)) for cell in row))
-        console.print(table)
+    heading, *rest = rows
+    table = Table(title=Text(printable(title)))
+    for name in heading:
+        table.add_column(Text(printable(name)), overflow="fold")
+    for row in rest:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    console.print(table)

@@ -138,7 +138,7 @@ def test_killed_over_and_over(make_images, tmp_path):
         return tracked.stat().st_size if tracked.exists() else 0
 
     torn = orphans = 0
-    for _ in range(12):
+    for _ in range(20):
         before = size()
         process = forking.Process(target=live)
         process.start()
@@ -146,7 +146,7 @@ def test_killed_over_and_over(make_images, tmp_path):
         while size() <= before + 5000 and process.is_alive():
             assert time.monotonic() < deadline
             time.sleep(0.002)
-        time.sleep(delays.uniform(0, 0.06))
+        time.sleep(delays.uniform(0, 0.15))
         process.kill()
         process.join()
         torn += not tracked.read_bytes().endswith(b"\n")

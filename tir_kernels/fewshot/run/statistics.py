@@ -10,6 +10,8 @@ from scipy import stats
 from tir_kernels.fewshot.run.summary import Estimate
 
 _MOST_EPISODES = 10**7
+_LARGE = 2000
+_CERTAIN_SHIFT = 100.0
 
 
 def p_value(estimate: Estimate) -> float | None:
@@ -60,17 +62,14 @@ def episodes_needed(
 
     def suffices(number: int) -> bool:
         quantile = stats.t.ppf(1 - significance / 2, number - 1)
-        shift = effect * math.sqrt(number)
-        upper = stats.nct.sf(quantile, number - 1, shift)
-        return bool(upper + stats.nct.cdf(-quantile, number - 1, shift) >= power)
+        # Beyond, where the distribution can't be computed any more, power is 1 at any number.
+        shift = min(effect * math.sqrt(number), _CERTAIN_SHIFT)
+        # The chance to see a difference of the other sign is nothing beside this.
+        return bool(stats.nct.sf(quantile, number - 1, shift) >= power)
 
-    # Of a normal distribution, which needs a few less.
+    # Of a normal distribution, which needs one or two less, and which large numbers tend to.
     quantiles = stats.norm.ppf(1 - significance / 2) + stats.norm.ppf(power)
-    number = max(2, math.floor((quantiles / effect) ** 2))
-    if number > _MOST_EPISODES:
-        return None
-    while not suffices(number):
-        number += 1
-    while number > 2 and suffices(number - 1):
-        number -= 1
-    return number
+    number = max(2, math.ceil((quantiles / effect) ** 2))
+    if number > _LARGE:
+        return number if number <= _MOST_EPISODES else None
+    return next((each for each in range(max(2, number - 2), number + 50) if suffices(each)), None)
