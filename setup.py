@@ -31,7 +31,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 CPU = Path("csrc/cpu")
-KERNEL_NAMES = ("attention_forward", "attention_backward", "relevance")
+KERNEL_NAMES = ("attention_forward", "attention_backward", "attention_statistics", "relevance")
 ADAPTER_KERNEL_NAMES = ("dropout", "activation")
 KERNELS = [CPU / "kernels" / f"{name}.cpp" for name in KERNEL_NAMES + ADAPTER_KERNEL_NAMES]
 COMMON = [CPU / f"{name}.cpp" for name in ("dispatch", "keys", "parallel", "selection")]
@@ -200,8 +200,8 @@ def steps_for(compiler: list[str], pybind11_headers: Path, cuda: Cuda | None) ->
         ]
         system.append(f'-DTIR_BUILT_CUDA="{cuda.label}"')
     steps.append(Step(BINDINGS, f"{BINDINGS.stem}.o", [*include, *system]))
-    # What takes longest goes first.
-    return sorted(steps, key=lambda step: step.source.suffix != ".cu")
+    # What takes longest goes first, so that nothing long is left to one core at the end.
+    return sorted(steps, key=lambda s: (s.source.suffix != ".cu", s.source.stem != "bindings"))
 
 
 def keep_pybind11(folder: Path) -> Path:

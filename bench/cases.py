@@ -7,19 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from .counting import Cost
-from .timing import Call
-
-# "ms" or "mib", or "skipped" where measuring failed, or "wrong" where the result was; and what else
-# the record is to have.
-Measurement = dict[str, Any]
+from .timing import Call, Measure
 
 
 class WrongResultError(AssertionError):
     """An implementation computes something else than it should; it is never timed."""
-
-
-class SuiteUnavailableError(RuntimeError):
-    """A suite cannot run here; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +57,7 @@ class Case:
     direction: str
     make_inputs: Callable[[], Any]
     implementations: Sequence[Implementation]
-    measure: Callable[[Sequence[Call], float], list[Measurement]]
+    measure: Measure
     cost: Cost | None = None
     slowdown: float = 4.0
     input_bytes: int = 0

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import click
+import open_clip
 import torch
+from open_clip.constants import HF_CONFIG_NAME
 from torch import Tensor, nn
+
+from tir_kernels.towers.loading.new_models import new_model
 
 from .counting import Transformer
 
-DEFAULT_MODEL = "ViT-B-16"
-CONFIG_NAME = "open_clip_config.json"
+_DEFAULT_MODEL = "ViT-B-16"
 
 
 @dataclass(frozen=True)
@@ -57,50 +60,35 @@ class ClipSizes:
         )
 
 
-def load_sizes(model: str) -> ClipSizes:
+def load_sizes(model: str | None) -> ClipSizes:
     """Sizes of an open_clip architecture, or of a JSON file or folder with a ``model_cfg``.
 
     Raises:
         click.ClickException: There is no such architecture, file or folder.
     """
-    import open_clip
-
-    path = Path(model)
+    name = model or _DEFAULT_MODEL
+    path = Path(name)
     if path.is_dir():
-        path /= CONFIG_NAME
+        path /= HF_CONFIG_NAME
     if path.suffix == ".json":
         try:
             return ClipSizes(json.loads(path.read_text())["model_cfg"])
         except (OSError, ValueError, KeyError) as error:
             raise click.ClickException(f"--model: {path} has no model_cfg: {error}") from error
-    config = open_clip.get_model_config(model)
+    config = open_clip.get_model_config(name)
     if config is None:
-        near = get_close_matches(model, open_clip.list_models(), 3)
+        near = get_close_matches(name, open_clip.list_models(), 3)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise click.ClickException(f"--model: open_clip has no architecture {model!r}{hint}")
+        raise click.ClickException(f"--model: open_clip has no architecture {name!r}{hint}")
     return ClipSizes(config)
 
 
 def make_model(sizes: ClipSizes, device: str) -> nn.Module:
     """A model with random weights, frozen and in evaluation mode."""
-    from open_clip.model import CLIP
-
     with torch.device(device):
-        model = CLIP(**sizes.model_cfg)
+        model, _ = new_model(sizes.model_cfg)
     return model.to(device).eval().requires_grad_(False)
 
 
-def write_model(sizes: ClipSizes, folder: Path) -> None:
-    """Random weights, in float16 as CLIP's own are, and the configuration that open_clip reads."""
-    from safetensors.torch import save_file
-
-    model = make_model(sizes, "cpu")
-    weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
-    (folder / CONFIG_NAME).write_text(json.dumps({"model_cfg": sizes.model_cfg}))
-    save_file(weights, folder / "open_clip_model.safetensors")
-
-
 def make_tokenizer(sizes: ClipSizes) -> Callable[[list[str]], Tensor]:
-    from open_clip.tokenizer import SimpleTokenizer
-
-    return SimpleTokenizer(context_length=sizes.text["context_length"])
+    return open_clip.SimpleTokenizer(context_length=sizes.text["context_length"])

@@ -14,8 +14,9 @@ import torch
 from rich.console import Console
 
 import tir_kernels
+from tir_kernels.registry import load
 
-from .cases import Case, SuiteUnavailableError
+from .cases import Case
 from .environment import environment
 from .findings import summary
 from .plot import plot
@@ -45,13 +46,16 @@ _FOUND_OUT = ("device", "threads", "seconds")
 def _settings_options(command: Callable) -> Callable:
     """An option for each field of ``Settings``."""
     for field in reversed(fields(Settings)):
-        rest = dict(field.metadata)
-        name = rest.pop("name", f"--{field.name.replace('_', '-')}")
         default = None if field.name in _FOUND_OUT else field.default
-        rest |= {"show_default": default is not None and not isinstance(default, bool)}
-        if default is False:
-            rest["is_flag"] = True
-        command = click.option(name, field.name, default=default, **rest)(command)
+        shown = default is not None and not isinstance(default, bool)
+        command = click.option(
+            field.metadata.get("name", f"--{field.name.replace('_', '-')}"),
+            field.name,
+            default=default,
+            show_default=shown,
+            is_flag=True if default is False else None,
+            **{key: value for key, value in field.metadata.items() if key != "name"},
+        )(command)
     return command
 
 
@@ -84,10 +88,10 @@ def main(
 ) -> None:
     """Measure tir_kernels beside PyTorch, on the same tensors in the same process.
 
-    SUITES are some of attention, relevance, operator, step, savings, memory and episodes; all of
-    them by default. "published" is a plain rendering of the method's published program, the
-    baseline. Exit status: 1 if an implementation computes something wrong, 75 if the budget ran out
-    (run the same command again), 130 after Ctrl-C.
+    SUITES are some of attention, statistics, relevance, operator, step, savings, memory and
+    episodes; all of them by default. "published" is a plain rendering of the method's published
+    program, the baseline. Exit status: 1 if an implementation computes something wrong, 75 if the
+    budget ran out (run the same command again), 130 after Ctrl-C.
     """
     began = time.monotonic()
     device = options["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -121,9 +125,9 @@ def main(
 
 def _console(*, stderr: bool = False) -> Console:
     console = Console(stderr=stderr, highlight=False)
-    if console.is_terminal:
-        return console
-    return Console(stderr=stderr, highlight=False, width=_NARROWEST_LOG)
+    if not console.is_terminal:
+        console.width = _NARROWEST_LOG
+    return console
 
 
 def _check(device: str, backends: tuple[str, ...] | None) -> None:
@@ -141,27 +145,27 @@ def _cases(chosen: list[str], settings: Settings, console: Console) -> list[Case
     cases: list[Case] = []
     for name in chosen:
         try:
-            cases += SUITES[name](settings)
-        except SuiteUnavailableError as error:
-            console.print(f"suite {name} is left out: {error}")
+            cases += load(SUITES[name])(settings)
+        except ModuleNotFoundError as error:
+            if error.name != "open_clip":
+                raise
+            console.print(f"suite {name} is left out: it needs open_clip, of open_clip_torch")
     return sorted(cases, key=lambda case: case.priority)
 
 
 def _warn_of_other_environments(
     console: Console, records: RecordFile, facts: dict[str, str]
 ) -> None:
-    differing = sorted(
-        {
-            f"{name} {there.get(name)} (now {facts.get(name)})"
-            for there in (record.get("environment", {}) for record in records.records)
-            for name in {*there, *facts}
-            if there.get(name) != facts.get(name)
-        }
-    )
+    differing = {
+        f"{name} {there.get(name)} (now {facts.get(name)})"
+        for there in (record.get("environment", {}) for record in records.records)
+        for name in {*there, *facts}
+        if there.get(name) != facts.get(name)
+    }
     if differing:
         console.print(
             f"[yellow]{records.path} keeps records of another environment:[/] "
-            f"{', '.join(differing)}. Choose another file to measure anew."
+            f"{', '.join(sorted(differing))}. Choose another file to measure anew."
         )
 
 
@@ -190,11 +194,8 @@ def _conclude(console: Console, outcome: Outcome, json_path: Path | None) -> int
     if outcome.interrupted:
         console.print(f"Interrupted. Records are {where}.")
         return INTERRUPTED
-    if outcome.wrong:
-        return 1
-    if outcome.out_of_time:
-        console.print(
-            f"The budget ran out with {outcome.out_of_time} shapes left. Records are {where}."
-        )
+    if outcome.out_of_time and not outcome.wrong:
+        left = f"with {outcome.out_of_time} shapes left"
+        console.print(f"The budget ran out {left}. Records are {where}.")
         return OUT_OF_TIME
-    return 0
+    return 1 if outcome.wrong else 0

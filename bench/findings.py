@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .records import Record, case_key
-from .settings import OURS
+from .settings import OURS, READABLE
 from .tables import Section, shape_text
 from .targets import TARGETS, Case, Target
 
-_READABLE = f"{OURS}reference"  # no target: it is there to be read
 _SHOWN_SHAPES = 4
 
 
@@ -42,11 +41,10 @@ def findings(records: Iterable[Record], device: str) -> list[Finding | Target]:
         values: dict[str, list[tuple[float, Record]]] = {}
         for case in cases.values():
             for name, record in case.items():
-                if not name.startswith(OURS) or name == _READABLE or record not in target.rows:
-                    continue
-                value = target.measure(record, case)
-                if value is not None:
-                    values.setdefault(name, []).append((value, record))
+                if name.startswith(OURS) and name != READABLE and target.concerns(record):
+                    value = target.measure(record, case)
+                    if value is not None:
+                        values.setdefault(name, []).append((value, record))
         for name, found in values.items():
             worst_first = sorted(found, key=lambda pair: pair[0], reverse=target.is_upper)
             result.append(Finding(target, name, worst_first))

@@ -190,7 +190,8 @@ gpu_tests() {
 # On a machine with a GPU, nobody waits for emulated ones.
 operator_tests() {
     run_tests -k '(cuda or triton) and not emulated' \
-        python_tests/test_{api,attention,golden_operators,integration,token_weights}.py
+        python_tests/test_{api,attention,attention_statistics,golden_operators,integration}.py \
+        python_tests/test_token_weights.py
 }
 
 # The tools run at once, for they do not time anything; the next call goes on with those that were

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 
-from .timing import Call
+from tir_kernels.files import MIB
 
-MIB = 2**20
+from .timing import Call
 
 
 def added_on_gpu(call: Call) -> float:
@@ -39,35 +39,25 @@ def added_in_new_process(prepare: Callable[[bool], Call], threads: int) -> float
     Raises:
         RuntimeError: The process failed; the message says how.
     """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_report, args=(sender, prepare, threads))
-    process.start()
-    sender.close()
-    try:
-        result = receiver.recv()
-    except EOFError:
-        result = "the process that measures memory died"
-    process.join()
-    if isinstance(result, str):
-        raise RuntimeError(result)
-    return result
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_added, prepare, threads).result()
+        except Exception as error:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
-def _report(sender: Connection, prepare: Callable[[bool], Call], threads: int) -> None:
+def _added(prepare: Callable[[bool], Call], threads: int) -> float:
     torch.manual_seed(0)
     torch.set_num_threads(threads)
-    try:
-        prepare(True)()
-        call = prepare(False)
-        # The peak starts again from what is held now.
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _kibibytes("VmRSS")
-        result = call()
-        sender.send((_kibibytes("VmHWM") - before) / 1024)
-        del result
-    except Exception as error:
-        sender.send(f"{type(error).__name__}: {error}")
+    prepare(True)()
+    call = prepare(False)
+    # The peak starts again from what is held now.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _kibibytes("VmRSS")
+    result = call()
+    added = _kibibytes("VmHWM") - before
+    del result
+    return added / 1024
 
 
 def _kibibytes(field: str) -> int:

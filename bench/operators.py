@@ -12,8 +12,10 @@ from .counting import (
     reweighted_attention_cost,
     token_weights_cost,
 )
-from .peers import attention_peers, operator_peers, relevance_peers, token_weights_peers
+from .peers.attention import attention_peers
 from .peers.common import Peer
+from .peers.operator import operator_peers
+from .peers.relevance import relevance_peers, token_weights_peers
 from .problems import (
     AttentionProblem,
     Problem,
@@ -46,9 +48,6 @@ class Operator:
     problem: Callable[[Point, str], Problem]
     cost: Callable[[Point, str], Cost]
     model_tensors: int
-
-    def shape(self, point: Point) -> dict[str, int]:
-        return point.sizes(self.sizes)
 
     def tensor_bytes(self, point: Point) -> int:
         """Size of inputs, outputs and gradients, roughly."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import click
 
 from tir_kernels import files
+from tir_kernels.errors import FewShotError
+from tir_kernels.fewshot.run.folder import write_json
 from tir_kernels.fewshot.strict_json import decode_json
 
 from .counting import Cost
@@ -18,23 +20,24 @@ from .counting import Cost
 Record = dict[str, Any]
 
 _MOST_BYTES = 256 * files.MIB  # a whole run has about one
-
-KEYS = (
-    "suite",
-    "operator",
-    "implementation",
-    "device",
-    "dtype",
-    "shape",
-    "direction",
-    "ms",
-    "gbps",
-    "tflops",
-    "fraction_of_bound",
-)
+_NUMBER = (int, float, NoneType)
+_TYPES = {
+    "suite": str,
+    "operator": str,
+    "implementation": str,
+    "device": str,
+    "dtype": str,
+    "shape": dict,
+    "direction": str,
+    "ms": _NUMBER,
+    "gbps": _NUMBER,
+    "tflops": _NUMBER,
+    "fraction_of_bound": _NUMBER,
+}
 # Beside these a record has "environment", and where they apply "mib" (peak memory), "unavailable"
 # (why an implementation could not take part), "skipped" (why it was tried and left out) or "wrong"
 # (how its result was off). Those of whole runs have "episodes", "episodes_per_hour" and "accuracy".
+KEYS = tuple(_TYPES)
 _IDENTITY = ("suite", "operator", "device", "dtype", "shape", "direction")
 
 
@@ -58,16 +61,15 @@ def make_record(
         **extra: Further keys.
     """
     rated = ms is not None and cost is not None
-    return {
-        **{key: case[key] for key in _IDENTITY[:2]},
+    found = {
+        **case,
         "implementation": implementation,
-        **{key: case[key] for key in _IDENTITY[2:]},
         "ms": ms,
         "gbps": cost.bytes / ms / 1e6 if rated else None,
         "tflops": cost.flops / ms / 1e9 if rated else None,
-        "fraction_of_bound": bound / ms if ms is not None and bound is not None else None,
-        **extra,
+        "fraction_of_bound": None if ms is None or bound is None else bound / ms,
     }
+    return {key: found[key] for key in KEYS} | extra
 
 
 def case_key(record: Mapping[str, Any]) -> tuple:
@@ -89,48 +91,33 @@ class RecordFile:
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
-        self._records = [] if path is None else load_records(path, new_ok=True)
+        self.records = [] if path is None else load_records(path, new_ok=True)
         if path is not None:
             require_writable(path)
             self._write()  # what forbids it shows before anything is measured
-
-    @property
-    def records(self) -> list[Record]:
-        return list(self._records)
 
     def finished(self, key: tuple) -> set[str]:
         """Implementations that need not be tried again for this case.
 
         One that was wrong or unavailable is, and so is a case that was left out as a whole.
         """
-        case = [record for record in self._records if case_key(record) == key]
+        case = [record for record in self.records if case_key(record) == key]
         if not any(record["ms"] is not None or "mib" in record for record in case):
             return set()
         return {r["implementation"] for r in case if not {"wrong", "unavailable"} & set(r)}
 
     def replace_case(self, key: tuple, records: Iterable[Record]) -> None:
         """Put the records of a case in place of those it had."""
-        self._records = [r for r in self._records if case_key(r) != key]
-        self._records.extend(records)
+        self.records = [*(r for r in self.records if case_key(r) != key), *records]
         self._write()
 
     def _write(self) -> None:
         if self.path is None:
             return
-        lines = ",\n".join(json.dumps(record) for record in self._records)
-        target = self.path.resolve()  # a link stays one
-        unfinished = target.with_name(f"{target.name}.{os.getpid()}.part")
         try:
-            with open(unfinished, "x") as file:
-                file.write(f"[\n{lines}\n]\n")
-            os.replace(unfinished, target)
-        except FileExistsError as error:
-            raise click.ClickException(f"{unfinished} is in the way; remove it") from error
-        except BaseException as error:
-            unfinished.unlink(missing_ok=True)
-            if isinstance(error, OSError):
-                raise _cannot("write", self.path, error) from error
-            raise
+            write_json(self.path.resolve(), self.records)  # a link stays one
+        except FewShotError as error:
+            raise click.ClickException(f"{error}; choose another file") from error
 
 
 def require_writable(path: Path) -> None:
@@ -139,17 +126,18 @@ def require_writable(path: Path) -> None:
     Raises:
         click.ClickException: It cannot; the message says why.
     """
-    target = path.resolve()
+    target, why = path.resolve(), ""
+    protected = [p for p in (target, target.parent) if p.exists() and not os.access(p, os.W_OK)]
     if target.exists() and not target.is_file():
-        kind = "a folder" if target.is_dir() else "not a regular file"
-        raise click.ClickException(f"cannot write {path}: it is {kind}; choose another file")
-    if not target.parent.is_dir():
-        raise click.ClickException(f"cannot write {path}: its folder does not exist; make it first")
-    for place in filter(os.path.exists, (target, target.parent)):
-        if not os.access(place, os.W_OK):
-            raise click.ClickException(
-                f"cannot write {path}: {place} is write-protected; choose another file"
-            )
+        why = (
+            f"it is {'a folder' if target.is_dir() else 'not a regular file'}; choose another file"
+        )
+    elif not target.parent.is_dir():
+        why = "its folder does not exist; make it first"
+    elif protected:
+        why = f"{protected[0]} is write-protected; choose another file"
+    if why:
+        raise click.ClickException(f"cannot write {path}: {why}")
 
 
 def load_records(path: Path, *, new_ok: bool = False) -> list[Record]:
@@ -164,34 +152,24 @@ def load_records(path: Path, *, new_ok: bool = False) -> list[Record]:
     """
     try:
         text = files.read_text(path, at_most=_MOST_BYTES)
-        if new_ok and not text.strip():
-            return []
-        records = decode_json(text.encode())
+        records = [] if new_ok and not text.strip() else decode_json(text.encode())
     except OSError as error:
         if new_ok and isinstance(error, FileNotFoundError):
             return []
-        raise _cannot("read", path, error) from error
+        why = f"cannot read {path}: {error.strerror}"
     except ValueError as error:
-        raise click.ClickException(
-            f"{path} is no JSON file of records ({error}); choose another file"
-        ) from error
-    if not isinstance(records, list) or not all(map(_is_record, records)):
-        raise click.ClickException(f"{path} is no list of benchmark records; choose another file")
-    return records
+        why = f"{path} is no JSON file of records ({error})"
+    else:
+        if isinstance(records, list) and all(map(_is_record, records)):
+            return records
+        why = f"{path} is no list of benchmark records"
+    raise click.ClickException(f"{why}; choose another file")
 
 
 def _is_record(record: Any) -> bool:
-    if not isinstance(record, dict) or not set(KEYS) <= set(record):
-        return False
-    words = ("suite", "operator", "implementation", "device", "dtype", "direction")
-    numbers = ("ms", "gbps", "tflops", "fraction_of_bound")
     return (
-        all(isinstance(record[key], str) for key in words)
-        and all(record[key] is None or isinstance(record[key], int | float) for key in numbers)
-        and all(isinstance(record.get(key, {}), dict) for key in ("shape", "environment"))
+        isinstance(record, dict)
+        and all(isinstance(record.get(key, ...), kind) for key, kind in _TYPES.items())
         and all(isinstance(size, int) for size in record["shape"].values())
+        and isinstance(record.get("environment", {}), dict)
     )
-
-
-def _cannot(do: str, path: Path, error: OSError) -> click.ClickException:
-    return click.ClickException(f"cannot {do} {path}: {error.strerror}; choose another file")

@@ -20,7 +20,7 @@ from .bounds import Ceilings, bound_ms
 from .cases import Case, Implementation, WrongResultError
 from .records import RecordFile, case_key, make_record
 from .settings import Settings
-from .timing import Call
+from .timing import Call, Measurement
 
 _USABLE_SHARE_OF_MEMORY = 0.6
 _LONGEST_ERROR = 200
@@ -28,7 +28,7 @@ _LONGEST_ERROR = 200
 
 @dataclass
 class Outcome:
-    """The outcome of a run."""
+    """The outcome of a run: numbers of cases, and of wrong results."""
 
     measured: int = 0
     kept: int = 0
@@ -79,16 +79,15 @@ class Runner:
             try:
                 for index, case in enumerate(cases):
                     if deadline is not None and time.monotonic() > deadline:
-                        self.outcome.out_of_time = self._unfinished(cases[index:])
+                        self.outcome.out_of_time = sum(
+                            not self._is_finished(case) for case in cases[index:]
+                        )
                         break
                     progress.update(task, description=escape(case.title()), completed=index)
                     self._run_case(case)
             except KeyboardInterrupt:
                 self.outcome.interrupted = True
         return self.outcome
-
-    def _unfinished(self, cases: Sequence[Case]) -> int:
-        return sum(not self._is_finished(case) for case in cases)
 
     def _is_finished(self, case: Case) -> bool:
         names = {i.name for i in case.implementations if not i.unavailable}
@@ -98,8 +97,8 @@ class Runner:
         if self._is_finished(case):
             self.outcome.kept += 1
             return
-        if reason := self._too_much(case):
-            self._record(case, self._left_out(case, reason))
+        if too_much := self._too_much(case):
+            self._record(case, self._left_out(case, too_much))
             return
         try:
             results = self._compete(case)
@@ -108,48 +107,42 @@ class Runner:
         self._record(case, results)
         self.outcome.measured += 1
 
-    def _left_out(self, case: Case, reason: str) -> dict[str, dict[str, Any]]:
+    def _left_out(self, case: Case, reason: str) -> dict[str, Measurement]:
         self._say(case, "left out", reason)
         return {i.name: {"skipped": reason} for i in case.implementations}
 
-    def _compete(self, case: Case) -> dict[str, dict[str, Any]]:
+    def _compete(self, case: Case) -> dict[str, Measurement]:
         """Prepare every implementation, then let those that are right take turns."""
         if self.settings.compiles:
             torch._dynamo.reset()  # a compiled peer gets this shape alone, not a general one
         torch.manual_seed(0)
         inputs = case.make_inputs()
         calls: dict[str, Call] = {}
-        results: dict[str, dict[str, Any]] = {}
+        results: dict[str, Measurement] = {}
         for implementation in case.implementations:
-            name = implementation.name
-            if implementation.unavailable:
-                results[name] = {"unavailable": implementation.unavailable}
-                self._say_once(case, name, implementation.unavailable)
+            prepared = self._prepare(case, implementation, inputs)
+            if isinstance(prepared, dict):
+                results[implementation.name] = prepared
+            else:
+                calls[implementation.name] = prepared
+        measured = case.measure(list(calls.values()), self.settings.seconds)
+        results |= zip(calls, measured, strict=True)
+        for name, result in results.items():
+            if "wrong" in result:
+                self.outcome.wrong += 1
+                self._say(case, f"[bold red]WRONG: {name}[/]", result["wrong"])
                 continue
-            try:
-                calls[name] = self._prepare(case, implementation, inputs)
-            except _LeftOutError as left_out:
-                results[name] = {"skipped": str(left_out)}
-                self._say_once(case, name, str(left_out))
-            except WrongResultError as error:
-                results[name] = {"wrong": str(error)}
-                self._note_wrong(case, name, str(error))
-        measurements = case.measure(list(calls.values()), self.settings.seconds)
-        for name, measurement in zip(calls, measurements, strict=True):
-            results[name] = measurement
-            if "wrong" in measurement:
-                self._note_wrong(case, name, measurement["wrong"])
+            # Why one is left out is said once, and in a suite's tables at every shape.
+            reason = result.get("unavailable") or result.get("skipped")
+            if reason and name not in calls and (case.suite, name, reason) not in self._said:
+                self._said.add((case.suite, name, reason))
+                self._say(case, f"without {name}", reason)
         return results
-
-    def _note_wrong(self, case: Case, name: str, how: str) -> None:
-        self.outcome.wrong += 1
-        self._say(case, f"[bold red]WRONG: {name}[/]", how)
 
     def _too_much(self, case: Case) -> str:
         """The reason that a case is not for this machine; empty if it is."""
-        memory = available_bytes(torch.device(case.device))
-        if case.input_bytes > _USABLE_SHARE_OF_MEMORY * memory:
-            return f"needs {case.input_bytes / 2**30:.1f} GiB of {memory / 2**30:.1f} GiB free"
+        if reason := _lacks_memory(case, case.input_bytes, "needs"):
+            return reason
         if case.device == "cpu" and case.cost is not None:
             rate = self.ceilings.flops_per_second(case.dtype)
             seconds = case.slowdown * case.cost.flops / rate
@@ -157,54 +150,45 @@ class Runner:
                 return f"a call may take {seconds:.0f} s; --max-call-seconds allows more"
         return ""
 
-    def _prepare(self, case: Case, implementation: Implementation, inputs: Any) -> Call:
-        needed, memory = implementation.scratch_bytes, available_bytes(torch.device(case.device))
-        if needed > _USABLE_SHARE_OF_MEMORY * memory:
-            raise _LeftOutError(
-                f"needs about {needed / 2**30:.1f} GiB of {memory / 2**30:.1f} GiB free"
-            )
+    def _prepare(
+        self, case: Case, implementation: Implementation, inputs: Any
+    ) -> Call | Measurement:
+        """The call, or what is recorded of an implementation that takes no part."""
+        if implementation.unavailable:
+            return {"unavailable": implementation.unavailable}
+        if reason := _lacks_memory(case, implementation.scratch_bytes, "needs about"):
+            return {"skipped": reason}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 return implementation.prepare(inputs)
-            except WrongResultError:
-                raise
+            except WrongResultError as error:
+                return {"wrong": str(error)}
             except Exception as error:
                 _require_working_device(case.device, implementation.name)
-                raise _LeftOutError(_reason(error, caught)) from error
+                return {"skipped": _reason(error, caught)}
 
-    def _record(self, case: Case, results: dict[str, dict[str, Any]]) -> None:
+    def _record(self, case: Case, results: dict[str, Measurement]) -> None:
         bound = None
         if case.cost is not None and any("ms" in result for result in results.values()):
             bandwidth = self.ceilings.bytes_per_second
-            rate = self.ceilings.flops_per_second(case.dtype)
-            bound = bound_ms(case.cost, bandwidth, rate)
+            bound = bound_ms(case.cost, bandwidth, self.ceilings.flops_per_second(case.dtype))
         identity = case.identity()
+        facts = {"cost": case.cost, "bound": bound, "environment": self.environment}
         records = [
-            make_record(
-                identity,
-                implementation.name,
-                cost=case.cost,
-                bound=bound,
-                environment=self.environment,
-                **results[implementation.name],
-            )
-            for implementation in case.implementations
+            make_record(identity, i.name, **facts, **results[i.name]) for i in case.implementations
         ]
         self.records.replace_case(case_key(identity), records)
-
-    def _say_once(self, case: Case, name: str, reason: str) -> None:
-        """Say that an implementation is left out; a suite's tables say it at every shape."""
-        if (case.suite, name, reason) not in self._said:
-            self._said.add((case.suite, name, reason))
-            self._say(case, f"without {name}", reason)
 
     def _say(self, case: Case, what: str, reason: str) -> None:
         self.console.print(f"{escape(case.title())}: {what}: {escape(reason)}", highlight=False)
 
 
-class _LeftOutError(Exception):
-    """An implementation takes no part in a case; the message says why."""
+def _lacks_memory(case: Case, needed: int, needs: str) -> str:
+    memory = available_bytes(torch.device(case.device))
+    if needed <= _USABLE_SHARE_OF_MEMORY * memory:
+        return ""
+    return f"{needs} {needed / 2**30:.1f} GiB of {memory / 2**30:.1f} GiB free"
 
 
 def _reason(error: Exception, caught: list[warnings.WarningMessage]) -> str:

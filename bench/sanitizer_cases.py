@@ -35,7 +35,9 @@ Pairs = list[tuple[Tensor, Tensor]]  # results, and what they should be
 
 
 def run_attention(backend: str, shape: Shape, dtype: torch.dtype, device: str = "cuda") -> Pairs:
-    """Output and gradients, of views into a packed projection, with weights of zero among them."""
+    """Output, gradients and statistics, of views into a packed projection, with weights of zero
+    among them.
+    """
 
     def run(backend: str, device: str) -> list[Tensor]:
         torch.manual_seed(0)
@@ -47,7 +49,8 @@ def run_attention(backend: str, shape: Shape, dtype: torch.dtype, device: str = 
         weights = weights.to(device).requires_grad_()
         output = tir_kernels.weighted_attention(*leaves, weights, backend=backend)
         grad_output = torch.randn(output.shape).to(device, dtype)
-        return [output, *torch.autograd.grad(output, [*leaves, weights], grad_output)]
+        statistics = tir_kernels.attention_statistics(*leaves[:2], weights, backend=backend)
+        return [output, *torch.autograd.grad(output, [*leaves, weights], grad_output), *statistics]
 
     return list(zip(run(backend, device), run("reference", "cpu"), strict=True))
 

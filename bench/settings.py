@@ -22,6 +22,13 @@ DIRECTIONS = ("forward", "backward", "forward+backward")
 BACKENDS_OF_DEVICE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 OURS = "tir "  # in front of a backend's name
 PUBLISHED = "published "  # the method's published program, in front of the type it runs in
+READABLE = f"{OURS}reference"  # is there to be read: no target is for it
+
+# Names of what is measured, in front of what else is said of it.
+STEP = "fine-tuning step"
+HOST_TIME = "host time"
+WHOLE_RUN = "whole run"
+START_UP = "start-up to the first step"
 
 
 class CommaSeparated(click.ParamType):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import chain, product
 
 from .settings import DTYPES, Settings
 
@@ -32,6 +32,11 @@ class Point:
     def model_dim(self) -> int:
         """D: tokens are as wide as all heads together."""
         return self.heads * self.head_dim
+
+    @property
+    def rows(self) -> int:
+        """Rows of queries of all heads."""
+        return self.images * self.heads * self.length
 
     @property
     def patches(self) -> int:
@@ -73,8 +78,7 @@ class Grid:
             yield Point(length, width, images, per_image, classes, dtype)
 
 
-CPU_DTYPES = ("float32", "bfloat16")
-ALL_DTYPES = ("bfloat16", "float16", "float32")
+_CPU_DTYPES = ("float32", "bfloat16")
 
 # (suite, device, quick) -> the grids whose union is measured, the most telling first. The full
 # product of all sizes would take hours: off the main grid, one size varies at a time.
@@ -86,11 +90,11 @@ _GRIDS: dict[tuple[str, str, bool], tuple[Grid, ...]] = {
     ),
     ("attention", "cuda", True): (Grid((197, 577), (64,), (300, 768)),),
     ("attention", "cpu", False): (
-        Grid(LENGTHS, (64,), (60, 12), dtypes=CPU_DTYPES),
-        Grid((197, 577), (80, 128), (60,), dtypes=CPU_DTYPES),
-        Grid((197,), (64,), (300,), dtypes=CPU_DTYPES),
+        Grid(LENGTHS, (64,), (60, 12), dtypes=_CPU_DTYPES),
+        Grid((197, 577), (80, 128), (60,), dtypes=_CPU_DTYPES),
+        Grid((197,), (64,), (300,), dtypes=_CPU_DTYPES),
     ),
-    ("attention", "cpu", True): (Grid((50, 197), (64,), (60,), dtypes=CPU_DTYPES),),
+    ("attention", "cpu", True): (Grid((50, 197), (64,), (60,), dtypes=_CPU_DTYPES),),
     ("relevance", "cuda", False): (
         Grid((197,), heads=(300, 768, 60), classes=CLASSES),
         Grid((50, 577), heads=(300,)),
@@ -98,10 +102,10 @@ _GRIDS: dict[tuple[str, str, bool], tuple[Grid, ...]] = {
     ),
     ("relevance", "cuda", True): (Grid((197,), heads=(300,), classes=CLASSES),),
     ("relevance", "cpu", False): (
-        Grid((197,), heads=(60, 300), classes=CLASSES, dtypes=CPU_DTYPES),
-        Grid((50, 577), heads=(60,), dtypes=CPU_DTYPES),
+        Grid((197,), heads=(60, 300), classes=CLASSES, dtypes=_CPU_DTYPES),
+        Grid((50, 577), heads=(60,), dtypes=_CPU_DTYPES),
     ),
-    ("relevance", "cpu", True): (Grid((197,), heads=(60,), classes=(5,), dtypes=CPU_DTYPES),),
+    ("relevance", "cpu", True): (Grid((197,), heads=(60,), classes=(5,), dtypes=_CPU_DTYPES),),
     ("operator", "cuda", False): (
         Grid((197,), heads=(300, 768, 60)),
         Grid((50, 577), heads=(300,)),
@@ -110,36 +114,39 @@ _GRIDS: dict[tuple[str, str, bool], tuple[Grid, ...]] = {
     ),
     ("operator", "cuda", True): (Grid((197,), heads=(300,)),),
     ("operator", "cpu", False): (
-        Grid((197,), heads=(60, 300), dtypes=CPU_DTYPES),
-        Grid((50, 577), heads=(60,), dtypes=CPU_DTYPES),
+        Grid((197,), heads=(60, 300), dtypes=_CPU_DTYPES),
+        Grid((50, 577), heads=(60,), dtypes=_CPU_DTYPES),
     ),
-    ("operator", "cpu", True): (Grid((197,), heads=(60,), dtypes=CPU_DTYPES),),
+    ("operator", "cpu", True): (Grid((197,), heads=(60,), dtypes=_CPU_DTYPES),),
     ("step", "cuda", False): (Grid(heads=(60, 300), dtypes=("bfloat16", "float32")),),
     ("step", "cuda", True): (Grid(heads=(60,)),),
-    ("step", "cpu", False): (Grid(heads=(60, 300), dtypes=CPU_DTYPES),),
+    ("step", "cpu", False): (Grid(heads=(60, 300), dtypes=_CPU_DTYPES),),
     ("step", "cpu", True): (Grid(heads=(24,), dtypes=("float32",)),),
     ("memory", "cuda", False): (Grid((197, 577), heads=(768,)),),
     ("memory", "cuda", True): (Grid((577,), heads=(300,)),),
-    ("memory", "cpu", False): (Grid((1024,), heads=(96,), dtypes=CPU_DTYPES),),
+    ("memory", "cpu", False): (Grid((1024,), heads=(96,), dtypes=_CPU_DTYPES),),
     ("memory", "cpu", True): (Grid((577,), heads=(60,), dtypes=("float32",)),),
 }
 
 
-def points(suite: str, settings: Settings, *, varies: tuple[str, ...]) -> list[Point]:
-    """The shapes of a suite, each once.
+# Filters of other sizes mean nothing to a suite.
+_FILTERS = {
+    "attention": ("lengths", "widths", "heads", "dtypes"),
+    "relevance": ("lengths", "heads", "classes", "dtypes"),
+    "operator": ("lengths", "widths", "heads", "classes", "dtypes"),
+    "step": ("heads", "dtypes"),
+    "memory": ("lengths", "widths", "heads", "classes", "dtypes"),
+}
 
-    Args:
-        suite: Its name.
-        settings: A filter that was given replaces the suite's own choice of that size.
-        varies: The sizes this suite has, as fields of :class:`Grid`: filters of others mean
-            nothing to it.
-    """
-    found: dict[Point, None] = {}
-    for grid in _GRIDS[suite, settings.device, settings.quick]:
-        given = {name: getattr(settings, name) for name in varies}
-        narrowed = replace(grid, **{name: sizes for name, sizes in given.items() if sizes})
-        found |= dict.fromkeys(narrowed.points())
-    return list(found)
+
+def points(suite: str, settings: Settings) -> list[Point]:
+    """The shapes of a suite, each once; a filter replaces the suite's own choice of that size."""
+    given = {name: getattr(settings, name) for name in _FILTERS[suite]}
+    found = [
+        replace(grid, **{name: sizes for name, sizes in given.items() if sizes}).points()
+        for grid in _GRIDS[suite, settings.device, settings.quick]
+    ]
+    return list(dict.fromkeys(chain.from_iterable(found)))
 
 
 def split_heads(heads: int) -> tuple[int, int]:

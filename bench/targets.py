@@ -3,136 +3,110 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from tir_kernels.files import MIB
+
 from .counting import fused_memory
-from .memory_probe import MIB
+from .operators import OPERATORS
 from .peers.attention import FLEX, MASKED, UNWEIGHTED
 from .peers.common import COMPILED, EAGER
 from .peers.operator import COMPILED_SDPA
 from .records import Record
-from .settings import OURS, PUBLISHED
+from .settings import HOST_TIME, OURS, PUBLISHED, START_UP, STEP, WHOLE_RUN
 from .shapes import Point
-from .suites.episodes import START_UP, WHOLE_RUN
-from .suites.operator import HOST_TIME
-from .suites.step import STEP
 
 Case = dict[str, Record]  # implementation -> record, of one case
 # Ours, and the case it belongs to -> the number a target limits; None where a peer is missing.
 Measure = Callable[[Record, Case], "float | None"]
 
 
+# Keys of records and names of sizes, "B·H" being the product of two -> the value, a pattern of
+# words such as "whole run*", or some values.
+Rows = Mapping[str, "str | int | range | tuple"]
+
+
 @dataclass(frozen=True)
-class Rows:
-    """The records that a target is about.
+class Target:
+    """A limit on a number, for all records of ours among some rows.
 
     Args:
-        suites: Names of suites.
-        operators: Patterns of operators' names, such as "whole run*"; all by default.
-        dtype: The type; any by default.
-        direction: The direction; any by default.
-        sizes: Sizes that the shape has, each exactly or out of some; "B·H" is the product of two.
+        what: The number in words.
+        limit: The limit: the most that the number may be, or the least if it is no ``is_upper``.
+        measure: The number, from a record.
+        rows: The records.
+        unit: In which the number is shown.
+        is_upper: Whether less is better.
     """
 
-    suites: tuple[str, ...]
-    operators: tuple[str, ...] = ("*",)
-    dtype: str | None = None
-    direction: str | None = None
-    sizes: Mapping[str, int | range | tuple[int, ...]] = field(default_factory=dict)
-
-    def __contains__(self, record: Record) -> bool:
-        shape = record["shape"]
-        if "H" in shape:
-            shape = shape | {"B·H": shape["B"] * shape["H"]}
-        return (
-            record["suite"] in self.suites
-            and any(fnmatchcase(record["operator"], pattern) for pattern in self.operators)
-            and self.dtype in (None, record["dtype"])
-            and self.direction in (None, record["direction"])
-            and all(_is_among(shape[name], wanted) for name, wanted in self.sizes.items())
-        )
-
-
-def _is_among(size: int, wanted: int | range | tuple[int, ...]) -> bool:
-    return size == wanted if isinstance(wanted, int) else size in wanted
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """A limit on a number, for all records of ours among some rows; one of the limits is given."""
-
     what: str
-    rows: Rows
+    limit: float
     measure: Measure
-    at_most: float | None = None
-    at_least: float | None = None
+    rows: Rows
     unit: str = "×"
+    is_upper: bool = False
 
-    @property
-    def is_upper(self) -> bool:
-        return self.at_most is not None
-
-    @property
-    def limit(self) -> float:
-        limit = self.at_most if self.is_upper else self.at_least
-        assert limit is not None
-        return limit
+    def concerns(self, record: Record) -> bool:
+        shape = record["shape"]
+        facts = record | shape | {"B·H": shape.get("B", 1) * shape.get("H", 1)}
+        return all(
+            name in facts and _is_among(facts[name], wanted) for name, wanted in self.rows.items()
+        )
 
     def is_met(self, value: float) -> bool:
         return value <= self.limit if self.is_upper else value >= self.limit
 
 
-def _fastest(case: Case, names: tuple[str, ...]) -> float | None:
-    """The shortest time of peers whose names start so."""
-    times = [r["ms"] for name, r in case.items() if name.startswith(names) and r["ms"] is not None]
-    return min(times, default=None)
+def _is_among(value: str | int, wanted: str | int | range | tuple) -> bool:
+    if isinstance(wanted, str):
+        return fnmatchcase(value, wanted)
+    return value == wanted if isinstance(wanted, int) else value in wanted
+
+
+def _at_most(what: str, limit: float, measure: Measure, rows: Rows, unit: str = "×") -> Target:
+    return Target(what, limit, measure, rows, unit, is_upper=True)
+
+
+def speed_against(*names: str) -> Measure:
+    """Shortest time of peers whose names start so over ours: above 1 ours is faster."""
+
+    def measure(record: Record, case: Case) -> float | None:
+        theirs = [r["ms"] for name, r in case.items() if name.startswith(names) and r["ms"]]
+        return min(theirs) / record["ms"] if theirs and record["ms"] else None
+
+    return measure
 
 
 def time_against(*names: str) -> Measure:
     """Our time over that of the fastest of some peers: below 1 ours is faster."""
 
     def measure(record: Record, case: Case) -> float | None:
-        ours, theirs = record["ms"], _fastest(case, names)
-        return None if ours is None or theirs is None else ours / theirs
+        speed = speed_against(*names)(record, case)
+        return None if speed is None else 1 / speed
 
     return measure
 
 
-def speed_against(*names: str) -> Measure:
-    """Time of the fastest of some peers over ours: above 1 ours is faster."""
-
-    def measure(record: Record, case: Case) -> float | None:
-        share = time_against(*names)(record, case)
-        return None if share is None else 1 / share
-
-    return measure
-
-
-def speed_against_best(record: Record, case: Case) -> float | None:
+def _speed_against_best(record: Record, case: Case) -> float | None:
     """The :func:`speed_against` all peers that compute the same."""
     names = tuple(n for n in case if not n.startswith((OURS, UNWEIGHTED)))
-    return speed_against(*names)(record, case) if names else None
+    return speed_against(*names)(record, case)
 
 
 def _fraction(record: Record, case: Case) -> float | None:
     return record["fraction_of_bound"]
 
 
-def _microseconds(record: Record, case: Case) -> float | None:
-    return None if record["ms"] is None else 1e3 * record["ms"]
-
-
-def _seconds(record: Record, case: Case) -> float | None:
-    return None if record["ms"] is None else record["ms"] / 1e3
+def _time(per_millisecond: float) -> Measure:
+    """Our time in another unit."""
+    return lambda record, case: None if record["ms"] is None else record["ms"] * per_millisecond
 
 
 def _share_of_published_memory(record: Record, case: Case) -> float | None:
     """Our peak memory as a share of the published program's in its leanest type."""
-    peaks = [r.get("mib") for name, r in case.items() if name.startswith(PUBLISHED)]
-    found = [peak for peak in peaks if peak is not None]
-    ours = record.get("mib")
-    return None if ours is None or not found else ours / min(found)
+    theirs = [r["mib"] for name, r in case.items() if name.startswith(PUBLISHED) and r.get("mib")]
+    return record["mib"] / min(theirs) if theirs and record.get("mib") is not None else None
 
 
 def _share_of_fused_memory(record: Record, case: Case) -> float | None:
@@ -144,35 +118,19 @@ def _share_of_fused_memory(record: Record, case: Case) -> float | None:
 
 
 _MANY = 2**31
-_MAIN_SIZES = {"d": 64, "L": range(50, 578), "B·H": range(300, _MANY)}
+_BFLOAT16, _FLOAT32 = {"dtype": "bfloat16"}, {"dtype": "float32"}
+_MAIN_SIZES = _BFLOAT16 | {"d": 64, "L": range(50, 578), "B·H": range(300, _MANY)}
+_FORWARD = {"suite": "attention", "direction": "forward"}
+_BACKWARD = {"suite": "attention", "direction": "backward"}
+_BOTH = {"suite": "attention", "direction": "forward+backward"}
+_TOKEN_WEIGHTS = {"suite": "relevance", "operator": "token_weights"}
+_WHOLE_OPERATOR = {"operator": "reweighted_attention"}
 _VIT_B = {"L": 197, "D": 768}
-_EPISODE = {"ways": 5, "queries": 15, "steps": 100, "L": 197}
-
-
-def _whole_runs(width: int, shots: int, dtype: str | None = None) -> Rows:
-    """Five-way episodes, at the method's settings, of a transformer with 197 tokens of a width."""
-    sizes = _EPISODE | {"D": width, "shots": shots}
-    return Rows(("episodes",), (f"{WHOLE_RUN}*",), dtype, sizes=sizes)
-
-
-def _attention(direction: str, dtype: str, sizes: Mapping[str, int | range] | None = None) -> Rows:
-    return Rows(("attention",), dtype=dtype, direction=direction, sizes=sizes or {})
-
-
-def _main_attention(direction: str) -> Rows:
-    return _attention(direction, "bfloat16", _MAIN_SIZES)
-
-
-def _steps(dtype: str) -> Rows:
-    """Steps with five images, one episode at a time."""
-    return Rows(("step",), (f"{STEP}, placement tokens",), dtype, sizes=_VIT_B | {"B": 5})
-
-
-_MAIN_TOKEN_WEIGHTS = Rows(
-    ("relevance",), ("token_weights",), "bfloat16", sizes=_VIT_B | {"E": 512, "C": 5, "B": (25, 64)}
-)
-_MAIN_OPERATOR = Rows(("operator",), ("reweighted_attention",), "bfloat16", "forward+backward")
-_OPERATORS = ("weighted_attention", "reweighted_attention", "token_relevance", "token_weights")
+# Steps with five images, one episode at a time.
+_STEPS = {"suite": "step", "operator": f"{STEP}, placement tokens", "B": 5} | _VIT_B
+# Five-way episodes, at the method's settings, of a transformer with 197 tokens.
+_RUNS = {"suite": "episodes", "operator": f"{WHOLE_RUN}*", "ways": 5, "queries": 15, "steps": 100}
+_RUNS_OF_VIT_B, _RUNS_OF_VIT_TI = _RUNS | _VIT_B, _RUNS | {"L": 197, "D": 192}
 
 # Peers on a GPU: in words, as in the records, and the most of its time that ours may take.
 _OF_ATTENTION = (
@@ -184,124 +142,115 @@ _OF_TOKEN_WEIGHTS = (("eager", EAGER, 0.2), ("torch.compile", COMPILED, 0.5))
 _OF_THE_WHOLE = (("eager", EAGER, 0.4), ("torch.compile with SDPA", COMPILED_SDPA, 0.65))
 
 _ON_ANY_DEVICE = (
-    Target(
-        what="fine-tuning step, peak memory against the published program",
-        at_most=0.5,
-        rows=Rows(("memory",), (STEP,)),
-        measure=_share_of_published_memory,
+    _at_most(
+        "fine-tuning step, peak memory against the published program",
+        0.5,
+        _share_of_published_memory,
+        {"suite": "memory", "operator": STEP},
     ),
-    Target(
-        what="start-up to the first step, files in cache",
-        at_most=10.0,
-        rows=Rows(("episodes",), (f"{START_UP}*",)),
-        measure=_seconds,
-        unit="s",
+    _at_most(
+        "start-up to the first step, files in cache",
+        10.0,
+        _time(1e-3),
+        {"suite": "episodes", "operator": f"{START_UP}*"},
+        "s",
     ),
 )
+_SPEED = "speed against the published program"
+_AGAINST_MASKED = speed_against(MASKED)
+_AGAINST_FLOAT32 = speed_against(f"{PUBLISHED}float32")
 
 TARGETS: dict[str, tuple[Target, ...]] = {
     "cuda": (
         *(
-            Target(
-                what=f"{what}, against {peer}",
-                at_most=limit,
-                rows=rows,
-                measure=time_against(name),
-            )
+            _at_most(f"{what}, against {peer}", limit, time_against(name), rows)
             for what, rows, peers in (
-                ("attention forward", _main_attention("forward"), _OF_ATTENTION),
-                ("attention backward", _main_attention("backward"), _OF_ATTENTION),
-                ("token_weights of ViT-B/16", _MAIN_TOKEN_WEIGHTS, _OF_TOKEN_WEIGHTS),
-                ("reweighted_attention forward + backward", _MAIN_OPERATOR, _OF_THE_WHOLE),
+                ("attention forward", _FORWARD | _MAIN_SIZES, _OF_ATTENTION),
+                ("attention backward", _BACKWARD | _MAIN_SIZES, _OF_ATTENTION),
+                (
+                    "token_weights of ViT-B/16",
+                    _TOKEN_WEIGHTS | _BFLOAT16 | _VIT_B | {"E": 512, "C": 5, "B": (25, 64)},
+                    _OF_TOKEN_WEIGHTS,
+                ),
+                (
+                    "reweighted_attention forward + backward",
+                    _BOTH | _WHOLE_OPERATOR | _BFLOAT16 | {"suite": "operator"},
+                    _OF_THE_WHOLE,
+                ),
             )
             for peer, name, limit in peers
         ),
         Target(
-            what="attention forward, share of the bound, B·H ≥ 768",
-            at_least=0.6,
-            rows=_attention("forward", "bfloat16", _MAIN_SIZES | {"B·H": range(768, _MANY)}),
-            measure=_fraction,
-            unit="%",
+            "attention forward, share of the bound, B·H ≥ 768",
+            0.6,
+            _fraction,
+            _FORWARD | _MAIN_SIZES | {"B·H": range(768, _MANY)},
+            "%",
         ),
-        Target(
-            what="host time of a call",
-            at_most=15.0,
-            rows=Rows(("operator",), (f"* {HOST_TIME}",)),
-            measure=_microseconds,
-            unit="µs",
-        ),
-        Target(
-            what="memory of the fused operator, against outputs, statistics and (B, C, N)",
-            at_most=1.01,  # the allocator rounds up
-            rows=Rows(("memory",), ("reweighted_attention",)),
-            measure=_share_of_fused_memory,
+        _at_most("host time of a call", 15.0, _time(1e3), {"operator": f"* {HOST_TIME}"}, "µs"),
+        _at_most(
+            "memory of the fused operator, against outputs, statistics and (B, C, N)",
+            1.01,  # the allocator rounds up
+            _share_of_fused_memory,
+            _WHOLE_OPERATOR | {"suite": "memory"},
         ),
         *(
             Target(
-                what=f"whole run, 5-way {shots}-shot, ViT-B/16, "
-                "speed against the published program",
-                at_least=limit,
-                rows=_whole_runs(768, shots),
-                measure=speed_against(PUBLISHED),
+                f"whole run, 5-way {shots}-shot, ViT-B/16, {_SPEED}",
+                limit,
+                speed_against(PUBLISHED),
+                _RUNS_OF_VIT_B | {"shots": shots},
             )
             for shots, limit in ((5, 10.0), (1, 20.0))
         ),
         Target(
-            what="whole run, 5-way 5-shot, ViT-B/16, model FLOPs over the rate of a large product",
-            at_least=0.4,
-            rows=_whole_runs(768, 5),
-            measure=_fraction,
-            unit="%",
+            "whole run, 5-way 5-shot, ViT-B/16, model FLOPs over the rate of a large product",
+            0.4,
+            _fraction,
+            _RUNS_OF_VIT_B | {"shots": 5},
+            "%",
         ),
         *_ON_ANY_DEVICE,
     ),
-    "cpu": (
-        *(
-            Target(
-                what=f"attention {shown} {dtype}, speed against SDPA with a mask",
-                at_least=limit,
-                rows=_attention(direction, dtype),
-                measure=speed_against(MASKED),
-            )
-            for shown, direction, dtype, limit in (
-                ("forward", "forward", "float32", 1.0),
-                ("forward + backward", "forward+backward", "float32", 1.2),
-                ("forward", "forward", "bfloat16", 2.0),
-                ("forward + backward", "forward+backward", "bfloat16", 2.0),
-            )
-        ),
-        Target(
-            what="token_weights, speed against eager",
-            at_least=1.5,
-            rows=Rows(("relevance",), ("token_weights",)),
-            measure=speed_against(EAGER),
-        ),
-        Target(
-            what="every operator, speed against the best peer",
-            at_least=0.95,
-            rows=Rows(("attention", "relevance", "operator"), _OPERATORS),
-            measure=speed_against_best,
-        ),
-        *(
-            Target(
-                what=f"step in {dtype}, ViT-B/16, 5 images, speed against the published program"
-                f"{remark}",
-                at_least=limit,
-                rows=_steps(dtype),
-                measure=speed_against(f"{PUBLISHED}float32"),
-            )
-            for dtype, limit, remark in (
-                ("float32", 2.2, ""),
-                ("bfloat16", 4.0, " in float32, which is what it runs in on a CPU"),
-            )
-        ),
-        Target(
-            what="whole run, 5-way 5-shot, ViT-Ti/16 in float32, speed against the published "
-            "program",
-            at_least=3.0,
-            rows=_whole_runs(192, 5, "float32"),
-            measure=speed_against(f"{PUBLISHED}float32"),
-        ),
-        *_ON_ANY_DEVICE,
-    ),
+    "cpu": tuple(
+        Target(what, limit, measure, rows)
+        for what, limit, measure, rows in (
+            *(
+                (f"attention {what}, speed against SDPA with a mask", limit, _AGAINST_MASKED, rows)
+                for what, limit, rows in (
+                    ("forward float32", 1.0, _FORWARD | _FLOAT32),
+                    ("forward + backward float32", 1.2, _BOTH | _FLOAT32),
+                    ("forward bfloat16", 2.0, _FORWARD | _BFLOAT16),
+                    ("forward + backward bfloat16", 2.0, _BOTH | _BFLOAT16),
+                )
+            ),
+            ("token_weights, speed against eager", 1.5, speed_against(EAGER), _TOKEN_WEIGHTS),
+            (
+                "every operator, speed against the best peer",
+                0.95,
+                _speed_against_best,
+                {"suite": ("attention", "relevance", "operator"), "operator": tuple(OPERATORS)},
+            ),
+            (
+                f"step in float32, ViT-B/16, 5 images, {_SPEED}",
+                2.2,
+                _AGAINST_FLOAT32,
+                _STEPS | _FLOAT32,
+            ),
+            (
+                f"step in bfloat16, ViT-B/16, 5 images, {_SPEED} in float32, which is what it runs "
+                "in on a CPU",
+                4.0,
+                _AGAINST_FLOAT32,
+                _STEPS | _BFLOAT16,
+            ),
+            (
+                f"whole run, 5-way 5-shot, ViT-Ti/16 in float32, {_SPEED}",
+                3.0,
+                _AGAINST_FLOAT32,
+                _RUNS_OF_VIT_TI | _FLOAT32 | {"shots": 5},
+            ),
+        )
+    )
+    + _ON_ANY_DEVICE,
 }

@@ -10,11 +10,16 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-Call = Callable[[], object]
+Call = Callable[..., object]
+# "ms" or "mib", or "skipped" where measuring failed, or "wrong" where the result was; and what else
+# the record is to have.
+Measurement = dict[str, Any]
+# Calls, and the seconds for each -> their measurements
+Measure = Callable[[Sequence[Call], float], list[Measurement]]
 
 MIN_ROUNDS = 5
 MIN_ROUNDS_OF_SLOW_CALLS = 3
@@ -29,21 +34,43 @@ class Clock(Protocol):
 
 
 class WallClock:
-    """Time by the clock on the wall, of calls that return when they are done."""
+    """Time by the clock on the wall, of calls that return when they are done.
 
-    def __init__(self, calls: Sequence[Call]) -> None:
-        self._calls = calls
+    Args:
+        calls: The calls.
+        burst: How often each is called in a row; its time is the mean of these.
+        finish: Waits for what a burst leaves to do, which does not count.
+    """
+
+    def __init__(
+        self, calls: Sequence[Call], burst: int = 1, finish: Callable[[], None] = lambda: None
+    ) -> None:
+        self._calls, self._burst, self._finish = calls, burst, finish
         for call in calls:
-            for _ in range(WARM_UP_CALLS):
+            for _ in range(max(burst, WARM_UP_CALLS)):
                 call()
+            finish()
 
     def round(self) -> list[float]:
         times = []
         for call in self._calls:
             start = time.perf_counter()
-            call()
-            times.append((time.perf_counter() - start) * 1e3)
+            for _ in range(self._burst):
+                call()
+            times.append((time.perf_counter() - start) * 1e3 / self._burst)
+            self._finish()
         return times
+
+
+def host_clock(calls: Sequence[Call], device: str) -> Clock:
+    """Time that the host takes per call, in a burst of calls that nothing waits for.
+
+    The calls are on tensors so small that their arithmetic takes no time. On a GPU bursts are short
+    enough for its queue, which would otherwise make the host wait.
+    """
+    if device == "cuda":
+        return WallClock(calls, 20, torch.cuda.synchronize)
+    return WallClock(calls, 100)
 
 
 class DeviceClock:
@@ -83,66 +110,42 @@ class DeviceClock:
         return [start.elapsed_time(end) for start, end in events]
 
     def _flush_seconds(self) -> float:
-        self._buffer.sum()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+        (milliseconds,) = WallClock([self._ten_flushes]).round()
+        return milliseconds * 1e-4
+
+    def _ten_flushes(self) -> None:
         for _ in range(10):
             self._buffer.sum()
         torch.cuda.synchronize()
-        return (time.perf_counter() - start) / 10
 
 
 def _queueing_seconds(call: Call) -> float:
     """Time that the host takes to queue a call on an idle GPU."""
-    times = []
-    for _ in range(5):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    torch.cuda.synchronize()
-    return min(times)
-
-
-class HostClock:
-    """Time that the host takes per call, in a burst of calls that nothing waits for.
-
-    Args:
-        calls: On tensors so small that their arithmetic takes no time.
-        device: "cuda": the bursts are short enough for the queue of the GPU, which would otherwise
-            make the host wait.
-    """
-
-    def __init__(self, calls: Sequence[Call], device: str) -> None:
-        self._calls = calls
-        self._burst = 20 if device == "cuda" else 100
-        self._finish = torch.cuda.synchronize if device == "cuda" else lambda: None
-        for call in calls:
-            for _ in range(self._burst):
-                call()
-            self._finish()
-
-    def round(self) -> list[float]:
-        times = []
-        for call in self._calls:
-            start = time.perf_counter()
-            for _ in range(self._burst):
-                call()
-            times.append((time.perf_counter() - start) * 1e3 / self._burst)
-            self._finish()
-        return times
+    clock = WallClock([call], finish=torch.cuda.synchronize)
+    return min(clock.round()[0] for _ in range(5)) * 1e-3
 
 
 def clock_for(device: str, calls: Sequence[Call]) -> Clock:
     return DeviceClock(calls) if device == "cuda" else WallClock(calls)
 
 
-def median_times(clock: Clock, seconds: float) -> list[float]:
+def timed(clock: Callable[[Sequence[Call]], Clock], min_rounds: int = MIN_ROUNDS) -> Measure:
+    """Measures calls by the median of such a clock."""
+
+    def measure(calls: Sequence[Call], seconds: float) -> list[Measurement]:
+        times = median_times(clock(calls), seconds * len(calls), min_rounds)
+        return [{"ms": time} for time in times]
+
+    return measure
+
+
+def median_times(clock: Clock, seconds: float, min_rounds: int = MIN_ROUNDS) -> list[float]:
     """Median milliseconds of each call of a clock.
 
     Args:
         clock: Its calls are warmed up.
         seconds: For all rounds together; a few rounds are run however long they take.
+        min_rounds: As many as these, or fewer of slow calls.
     """
     rounds: list[list[float]] = []
     gc.collect()
@@ -153,7 +156,7 @@ def median_times(clock: Clock, seconds: float) -> list[float]:
             rounds.append(clock.round())
             elapsed = time.perf_counter() - start
             is_slow = elapsed / len(rounds) > SLOW_ROUND_SECONDS
-            enough = MIN_ROUNDS_OF_SLOW_CALLS if is_slow else MIN_ROUNDS
+            enough = min(min_rounds, MIN_ROUNDS_OF_SLOW_CALLS) if is_slow else min_rounds
             if elapsed >= seconds and len(rounds) >= enough:
                 break
     finally:

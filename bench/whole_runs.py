@@ -5,10 +5,11 @@ And how long ``tir-finetune`` takes to its first training step.
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,47 +58,53 @@ def run_ours(
         say: Is called with a line of progress.
     """
     model, reader = workload.model, workload.reader()
-    first_losses: list[float] = []
-    accuracies: list[float] = []
-    start = time.perf_counter()
-    for first in range(0, episodes, at_once):
-        numbers = range(first, min(first + at_once, episodes))
-        chosen = [
-            workload.load(reader, n, training.shots, training.runtime.device) for n in numbers
-        ]
+
+    def train(numbers: Sequence[int]) -> Iterator[tuple[float, float]]:
+        device = training.runtime.device
+        chosen = [workload.load(reader, n, training.shots, device) for n in numbers]
         results = finetune_episodes(
             model.model, model.tokenizer, chosen, training.method, runtime=training.runtime
         )
         for episode, result in zip(chosen, results, strict=True):
             if isinstance(result, Exception):
                 raise result
-            first_losses.append(result.losses[0])
             right = result.query_logits.argmax(1) == episode.query_labels
-            accuracies.append(right.float().mean().item())
-        say(_progress(accuracies, episodes))
-    seconds = (time.perf_counter() - start) / episodes
-    return RunOutcome(seconds, first_losses, accuracies, len(right))
+            yield result.losses[0], right.float().mean().item()
+
+    return _run(workload, episodes, at_once, train, say)
 
 
 def run_published(workload: Workload, training: Training, episodes: int, say: Say) -> RunOutcome:
     """A whole run of the published program, which starts over at each episode."""
     folder = workload.model_folder
-    first_losses: list[float] = []
+
+    def train(numbers: Sequence[int]) -> Iterator[tuple[float, float]]:
+        files = workload.files(numbers[0], training.shots)
+        result = published.run_episode(folder, files, training)
+        yield result.losses[0], result.accuracy
+
+    return _run(workload, episodes, 1, train, say)
+
+
+def _run(
+    workload: Workload,
+    episodes: int,
+    at_once: int,
+    train: Callable[[Sequence[int]], Iterator[tuple[float, float]]],
+    say: Say,
+) -> RunOutcome:
+    """Some episodes after others; ``train`` gives the first loss and the accuracy of each."""
+    losses: list[float] = []
     accuracies: list[float] = []
     start = time.perf_counter()
-    for index in range(episodes):
-        files = workload.files(index, training.shots)
-        result = published.run_episode(folder, files, training)
-        first_losses.append(result.losses[0])
-        accuracies.append(result.accuracy)
-        say(_progress(accuracies, episodes))
+    for first in range(0, episodes, at_once):
+        for loss, accuracy in train(range(first, min(first + at_once, episodes))):
+            losses.append(loss)
+            accuracies.append(accuracy)
+        mean = statistics.fmean(accuracies)
+        say(f"{len(accuracies)} of {episodes} episodes, accuracy {mean:.1%}")
     seconds = (time.perf_counter() - start) / episodes
-    return RunOutcome(seconds, first_losses, accuracies, len(files.queries))
-
-
-def _progress(accuracies: list[float], episodes: int) -> str:
-    mean = sum(accuracies) / len(accuracies)
-    return f"{len(accuracies)} of {episodes} episodes, accuracy {mean:.1%}"
+    return RunOutcome(seconds, losses, accuracies, workload.queries)
 
 
 def start_up_seconds(workload: Workload, training: Training, ways: int, out: Path) -> float:
@@ -119,16 +126,12 @@ def start_up_seconds(workload: Workload, training: Training, ways: int, out: Pat
         "device": training.runtime.device,
         "backend": training.runtime.backend,
     }
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    program = [sys.executable, "-m", "bench.first_step", str(torch.get_num_threads())]
+    command = [sys.executable, "-m", "bench.first_step", str(torch.get_num_threads()), "run"]
+    command += [f"--{name}={value}" for name, value in options.items()]
     start = time.perf_counter()
     try:
         result = subprocess.run(
-            [*program, "run", *words],
-            cwd=_ROOT,
-            capture_output=True,
-            text=True,
-            timeout=_START_UP_LIMIT,
+            command, cwd=_ROOT, capture_output=True, text=True, timeout=_START_UP_LIMIT
         )
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(f"no training step within {_START_UP_LIMIT} s") from error

@@ -10,7 +10,6 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -22,7 +21,7 @@ from tir_kernels.fewshot.methods import Kit, Learner, Method, prompts
 from tir_kernels.fewshot.train import batch
 
 
-def _embedding_at_each_step(learner: Learner) -> None:
+def _embedding_at_each_step(learner: Any) -> None:
     """The patch embedding, which is frozen, runs at each step and not once an episode."""
     embed, logits = learner.inputs, learner.logits
 
@@ -31,23 +30,18 @@ def _embedding_at_each_step(learner: Learner) -> None:
             tokens = embed(images)
         return logits(tokens, classes)
 
-    _replace(learner, inputs=lambda images: images, logits=from_images)
+    learner.inputs, learner.logits = lambda images: images, from_images
 
 
-def _text_pass_for_each_batch(learner: Learner) -> None:
+def _text_pass_for_each_batch(learner: Any) -> None:
     """Classifying takes a text pass for each batch of images and not one for all."""
     classes, logits = learner.classes, learner.logits
-    _replace(learner, classes=lambda: None, logits=lambda inputs, _: logits(inputs, classes()))
+    learner.classes, learner.logits = lambda: None, lambda inputs, _: logits(inputs, classes())
 
 
 def _formed_products(learner: Any) -> None:
     """LoRA forms B A and multiplies with it, not with its two factors."""
     learner.lora.form_products()
-
-
-def _replace(learner: Learner, **functions: Callable) -> None:
-    for name, function in functions.items():
-        setattr(learner, name, function)
 
 
 class _Uncut(adapters.PromptContext):
@@ -98,39 +92,27 @@ _PARTS: dict[str, list[tuple[Any, str, Any]]] = {
 SAVINGS = (*_LEARNERS, *_PARTS)
 
 
-@dataclass(frozen=True)
-class _Changed(Method):
-    """A method whose learner is changed once it has started."""
-
-    method: Method
-    change: Callable[[Learner], None]
-
-    @property
-    def steps(self) -> int:  # type: ignore[override]
-        return self.method.steps
-
-    @contextmanager
-    def start(self, kit: Kit) -> Iterator[Learner]:
-        with self.method.start(kit) as learner:
-            self.change(learner)
-            yield learner
-
-
-def with_steps(method: Method, steps: int) -> Method:
-    """A method that takes so many steps, changed or not."""
-    if isinstance(method, _Changed):
-        return replace(method, method=with_steps(method.method, steps))
-    return replace(method, steps=steps)  # type: ignore[call-arg]
-
-
 @contextmanager
 def without(method: Method, *savings: str) -> Iterator[Method]:
     """A method to train with, in a context in which the engine goes without these savings."""
     with contextlib.ExitStack() as stack:
         for saving in savings:
-            if saving in _LEARNERS:
-                method = _Changed(method, _LEARNERS[saving])
-            else:
-                for owner, name, replacement in _PARTS[saving]:
-                    stack.enter_context(mock.patch.object(owner, name, replacement))
+            parts = _PARTS.get(saving)
+            if parts is None:
+                start = _changed(type(method).start, _LEARNERS[saving])
+                parts = [(type(method), "start", start)]
+            for owner, name, replacement in parts:
+                stack.enter_context(mock.patch.object(owner, name, replacement))
         yield method
+
+
+def _changed(start: Callable, change: Callable[[Any], None]) -> Callable:
+    """The start of a method whose learner is changed once it has started."""
+
+    @contextmanager
+    def changed_start(method: Method, kit: Kit) -> Iterator[Learner]:
+        with start(method, kit) as learner:
+            change(learner)
+            yield learner
+
+    return changed_start

@@ -21,8 +21,9 @@ from tir_kernels.fewshot.data.load import load_episode
 from tir_kernels.fewshot.data.reader import ImageReader
 from tir_kernels.fewshot.episode import EpisodePlan, plan_episode
 from tir_kernels.towers.loading.models import LoadedModel, load_model
+from tir_kernels.towers.loading.new_models import write_model
 
-from .clip_model import ClipSizes, load_sizes, write_model
+from .clip_model import ClipSizes, load_sizes, make_model
 from .settings import Settings
 
 _CLASS_NAMES = "class_names.json"
@@ -97,9 +98,8 @@ class Workload:
         given = Path(self._model)
         if given.is_dir():
             return given.resolve()
-        folder = Path(self._temporary.name) / "model"
-        folder.mkdir()
-        write_model(self.sizes, folder)
+        folder, config = Path(self._temporary.name) / "model", {"model_cfg": self.sizes.model_cfg}
+        write_model(make_model(self.sizes, "cpu"), config, folder)
         return folder
 
     @cached_property
@@ -117,31 +117,36 @@ class Workload:
             raise click.ClickException(str(error)) from error
         return data
 
+    @property
+    def queries(self) -> int:
+        """Query images of an episode."""
+        return self._settings.ways * self._settings.queries
+
     def reader(self) -> ImageReader:
         """Reads images as a run does that finds none in a cache."""
         return ImageReader(self.data, self.model.preprocess)
 
-    def plan(self, index: int) -> EpisodePlan:
-        """An episode, which depends on its number alone."""
-        sizes = [len(entry.files) for entry in self.data.classes]
-        return plan_episode(_SEED, index, sizes, self._settings.ways)
-
     def load(self, reader: ImageReader, index: int, shots: int, device: str) -> Episode:
-        """An episode with its images."""
+        """An episode, which depends on its number alone, with its images."""
         queries = self._settings.queries
-        plan = self.plan(index)
+        plan = self._plan(index)
         return load_episode(plan, self.data, reader, shots=shots, queries=queries, device=device)
 
     def files(self, index: int, shots: int) -> EpisodeFiles:
         """The files of the same episode."""
-        plan = self.plan(index)
+        plan = self._plan(index)
         classes = [self.data.classes[number] for number in plan.classes]
-        support, queries = (
-            [
+
+        def chosen(begin: int, end: int) -> list[Path | IO[bytes]]:
+            return [
                 self.data.source.file(entry.files[position])
                 for entry, order in zip(classes, plan.orders, strict=True)
                 for position in order[begin:end]
             ]
-            for begin, end in ((0, shots), (shots, shots + self._settings.queries))
-        )
+
+        support, queries = chosen(0, shots), chosen(shots, shots + self._settings.queries)
         return EpisodeFiles(index, [entry.words for entry in classes], support, queries)
+
+    def _plan(self, index: int) -> EpisodePlan:
+        sizes = [len(entry.files) for entry in self.data.classes]
+        return plan_episode(_SEED, index, sizes, self._settings.ways)

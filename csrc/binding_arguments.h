@@ -73,6 +73,26 @@ auto from_python(void (*launch)(const AttentionForward&, Rest...)) {
   };
 }
 
+// Null weights are 1.
+template <class... Rest>
+auto from_python(void (*launch)(const AttentionStatistics&, Rest...)) {
+  return [launch](const Sizes<4>& shape, const std::string& type, float scale,
+                  const RowGridArgument& query, const RowGridArgument& key, Address weights,
+                  int64_t num_prefix_tokens, Address received_from_prefix,
+                  Address received_from_patches, Address entropy, Address log_sum_exp,
+                  Rest... rest) {
+    require(num_prefix_tokens >= 0 && num_prefix_tokens <= shape[2],
+            "attention statistics need 0 <= P <= L");
+    launch({attention_shape(shape, type, scale), grid(query, "query is null"),
+            grid(key, "key is null"), optional_pointer<const float>(weights), num_prefix_tokens,
+            pointer<float>(received_from_prefix, "received_from_prefix is null"),
+            pointer<float>(received_from_patches, "received_from_patches is null"),
+            pointer<float>(entropy, "entropy is null"),
+            pointer<float>(log_sum_exp, "log_sum_exp is null")},
+           rest...);
+  };
+}
+
 // A null address of grad_weights leaves them out.
 template <class... Rest>
 auto from_python(void (*launch)(const AttentionBackward&, Rest...)) {

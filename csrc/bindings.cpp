@@ -20,6 +20,7 @@ namespace {
 
 // What the CPU kernels cannot do without.
 void check(const AttentionForward&) {}
+void check(const AttentionStatistics&) {}
 void check(const AttentionBackward& arguments) {
   require(arguments.weights != nullptr || arguments.grad_weights == nullptr,
           "weights is null, and their gradient is wanted");
@@ -77,6 +78,8 @@ PYBIND11_MODULE(_C, module) {
              from_python(run<&Kernels::attention_forward, AttentionForward>), without_gil());
   module.def("attention_backward",
              from_python(run<&Kernels::attention_backward, AttentionBackward>), without_gil());
+  module.def("attention_statistics",
+             from_python(run<&Kernels::attention_statistics, AttentionStatistics>), without_gil());
   module.def("relevance", from_python(run<&Kernels::relevance, Relevance>), without_gil());
   module.def("select_tokens", from_python(select_tokens), without_gil());
   module.def("philox_dropout", from_python(run<&Kernels::philox_dropout, PhiloxDropout>),

@@ -1,6 +1,8 @@
 """Shared set-up: backends as fixtures; Triton kernels are interpreted where there is no GPU."""
 
+import gc
 import os
+from collections.abc import Generator
 
 import pytest
 
@@ -14,6 +16,20 @@ import torch
 if not torch.cuda.is_available():
     # Must be set before anything imports triton.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Look for garbage neither while modules are imported nor, later on, in what they made.
+
+    Modules and tests live until the end, and looking through them takes a third of the time.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -25,12 +25,17 @@ def no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
         raise AssertionError("a backend was asked for")
 
-    for name in ("relevance", "weighted_attention", "dropout", "bias_activation"):
+    modules = "relevance weighted_attention attention_statistics dropout bias_activation"
+    for name in modules.split():
         monkeypatch.setattr(f"tir_kernels.operators.{name}.choose_backend", fail)
 
 
 def attend(q=Q, k=Q, v=Q, weights=WEIGHTS, **options):
     return tir_kernels.weighted_attention(q, k, v, weights, **options)
+
+
+def describe(q=Q, k=Q, weights=WEIGHTS, **options):
+    return tir_kernels.attention_statistics(q, k, weights, **options)
 
 
 def weigh(tokens=TOKENS, classes=CLASSES, joint_space=SPACE, **options):
@@ -69,6 +74,33 @@ REFUSALS: list[tuple[Callable, type[Exception], str]] = [
     (lambda: attend(weights=None, v=Q.half()), TypeError, "^v must have the dtype of q"),
     (lambda: attend(weights=None, backend="fast"), ValueError, "^backend must be 'auto' or one of"),
     (lambda: attend(weights=1.0), TypeError, "^weights must be a tensor"),
+    (
+        lambda: attend(q=Q[..., :0], k=Q[..., :0], v=Q[..., :0], return_lse=True),
+        ValueError,
+        "^q mu",
+    ),
+    (
+        lambda: describe(q=[1.0]),
+        TypeError,
+        r"^q must be a tensor of shape \(B, H, L, d\); got list",
+    ),
+    (lambda: describe(q=Q[0]), ValueError, r"^q must have shape \(B, H, L, d\); got \(3, 10, 64\)"),
+    (lambda: describe(k=Q[:, :, :9]), ValueError, r"^k must have the shape of q.*\(2, 3, 9, 64\)"),
+    (lambda: describe(k=Q.half()), TypeError, "^k must have the dtype of q.*float32.*float16"),
+    (lambda: describe(k=Q.to("meta")), ValueError, "^k must be on the device of q, cpu.*meta"),
+    (lambda: describe(k=Q.mT.contiguous().mT), ValueError, r"^k must have unit stride.*contiguous"),
+    (lambda: describe(Q[..., :0], Q[..., :0]), ValueError, "^q must have heads of a width d of at"),
+    (lambda: describe(weights=WEIGHTS[0]), ValueError, r"^weights must have shape \(B, L\); got"),
+    (lambda: describe(weights=WEIGHTS[:, :9]), ValueError, r"^weights must have shape \(B, L\) = "),
+    (lambda: describe(weights=WEIGHTS.to("meta")), ValueError, "^weights must be on the device"),
+    (lambda: describe(weights=1.0), TypeError, "^weights must be a tensor"),
+    (lambda: describe(num_prefix_tokens=11), ValueError, "^num_prefix_tokens must.*0 and.*L = 10"),
+    (lambda: describe(num_prefix_tokens=-1), ValueError, "^num_prefix_tokens must lie between 0"),
+    (lambda: describe(num_prefix_tokens=True), TypeError, "^num_prefix_tokens must be an int"),
+    (lambda: describe(scale="1"), TypeError, "^scale must be a number or None; got str"),
+    (lambda: describe(scale=math.nan), ValueError, "^scale must be finite; got nan"),
+    (lambda: describe(backend="fast"), ValueError, "^backend must be 'auto' or one of reference.*"),
+    (lambda: describe(backend=None), TypeError, "^backend must be a str; got NoneType"),
     (lambda: drop(backend="fast"), ValueError, "^backend must be 'auto' or one of reference.*"),
     (lambda: drop(backend=None), TypeError, "^backend must be a str; got NoneType"),
     (lambda: bias_activation(Q, None, backend=1), TypeError, "^backend must be a str; got int"),

@@ -38,6 +38,8 @@ def call_everything(backend: str, dtype: torch.dtype = torch.float32, **place: A
         tir_kernels.token_relevance(tokens, classes, **relevant),
         tir_kernels.reweight_tokens(tokens, token_weights.weights),
         tir_kernels.weighted_attention(q, k, v, weights, backend=backend),
+        *tir_kernels.weighted_attention(q, k, v, weights, backend=backend, return_lse=True),
+        *tir_kernels.attention_statistics(q, k, weights, backend=backend),
         tir_kernels.reweighted_attention(q, k, v, tokens, classes, **relevant),
         tir_kernels.reweighted_attention(
             q, k, v, tokens, classes, table=table, return_weights=True, **relevant
@@ -118,6 +120,7 @@ def test_flops_are_counted(device: str) -> None:
         return tir_kernels.reweighted_attention(q, k, v, tokens, classes, joint_space=space)
 
     assert count(attend) == 2 * product
+    assert count(lambda: tir_kernels.attention_statistics(q, k)) == 2 * product
     assert count(lambda: attend().sum().backward()) == 7 * product
     assert count(reweight) == relevance + 2 * product
     assert count(lambda: reweight().sum().backward()) == relevance + 7 * product

@@ -1,8 +1,10 @@
 """Small open_clip models with random weights, and checks that a model was left as it was."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import Transformer
@@ -85,3 +87,12 @@ class Untouched:
         assert dict(self._describe()) == self._modules
         parameters = [(name, id(p), p.requires_grad) for name, p in self._model.named_parameters()]
         assert parameters == self._parameters
+
+
+@contextmanager
+def refused(model: nn.Module, kind: type[Exception], message: str) -> Iterator[None]:
+    """The block raises such an error, and leaves the model as it was."""
+    before = Untouched(model)
+    with pytest.raises(kind, match=message):
+        yield
+    before.check()

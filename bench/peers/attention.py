@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,22 +52,21 @@ def plain_attention(
     return (query @ key.mT * scale + bias).softmax(-1) @ value
 
 
-def _arguments(problem: AttentionProblem) -> tuple:
-    return *problem.leaves, problem.weights, problem.scale
+def _with_arguments(function: Callable, problem: AttentionProblem, **options: Any) -> Forward:
+    arguments = (*problem.leaves, problem.weights)
+    return functools.partial(function, *arguments, scale=problem.scale, **options)
 
 
 def _ours(backend: str, problem: AttentionProblem) -> Forward:
-    *tensors, scale = _arguments(problem)
-    return lambda: weighted_attention(*tensors, scale=scale, backend=backend)
+    return _with_arguments(weighted_attention, problem, backend=backend)
 
 
 def _eager(problem: AttentionProblem) -> Forward:
-    return lambda: plain_attention(*_arguments(problem))
+    return _with_arguments(plain_attention, problem)
 
 
 def _compiled(problem: AttentionProblem) -> Forward:
-    function = compiled(plain_attention)
-    return lambda: function(*_arguments(problem))
+    return _with_arguments(compiled(plain_attention), problem)
 
 
 def _sdpa_peers(device: str) -> list[Peer]:
@@ -88,22 +88,14 @@ def _sdpa_peer(prefix: str, backend: str, is_masked: bool) -> Peer:
 
 def _sdpa(backend: str, is_masked: bool, problem: AttentionProblem) -> Forward:
     """PyTorch's fused attention; its mask is given ready made, in the type it asks for."""
-    query, key, value = problem.leaves
     mask = None
     if is_masked:
-        mask = problem.weights.log()[:, None, None, :].to(query.dtype)
+        mask = problem.weights.log()[:, None, None, :].to(problem.query.dtype)
     forward = functools.partial(
-        F.scaled_dot_product_attention, query, key, value, attn_mask=mask, scale=problem.scale
+        F.scaled_dot_product_attention, *problem.leaves, attn_mask=mask, scale=problem.scale
     )
-    return _within(_SDPA_BACKENDS[backend], forward) if backend else forward
-
-
-def _within(backend: SDPBackend, forward: Callable[[], Tensor]) -> Forward:
-    def run() -> Tensor:
-        with sdpa_kernel(backend):
-            return forward()
-
-    return run
+    # The context manager is a decorator too, which enters it anew at each call.
+    return sdpa_kernel(_SDPA_BACKENDS[backend])(forward) if backend else forward
 
 
 def _flex_peer(settings: Settings) -> Peer:

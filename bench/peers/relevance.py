@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +21,34 @@ Norm = tuple[Tensor, Tensor, float]  # gain, offset, eps
 
 
 def relevance_peers(settings: Settings) -> list[Peer]:
-    ours = own_peers(settings, _our_relevance)
-    return [*ours, *_plain_peers(plain_relevance, relevance_arguments, settings)]
+    def ours(backend: str, problem: RelevanceProblem) -> Forward:
+        return functools.partial(token_relevance, **_options(problem), backend=backend)
+
+    return [
+        *own_peers(settings, ours),
+        *_plain_peers(plain_relevance, relevance_arguments, settings),
+    ]
 
 
 def token_weights_peers(settings: Settings) -> list[Peer]:
-    ours = own_peers(settings, _our_weights)
-    return [*ours, *_plain_peers(plain_token_weights, token_weights_arguments, settings)]
+    def ours(backend: str, problem: RelevanceProblem) -> Forward:
+        options = _options(problem)
+        return lambda: token_weights(**options, rule=problem.rule, backend=backend).weights
+
+    return [
+        *own_peers(settings, ours),
+        *_plain_peers(plain_token_weights, token_weights_arguments, settings),
+    ]
+
+
+def _options(problem: RelevanceProblem) -> dict[str, Any]:
+    """The arguments that both of our operators take."""
+    return {
+        "tokens": problem.tokens,
+        "class_embeddings": problem.classes,
+        "joint_space": problem.space,
+        "num_prefix_tokens": PREFIX_TOKENS,
+    }
 
 
 def plain_relevance(tokens: Tensor, classes: Tensor, norm: Norm, proj: Tensor) -> Tensor:
@@ -64,7 +87,7 @@ def token_weights_arguments(problem: RelevanceProblem) -> tuple:
     return *relevance_arguments(problem), problem.top_k, rule.strength, rule.center
 
 
-def _plain_peers(function, arguments, settings: Settings) -> list[Peer]:
+def _plain_peers(function: Callable, arguments: Callable, settings: Settings) -> list[Peer]:
     def eager(problem: RelevanceProblem) -> Forward:
         return functools.partial(function, *arguments(problem))
 
@@ -75,26 +98,3 @@ def _plain_peers(function, arguments, settings: Settings) -> list[Peer]:
         Peer(EAGER, eager),
         Peer(COMPILED, compiled_whole, settings.why_not_compiled, is_compiled=True),
     ]
-
-
-def _our_relevance(backend: str, problem: RelevanceProblem) -> Forward:
-    return lambda: token_relevance(
-        problem.tokens,
-        problem.classes,
-        joint_space=problem.space,
-        num_prefix_tokens=PREFIX_TOKENS,
-        backend=backend,
-    )
-
-
-def _our_weights(backend: str, problem: RelevanceProblem) -> Forward:
-    return lambda: (
-        token_weights(
-            problem.tokens,
-            problem.classes,
-            joint_space=problem.space,
-            rule=problem.rule,
-            num_prefix_tokens=PREFIX_TOKENS,
-            backend=backend,
-        ).weights
-    )

@@ -1,26 +1,15 @@
-"""The suites by name."""
+"""The suites by name; each is imported when it is asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from bench.cases import Case
-from bench.settings import Settings
-
-from .attention import attention_cases
-from .episodes import episode_cases
-from .memory import memory_cases
-from .operator import operator_cases
-from .relevance import relevance_cases
-from .savings import savings_cases
-from .step import step_cases
-
-SUITES: dict[str, Callable[[Settings], list[Case]]] = {
-    "attention": attention_cases,
-    "relevance": relevance_cases,
-    "operator": operator_cases,
-    "step": step_cases,
-    "savings": savings_cases,
-    "memory": memory_cases,
-    "episodes": episode_cases,
+# Name -> "module:function" that makes the suite's cases of the settings.
+SUITES = {
+    "attention": "bench.suites.attention:attention_cases",
+    "statistics": "bench.suites.statistics:statistics_cases",
+    "relevance": "bench.suites.relevance:relevance_cases",
+    "operator": "bench.suites.operator:operator_cases",
+    "step": "bench.suites.step:step_cases",
+    "savings": "bench.suites.savings:savings_cases",
+    "memory": "bench.suites.memory:memory_cases",
+    "episodes": "bench.suites.episodes:episode_cases",
 }

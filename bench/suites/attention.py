@@ -11,8 +11,6 @@ from bench.shapes import Point, points
 
 from .common import FIRST, LAST, SECOND, operator_case
 
-_SIZES = ("lengths", "widths", "heads", "dtypes")
-
 
 def attention_cases(settings: Settings) -> list[Case]:
     directions = WEIGHTED_ATTENTION.directions
@@ -21,7 +19,7 @@ def attention_cases(settings: Settings) -> list[Case]:
     suite = functools.partial(operator_case, "attention", WEIGHTED_ATTENTION)
     return [
         suite(point, direction, settings, priority=_priority(point, direction))
-        for point in points("attention", settings, varies=_SIZES)
+        for point in points("attention", settings)
         for direction in directions
         if settings.wants(direction)
     ]

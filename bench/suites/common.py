@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.cases import Case, Implementation, Measurement
+from bench.cases import Case, Implementation
 from bench.counting import score_bytes
 from bench.operators import Operator
 from bench.peers.common import Peer
 from bench.problems import Forward
 from bench.settings import Settings
 from bench.shapes import Point
-from bench.timing import Call, clock_for, median_times
+from bench.timing import Call, clock_for, timed
 
 # Priorities: some rows of every target, the other rows that have one, and the rest.
 FIRST, SECOND, THIRD, LAST = range(4)
 
-Measure = Callable[[Sequence[Call], float], list[Measurement]]
 # (peer, its forward pass, which was found right, the case's problem) -> what is measured
 Prepare = Callable[[Peer, Forward, Any], Call]
 
@@ -46,14 +46,13 @@ def operator_case(
         priority: Of the case.
     """
 
-    def call(peer: Peer, forward: Forward, problem: Any) -> Call:
-        return problem.call(forward, direction)
-
     def implementation(peer: Peer) -> Implementation:
         def prepared(problem: Any) -> Call:
             forward = peer.build(problem)
             problem.verify(forward, direction, is_weighted=peer.is_weighted)
-            return (prepare or call)(peer, forward, problem)
+            if prepare is not None:
+                return prepare(peer, forward, problem)
+            return problem.call(forward, direction)
 
         reason = peer.unavailable
         if not reason and direction not in peer.directions:
@@ -68,20 +67,12 @@ def operator_case(
         operator=operator.name,
         device=settings.device,
         dtype=point.dtype,
-        shape=operator.shape(point),
+        shape=point.sizes(operator.sizes),
         direction=direction,
         make_inputs=lambda: operator.problem(point, settings.device),
         implementations=[implementation(peer) for peer in competing],
-        measure=_timed(settings.device),
+        measure=timed(functools.partial(clock_for, settings.device)),
         cost=operator.cost(point, direction),
         input_bytes=operator.tensor_bytes(point),
         priority=priority,
     )
-
-
-def _timed(device: str) -> Measure:
-    def measure(calls: Sequence[Call], seconds: float) -> list[Measurement]:
-        times = median_times(clock_for(device, calls), seconds * len(calls))
-        return [{"ms": time} for time in times]
-
-    return measure

@@ -9,13 +9,18 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
-from bench.cases import Case, Implementation, Measurement
+from bench import whole_runs
+from bench.cases import Case, Implementation
 from bench.counting import episode_cost
-from bench.settings import OURS, PUBLISHED, Settings
-from bench.timing import Call
-from tir_kernels.fewshot.methods import DEFAULT_METHODS
+from bench.settings import OURS, PUBLISHED, START_UP, WHOLE_RUN, Settings
+from bench.timing import Call, Measurement
+from bench.training import Training
+from bench.whole_runs import RunOutcome
+from bench.workload import Workload
+from tir_kernels.fewshot import Runtime
+from tir_kernels.fewshot.methods import DEFAULT_METHODS, method_class
 
 from .common import FIRST, SECOND, THIRD
 from .step import (
@@ -23,18 +28,10 @@ from .step import (
     checked,
     cost_of_step,
     published_precisions,
-    require_open_clip,
     verify_first_loss,
     wrong_first_loss,
 )
 
-if TYPE_CHECKING:
-    from bench.training import Training
-    from bench.whole_runs import RunOutcome
-    from bench.workload import Workload
-
-WHOLE_RUN = "whole run"
-START_UP = "start-up to the first step"
 _AUTO = "auto"  # the backend that a run chooses by itself
 
 # (device, quick) -> sizes where none are given
@@ -46,34 +43,29 @@ _DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16",)}
 _AT_ONCE = {"cpu": (1,), "cuda": (1, 8)}
 _ALLOWED_ERRORS = 4  # standard errors between accuracies of programs with other random numbers
 
-Result = TypeVar("Result")
 # (settings, number of episodes, where lines of progress go)
-RunEpisodes = Callable[["Training", int, Callable[[str], None]], "RunOutcome"]
+RunEpisodes = Callable[[Training, int, Callable[[str], None]], RunOutcome]
 
 
 def episode_cases(settings: Settings) -> list[Case]:
     if not settings.wants("forward+backward"):
         return []
-    require_open_clip()
-    from bench.workload import Workload
-
     dtypes = settings.dtypes or _DTYPES[settings.device]
     chosen = settings.shots or _SHOTS[settings.device, settings.quick]
     workload = Workload(settings, chosen)
-    cases = [
-        _whole_run(workload, method, shots, dtype, settings)
-        for dtype in dtypes
-        for shots in chosen
-        for method in DEFAULT_METHODS
+    first = _training(dtypes[0], settings, DEFAULT_METHODS[0], chosen[0])
+    return [
+        _start_up(workload, first, settings),
+        *(
+            _whole_run(workload, _training(dtype, settings, method, shots), settings)
+            for dtype in dtypes
+            for shots in chosen
+            for method in DEFAULT_METHODS
+        ),
     ]
-    return [_start_up(workload, dtypes[0], chosen[0], settings), *cases]
 
 
 def _training(dtype: str, settings: Settings, method: str, shots: int) -> Training:
-    from bench.training import Training
-    from tir_kernels.fewshot import Runtime
-    from tir_kernels.fewshot.methods import method_class
-
     chosen: Any = method_class(method)
     backend = settings.backends[0] if settings.backends else _AUTO
     return Training(
@@ -83,41 +75,47 @@ def _training(dtype: str, settings: Settings, method: str, shots: int) -> Traini
     )
 
 
-def _shape(workload: Workload, shots: int, settings: Settings) -> dict[str, int]:
-    return {"ways": settings.ways, "shots": shots, **workload.sizes.shape()}
-
-
-def _whole_run(workload: Workload, method: str, shots: int, dtype: str, settings: Settings) -> Case:
-    training = _training(dtype, settings, method, shots)
-    episodes = settings.episodes or _EPISODES[settings.device, settings.quick]
-    names = [f"class {number}" for number in range(settings.ways)]
-    sizes = workload.sizes
-    step, on_queries = (
-        cost_of_step(settings.ways * images, names, sizes) for images in (shots, settings.queries)
-    )
-    shape = _shape(workload, shots, settings) | {
-        "queries": settings.queries,
-        "steps": training.method.steps,
-    }
+def _case(
+    name: str, workload: Workload, training: Training, settings: Settings, **rest: Any
+) -> Case:
     return Case(
         suite="episodes",
-        operator=f"{WHOLE_RUN}, {method} ({workload.name})",
+        operator=f"{name} ({workload.name})",
         device=settings.device,
-        dtype=dtype,
-        shape=shape,
+        dtype=training.runtime.precision,
+        shape={"ways": settings.ways, "shots": training.shots, **workload.sizes.shape()}
+        | rest.pop("sizes", {}),
         direction="forward+backward",
-        make_inputs=functools.partial(_problem, workload, shots, settings.device),
-        implementations=_implementations(workload, training, episodes, settings),
-        measure=functools.partial(_measure_runs, dtype),
-        cost=episode_cost(step, training.method.steps, on_queries),
+        **rest,
+    )
+
+
+def _whole_run(workload: Workload, training: Training, settings: Settings) -> Case:
+    steps, method = training.method.steps, training.method.name
+    names = [f"class {number}" for number in range(settings.ways)]
+    step, on_queries = (
+        cost_of_step(settings.ways * images, names, workload.sizes)
+        for images in (training.shots, settings.queries)
+    )
+    return _case(
+        f"{WHOLE_RUN}, {method}",
+        workload,
+        training,
+        settings,
+        sizes={"queries": settings.queries, "steps": steps},
+        make_inputs=functools.partial(_problem, workload, training),
+        implementations=_implementations(workload, training, settings),
+        measure=functools.partial(_measure_runs, training.runtime.precision),
+        cost=episode_cost(step, steps, on_queries),
         slowdown=0.0,  # how long it takes is for the command line to say
         priority=SECOND if method == DEFAULT_METHODS[0] else THIRD,
     )
 
 
-def _problem(workload: Workload, shots: int, device: str) -> StepProblem:
+def _problem(workload: Workload, training: Training) -> StepProblem:
     """The first episode, for the check of the first loss."""
-    model, episode = workload.model, workload.load(workload.reader(), 0, shots, device)
+    model, device = workload.model, training.runtime.device
+    episode = workload.load(workload.reader(), 0, training.shots, device)
     labels = episode.support_labels.to(device)
     return StepProblem(
         model.model, model.tokenizer, episode.class_names, episode.support_images, labels
@@ -125,25 +123,27 @@ def _problem(workload: Workload, shots: int, device: str) -> StepProblem:
 
 
 def _implementations(
-    workload: Workload, training: Training, episodes: int, settings: Settings
+    workload: Workload, training: Training, settings: Settings
 ) -> list[Implementation]:
-    from bench.whole_runs import run_ours, run_published
-
+    device = settings.device
+    episodes = settings.episodes or _EPISODES[device, settings.quick]
     theirs = settings.published_episodes or (
-        episodes if settings.device == "cpu" else min(episodes, _PUBLISHED_ON_GPU)
+        episodes if device == "cpu" else min(episodes, _PUBLISHED_ON_GPU)
     )
 
     def ours(at_once: int) -> RunEpisodes:
-        return lambda training, count, say: run_ours(workload, training, count, at_once, say)
+        return lambda training, count, say: whole_runs.run_ours(
+            workload, training, count, at_once, say
+        )
 
     found = []
-    for number in settings.parallel_episodes or _AT_ONCE[settings.device]:
+    for number in settings.parallel_episodes or _AT_ONCE[device]:
         name = f"{OURS}{training.runtime.backend}" + (f", {number} at once" if number > 1 else "")
         found.append(_implementation(name, training, ours(number), episodes, min(number, episodes)))
-    for dtype in published_precisions(settings.device, training.runtime.precision):
-        theirs_training = training.running(precision=dtype)
-        run = functools.partial(run_published, workload)
-        found.append(_implementation(PUBLISHED + dtype, theirs_training, run, theirs, 1))
+    run = functools.partial(whole_runs.run_published, workload)
+    for dtype in published_precisions(device, training.runtime.precision):
+        as_published = training.running(precision=dtype)
+        found.append(_implementation(PUBLISHED + dtype, as_published, run, theirs, 1))
     return found
 
 
@@ -182,7 +182,7 @@ def _measure_runs(dtype: str, runs: Sequence[Callable], seconds: float) -> list[
     return [{"skipped": each} if isinstance(each, str) else measured(*each) for each in found]
 
 
-def _attempt(run: Callable[[], Result]) -> Result | str:
+def _attempt(run: Callable[[], Any]) -> Any:
     """The result of a call, or why it failed: a non-finite loss, no memory, no first step."""
     try:
         return run()
@@ -209,33 +209,25 @@ def disagreement(ours: RunOutcome, theirs: RunOutcome, dtype: str) -> str:
     return f"accuracy {one:.1%} over {both} episodes, but {other:.1%} with the published program"
 
 
-def _start_up(workload: Workload, dtype: str, shots: int, settings: Settings) -> Case:
-    from bench.whole_runs import start_up_seconds
-
-    training = _training(dtype, settings, DEFAULT_METHODS[0], shots)
+def _start_up(workload: Workload, training: Training, settings: Settings) -> Case:
+    def start() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "run"
+            return whole_runs.start_up_seconds(workload, training, settings.ways, out)
 
     def prepare(_: Workload) -> Call:
-        def start() -> float:
-            with tempfile.TemporaryDirectory() as folder:
-                return start_up_seconds(workload, training, settings.ways, Path(folder) / "run")
-
         start()  # files and compiled kernels are in their caches from now on
-        return start
-
-    def median(start: Callable[[], float]) -> float:
-        return statistics.median(start() for _ in range(1 if settings.quick else 3))
+        return lambda: statistics.median(start() for _ in range(1 if settings.quick else 3))
 
     def measure(starts: Sequence[Callable[[], float]], seconds: float) -> list[Measurement]:
-        found = [_attempt(functools.partial(median, start)) for start in starts]
+        found = [_attempt(start) for start in starts]
         return [{"skipped": t} if isinstance(t, str) else {"ms": 1e3 * t} for t in found]
 
-    return Case(
-        suite="episodes",
-        operator=f"{START_UP} ({workload.name})",
-        device=settings.device,
-        dtype=dtype,
-        shape=_shape(workload, shots, settings),
-        direction="forward+backward",
+    return _case(
+        START_UP,
+        workload,
+        training,
+        settings,
         make_inputs=lambda: workload,
         implementations=[Implementation(f"{OURS}{training.runtime.backend}", prepare)],
         measure=measure,

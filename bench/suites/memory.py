@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from bench.cases import Case, Implementation, Measurement
-from bench.clip_model import DEFAULT_MODEL, ClipSizes, load_sizes
+from bench.cases import Case, Implementation
 from bench.memory_probe import added_in_new_process, added_on_gpu
 from bench.operators import (
     OPERATORS,
@@ -19,40 +19,25 @@ from bench.operators import (
 )
 from bench.peers.common import Peer
 from bench.problems import Forward
-from bench.settings import Settings
+from bench.settings import OURS, PUBLISHED, READABLE, STEP, Settings
 from bench.shapes import Point, points
-from bench.timing import Call
+from bench.timing import Call, Measurement
 
 from .common import SECOND, operator_case
-from .step import (
-    STEP,
-    STEPS_OF_PEAK,
-    StepImplementation,
-    StepProblem,
-    has_open_clip,
-    implementations,
-    rebuild_step,
-    smallest_step_points,
-    step_case,
-)
 
-_SIZES = ("lengths", "widths", "heads", "classes", "dtypes")
 _SMALL_LENGTH = 8
 
 
 def memory_cases(settings: Settings) -> list[Case]:
-    operators = [
+    cases = [
         _case(operator, point, direction, settings)
-        for point in points("memory", settings, varies=_SIZES)
+        for point in points("memory", settings)
         for operator in (REWEIGHTED_ATTENTION, WEIGHTED_ATTENTION, TOKEN_WEIGHTS)
         for direction in _directions(operator, settings)
     ]
-    if not settings.wants("forward+backward") or not has_open_clip():
-        return operators
-    sizes = load_sizes(settings.model or DEFAULT_MODEL)
-    return operators + [
-        _step_case(point, sizes, settings) for point in smallest_step_points(settings)
-    ]
+    if settings.wants("forward+backward") and importlib.util.find_spec("open_clip"):
+        cases += _step_cases(settings)
+    return cases
 
 
 def _directions(operator: Operator, settings: Settings) -> list[str]:
@@ -73,21 +58,33 @@ def _case(operator: Operator, point: Point, direction: str, settings: Settings) 
     return replace(case, measure=_measure, cost=None)
 
 
-def _step_case(point: Point, sizes: ClipSizes, settings: Settings) -> Case:
-    """The case of the memory that a step takes beside the model and the images."""
+def _step_cases(settings: Settings) -> list[Case]:
+    """The memory that steps take beside the model and the images; ours, and the published one's."""
+    from bench.clip_model import load_sizes
 
-    def implementation(each: StepImplementation) -> Implementation:
-        def prepare(problem: StepProblem) -> Call:
-            call = functools.partial(each.prepare(problem), STEPS_OF_PEAK[settings.device])
-            rebuild = functools.partial(rebuild_step, each.name, point, sizes, settings)
-            return _probe(call, rebuild, settings)
+    from . import step
 
-        return Implementation(each.name, prepare, each.unavailable)
+    sizes = load_sizes(settings.model)
+    steps = step.STEPS_OF_PEAK[settings.device]
 
-    chosen = implementations(point, "tokens", settings, only_targeted=True)
-    competing = [implementation(each) for each in chosen]
-    case = step_case(STEP, point, sizes, settings, competing, priority=SECOND)
-    return replace(case, suite="memory", measure=_measure, cost=None)
+    def case(point: Point) -> Case:
+        def competing(each: step.StepImplementation) -> Implementation:
+            def prepare(problem: step.StepProblem) -> Call:
+                call = functools.partial(each.prepare(problem), steps)
+                rebuild = functools.partial(step.rebuild_step, each.name, point, sizes, settings)
+                return _probe(call, rebuild, settings)
+
+            return Implementation(each.name, prepare, each.unavailable)
+
+        chosen = [
+            competing(each)
+            for each in step.implementations(point, "tokens", settings)
+            if each.name.startswith((OURS, PUBLISHED)) and each.name != READABLE
+        ]
+        found = step.step_case(STEP, point, sizes, settings, chosen)
+        return replace(found, suite="memory", measure=_measure, cost=None, priority=SECOND)
+
+    return [case(point) for point in step.smallest_step_points(settings)]
 
 
 def _probe(call: Call, rebuild: Callable[[bool], Call], settings: Settings) -> Call:

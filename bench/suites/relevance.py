@@ -9,13 +9,11 @@ from bench.shapes import points
 
 from .common import FIRST, LAST, operator_case
 
-_SIZES = ("lengths", "heads", "classes", "dtypes")
-
 
 def relevance_cases(settings: Settings) -> list[Case]:
     if not settings.wants("forward"):
         return []
-    found = points("relevance", settings, varies=_SIZES)
+    found = points("relevance", settings)
     cases = []
     for operator in (TOKEN_WEIGHTS, TOKEN_RELEVANCE):
         for point in found:

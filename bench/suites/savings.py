@@ -4,96 +4,80 @@ from __future__ import annotations
 
 import functools
 import time
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 from bench.cases import Case
-from bench.clip_model import DEFAULT_MODEL, ClipSizes, load_sizes
-from bench.settings import OURS, Settings
+from bench.clip_model import ClipSizes, load_sizes
+from bench.settings import OURS, STEP, Settings
 from bench.shapes import Point
+from bench.training import Training
+from bench.without import SAVINGS, without
 
-from .common import LAST, Measure
+from .common import LAST
 from .step import (
     RunSteps,
     StepImplementation,
     StepProblem,
     own_training,
-    require_open_clip,
     smallest_step_points,
     step_case,
     train,
-    without_saving,
 )
 from .step_timing import StepRun, measure_for, measure_on_cpu
 
-if TYPE_CHECKING:
-    from bench.training import Training
-
-
-_ON_GPU_ONLY = ("step_graph",)
-_OF_CLASSIFYING = ("shared_text_pass", "image_batches")
-_OF_BOTH = ("cut_prompts", "class_token_only")
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A part of an episode, and the savings that are left out of it one at a time."""
-
-    name: str
-    direction: str
-    run: RunSteps
-    measure: Measure
-    savings: tuple[str, ...]
-    sizes: dict[str, int]
+_ON_GPU_ONLY = {"step_graph"}
+_OF_CLASSIFYING = {"shared_text_pass", "image_batches"}
+_OF_BOTH = {"cut_prompts", "class_token_only"}
 
 
 def savings_cases(settings: Settings) -> list[Case]:
-    require_open_clip()
-    sizes = load_sizes(settings.model or DEFAULT_MODEL)
-    return [
-        _case(part, point, sizes, settings)
-        for point in smallest_step_points(settings)
-        for part in _parts(point, settings)
-        if settings.wants(part.direction)
-    ]
-
-
-def _parts(point: Point, settings: Settings) -> list[_Part]:
-    from bench.without import SAVINGS
-
-    left_out = _OF_CLASSIFYING if settings.device == "cuda" else _OF_CLASSIFYING + _ON_GPU_ONLY
-    of_steps = tuple(name for name in SAVINGS if name not in left_out)
+    sizes = load_sizes(settings.model)
+    left_out = _OF_CLASSIFYING | (_ON_GPU_ONLY if settings.device == "cpu" else set())
     queries = settings.ways * settings.queries
-    return [
-        _Part("fine-tuning step", "forward+backward", train, measure_for(settings), of_steps, {}),
-        _Part(
-            "classifying",
-            "forward",
-            functools.partial(_classify, queries),
-            measure_on_cpu,  # results are on the CPU in the end, so any device has finished
-            _OF_CLASSIFYING + _OF_BOTH,
-            {"Q": queries},
-        ),
-    ]
+    cases = []
+    for point in smallest_step_points(settings):
+        if settings.wants("forward+backward"):
+            case = _case(STEP, train, set(SAVINGS) - left_out, point, sizes, settings)
+            cases.append(replace(case, measure=measure_for(settings)))
+        if settings.wants("forward"):
+            run, savings = functools.partial(_classify, queries), _OF_CLASSIFYING | _OF_BOTH
+            case = _case("classifying", run, savings, point, sizes, settings)
+            # Results are on the CPU in the end, so that any device has finished.
+            cases.append(
+                replace(
+                    case,
+                    shape={**case.shape, "Q": queries},
+                    direction="forward",
+                    measure=measure_on_cpu(),
+                )
+            )
+    return cases
 
 
-def _case(part: _Part, point: Point, sizes: ClipSizes, settings: Settings) -> Case:
+def _case(
+    name: str,
+    run: RunSteps,
+    savings: set[str],
+    point: Point,
+    sizes: ClipSizes,
+    settings: Settings,
+) -> Case:
+    """A part of an episode, as it is and without one saving at a time."""
     training, reason = own_training(point, settings)
-    chosen = {f"{OURS}{training.runtime.backend}": ""}
-    chosen |= {f"without {name}": name for name in part.savings}
-    competing = [
-        StepImplementation(name, training, without_saving(saving, part.run), reason).competing()
-        for name, saving in chosen.items()
-    ]
-    case = step_case(part.name, point, sizes, settings, competing, priority=LAST)
-    return replace(
-        case,
-        suite="savings",
-        shape=dict(case.shape) | part.sizes,
-        direction=part.direction,
-        measure=part.measure,
-        cost=None,
-    )
+    chosen = {f"{OURS}{training.runtime.backend}": run}
+    for saving in SAVINGS:
+        if saving in savings:
+            chosen[f"without {saving}"] = functools.partial(_without, saving, run)
+    competing = [StepImplementation(name, training, run, reason) for name, run in chosen.items()]
+    case = step_case(name, point, sizes, settings, competing)
+    return replace(case, suite="savings", cost=None, priority=LAST)
+
+
+def _without(
+    saving: str, run: RunSteps, problem: StepProblem, training: Training, steps: int
+) -> StepRun:
+    with without(training.method, saving):
+        return run(problem, training, steps)
 
 
 def _classify(queries: int, problem: StepProblem, training: Training, steps: int) -> StepRun:

@@ -8,30 +8,29 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from bench.cases import Case, Implementation, SuiteUnavailableError, WrongResultError
-from bench.clip_model import DEFAULT_MODEL, ClipSizes, load_sizes, make_model, make_tokenizer
+from bench.cases import Case, Implementation, WrongResultError
+from bench.clip_model import ClipSizes, load_sizes, make_model, make_tokenizer
 from bench.counting import Cost, step_cost
 from bench.peers.common import EAGER
-from bench.settings import OURS, PUBLISHED, Settings
+from bench.plain_clip import PlainStep, fused_attention, materialised_attention, precision
+from bench.published import PublishedStep
+from bench.settings import OURS, PUBLISHED, STEP, Settings
 from bench.shapes import Point, points
 from bench.timing import Call
+from bench.training import Training, without_reweighting
+from tir_kernels.fewshot import Episode, Runtime, finetune_episodes
+from tir_kernels.fewshot.methods.tir import TIR
 
 from .common import SECOND, THIRD
 from .step_timing import StepRun, measure_for
 
-if TYPE_CHECKING:
-    from bench.training import Training
-
-STEP = "fine-tuning step"
 UNWEIGHTED = "sdpa unweighted"
 CLASS_NAMES = ("annual crop", "forest", "highway", "river", "sea or lake")
 
@@ -64,17 +63,18 @@ class StepProblem:
     exact_losses: dict[tuple[str, str], float] = field(default_factory=dict)
 
 
-RunSteps = Callable[[StepProblem, "Training", int], StepRun]
+RunSteps = Callable[[StepProblem, Training, int], StepRun]
 
 
 @dataclass(frozen=True)
 class StepImplementation:
-    """Name, settings, how it runs, and why it cannot if it cannot."""
+    """An :class:`Implementation`, from its settings and how it runs."""
 
     name: str
     training: Training
     run: RunSteps
     unavailable: str = ""
+    scratch_bytes: int = 0
 
     def prepare(self, problem: StepProblem) -> Call:
         """A call that takes a number of steps, once its first loss is found right."""
@@ -83,46 +83,29 @@ class StepImplementation:
             verify_first_loss(loss, problem, training)
         return functools.partial(self.run, problem, self.training)
 
-    def competing(self) -> Implementation:
-        """The implementation in the form that the runner wants."""
-        return Implementation(self.name, self.prepare, self.unavailable)
-
 
 def step_cases(settings: Settings) -> list[Case]:
     if not settings.wants("forward+backward"):
         return []
-    require_open_clip()
-    sizes = load_sizes(settings.model or DEFAULT_MODEL)
-    found = step_points(settings)
-    placements = ("tokens",) if settings.quick else ("tokens", "attention")
-    cases = [
-        _case(point, placement, sizes, settings) for point in found for placement in placements
-    ]
+    sizes, found = load_sizes(settings.model), points("step", settings)
+    cases = []
+    for point in found:
+        for placement, priority in (("tokens", SECOND), ("attention", THIRD)):
+            if placement == "tokens" or not settings.quick:
+                name = f"{STEP}, placement {placement}"
+                competing = implementations(point, placement, settings)
+                case = step_case(name, point, sizes, settings, competing)
+                cases.append(replace(case, priority=priority))
     if settings.quick and settings.parallel_episodes is None:
         return cases
     return cases + [_case_at_once(point, sizes, settings) for point in found]
 
 
-def step_points(settings: Settings) -> list[Point]:
-    """Batches and types that the step is measured with."""
-    return points("step", settings, varies=("heads", "dtypes"))
-
-
 def smallest_step_points(settings: Settings) -> list[Point]:
     """The points of the smallest batch, for what grows with it as the step does."""
-    found = step_points(settings)
+    found = points("step", settings)
     smallest = min(point.images for point in found)
     return [point for point in found if point.images == smallest]
-
-
-def has_open_clip() -> bool:
-    return importlib.util.find_spec("open_clip") is not None
-
-
-def require_open_clip() -> None:
-    """Raise SuiteUnavailableError where it is missing."""
-    if not has_open_clip():
-        raise SuiteUnavailableError("it needs open_clip: pip install open_clip_torch")
 
 
 def published_precisions(device: str, dtype: str) -> list[str]:
@@ -130,54 +113,24 @@ def published_precisions(device: str, dtype: str) -> list[str]:
     return list(dict.fromkeys(["float32", dtype])) if device == "cpu" else [dtype]
 
 
-def implementations(
-    point: Point, placement: str, settings: Settings, *, only_targeted: bool = False
-) -> list[StepImplementation]:
-    """Every implementation that takes a step.
-
-    Args:
-        point: The shape.
-        placement: Of the weights.
-        settings: Of the run.
-        only_targeted: Ours, without the readable backend, and what targets compare them with.
-    """
-    from bench.plain_clip import PlainStep, fused_attention, materialised_attention
-    from bench.published import PublishedStep
-    from bench.training import without_reweighting
-
+def implementations(point: Point, placement: str, settings: Settings) -> list[StepImplementation]:
+    """Every implementation that takes a step with weights in a placement."""
     training = step_training(point, settings, placement)
-
-    def plain(attend: Callable[..., Tensor]) -> RunSteps:
-        return functools.partial(_run_plain, functools.partial(PlainStep, attend=attend))
-
     found = [
         StepImplementation(OURS + name, training.running(backend=name), train, reason)
         for name, reason in settings.our_backends()
-        if not (only_targeted and name == "reference")
     ]
+
+    def add(name: str, build: Callable[..., PlainStep], training: Training) -> None:
+        found.append(StepImplementation(name, training, functools.partial(_run_plain, build)))
+
     if placement == "tokens":
-        found += [
-            StepImplementation(
-                PUBLISHED + dtype,
-                training.running(precision=dtype),
-                functools.partial(_run_plain, PublishedStep),
-            )
-            for dtype in published_precisions(settings.device, point.dtype)
-        ]
-    if not only_targeted:
-        unweighted = without_reweighting(training)
-        found += [
-            StepImplementation(EAGER, training, plain(materialised_attention)),
-            StepImplementation(UNWEIGHTED, unweighted, plain(fused_attention)),
-        ]
+        for dtype in published_precisions(settings.device, point.dtype):
+            add(PUBLISHED + dtype, PublishedStep, training.running(precision=dtype))
+    add(EAGER, PlainStep, training)
+    unweighted = functools.partial(PlainStep, attend=fused_attention)
+    add(UNWEIGHTED, unweighted, without_reweighting(training))
     return found
-
-
-def _case(point: Point, placement: str, sizes: ClipSizes, settings: Settings) -> Case:
-    competing = [each.competing() for each in implementations(point, placement, settings)]
-    operator = f"{STEP}, placement {placement}"
-    priority = SECOND if placement == "tokens" else THIRD
-    return step_case(operator, point, sizes, settings, competing, priority=priority)
 
 
 def _case_at_once(point: Point, sizes: ClipSizes, settings: Settings) -> Case:
@@ -188,9 +141,9 @@ def _case_at_once(point: Point, sizes: ClipSizes, settings: Settings) -> Case:
         StepImplementation(
             f"{OURS}{training.runtime.backend}, {number} at once",
             training,
-            functools.partial(train_at_once, number),
+            functools.partial(train, at_once=number),
             reason,
-        ).competing()
+        )
         for number in numbers
     ]
     case = step_case(f"{STEP} per episode", point, sizes, settings, competing)
@@ -205,10 +158,6 @@ def own_training(point: Point, settings: Settings) -> tuple[Training, str]:
 
 def step_training(point: Point, settings: Settings, placement: str = "tokens") -> Training:
     """The method as published for five shots, whatever the number of images."""
-    from bench.training import Training
-    from tir_kernels.fewshot import Runtime
-    from tir_kernels.fewshot.methods.tir import TIR
-
     method = TIR(placement=placement, logit_scale=4.0)
     return Training(method, Runtime(precision=point.dtype, device=settings.device))
 
@@ -218,9 +167,7 @@ def step_case(
     point: Point,
     sizes: ClipSizes,
     settings: Settings,
-    competing: list[Implementation],
-    *,
-    priority: int = THIRD,
+    competing: Sequence[StepImplementation | Implementation],
 ) -> Case:
     """The case of implementations of a step, or of what goes with one."""
     return Case(
@@ -228,19 +175,15 @@ def step_case(
         operator=operator,
         device=settings.device,
         dtype=point.dtype,
-        shape=step_shape(point, sizes),
+        shape={"B": point.images, **sizes.shape(), "C": len(CLASS_NAMES)},
         direction="forward+backward",
         make_inputs=functools.partial(make_problem, point, sizes, settings.device),
         implementations=competing,
         measure=measure_for(settings),
         cost=cost_of_step(point.images, CLASS_NAMES, sizes),
         slowdown=1.5,  # nearly all of it are matrix products
-        priority=priority,
+        priority=THIRD,
     )
-
-
-def step_shape(point: Point, sizes: ClipSizes) -> dict[str, int]:
-    return {"B": point.images, **sizes.shape(), "C": len(CLASS_NAMES)}
 
 
 def cost_of_step(images: int, class_names: Sequence[str], sizes: ClipSizes) -> Cost:
@@ -253,67 +196,48 @@ def make_problem(point: Point, sizes: ClipSizes, device: str) -> StepProblem:
     side = sizes.vision["image_size"]
     labels = torch.arange(point.images, device=device) % len(CLASS_NAMES)
     images = torch.randn(point.images, 3, side, side, device=device)
-    model, tokenizer = make_model(sizes, device), make_tokenizer(sizes)
-    return StepProblem(model, tokenizer, CLASS_NAMES, images, labels)
+    return StepProblem(
+        make_model(sizes, device), make_tokenizer(sizes), CLASS_NAMES, images, labels
+    )
 
 
 def train(
-    problem: StepProblem, training: Training, steps: int, query_images: Tensor | None = None
-) -> StepRun:
-    """Steps of the few-shot engine, after which it classifies images if there are any."""
-    return train_at_once(1, problem, training, steps, query_images)
-
-
-def without_saving(saving: str, run: RunSteps) -> RunSteps:
-    """The run of an engine without one of its savings; all of them stay for the name ""."""
-    from bench.without import without
-
-    def changed(problem: StepProblem, training: Training, steps: int) -> StepRun:
-        with without(training.method, *filter(None, [saving])) as method:
-            return run(problem, replace(training, method=method), steps)
-
-    return changed
-
-
-def train_at_once(
-    number: int,
     problem: StepProblem,
     training: Training,
     steps: int,
     query_images: Tensor | None = None,
+    at_once: int = 1,
 ) -> StepRun:
-    """Steps of that many episodes at once; the ends are those of the last one's steps."""
-    from bench.without import with_steps
-    from tir_kernels.fewshot import Episode, finetune_episodes
+    """Steps of the few-shot engine, after which it classifies images if there are any.
 
+    Args:
+        problem: What each episode trains on.
+        training: The settings.
+        steps: Their number.
+        query_images: (Q, 3, H, W).
+        at_once: Episodes; the ends are those of the last one's steps.
+    """
     queries = problem.images[:0] if query_images is None else query_images
-    names = list(problem.class_names)
-    episodes = [
-        Episode(names, problem.images, problem.labels, queries, index) for index in range(number)
-    ]
-    ends: list[float] = []
+    names, ends = list(problem.class_names), []
 
     def note(position: int, step: int, loss: float) -> None:
-        if position == number - 1:
+        if position == at_once - 1:
             ends.append(time.perf_counter())
 
     results = finetune_episodes(
         problem.model,
         problem.tokenizer,
-        episodes,
-        with_steps(training.method, steps),
+        [Episode(names, problem.images, problem.labels, queries, n) for n in range(at_once)],
+        training.having(steps=steps).method,
         runtime=training.runtime,
         on_step=note,
     )
-    first_losses = [result.losses[0] for result in results]  # an error has them too
-    return StepRun(first_losses, ends)
+    return StepRun([result.losses[0] for result in results], ends)  # an error has them too
 
 
 def _run_plain(
-    build: Callable[..., object], problem: StepProblem, training: Training, steps: int
+    build: Callable[..., PlainStep], problem: StepProblem, training: Training, steps: int
 ) -> StepRun:
-    from bench.plain_clip import precision
-
     ends: list[float] = []
     with precision(training):
         plain = build(problem.model, problem.tokenizer, problem.class_names, training)
@@ -361,15 +285,6 @@ def wrong_first_loss(loss: float, expected: float, dtype: str) -> str:
 
 @torch.no_grad()
 def _exact_loss(problem: StepProblem, training: Training) -> float:
-    from bench.plain_clip import PlainStep, materialised_attention
-
     model = copy.deepcopy(problem.model).double()
-    plain = PlainStep(
-        model,
-        problem.tokenizer,
-        problem.class_names,
-        training,
-        materialised_attention,
-        trains=False,
-    )
-    return plain.loss(problem.images.double(), problem.labels).item()
+    arguments = (model, problem.tokenizer, problem.class_names, training, materialised_attention)
+    return PlainStep(*arguments, trains=False).loss(problem.images.double(), problem.labels).item()

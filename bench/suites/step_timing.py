@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import statistics
 import time
@@ -11,10 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.cases import Measurement
 from bench.settings import Settings
-
-from .common import Measure
+from bench.timing import Measure, timed
 
 _STEPS_ON_GPU = (6, 26)  # both longer than what goes before a graph
 
@@ -33,51 +32,46 @@ class StepRun:
         return [(end - start) / episodes for start, end in itertools.pairwise(self.ends)]
 
 
+@dataclass
+class _StepClock:
+    """Time of a step, in runs of a few steps; none of them is there to warm up."""
+
+    runs: Sequence[Callable[[int], StepRun]]
+    seconds: Callable[[Callable[[int], StepRun]], float]
+
+    def round(self) -> list[float]:
+        gc.collect()  # a run leaves cycles behind, and nobody else collects them meanwhile
+        return [1e3 * self.seconds(run) for run in self.runs]
+
+
 def measure_for(settings: Settings) -> Measure:
     if settings.device == "cuda":
-        return _measure_on_gpu
-    return _measure_quickly if settings.quick else measure_on_cpu
+        return timed(functools.partial(_StepClock, seconds=_seconds_on_gpu), min_rounds=3)
+    return measure_on_cpu(2, 1) if settings.quick else measure_on_cpu()
 
 
-def measure_on_cpu(
-    runs: Sequence[Callable[[int], StepRun]], seconds: float, *, steps: int = 4, min_rounds: int = 2
-) -> list[Measurement]:
+def measure_on_cpu(steps: int = 4, min_rounds: int = 2) -> Measure:
     """Median time of a step, of runs of a few steps that take turns."""
-    times: list[list[float]] = [[] for _ in runs]
-    start = time.perf_counter()
-    rounds = 0
-    while rounds < min_rounds or time.perf_counter() - start < seconds * len(runs):
-        for run, found in zip(runs, times, strict=True):
-            found += run(steps).seconds
-        rounds += 1
-    return [{"ms": statistics.median(found) * 1e3} for found in times]
+
+    def seconds(run: Callable[[int], StepRun]) -> float:
+        return statistics.median(run(steps).seconds)
+
+    return timed(functools.partial(_StepClock, seconds=seconds), min_rounds)
 
 
-_measure_quickly = functools.partial(measure_on_cpu, steps=2, min_rounds=1)
-
-
-def _measure_on_gpu(
-    runs: Sequence[Callable[[int], StepRun]], seconds: float, *, min_rounds: int = 3
-) -> list[Measurement]:
-    """Median over rounds of what more steps add to a run; runs take turns."""
-    few, many = _STEPS_ON_GPU
-    times: list[list[float]] = [[] for _ in runs]
-    start = time.perf_counter()
-    rounds = 0
-    while rounds < min_rounds or time.perf_counter() - start < seconds * len(runs):
-        for run, found in zip(runs, times, strict=True):
-            short, long = (_whole_seconds(run, steps) for steps in (few, many))
-            found.append((long - short) / (many - few))
-        rounds += 1
-    return [{"ms": statistics.median(found) * 1e3} for found in times]
-
-
-def _whole_seconds(run: Callable[[int], StepRun], steps: int) -> float:
-    """Seconds that the whole run takes per episode.
+def _seconds_on_gpu(run: Callable[[int], StepRun]) -> float:
+    """Seconds per episode that each further step adds to a run.
 
     On a GPU losses come when they come and the first steps prepare a graph for the others, so that
     single steps cannot be told apart.
     """
+    few, many = _STEPS_ON_GPU
+    short, long = (_whole_seconds(run, steps) for steps in (few, many))
+    return (long - short) / (many - few)
+
+
+def _whole_seconds(run: Callable[[int], StepRun], steps: int) -> float:
+    """Seconds that the whole run takes per episode."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     episodes = len(run(steps).first_losses)

@@ -14,6 +14,7 @@ namespace tir::cpu {
 struct Kernels {
   void (*attention_forward)(const AttentionForward&, int threads);
   void (*attention_backward)(const AttentionBackward&, int threads);
+  void (*attention_statistics)(const AttentionStatistics&, int threads);
   void (*relevance)(const Relevance&, int threads);
   void (*philox_dropout)(const PhiloxDropout&, int threads);
   void (*activation)(const Activation&, int threads);

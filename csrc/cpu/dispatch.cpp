@@ -9,6 +9,7 @@
   namespace tir::cpu::arch {                                   \
   void attention_forward(const AttentionForward&, int threads); \
   void attention_backward(const AttentionBackward&, int threads); \
+  void attention_statistics(const AttentionStatistics&, int threads); \
   void relevance(const Relevance&, int threads);               \
   void philox_dropout(const PhiloxDropout&, int threads);    \
   void activation(const Activation&, int threads);             \
@@ -24,8 +25,8 @@ namespace {
 
 #define TIR_KERNELS(arch) \
   Kernels {                                                          \
-    arch::attention_forward, arch::attention_backward, arch::relevance, \
-        arch::philox_dropout, arch::activation                      \
+    arch::attention_forward, arch::attention_backward, arch::attention_statistics, \
+        arch::relevance, arch::philox_dropout, arch::activation     \
   }
 
 std::vector<Architecture> built_architectures() {

@@ -42,6 +42,10 @@ void backward(const AttentionBackward& arguments, DerivedArgument derived, Addre
                      stream_at(stream));
 }
 
+void statistics(const AttentionStatistics& arguments, Address softmax, Address stream) {
+  attention_statistics(arguments, pointer<float>(softmax, "softmax is null"), stream_at(stream));
+}
+
 template <auto kLaunch, class Arguments>
 void on_stream(const Arguments& arguments, Address stream) {
   kLaunch(arguments, stream_at(stream));
@@ -54,6 +58,7 @@ void bind(py::module_& module) {
   // stream. A launch takes microseconds and never waits, so the lock of the interpreter is kept.
   module.def("attention_forward", from_python(forward));
   module.def("attention_backward", from_python(backward));
+  module.def("attention_statistics", from_python(statistics));
   module.def("relevance", from_python(on_stream<&relevance, Relevance>));
   module.def("select_tokens", from_python(on_stream<&select_tokens, Selection>));
   module.def("can_select", can_select, py::arg("num_patches"), py::arg("num_classes"),

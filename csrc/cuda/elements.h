@@ -39,6 +39,15 @@ void attention_backward_of<bfloat16>(const AttentionBackward&, const KeyWeights&
                                      Stream);
 
 template <class T>
+void attention_statistics_of(const AttentionStatistics& arguments, float* softmax, Stream stream);
+template <>
+void attention_statistics_of<float>(const AttentionStatistics&, float*, Stream);
+template <>
+void attention_statistics_of<float16>(const AttentionStatistics&, float*, Stream);
+template <>
+void attention_statistics_of<bfloat16>(const AttentionStatistics&, float*, Stream);
+
+template <class T>
 void relevance_of(const Relevance& arguments, Stream stream);
 template <>
 void relevance_of<float>(const Relevance&, Stream);

@@ -38,6 +38,12 @@ void attention_backward(const AttentionBackward& arguments, const KeyWeights& de
   });
 }
 
+void attention_statistics(const AttentionStatistics& arguments, float* softmax, Stream stream) {
+  with_element(arguments.shape.type, [&](auto element) {
+    attention_statistics_of<decltype(element)>(arguments, softmax, stream);
+  });
+}
+
 void relevance(const Relevance& arguments, Stream stream) {
   with_element(arguments.token_type, [&](auto element) {
     relevance_of<decltype(element)>(arguments, stream);

@@ -8,17 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from reweighted_tower import (
-    PLACEMENTS,
-    VARIANTS,
-    classes_for,
-    plain_encode_image,
-)
-from tiny_clip import (
-    Untouched,
-    make_clip,
-    make_images,
-)
+from reweighted_tower import PLACEMENTS, VARIANTS, classes_for, plain_encode_image
+from tiny_clip import Untouched, make_clip, make_images
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 

@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,3 +187,17 @@ def test_on_the_real_model(real_data):
     assert found["CKA with the last block", 0].values[0] < 0.5
     overlap, chance = found["overlap of selected patches", last].averages()[0]
     assert overlap > chance
+
+
+@pytest.mark.slow
+def test_document():
+    """Its example runs, and its table names every measure and no other."""
+    text = (Path(__file__).parents[2] / "docs" / "measures.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names: dict = {"print": lambda *_: None}
+    exec(compile(example, "measures.md", "exec"), names)
+    assert {each.block for each in names["findings"]} == set(range(12))
+    rows = re.findall(r"^\| `([a-z-]+)`( ①)? \|", text, flags=re.MULTILINE)
+    assert [name for name, _ in rows] == list(MEASURES)
+    for name, compares in rows:
+        assert hasattr(analysis.measure_class(name)(), "_first") == bool(compares)

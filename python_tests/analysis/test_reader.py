@@ -9,6 +9,7 @@ from analysis.views import attention, encode, make_towers, make_view
 from torch import nn
 
 from tir_kernels import WeightRule, adapters, analysis, token_weights
+from tir_kernels.analysis import measure_tokens
 from tir_kernels.analysis.measures import BlockView, Finding
 from tir_kernels.towers import vision_tower
 
@@ -222,8 +223,8 @@ def test_selection_is_the_operators():
 def test_averages():
     values = torch.tensor([1.0, torch.nan, torch.nan, torch.nan])
     finding = Finding("x", 0, values, torch.tensor([1.0, 2.0, torch.nan, 3.0]))
-    assert finding.averages() == [(1.0, 2.0)]
-    assert finding.averages(2) == [(1.0, 1.5), (None, 3.0)]
+    assert finding.averages() == [(1.0, 1.0)]
+    assert finding.averages(2) == [(1.0, 1.0), (None, 3.0)]
     assert Finding("x", 0, values, 0.25).averages(2) == [(1.0, 0.25), (None, 0.25)]
 
 
@@ -235,10 +236,19 @@ def test_averages():
         ({"labels": [0, 1]}, TypeError, "labels must be a tensor of whole"),
         ({"labels": torch.tensor([0, 3])}, ValueError, "labels must lie between 0 and 2"),
         ({"top_ratio": 1.5}, ValueError, "top_ratio must lie in"),
+        ({"class_embeddings": torch.ones(16)}, ValueError, "class_embeddings must be a"),
+        ({"class_embeddings": torch.ones(3, 4, 16)}, ValueError, "divides the 2 images"),
+        ({"class_embeddings": torch.ones(0, 16)}, ValueError, "at least one class"),
     ],
 )
 def test_refusals(known, error, message):
     model, width = make_towers()["open_clip"]
     images = torch.randn(2, 3, 32, 32)
     with pytest.raises(error, match=message):
-        views_of(model, images, class_embeddings=torch.randn(3, width), **known)
+        views_of(model, images, **{"class_embeddings": torch.randn(3, width), **known})
+
+
+def test_no_images():
+    tower = vision_tower(make_towers()["open_clip"][0])
+    with pytest.raises(ValueError, match="at least one image"):
+        measure_tokens(tower, torch.randn(0, 17, 32), [Views()])

@@ -175,6 +175,10 @@ def bad_calls() -> list[tuple[str, Callable[[], object]]]:
             (1, 1, 1, 1), "float64", 1.0, grid, grid, grid, 64, 64, 64, 1)),
         ("query is null", lambda: kernels.attention_forward(
             (1, 1, 1, 1), "float32", 1.0, (0, 0, 0, 0), grid, grid, 64, 64, 64, 1)),
+        ("0 <= P <= L", lambda: kernels.attention_statistics(
+            (1, 1, 1, 1), "float32", 1.0, grid, grid, 0, 2, 64, 64, 64, 64, 1)),
+        ("entropy is null", lambda: kernels.attention_statistics(
+            (1, 1, 1, 1), "float32", 1.0, grid, grid, 0, 1, 64, 64, 0, 64, 1)),
         ("weights is null, and their gradient is wanted", lambda: kernels.attention_backward(
             (1, 1, 1, 1), "float32", 1.0, grid, grid, grid, grid, 0, grid, 64, 64, 64, 64, 64, 1)),
         ("0 <= K <= N", lambda: kernels.select_tokens((1, 1, 4, 0), 5, 64, 64, 64, 64, 1)),

@@ -6,6 +6,7 @@ import threading
 
 import oracle
 import pytest
+import statistics_oracle
 import torch
 from torch import Tensor
 
@@ -40,11 +41,12 @@ def draw(
 
 
 def run(inputs: tuple[list[Tensor], Tensor, Tensor]) -> list[Tensor]:
-    """Output and gradients of query, key, value and weights."""
+    """Output, gradients of query, key, value and weights, and the statistics."""
     rows, weights, grad_output = inputs
     leaves = [t.detach().requires_grad_() for t in (*rows, weights)]
     output = tir_kernels.weighted_attention(*leaves, backend="cuda")
-    return [output.detach(), *torch.autograd.grad(output, leaves, grad_output)]
+    statistics = tir_kernels.attention_statistics(*rows[:2], weights, backend="cuda")
+    return [output.detach(), *torch.autograd.grad(output, leaves, grad_output), *statistics]
 
 
 def assert_same(results: list[Tensor], expected: list[Tensor]) -> None:
@@ -56,8 +58,12 @@ def assert_same(results: list[Tensor], expected: list[Tensor]) -> None:
 def test_blocks_of_four_warps(shape: tuple[int, int, int, int], poisoned_outputs) -> None:
     (q, k, v), weights, grad_output = inputs = draw(shape)
     scale = q.shape[3] ** -0.5
-    ours = run(inputs)
+    *ours, received_from_prefix, received_from_patches, entropy, log_sum_exp = run(inputs)
     oracle.assert_attention_as_accurate(ours, q, k, v, weights, scale, grad_output)
+    statistics = tir_kernels.AttentionStatistics(
+        received_from_prefix, received_from_patches, entropy, log_sum_exp
+    )
+    statistics_oracle.assert_statistics_as_accurate(statistics, q, k, weights, 1, scale)
 
 
 @pytest.mark.parametrize("shape", FOUR_WARPS, ids=str)

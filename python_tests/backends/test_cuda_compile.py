@@ -15,7 +15,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = ("attention_forward", "attention_backward", "relevance")
+KERNELS = ("attention_forward", "attention_backward", "attention_statistics", "relevance")
 
 
 @pytest.fixture(scope="module")

@@ -85,23 +85,44 @@ def test_only_old_gpus_are_a_reason(machine) -> None:
     assert chosen("cuda:1") == "reference"
 
 
-def test_a_driver_older_than_the_linked_runtime_is_a_reason(machine) -> None:
-    machine(HOPPER, runtime=(13000, 12080, "CUDA driver version is insufficient"))
+@pytest.mark.parametrize(
+    ("gpu", "runtime", "parts"),
+    [
+        (
+            HOPPER,
+            (13000, 12080, "CUDA driver version is insufficient"),
+            [
+                "built with CUDA 13.0",
+                "'CUDA driver version is insufficient'",
+                "the driver serves CUDA 12.8: update the driver",
+            ],
+        ),
+        (
+            NEWER,
+            (13020, 13000, ""),
+            [
+                "no machine code for GPU number 0",
+                "CUDA 13.0, cannot compile what CUDA 13.2 left",
+                "TIR_CUDA_ARCHS=120",
+            ],
+        ),
+    ],
+)
+def test_what_a_driver_cannot_do_is_a_reason(machine, gpu, runtime, parts) -> None:
+    machine(gpu, runtime=runtime)
     reason = tir_kernels.available_backends()["cuda"]
-    assert "built with CUDA 13.0" in reason
-    assert "'CUDA driver version is insufficient'" in reason
-    assert "the driver serves CUDA 12.8: update the driver" in reason
+    for part in parts:
+        assert part in reason
+
+
+def test_a_driver_older_than_the_linked_runtime_leaves_triton(machine) -> None:
+    machine(HOPPER, runtime=(13000, 12080, "CUDA driver version is insufficient"))
     assert chosen("cuda:0") == "triton"
     with pytest.raises(RuntimeError, match=r"cannot run here.*driver serves CUDA 12\.8"):
         chosen("cuda:0", "cuda")
 
 
-def test_a_driver_that_cannot_compile_for_a_newer_gpu_is_a_reason(machine) -> None:
-    machine(NEWER, runtime=(13020, 13000, ""))
-    reason = tir_kernels.available_backends()["cuda"]
-    assert "no machine code for GPU number 0" in reason
-    assert "CUDA 13.0, cannot compile what CUDA 13.2 left" in reason
-    assert "TIR_CUDA_ARCHS=120" in reason
+def test_a_driver_need_not_compile_for_a_gpu_with_machine_code(machine) -> None:
     machine(NEWER, runtime=(13020, 13020, ""))
     assert chosen("cuda:0") == "cuda"
     machine(HOPPER, runtime=(13020, 13000, ""))  # has machine code

@@ -14,10 +14,10 @@ from bench.command import INTERRUPTED, OUT_OF_TIME, main
 from bench.memory_probe import added_in_new_process
 from bench.records import KEYS
 from bench.settings import Settings
-from bench.shapes import Point
+from bench.shapes import Point, points
 from bench.suites import SUITES, memory
 from bench.suites.memory import _rebuild
-from bench.suites.step import rebuild_step, step_points
+from bench.suites.step import rebuild_step
 
 pytestmark = [pytest.mark.usefixtures("low_ceilings"), pytest.mark.slow]
 
@@ -106,7 +106,7 @@ def test_memory_of_steps_in_a_process_of_their_own(tmp_path):
     pytest.importorskip("open_clip")
     sizes = load_sizes(str(write_small_clip(tmp_path)))
     settings = Settings(heads=(36,), dtypes=("float32",), model="small")
-    (point,) = step_points(settings)
+    (point,) = points("step", settings)
     prepare = functools.partial(rebuild_step, "published float32", point, sizes, settings)
     assert 0 < added_in_new_process(prepare, 1) < 200
 

@@ -14,7 +14,7 @@ from small_clip import write_small_clip
 
 pytest.importorskip("open_clip")
 
-from bench import whole_runs
+from bench import whole_runs, workload
 from bench.command import main
 from bench.counting import Cost, episode_cost
 from bench.settings import Settings
@@ -23,10 +23,11 @@ from bench.suites.episodes import disagreement
 from bench.training import Training
 from bench.whole_runs import RunOutcome, run_ours, run_published, start_up_seconds
 from bench.workload import Workload
+from tir_kernels.demo import write_image_folder
 from tir_kernels.fewshot import NonFiniteLossError, Runtime
 from tir_kernels.fewshot.methods.tir import TIR
 
-pytestmark = [pytest.mark.usefixtures("low_ceilings"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("low_ceilings", "drawn_once"), pytest.mark.slow]
 
 SMALL = ["episodes", "--device", "cpu", "--threads", "1", "--ways", "3", "--shots", "2"]
 SMALL += ["--queries", "4", "--episodes", "2", "--steps", "3"]
@@ -37,6 +38,18 @@ def run(*arguments, status=0):
     result = CliRunner().invoke(main, [str(a) for a in arguments])
     assert result.exit_code == status, result.output
     return result.output
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory):
+    """The images that a workload draws, which are the same each time."""
+    return write_image_folder(tmp_path_factory.mktemp("workload") / "drawings")
+
+
+@pytest.fixture
+def drawn_once(drawings, monkeypatch) -> None:
+    """Workloads read one folder of drawings."""
+    monkeypatch.setattr(workload, "write_image_folder", lambda folder: drawings)
 
 
 @pytest.fixture

@@ -30,14 +30,9 @@ from tir_kernels.fewshot.methods import Method
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
+@pytest.fixture(scope="module", name="model")
+def _model() -> nn.Module:
     return make_model()
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return make_tokenizer()
 
 
 # What a saving leaves out are products or, with "image_batches", passes; the other two are fused
@@ -59,12 +54,12 @@ def usual_results(method: Method) -> list[Any]:
 
 @pytest.mark.parametrize("switched_off", [*LESS_WORK, "image_batches", "fused_layers"])
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
-def test_savings_are_exact(tokenizer, switched_off: str, dropout: float) -> None:
+def test_savings_are_exact(switched_off: str, dropout: float) -> None:
     method = replace(METHOD, lora_dropout=dropout)
     model = steady_model(method)
     untouched = Untouched(model)
     with without(method, switched_off) as wasteful:
-        whole = finetune_episodes(model, tokenizer, EPISODES, wasteful)
+        whole = finetune_episodes(model, make_tokenizer(), EPISODES, wasteful)
     untouched.check()
     for ours, theirs in zip(usual_results(method), whole, strict=True):
         assert_same(ours, theirs)
@@ -76,7 +71,7 @@ def test_every_saving_has_a_test() -> None:
 
 
 @pytest.mark.parametrize("switched_off", LESS_WORK)
-def test_savings_save(model, tokenizer, switched_off: str) -> None:
+def test_savings_save(model, switched_off: str) -> None:
     def operations(*savings: str) -> int:
         method = replace(METHOD, steps=2, lora_rank=4)
         # More than one batch of images: only then are there text passes to share.
@@ -86,13 +81,13 @@ def test_savings_save(model, tokenizer, switched_off: str) -> None:
             without(method, "fused_layers", *savings) as method,
             FlopCounterMode(display=False) as counter,
         ):
-            finetune_episodes(model, tokenizer, [episode], method)
+            finetune_episodes(model, make_tokenizer(), [episode], method)
         return counter.get_total_flops()
 
     assert operations() < operations(switched_off)
 
 
-def test_images_are_classified_in_batches(model, tokenizer) -> None:
+def test_images_are_classified_in_batches(model) -> None:
     sizes = []
     handle = model.visual.conv1.register_forward_hook(
         lambda module, inputs, output: sizes.append(len(output))
@@ -100,7 +95,7 @@ def test_images_are_classified_in_batches(model, tokenizer) -> None:
     try:
         for savings in ((), ("image_batches",)):
             with without(replace(METHOD, steps=1), *savings) as method:
-                finetune_episodes(model, tokenizer, EPISODES[:2], method)
+                finetune_episodes(model, make_tokenizer(), EPISODES[:2], method)
     finally:
         handle.remove()
     training, support, queries = 12, 12, 18
@@ -109,21 +104,21 @@ def test_images_are_classified_in_batches(model, tokenizer) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_graph_of_the_step_changes_nothing(model, tokenizer, precision: str) -> None:
+def test_a_graph_of_the_step_changes_nothing(model, precision: str) -> None:
     model = copy.deepcopy(model).cuda()
     method = replace(METHOD, lora_dropout=0.25)
     runtime = Runtime(device="cuda", precision=precision)
     heard: list[tuple[int, int, float]] = []
     graphed = finetune_episodes(
         model,
-        tokenizer,
+        make_tokenizer(),
         EPISODES,
         method,
         runtime=runtime,
         on_step=lambda *step: heard.append(step),
     )
     with without(method, "step_graph") as ungraphed:
-        plain = finetune_episodes(model, tokenizer, EPISODES, ungraphed, runtime=runtime)
+        plain = finetune_episodes(model, make_tokenizer(), EPISODES, ungraphed, runtime=runtime)
     for one, other in zip(graphed, plain, strict=True):
         assert_same(one, other, atol=1e-4 if precision == "float32" else 1e-2)
     assert sorted(heard) == sorted(
@@ -134,13 +129,13 @@ def test_a_graph_of_the_step_changes_nothing(model, tokenizer, precision: str) -
 
 
 @pytest.mark.parametrize("frozen_weights", [True, False])
-def test_a_users_gradients_are_left_alone(model, tokenizer, frozen_weights: bool) -> None:
+def test_a_users_gradients_are_left_alone(model, frozen_weights: bool) -> None:
     model = copy.deepcopy(model)
     weight = model.visual.proj
     weight.grad = gradient = torch.ones_like(weight)
     savings = () if frozen_weights else ("frozen_weights",)
     with without(replace(METHOD, steps=2), *savings) as method:
-        finetune_episodes(model, tokenizer, EPISODES[:1], method)
+        finetune_episodes(model, make_tokenizer(), EPISODES[:1], method)
     assert weight.grad is gradient
     assert (gradient == 1).all()
     assert all(p.grad is None for p in model.parameters() if p is not weight)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench.settings import Settings
 from bench.suites import step_timing
-from bench.suites.step_timing import StepRun
+from bench.suites.step_timing import StepRun, measure_for
 
 
 def test_seconds_are_per_episode_and_leave_out_the_first_step():
@@ -18,9 +19,9 @@ def test_steps_on_a_cpu_are_timed_one_by_one():
     def run(steps):
         return StepRun([1.0], [0.0, 0.3, 0.5, 0.8][:steps])
 
-    (found,) = step_timing.measure_on_cpu([run], 0.0)
+    (found,) = measure_for(Settings())([run], 0.0)
     assert found["ms"] == pytest.approx(300)
-    (found,) = step_timing._measure_quickly([run], 0.0)
+    (found,) = measure_for(Settings(quick=True))([run], 0.0)
     assert found["ms"] == pytest.approx(300)
 
 
@@ -37,5 +38,5 @@ def test_steps_on_a_gpu_are_what_more_of_them_take(monkeypatch):
 
         return taken
 
-    found = step_timing._measure_on_gpu([run(1, 0.2), run(4, 0.4)], 0.0)
+    found = measure_for(Settings(device="cuda"))([run(1, 0.2), run(4, 0.4)], 0.0)
     assert [each["ms"] for each in found] == pytest.approx([200, 100])

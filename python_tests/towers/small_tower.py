@@ -108,6 +108,7 @@ class _Block(BlockBase):
 class _Vision:
     num_prefix_tokens = 0
     reads = None
+    patch_features = features_of_patches
 
     def __init__(self, module: Any) -> None:
         self.module = module
@@ -125,9 +126,6 @@ class _Vision:
 
     def pool(self, hidden: Tensor) -> Tensor:
         return self.module.norm(hidden).mean(1)
-
-    def patch_features(self, hidden: Tensor) -> Tensor:
-        return features_of_patches(self, hidden)
 
 
 class Small:

@@ -45,7 +45,7 @@ class LoRA(Handle):
     """Handle of :func:`add_lora`; as a context manager it removes itself at the end.
 
     Attributes:
-        rank, alpha, dropout: As given.
+        rank, alpha, dropout, backend: As given.
         module_paths: ``"{visual|text}.{layer}"`` -> path of the block's attention in the model.
     """
 
@@ -53,6 +53,7 @@ class LoRA(Handle):
         self.rank = settings.rank
         self.alpha = settings.alpha
         self.dropout = settings.dropout
+        self.backend = settings.backend
         self.module_paths = {place: block.attention_path for place, block in blocks.items()}
         self._step = torch.zeros(1, dtype=torch.int64, device="cpu")
         self._places: dict[str, list[_Place]] = {}
@@ -172,6 +173,7 @@ def add_lora(
     towers: Sequence[str] = TOWERS,
     passes_input_gradient: bool = True,
     num_episodes: int | None = None,
+    backend: str = "auto",
 ) -> LoRA:
     """Add LoRA to the query, key and value projections of every block.
 
@@ -191,6 +193,8 @@ def add_lora(
             projections alone.
         num_episodes: Train G sets of factors at once: the images, and the texts, of a forward pass
             fall into G equal parts, one after the other, each with factors of its own.
+        backend: Backend of the attention behind the changed projections, and of seeded dropout
+            where it offers that.
 
     Returns:
         A handle with ``parameters()``, ``factors()``, ``train()`` and ``remove()``.
@@ -217,5 +221,5 @@ def add_lora(
         for tower in dict.fromkeys(towers)
         for layer, block in enumerate(open_tower(model, tower).blocks)
     }
-    settings = LowRankSettings(rank, alpha, dropout, passes_input_gradient, num_episodes)
+    settings = LowRankSettings(rank, alpha, dropout, passes_input_gradient, num_episodes, backend)
     return LoRA(blocks, settings)

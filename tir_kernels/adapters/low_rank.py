@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tir_kernels.operators.choose import backend_with
 from tir_kernels.operators.dropout import philox_dropout
 from tir_kernels.operators.second_derivative import differentiable_once
 from tir_kernels.precision import autocast_dtype, without_autocast
@@ -40,6 +41,7 @@ class LowRankSettings:
         passes_input_gradient: Whether the branch passes a gradient on to the tokens. Without it,
             only the factors learn from the branch.
         num_episodes: G; ``None``: one set of factors, without the leading dimension.
+        backend: Backend of dropout, and of unweighted attention behind the change.
     """
 
     rank: int
@@ -47,6 +49,7 @@ class LowRankSettings:
     dropout: float
     passes_input_gradient: bool = True
     num_episodes: int | None = None
+    backend: str = "auto"
 
 
 class LowRank(nn.Module):
@@ -84,6 +87,7 @@ class LowRank(nn.Module):
             self.b = nn.Parameter(torch.zeros(*episodes, count, output, rank, **place))
         self.scaling = settings.alpha / math.sqrt(rank)
         self.dropout = settings.dropout
+        self.backend = backend_with(settings.backend, "philox_dropout")
         self.passes_input_gradient = settings.passes_input_gradient
         self.randomness: PhiloxRandomness | None = None
         self.forms_product = False
@@ -142,6 +146,7 @@ class LowRank(nn.Module):
             first_branch=first,
             num_branches=count,
             probability=self.dropout,
+            backend=self.backend,
         )
 
     def project(
@@ -232,6 +237,7 @@ class _FrozenProjection(torch.autograd.Function):
             first_branch=first,
             num_branches=count,
             probability=low_rank.dropout,
+            backend=low_rank.backend,
         )
         return list(dropped.flatten(2, 3).unbind(1))
 

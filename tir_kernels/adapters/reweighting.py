@@ -200,6 +200,7 @@ class _ReweightedBlock:
     def __init__(self, handle: Reweighting, layer: int) -> None:
         self.handle = handle
         self.layer = layer
+        self.backend = handle._backend
 
     def enter(self, hidden: Tensor) -> tuple[Tensor, Modifier | None]:
         handle = self.handle
@@ -214,10 +215,10 @@ class _ReweightedBlock:
 
     def _derive(self, call: AttentionCall, hidden: Tensor) -> AttentionCall:
         weights = _DerivedKeyWeights(self.handle, self.layer, hidden)
-        return call._replace(key_weights=weights, backend=self.handle._backend)
+        return call._replace(key_weights=weights, backend=self.backend)
 
     def _weigh(self, weights: Tensor, call: AttentionCall, hidden: Tensor) -> AttentionCall:
-        return call._replace(key_weights=weights, backend=self.handle._backend)
+        return call._replace(key_weights=weights, backend=self.backend)
 
 
 def reweighting_of(model: nn.Module) -> Reweighting:

@@ -27,7 +27,8 @@ def measure(
 
     Args:
         model: A model whose image tower can be opened, or that tower, with whatever adapters are
-            on it; it is read in evaluation mode or not, as it is, and is not changed for a moment.
+            on it; it is read in evaluation mode or not, as it is, and is not changed for a moment,
+            but for the ``last_counts`` of a re-weighting, which are then those of this pass.
         images: (B, 3, H, W), normalised for the model.
         measures: The measures.
         labels: (B,), the number of each image's class; ``None``: measures of classes find nothing.
@@ -39,8 +40,8 @@ def measure(
         Their findings, block by block.
 
     Raises:
-        TypeError, ValueError: A tower that cannot be opened, labels that fit no image or class, or
-            a ratio outside [0, 1].
+        TypeError, ValueError: A tower that cannot be opened, no images, labels or classes that do
+            not fit, or a ratio outside [0, 1].
     """
     tower = vision_tower(model)
     return measure_tokens(
@@ -64,7 +65,7 @@ def measure_tokens(
     top_ratio: float = 0.3,
 ) -> list[Finding]:
     """As :func:`measure`, of embedded tokens (B, L, D)."""
-    _check_labels(labels, class_embeddings, len(tokens))
+    _check_classes(labels, class_embeddings, len(tokens))
     top_ratio = WeightRule(top_ratio=top_ratio).top_ratio  # refuses what is none
     findings: list[Finding] = []
     hidden = tokens
@@ -93,7 +94,18 @@ def measure_tokens(
     return findings
 
 
-def _check_labels(labels: Tensor | None, class_embeddings: Tensor | None, batch: int) -> None:
+def _check_classes(labels: Tensor | None, class_embeddings: Tensor | None, batch: int) -> None:
+    if batch == 0:
+        raise ValueError("measures need at least one image; got none")
+    if class_embeddings is not None:
+        if not isinstance(class_embeddings, Tensor) or class_embeddings.dim() not in (2, 3):
+            raise ValueError("class_embeddings must be a (C, E) or (G, C, E) tensor")
+        groups = len(class_embeddings) if class_embeddings.dim() == 3 else 1
+        if groups < 1 or batch % groups or class_embeddings.shape[-2] < 1:
+            raise ValueError(
+                f"class_embeddings (G, C, E) need at least one class, and a number of groups that "
+                f"divides the {batch} images; got {tuple(class_embeddings.shape)}"
+            )
     if labels is None:
         return
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
@@ -102,7 +114,7 @@ def _check_labels(labels: Tensor | None, class_embeddings: Tensor | None, batch:
         raise ValueError(
             f"labels must have shape (B,), B = {batch} images; got {tuple(labels.shape)}"
         )
-    if class_embeddings is not None and batch:
+    if class_embeddings is not None:
         lowest, highest = labels.min().item(), labels.max().item()
         if lowest < 0 or highest >= class_embeddings.shape[-2]:
             raise ValueError(

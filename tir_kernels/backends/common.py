@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .protocol import AttentionInputs, RelevanceInputs
+from .protocol import AttentionInputs, RelevanceInputs, StatisticsInputs
 
 RowGrid = tuple[int, int, int, int]  # address, and the strides of batch, head and row
 
@@ -39,7 +39,9 @@ def row_grid(tensor: Tensor) -> RowGrid:
     return tensor.data_ptr(), strides[0], strides[1], strides[2]
 
 
-def attention_problem(inputs: AttentionInputs) -> tuple[tuple[int, ...], str, float]:
+def attention_problem(
+    inputs: AttentionInputs | StatisticsInputs,
+) -> tuple[tuple[int, ...], str, float]:
     """Shape, type and scale, with which every attention kernel's arguments begin."""
     return tuple(inputs.query.shape), TYPE_NAMES[inputs.query.dtype], inputs.scale
 

@@ -30,7 +30,15 @@ from .common import (
     with_contiguous_rows,
 )
 from .optional import DropoutInputs
-from .protocol import AttentionInputs, BackwardInputs, Gradients, Pair, RelevanceInputs
+from .protocol import (
+    AttentionInputs,
+    AttentionStatistics,
+    BackwardInputs,
+    Gradients,
+    Pair,
+    RelevanceInputs,
+    StatisticsInputs,
+)
 
 _NOT_BUILT = (
     "the compiled kernels (tir_kernels._C) are not there: install a C++17 compiler "
@@ -143,14 +151,28 @@ class CpuBackend:
             *map(row_grid, (grad_output, query, key, value)),
             address(weights),
             row_grid(output),
-            log_sum_exp.data_ptr(),
-            grad_query.data_ptr(),
-            grad_key.data_ptr(),
-            grad_value.data_ptr(),
+            *map(address, (log_sum_exp, grad_query, grad_key, grad_value)),
             grad_weights.data_ptr() if needs_weights_grad else 0,
             torch.get_num_threads(),
         )
         return grad_query, grad_key, grad_value, grad_weights
+
+    def attention_statistics(self, inputs: StatisticsInputs) -> AttentionStatistics:
+        query, key, weights, _, num_prefix_tokens = inputs
+        weights = None if weights is None else weights.contiguous()
+        results = AttentionStatistics(
+            *(query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(4))
+        )
+        _kernels().attention_statistics(
+            *attention_problem(inputs),
+            row_grid(query),
+            row_grid(key),
+            address(weights),
+            num_prefix_tokens,
+            *map(address, results),
+            torch.get_num_threads(),
+        )
+        return results
 
     def philox_dropout(self, inputs: DropoutInputs, output: Tensor) -> None:
         rows, seeds, step, *numbers = inputs

@@ -29,7 +29,15 @@ from .common import (
     type_name,
     with_contiguous_rows,
 )
-from .protocol import AttentionInputs, BackwardInputs, Gradients, Pair, RelevanceInputs
+from .protocol import (
+    AttentionInputs,
+    AttentionStatistics,
+    BackwardInputs,
+    Gradients,
+    Pair,
+    RelevanceInputs,
+    StatisticsInputs,
+)
 
 MIN_CAPABILITY = (8, 0)
 
@@ -102,6 +110,23 @@ class Launcher:
         weights = None if inputs.weights is None else inputs.weights.contiguous()
         derived = _weights_of_one(inputs.query) if weights is None else None
         return self._backward(inputs, weights, derived, backward)
+
+    def attention_statistics(self, inputs: StatisticsInputs) -> AttentionStatistics:
+        query = inputs.query
+        weights = None if inputs.weights is None else inputs.weights.contiguous()
+        results = AttentionStatistics(*(_empty(query.shape[:3], query) for _ in range(4)))
+        softmax = _empty((*query.shape[:3], 2), query)
+        with self._guard(query.device):
+            self._kernels.attention_statistics(
+                *attention_problem(inputs),
+                *map(row_grid, inputs[:2]),
+                address(weights),
+                inputs.num_prefix_tokens,
+                *map(address, results),
+                softmax.data_ptr(),
+                self._current_stream(query.device),
+            )
+        return results
 
     def reweighted_forward(
         self, attention: AttentionInputs, relevance: RelevanceInputs, table: Tensor, top_k: int
@@ -197,11 +222,7 @@ class Launcher:
                 *map(row_grid, inputs[:3]),
                 address(weights),
                 row_grid(output),
-                log_sum_exp.data_ptr(),
-                grad_query.data_ptr(),
-                grad_key.data_ptr(),
-                grad_value.data_ptr(),
-                address(grad_weights),
+                *map(address, (log_sum_exp, grad_query, grad_key, grad_value, grad_weights)),
                 derived,
                 delta.data_ptr(),
                 address(partial),

@@ -92,7 +92,7 @@ class Runtime(_Checked):
     )
     backend: str = fields.checked(
         AUTO,
-        "Backend of the operators; see tir_kernels.available_backends().",
+        "Backend of the operators (tir_kernels.available_backends()); auto serves what it lacks.",
         _backend,
         choices=_backends,
     )

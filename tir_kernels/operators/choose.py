@@ -105,6 +105,15 @@ def choose_backend(
     return load_backend(name)
 
 
+def backend_with(name: str, operation: str) -> str:
+    """The backend of this name where it has the operation, else "auto".
+
+    A program that runs on a named backend leaves to "auto" what that one does not offer.
+    """
+    require_backend(name)
+    return name if name == "auto" or _lacks(name, operation) is None else "auto"
+
+
 def _lacks(name: str, operation: str) -> ValueError | None:
     if hasattr(load_backend(name), operation):
         return None

@@ -11,6 +11,7 @@ from tir_kernels.backends.protocol import AttentionInputs, BackwardInputs, Gradi
 from tir_kernels.operators.checks import (
     check_attention_inputs,
     check_relevance_inputs,
+    require_head_width,
     require_same_device,
     resolve_table,
 )
@@ -56,7 +57,8 @@ def reweighted_attention(
     backend: str = "auto",
     return_weights: bool = False,
     return_counts: bool = False,
-) -> Tensor | tuple[Tensor, TokenWeights] | tuple[Tensor, Tensor]:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor | TokenWeights, ...]:
     """:func:`token_weights` of the tokens, and :func:`weighted_attention` with them.
 
     Args:
@@ -66,11 +68,13 @@ def reweighted_attention(
             :func:`token_weights`.
         return_weights: Also return the ``TokenWeights``.
         return_counts: Also return their counts alone, for which no weights are written.
+        return_lse: Also return the log-sum-exp, as :func:`weighted_attention` does.
 
     Returns:
-        (B, H, L, d) in the dtype of q, or in autocast's; with ``return_weights`` a pair of it and
-        the ``TokenWeights``, else with ``return_counts`` one of it and the counts, (B, N) int32.
-        Gradients flow to q, k, v and the table.
+        (B, H, L, d) in the dtype of q, or in autocast's; or a tuple of it and what is asked for, in
+        this order: with ``return_weights`` the ``TokenWeights``, else with ``return_counts`` the
+        counts, (B, N) int32; with ``return_lse`` the log-sum-exp, (B, H, L) float32, which has no
+        gradient. Gradients flow to q, k, v and the table.
 
     Raises:
         ValueError, TypeError: A wrong rank, shape, dtype, device, group count or table length.
@@ -90,13 +94,17 @@ def reweighted_attention(
     if tokens.dtype == torch.float64 and q.dtype != torch.float64:
         raise TypeError(f"tokens are float64 but q is {q.dtype}; pass tokens.float()")
     table = resolve_table(rule, table, inputs)
+    if return_lse:
+        require_head_width(q)
     if return_weights:
         weighted = differentiable_weights(inputs, table, rule, backend)
         attention = AttentionInputs(q, k, v, weighted.weights, scale)
-        return differentiable_attention(attention, backend), weighted
+        output, log_sum_exp = differentiable_attention(attention, backend)
+        return (output, weighted, log_sum_exp) if return_lse else (output, weighted)
     arguments = selection_arguments(inputs, table, rule)
-    output, _, counts = ReweightedAttention.call(q, k, v, *arguments, scale, backend)
-    return (output, counts) if return_counts else output
+    output, log_sum_exp, counts = ReweightedAttention.call(q, k, v, *arguments, scale, backend)
+    asked_for = [*([counts] if return_counts else []), *([log_sum_exp] if return_lse else [])]
+    return (output, *asked_for) if asked_for else output
 
 
 @define(

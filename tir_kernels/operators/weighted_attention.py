@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from tir_kernels.backends.protocol import (
 from tir_kernels.operators.checks import (
     check_attention_inputs,
     check_weights,
+    require_head_width,
     require_same_device,
 )
 from tir_kernels.operators.choose import choose_backend
@@ -29,6 +30,7 @@ WAY_OUT = (
 )
 
 
+@overload
 def weighted_attention(
     q: Tensor,
     k: Tensor,
@@ -37,7 +39,33 @@ def weighted_attention(
     *,
     scale: float | None = None,
     backend: str = "auto",
-) -> Tensor:
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def weighted_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_lse: Literal[True],
+) -> Pair: ...
+
+
+def weighted_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | Pair:
     """Softmax attention in which key j counts w[j] times: placement "attention".
 
     ``A[i, j] = w[j] exp(s[i, j]) / sum_j w[j] exp(s[i, j])`` with ``s = scale q . k``. Weights
@@ -52,13 +80,16 @@ def weighted_attention(
             with weights of 1.
         scale: ``None`` means ``d ** -0.5``.
         backend: "auto", or a name of :func:`available_backends`.
+        return_lse: Also return ``ln sum_j w[j] exp(s[i, j])``, which is -inf for a query that
+            attends to nothing.
 
     Returns:
         (B, H, L, d) in the dtype of q, or in autocast's. Gradients flow to q, k, v and the weights:
         that of a weight of 0 is its one-sided limit, that of a negative weight is 0. On a GPU the
         gradient of a weight of less than 2^-126 of the image's largest may be 0. A second
         derivative is an error; ``torch.compile(backend="eager")`` alone, which loses that of any
-        ``autograd.Function``, makes it 0.
+        ``autograd.Function``, makes it 0. With ``return_lse`` a pair of it and the log-sum-exp,
+        (B, H, L) float32 (float64 where q is), which has no gradient.
 
     Raises:
         ValueError, TypeError: A wrong rank, shape, dtype, device or stride.
@@ -69,15 +100,18 @@ def weighted_attention(
     if weights is not None:
         check_weights(weights, q.shape[0], q.shape[2], "q")
         require_same_device("weights", weights, "q", q)
-    return differentiable_attention(AttentionInputs(q, k, v, weights, scale), backend)
+    if return_lse:
+        require_head_width(q)
+    results = differentiable_attention(AttentionInputs(q, k, v, weights, scale), backend)
+    return results if return_lse else results[0]
 
 
-def differentiable_attention(inputs: AttentionInputs, backend: str) -> Tensor:
-    """The operator on validated inputs, with its gradients; weights may be of any type."""
+def differentiable_attention(inputs: AttentionInputs, backend: str) -> Pair:
+    """Output, with its gradients, and log-sum-exp on validated inputs; weights of any type."""
     query, key, value, weights, scale = inputs
     if weights is not None:
         weights = weights.to(sums_dtype(query))
-    return _WeightedAttention.call(query, key, value, weights, scale, backend)[0]
+    return _WeightedAttention.call(query, key, value, weights, scale, backend)
 
 
 def sums_dtype(query: Tensor) -> torch.dtype:

@@ -22,7 +22,7 @@ def attend(call: AttentionCall) -> Tensor:
     """
     query, key, value, scale, weights, mask, backend = call
     if weights is None:
-        return _unweighted_attention(query, key, value, scale, mask)
+        return _unweighted_attention(call)
     if mask is not None:
         raise ValueError("key weights cannot be combined with an attention mask")
     if isinstance(weights, Tensor):
@@ -30,12 +30,12 @@ def attend(call: AttentionCall) -> Tensor:
     return weights.attend(query, key, value, scale)
 
 
-def _unweighted_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, mask: Tensor | None
-) -> Tensor:
-    if mask is None and query.device.type == "cpu" and query.dtype != torch.float64:
-        # Faster than PyTorch's own on a CPU, by far in 16 bits.
-        return weighted_attention(query, key, value, scale=scale)
+def _unweighted_attention(call: AttentionCall) -> Tensor:
+    query, key, value, scale, _, mask, backend = call
+    # Faster than PyTorch's own on a CPU, by far in 16 bits.
+    is_faster = query.device.type == "cpu" and query.dtype != torch.float64
+    if mask is None and (is_faster or backend != "auto"):
+        return weighted_attention(query, key, value, scale=scale, backend=backend)
     mask = None if mask is None else mask.to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
@@ -89,6 +89,12 @@ class OpenedAttention(Opened):
         """(B, H, L, d) -> (B, L, D)."""
         raise NotImplementedError
 
+    @property
+    def _backend(self) -> str:
+        """The backend that one of the adapters on this attention names; else "auto"."""
+        named = (getattr(each, "backend", "auto") for each in self.tir_adapters)
+        return next((name for name in named if name != "auto"), "auto")
+
     def call_of(
         self,
         tokens: Tensor,
@@ -105,7 +111,7 @@ class OpenedAttention(Opened):
             hidden: (B, L, D), what entered the block.
         """
         query, key, value = self.project(tokens, slice(0, 3))
-        call = AttentionCall(query, key, value, mask=mask)
+        call = AttentionCall(query, key, value, mask=mask, backend=self._backend)
         for modifier in modifiers:
             call = modifier(call, tokens if hidden is None else hidden)
         return call

@@ -20,18 +20,6 @@ FAMILIES = {
 }
 
 
-def _ask(model: Any, function: str, words: str) -> tuple[Any, str]:
-    """The tower that the first family to know the model gives; else ``None`` and what all take."""
-    taken = []
-    for place in FAMILIES.values():
-        family = load(place)
-        tower = getattr(family, function)(model)
-        if tower is not None:
-            return tower, ""
-        taken.append(getattr(family, words))
-    return None, ", or ".join(filter(None, taken))
-
-
 def vision_tower(model: Any) -> VisionTower:
     """The image tower of a model, opened.
 
@@ -42,14 +30,11 @@ def vision_tower(model: Any) -> VisionTower:
         TypeError: No family knows the tower.
         ValueError: It is of a known family, but of a kind that can't be opened.
     """
-    if not isinstance(model, nn.Module) and hasattr(model, "num_prefix_tokens"):
-        return model
-    tower, taken = _ask(model, "vision_tower", "images")
-    if tower is not None:
-        return tower
-    raise TypeError(
-        f"model must be {taken}; its tower is "
-        f"{type(getattr(model, 'visual', model)).__name__}. Choose an architecture such as ViT-B-16"
+    return _opened(
+        model,
+        "num_prefix_tokens",
+        ("vision_tower", "images"),
+        f"; its tower is {_kind(model, 'visual', model)}. Choose an architecture such as ViT-B-16",
     )
 
 
@@ -63,15 +48,39 @@ def text_tower(model: Any) -> EncodesText:
         TypeError: No family knows the tower, or the model has none.
         ValueError: It is of a known family, but of a kind that can't be opened.
     """
-    if not isinstance(model, nn.Module) and hasattr(model, "is_causal"):
-        return model
-    tower, taken = _ask(model, "text_tower", "texts")
-    if tower is not None:
-        return tower
-    raise TypeError(
-        f"model must be {taken}, since this needs texts; got {type(model).__name__} "
-        f"with text tower {type(getattr(model, 'text', None)).__name__}"
+    return _opened(
+        model,
+        "is_causal",
+        ("text_tower", "texts"),
+        f", since this needs texts; got {type(model).__name__} "
+        f"with text tower {_kind(model, 'text')}",
     )
+
+
+def _opened(model: Any, mark: str, names: tuple[str, str], complaint: str) -> Any:
+    """The tower that the first family to know the model gives.
+
+    Args:
+        model: The model, or an opened tower.
+        mark: An attribute that opened towers have.
+        names: The function of a family that opens the tower, and its words for what it takes.
+        complaint: What is said, after what the families take, where none knows the model.
+    """
+    if not isinstance(model, nn.Module) and hasattr(model, mark):
+        return model
+    function, words = names
+    taken = []
+    for place in FAMILIES.values():
+        family = load(place)
+        tower = getattr(family, function)(model)
+        if tower is not None:
+            return tower
+        taken.append(getattr(family, words))
+    raise TypeError(f"model must be {', or '.join(filter(None, taken))}{complaint}")
+
+
+def _kind(model: Any, name: str, default: Any = None) -> str:
+    return type(getattr(model, name, default)).__name__
 
 
 def open_tower(model: Any, kind: str) -> VisionTower | EncodesText:

@@ -13,19 +13,22 @@ from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
 
 from tir_kernels.operators.bias_activation import bias_activation
+from tir_kernels.operators.choose import backend_with
 
 
 class _FrozenMlp(nn.Sequential):
     """Linear, activation, linear: the bias goes into the activation, whose result is not kept."""
 
-    def __init__(self, original: nn.Sequential, kind: str) -> None:
+    def __init__(self, original: nn.Sequential, kind: str, backend: str) -> None:
         super().__init__(OrderedDict(original.named_children()))  # open_clip reads them by name
         self.kind = kind
+        self.backend = backend
 
     def forward(self, hidden: Tensor) -> Tensor:
         first: Any = self[0]
         second: Any = self[2]
-        activated = bias_activation(F.linear(hidden, first.weight), first.bias, self.kind)
+        product = F.linear(hidden, first.weight)
+        activated = bias_activation(product, first.bias, self.kind, backend=self.backend)
         return F.linear(activated, second.weight, second.bias)
 
 
@@ -51,18 +54,23 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 @contextmanager
-def frozen_mlps(model: nn.Module) -> Iterator[None]:
+def frozen_mlps(model: nn.Module, backend: str = "auto") -> Iterator[None]:
     """Let the MLPs of frozen blocks on a CPU run through ``bias_activation``.
 
     On a GPU, PyTorch's products take the bias along themselves.
+
+    Args:
+        model: An open_clip model.
+        backend: Backend of ``bias_activation`` where it offers that.
     """
+    backend = backend_with(backend, "bias_activation")
     originals: list[tuple[Any, Any]] = []
     try:
         for block in [m for m in model.modules() if isinstance(m, ResidualAttentionBlock)]:
             kind = _activation_kind(block.mlp)
             if kind is not None and block.mlp[0].weight.device.type == "cpu":
                 originals.append((block, block.mlp))
-                block.mlp = _FrozenMlp(block.mlp, kind)
+                block.mlp = _FrozenMlp(block.mlp, kind, backend)
         yield
     finally:
         for block, mlp in originals:

@@ -202,6 +202,7 @@ class OpenClipVision:
     """open_clip's VisionTransformer."""
 
     num_prefix_tokens = 1  # _embeds puts the class token in front, whatever is pooled
+    patch_features = features_of_patches
 
     def __init__(self, module: Any, path: str) -> None:
         self.module = module
@@ -225,9 +226,6 @@ class OpenClipVision:
     def pool(self, hidden: Tensor) -> Tensor:
         pooled, _ = self.module._pool(hidden)
         return pooled if self.module.proj is None else pooled @ self.module.proj
-
-    def patch_features(self, hidden: Tensor) -> Tensor:
-        return features_of_patches(self, hidden)
 
 
 class OpenClipText(EncodesText):

@@ -135,6 +135,8 @@ class TimmBlock(BlockBase):
 class TimmVision:
     """timm's VisionTransformer; its features are those before the classifier."""
 
+    patch_features = features_of_patches
+
     def __init__(self, module: Any) -> None:
         self.module = module
 
@@ -164,9 +166,6 @@ class TimmVision:
 
     def pool(self, hidden: Tensor) -> Tensor:
         return self.module.forward_head(self.module.norm(hidden), pre_logits=True)
-
-    def patch_features(self, hidden: Tensor) -> Tensor:
-        return features_of_patches(self, hidden)
 
 
 class TimmVit:

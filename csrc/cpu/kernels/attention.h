@@ -46,6 +46,23 @@ inline int64_t parts_per_head(const AttentionShape& shape, int threads, int64_t 
   return smaller_of(num_cuts, divide_up(3 * threads, shape.batch * shape.heads));
 }
 
+// The keys of one part: whole panels, and the rows up to those of the next part.
+struct KeyPart {
+  KeyList keys;
+  int64_t first_row, end_row;
+};
+
+inline KeyPart part_of(const KeyList& keys, int64_t part, int64_t num_parts, int64_t length) {
+  int64_t num_panels = divide_up(keys.count, panel_width);
+  int64_t first = smaller_of(num_panels * part / num_parts * panel_width, keys.count);
+  int64_t end = smaller_of(num_panels * (part + 1) / num_parts * panel_width, keys.count);
+  auto row_of = [&](int64_t key) { return key < keys.count ? keys.index[key] : length; };
+  return {{end - first, keys.index + first, keys.scaled_weight + first,
+           keys.log2_weight + first, keys.exponent},
+          part == 0 ? 0 : row_of(first),
+          part == num_parts - 1 ? length : row_of(end)};
+}
+
 // Copies rows as a left operand; a row of zeros makes an odd number even.
 template <class Math>
 void copy_rows(typename Math::Unit* target, const RowGrid& source, Type type, int64_t batch,

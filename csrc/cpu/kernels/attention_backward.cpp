@@ -19,23 +19,6 @@ struct Job {
   int64_t num_parts;  // of each (batch, head)
 };
 
-// The keys of one part: whole panels, and the rows up to those of the next part.
-struct KeyPart {
-  KeyList keys;
-  int64_t first_row, end_row;
-};
-
-KeyPart part_of(const KeyList& keys, int64_t part, int64_t num_parts, int64_t length) {
-  int64_t num_panels = divide_up(keys.count, panel_width);
-  int64_t first = smaller_of(num_panels * part / num_parts * panel_width, keys.count);
-  int64_t end = smaller_of(num_panels * (part + 1) / num_parts * panel_width, keys.count);
-  auto row_of = [&](int64_t key) { return key < keys.count ? keys.index[key] : length; };
-  return {{end - first, keys.index + first, keys.scaled_weight + first,
-           keys.log2_weight + first, keys.exponent},
-          part == 0 ? 0 : row_of(first),
-          part == num_parts - 1 ? length : row_of(end)};
-}
-
 // Gradients of keys, values and weights, with a part of a head's keys stationary and all of its
 // queries streamed; where one pass gives everything, those of queries too.
 template <class Math>

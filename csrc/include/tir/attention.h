@@ -23,6 +23,18 @@ struct AttentionForward {
   float* log_sum_exp;         // [B, H, L]
 };
 
+// Results are [B, H, L]: two per key, two per query.
+struct AttentionStatistics {
+  AttentionShape shape;
+  RowGrid query, key;           // [B, H, L, d]
+  const float* weights;         // [B, L], or null for 1
+  int64_t num_prefix_tokens;    // P
+  float* received_from_prefix;  // mean over the queries i < P of the attention to the key, or 0
+  float* received_from_patches; // mean over the queries i >= P, or 0
+  float* entropy;               // of the query's attention, natural; 0 where it attends to nothing
+  float* log_sum_exp;
+};
+
 struct AttentionBackward {
   AttentionShape shape;
   RowGrid grad_output;         // [B, H, L, d]

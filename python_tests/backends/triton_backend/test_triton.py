@@ -20,12 +20,14 @@ from triton_cases import (
     random_tensor,
     relevance_inputs,
     run_attention,
+    run_statistics,
 )
 
 
 def run_everything(device: str) -> list[Tensor]:
     results = run_attention(*attention_inputs(2, 2, 50, 24, torch.bfloat16, device), 0.2)
     inputs = relevance_inputs(device)
+    results += run_statistics(2, 2, 50, 24, torch.bfloat16, device)
     results.append(BACKEND.relevance(inputs))
     results += BACKEND.token_weights(inputs, random_tensor(6).to(device), 14)
     return results

@@ -26,6 +26,7 @@ SHARED_MEMORY = {80: 99, 90: 227, 100: 227}
 # Bytes a thread. A tile that does not fit spills hundreds; a few are ptxas's own trade of registers
 # for occupancy, with registers to spare, and differ from one release to the next.
 MAX_STACK = 32
+ATTENTION = ("forward", "backward", "statistics")
 TENSOR_CORE = {80: {"mma.sync"}, 90: {"wgmma.mma_async"}, 100: {"tcgen05.mma"}}
 
 
@@ -42,11 +43,13 @@ def attention_cases() -> list[dict[str, Any]]:
     cases = [
         {"kernel": kernel, "dtype": dtype, "head_dim": head_dim, "length": length}
         for dtype, head_dim, length in shapes
-        for kernel in ("forward", "backward")
+        for kernel in ATTENTION
     ]
-    long_rows = {"kernel": "forward", "dtype": "bfloat16", "head_dim": 64, "length": 1100}
-    wide_heads = {"kernel": "forward", "dtype": "float32", "head_dim": 256}
-    return [*cases, long_rows, wide_heads]
+    long_rows = {"dtype": "bfloat16", "head_dim": 64, "length": 1100}
+    wide_heads = {"dtype": "float32", "head_dim": 256}
+    kernels = ("forward", "statistics")
+    more = [{"kernel": kernel, **case} for case in (long_rows, wide_heads) for kernel in kernels]
+    return [*cases, *more]
 
 
 def relevance_cases() -> list[dict[str, Any]]:
@@ -113,6 +116,8 @@ def test_every_kernel_compiles(compiled: list[dict[str, Any]]) -> None:
             "attention_forward_kernel",
             "grad_query_kernel",
             "grad_key_value_kernel",
+            "row_statistics_kernel",
+            "column_statistics_kernel",
             "relevance_kernel",
             "philox_dropout_kernel",
             "selection_kernel",
@@ -148,6 +153,6 @@ def test_tensor_cores_serve_16_bit_types(compiled: list[dict[str, Any]]) -> None
 def test_rows_are_read_in_wide_pieces(compiled: list[dict[str, Any]]) -> None:
     """16 bytes at a time, also for a head_dim such as 72 that is no multiple of 16."""
     for result in compiled:
-        if result["case"]["kernel"] in ("forward", "backward"):
+        if result["case"]["kernel"] in ATTENTION:
             assert result["wide_loads"] >= 4, result
             assert result["narrow_loads"] == 0, result

@@ -14,9 +14,15 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import oracle
+import statistics_oracle
 
 from tir_kernels.backends import reference
-from tir_kernels.backends.protocol import AttentionInputs, RelevanceInputs
+from tir_kernels.backends.protocol import (
+    AttentionInputs,
+    AttentionStatistics,
+    RelevanceInputs,
+    StatisticsInputs,
+)
 from tir_kernels.backends.triton import TritonBackend, interpreter_is_on
 
 BACKEND = TritonBackend()
@@ -100,6 +106,17 @@ def check_attention(
     for name, ours, other, true in zip(names, results, plain, exact, strict=True):
         assert ours.shape == true.shape
         assert_as_exact_as_plain(ours, other, true, name)
+
+
+def run_statistics(
+    batch: int, heads: int, length: int, head_dim: int, dtype: torch.dtype, device: str
+) -> AttentionStatistics:
+    """Statistics of the queries, keys and weights of :func:`attention_inputs`, checked."""
+    query, key, *_, weights = attention_inputs(batch, heads, length, head_dim, dtype, device)
+    scale = head_dim**-0.5
+    found = BACKEND.attention_statistics(StatisticsInputs(query, key, weights, scale, 1))
+    statistics_oracle.assert_statistics_as_accurate(found, query, key, weights, 1, scale)
+    return found
 
 
 def relevance_inputs(

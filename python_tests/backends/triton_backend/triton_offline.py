@@ -25,11 +25,20 @@ from triton.compiler import ASTSource
 from tir_kernels.backends.triton.kernels import (
     attention_backward,
     attention_forward,
+    attention_statistics,
     dropout,
     relevance,
     selection,
 )
 
+MODULES = (
+    attention_forward,
+    attention_backward,
+    attention_statistics,
+    dropout,
+    relevance,
+    selection,
+)
 POINTER_TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -62,7 +71,7 @@ def recorded_launches(case: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
     """The kernels that a case launches and the arguments they get."""
     capability = tuple(divmod(case["arch"], 10))
     recorders = []
-    for module in (attention_forward, attention_backward, dropout, relevance, selection):
+    for module in MODULES:
         if hasattr(module, "device_capability"):
             module.device_capability = lambda device: capability
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
@@ -81,12 +90,15 @@ def run_launcher(case: dict[str, Any]) -> None:
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    if case["kernel"] in ("forward", "backward"):
+    if case["kernel"] in ("forward", "backward", "statistics"):
         packed = tensor(2, length, 3, 12, case["head_dim"]).permute(2, 0, 3, 1, 4)
         query, key, value = packed
         weights = tensor(2, length, dtype=torch.float32)
         if case["kernel"] == "forward":
             attention_forward.attention_forward(query, key, value, weights, 0.125)
+            return
+        if case["kernel"] == "statistics":
+            attention_statistics.attention_statistics(query, key, weights, 0.125, 1)
             return
         output = tensor(2, 12, length, case["head_dim"])
         log_sums = tensor(2, 12, length, dtype=torch.float32)

@@ -40,14 +40,22 @@ class Finding(NamedTuple):
     chance: float | Tensor
 
     def averages(self, num_groups: int = 1) -> list[Average]:
-        """Means over the images of each group, in which the batch falls; NaN does not count."""
+        """Means over the images of each group, in which the batch falls; NaN does not count.
+
+        The chance level is that of the images in which something was found, if there are any.
+        """
         values = self.values.float().cpu()
-        chance = torch.as_tensor(self.chance, dtype=torch.float32, device="cpu")
-        groups = values.view(num_groups, -1), chance.expand_as(values).reshape(num_groups, -1)
-        return [Average(_number(own), _number(chance)) for own, chance in zip(*groups, strict=True)]
+        chance = torch.as_tensor(self.chance, dtype=torch.float32, device="cpu").expand_as(values)
+        pairs = zip(values.view(num_groups, -1), chance.reshape(num_groups, -1), strict=True)
+        return [_average(own, own_chance) for own, own_chance in pairs]
 
 
-def _number(values: Tensor) -> float | None:
+def _average(values: Tensor, chance: Tensor) -> Average:
+    is_found = ~values.isnan()
+    return Average(_mean(values), _mean(chance[is_found] if is_found.any() else chance))
+
+
+def _mean(values: Tensor) -> float | None:
     mean = values.nanmean().item()
     return None if mean != mean else mean
 

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from ..common import KERNEL_DTYPES, reason_of_all
 from ..optional import DropoutInputs
-from ..protocol import AttentionInputs, BackwardInputs, Gradients, Pair, RelevanceInputs
+from ..protocol import (
+    AttentionInputs,
+    AttentionStatistics,
+    BackwardInputs,
+    Gradients,
+    Pair,
+    RelevanceInputs,
+    StatisticsInputs,
+)
 from .configs import MAX_HEAD_DIM
 
 MIN_CAPABILITY = (8, 0)
@@ -43,6 +51,7 @@ def _launchers() -> SimpleNamespace:
     """The functions that launch kernels, by name; importing them imports Triton."""
     from .kernels.attention_backward import attention_backward
     from .kernels.attention_forward import attention_forward
+    from .kernels.attention_statistics import attention_statistics
     from .kernels.dropout import philox_dropout
     from .kernels.relevance import relevance
     from .kernels.selection import select_and_weigh
@@ -50,13 +59,14 @@ def _launchers() -> SimpleNamespace:
     return SimpleNamespace(
         attention_backward=attention_backward,
         attention_forward=attention_forward,
+        attention_statistics=attention_statistics,
         philox_dropout=philox_dropout,
         relevance=relevance,
         select_and_weigh=select_and_weigh,
     )
 
 
-def _key_weights(inputs: AttentionInputs) -> Tensor:
+def _key_weights(inputs: AttentionInputs | StatisticsInputs) -> Tensor:
     """The weights, (B, L): ones where there are none, because the kernels read them."""
     if inputs.weights is not None:
         return inputs.weights
@@ -109,6 +119,11 @@ class TritonBackend:
         return _launchers().attention_backward(
             grad_output, *tensors, inputs.scale, needs_weights_grad
         )
+
+    def attention_statistics(self, inputs: StatisticsInputs) -> AttentionStatistics:
+        query, key, _, scale, num_prefix_tokens = inputs
+        weights = _key_weights(inputs)
+        return _launchers().attention_statistics(query, key, weights, scale, num_prefix_tokens)
 
     def philox_dropout(self, inputs: DropoutInputs, output: Tensor) -> None:
         _launchers().philox_dropout(*inputs, output)

@@ -85,8 +85,7 @@ def forward_config(
 def grad_query_config(
     capability: tuple[int, int], dtype: torch.dtype, head_dim: int
 ) -> AttentionConfig:
-    columns = sum(split_head_dim(head_dim))
-    large = has_large_shared_memory(capability)
+    columns, large = sum(split_head_dim(head_dim)), has_large_shared_memory(capability)
     if dtype == torch.float32:
         block = 32 if large or columns <= 128 else 16
         return AttentionConfig(block, block, 8, 1)
@@ -98,8 +97,7 @@ def grad_query_config(
 def grad_key_value_config(
     capability: tuple[int, int], dtype: torch.dtype, head_dim: int
 ) -> AttentionConfig:
-    columns = sum(split_head_dim(head_dim))
-    large = has_large_shared_memory(capability)
+    columns, large = sum(split_head_dim(head_dim)), has_large_shared_memory(capability)
     if dtype == torch.float32:
         return AttentionConfig(32 if large or columns <= 128 else 16, 16, 8, 1)
     if columns > 128:

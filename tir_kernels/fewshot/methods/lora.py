@@ -78,6 +78,7 @@ class LoRA(Method):
             self.lora_dropout,
             passes_input_gradient=False,  # as the published program trains
             num_episodes=len(kit.seeds),
+            backend=kit.backend,
         ) as lora:
             lora.seed(kit.seeds)
             yield lora

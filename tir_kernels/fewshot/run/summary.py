@@ -11,7 +11,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from scipy.special import stdtrit
 
 from tir_kernels.fewshot.run.records import OK, Record, skipped_images
 from tir_kernels.text import Notice, printable, setting
@@ -41,6 +40,8 @@ class Estimate:
         mean = math.fsum(values) / count
         if count == 1:
             return cls(1, mean, None)
+        from scipy.special import stdtrit  # here, because a run's start must not wait for SciPy
+
         variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
         quantile = float(stdtrit(count - 1, 0.975))
         return cls(count, mean, quantile * math.sqrt(variance / count))

@@ -257,7 +257,7 @@ def _prepare(stack: ExitStack, model: nn.Module, runtime: Runtime) -> None:
     stack.enter_context(frozen(model))
     cuda_devices = [device] if device.type == "cuda" else []
     stack.enter_context(torch.random.fork_rng(devices=cuda_devices))
-    stack.enter_context(towers.frozen_mlps(model))
+    stack.enter_context(towers.frozen_mlps(model, runtime.backend))
     if runtime.precision != "float32":
         dtype = getattr(torch, runtime.precision)
         # What autocast remembered from the steps before would not be part of a step's graph.

@@ -1,0 +1,214 @@
+"""What keys receive of weighted attention and how queries spread theirs, without a matrix of L x L
+and without atomics.
+
+The first kernel has stationary queries and streamed keys: it finds the softmax and the entropy of
+each query. The second has stationary keys and streamed queries: with the maxima and totals of the
+first it finds the probabilities again and adds up what each key receives. Those two numbers serve
+better than the log-sum-exp, of which a rounding step is a larger part of a probability the further
+it lies from 0. Both kernels multiply tiles of the same shape, so that their scores are the same.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...common import device_guard
+from ...protocol import AttentionStatistics
+from ..configs import forward_config, split_head_dim
+from .tiles import (
+    LN_2,
+    LOG2_E,
+    device_capability,
+    dot_transposed,
+    head_pointer,
+    load_key_weights,
+    load_rows,
+    locate_rows,
+    loop_end,
+    online_softmax_update,
+    softmax_end,
+    stride_unit,
+)
+
+
+@triton.jit(do_not_specialize=["num_heads", "length"])
+def row_statistics_kernel(
+    query_ptr,  # [B, H, L, d]
+    key_ptr,  # [B, H, L, d]
+    weights_ptr,  # [B, L]
+    entropy_ptr,  # [B, H, L]
+    log_sum_exp_ptr,  # [B, H, L]
+    maximum_ptr,  # [B, H, L]
+    total_ptr,  # [B, H, L]
+    query_strides,  # of batch, head and row
+    key_strides,
+    num_heads,
+    length,
+    scale_log2,  # scale times log2(e): exponentials are powers of two
+    HEAD_DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+    BLOCK_QUERY: tl.constexpr,
+    BLOCK_KEY: tl.constexpr,
+):
+    rows, batch, head, first_row = locate_rows(num_heads, length, BLOCK_QUERY)
+    query_ptr = head_pointer(query_ptr, batch, head, query_strides, STRIDE_UNIT)
+    key_ptr = head_pointer(key_ptr, batch, head, key_strides, STRIDE_UNIT)
+    weights_ptr += batch.to(tl.int64) * length
+
+    in_range = rows < length
+    query = load_rows(
+        query_ptr, rows, in_range, query_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT
+    )
+    maximum = tl.full((BLOCK_QUERY,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_QUERY,), tl.float32)
+    # Sum of the exponentials times (maximum - score). The entropy, log2(total) + deficit / total,
+    # is made of two numbers that are never negative: nothing cancels where one key has nearly all.
+    deficit = tl.zeros((BLOCK_QUERY,), tl.float32)
+
+    for first_key in range(0, loop_end(length), BLOCK_KEY):
+        keys = first_key + tl.arange(0, BLOCK_KEY)
+        _, attended, log_weights = load_key_weights(weights_ptr, keys, length)
+        bias = tl.where(attended, log_weights, float("-inf"))
+        key = load_rows(key_ptr, keys, attended, key_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT)
+        scores = dot_transposed(query, key, TAIL) * scale_log2 + bias[None, :]
+        before, total_before = maximum, total
+        exponentials, correction, maximum, total = online_softmax_update(scores, maximum, total)
+        # What counts no more may be infinitely far below.
+        raised = (deficit + (maximum - before) * total_before) * correction
+        deficit = tl.where(correction == 0.0, 0.0, raised)
+        deficits = exponentials * (maximum[:, None] - scores)
+        deficit += tl.sum(tl.where(exponentials == 0.0, 0.0, deficits), 1)
+
+    divisor, log_sum_exp = softmax_end(maximum, total)
+    entropy = (tl.log2(divisor) + deficit / divisor) * LN_2
+    tl.store(entropy_ptr + first_row + rows, entropy, mask=in_range)
+    tl.store(log_sum_exp_ptr + first_row + rows, log_sum_exp, mask=in_range)
+    # Of a query that attends to nothing all powers 2^(score - maximum) shall be 0.
+    maximum = tl.where(total == 0.0, float("inf"), maximum)
+    tl.store(maximum_ptr + first_row + rows, maximum, mask=in_range)
+    tl.store(total_ptr + first_row + rows, divisor, mask=in_range)
+
+
+@triton.jit(do_not_specialize=["num_heads", "length", "num_prefix_tokens"])
+def column_statistics_kernel(
+    query_ptr,  # [B, H, L, d]
+    key_ptr,  # [B, H, L, d]
+    weights_ptr,  # [B, L]
+    maximum_ptr,  # [B, H, L]
+    total_ptr,  # [B, H, L]
+    from_prefix_ptr,  # [B, H, L]
+    from_patches_ptr,  # [B, H, L]
+    query_strides,  # of batch, head and row
+    key_strides,
+    num_heads,
+    length,
+    num_prefix_tokens,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+    BLOCK_QUERY: tl.constexpr,
+    BLOCK_KEY: tl.constexpr,
+):
+    keys, batch, head, first_row = locate_rows(num_heads, length, BLOCK_KEY)
+    query_ptr = head_pointer(query_ptr, batch, head, query_strides, STRIDE_UNIT)
+    key_ptr = head_pointer(key_ptr, batch, head, key_strides, STRIDE_UNIT)
+
+    _, attended, bias = load_key_weights(weights_ptr + batch.to(tl.int64) * length, keys, length)
+    key = load_rows(key_ptr, keys, attended, key_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT)
+    # Sums over the queries at the same place of their blocks; warps exchange them once, at the end.
+    from_prefix = tl.zeros((BLOCK_QUERY, BLOCK_KEY), tl.float32)
+    from_patches = tl.zeros((BLOCK_QUERY, BLOCK_KEY), tl.float32)
+
+    for first_query in range(0, loop_end(length), BLOCK_QUERY):
+        rows = first_query + tl.arange(0, BLOCK_QUERY)
+        row_exists = rows < length
+        query = load_rows(
+            query_ptr, rows, row_exists, query_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT
+        )
+        maximum = tl.load(maximum_ptr + first_row + rows, mask=row_exists, other=float("inf"))
+        total = tl.load(total_ptr + first_row + rows, mask=row_exists, other=1.0)
+        scores = dot_transposed(query, key, TAIL) * scale_log2 + bias[None, :]
+        probabilities = tl.exp2(scores - maximum[:, None]) * (1.0 / total)[:, None]
+        is_prefix = (rows < num_prefix_tokens)[:, None]
+        from_prefix += tl.where(is_prefix, probabilities, 0.0)
+        from_patches += tl.where(is_prefix, 0.0, probabilities)
+
+    # A mean over no queries is 0, and not even their NaN gets to a key that is not attended to.
+    mean_of_prefix = tl.sum(from_prefix, 0) / tl.maximum(num_prefix_tokens, 1)
+    mean_of_patches = tl.sum(from_patches, 0) / tl.maximum(length - num_prefix_tokens, 1)
+    mean_of_prefix = tl.where(attended, mean_of_prefix, 0.0)
+    mean_of_patches = tl.where(attended, mean_of_patches, 0.0)
+    in_range = keys < length
+    tl.store(from_prefix_ptr + first_row + keys, mean_of_prefix, mask=in_range)
+    tl.store(from_patches_ptr + first_row + keys, mean_of_patches, mask=in_range)
+
+
+def attention_statistics(
+    query: Tensor, key: Tensor, weights: Tensor, scale: float, num_prefix_tokens: int
+) -> AttentionStatistics:
+    """(B, H, L, d) twice and (B, L) -> four results (B, H, L) float32."""
+    batch, num_heads, length, head_dim = query.shape
+    main, tail = split_head_dim(head_dim)
+    config = forward_config(device_capability(query.device), query.dtype, head_dim, length)
+    statistics = AttentionStatistics(
+        *(
+            torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+            for _ in AttentionStatistics._fields
+        )
+    )
+    maximum, total = (torch.empty_like(statistics.entropy) for _ in range(2))
+    weights = weights.contiguous()
+    strides = (query.stride()[:-1], key.stride()[:-1])
+    scale_log2 = scale * LOG2_E.value
+    constants = {
+        "HEAD_DIM": head_dim,
+        "MAIN": main,
+        "TAIL": tail,
+        "STRIDE_UNIT": stride_unit(query, key),
+        "BLOCK_QUERY": config.block_stationary,
+        "BLOCK_KEY": config.block_streamed,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+    def grid(block: int) -> tuple[int]:
+        return (triton.cdiv(length, block) * batch * num_heads,)
+
+    with device_guard(query.device):
+        row_statistics_kernel[grid(config.block_stationary)](
+            query,
+            key,
+            weights,
+            statistics.entropy,
+            statistics.log_sum_exp,
+            maximum,
+            total,
+            *strides,
+            num_heads,
+            length,
+            scale_log2,
+            **constants,
+        )
+        column_statistics_kernel[grid(config.block_streamed)](
+            query,
+            key,
+            weights,
+            maximum,
+            total,
+            statistics.received_from_prefix,
+            statistics.received_from_patches,
+            *strides,
+            num_heads,
+            length,
+            num_prefix_tokens,
+            scale_log2,
+            **constants,
+        )
+    return statistics
