@@ -58,7 +58,7 @@ class _Probe(Learner):
     def _fit_one(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(C, E) weights and (C,) bias of one episode."""
         import torch
-        from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
+        from sklearn.linear_model import LogisticRegression
 
         probe = LogisticRegression(C=self._method.inverse_penalty, max_iter=1000)
         probe.fit(features.double().numpy(), labels.numpy())
