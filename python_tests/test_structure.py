@@ -23,7 +23,7 @@ ALLOWED = {
     "adapters": {"__init__", "towers", "operators", "rules", *TOOLS},
     "demo": {"towers"},
     "analysis": {"__init__", "towers", *TOOLS},
-    "fewshot": {"__init__", "towers", "adapters", "demo", "operators", "rules", *TOOLS},
+    "fewshot": {"__init__", "analysis", "towers", "adapters", "demo", "operators", "rules", *TOOLS},
 }
 
 

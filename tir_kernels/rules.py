@@ -34,6 +34,9 @@ class WeightRule:
     none       1
     ========== ==========================================
 
+    and, the two halves of "linear": "suppress-linear", its weights below 1, and "amplify-linear",
+    those above; all others are 1.
+
     Args:
         kind: One of the names above, or another one in ``RULES``. "linear" is the published method
             (arXiv 2605.25799).
@@ -119,6 +122,16 @@ def amplify(count: int, num_classes: int, strength: float, center: float) -> flo
     return _ramp(count, strength, center) if count == 1 else 1.0
 
 
+def suppress_linear(count: int, num_classes: int, strength: float, center: float) -> float:
+    """The part of the linear rule that turns tokens down, else 1."""
+    return min(1.0, linear(count, num_classes, strength, center))
+
+
+def amplify_linear(count: int, num_classes: int, strength: float, center: float) -> float:
+    """The part of the linear rule that turns tokens up, else 1."""
+    return max(1.0, linear(count, num_classes, strength, center))
+
+
 def unweighted(count: int, num_classes: int, strength: float, center: float) -> float:
     """1 for every token."""
     return 1.0
@@ -130,6 +143,8 @@ RULES: dict[str, WeightOfCount | str] = {
     "extremes": extremes,
     "suppress": suppress,
     "amplify": amplify,
+    "suppress-linear": suppress_linear,
+    "amplify-linear": amplify_linear,
     "none": unweighted,
 }
 

@@ -48,8 +48,13 @@ def fake_finetune(episode, method, seed, on_step):
 def at_once(finetune=None):
     """``finetune_episodes`` by a stand-in for one episode, one after the other."""
 
-    def finetune_episodes(model, tokenizer, episodes, method, *, seed, runtime, on_step=None):
+    def finetune_episodes(
+        model, tokenizer, episodes, method, *, seed, runtime, on_step=None, observers=()
+    ):
         results = []
+        for observer in observers:
+            observer.start(episodes)
+            observer.observe(0, None, None)
         for position, episode in enumerate(episodes):
             own_seed = episode_seed(seed, episode.index)
             try:

@@ -4,10 +4,13 @@ from tir_kernels.adapters.lora import LoRA, add_lora, loras_of
 from tir_kernels.adapters.lora_file import load_lora, save_lora
 from tir_kernels.adapters.prompt_context import PromptContext
 from tir_kernels.adapters.reweighting import Reweighting, add_reweighting, reweighting_of
+from tir_kernels.adapters.selection import MostAttended, RandomOrder
 
 __all__ = [
     "LoRA",
+    "MostAttended",
     "PromptContext",
+    "RandomOrder",
     "Reweighting",
     "add_lora",
     "add_reweighting",

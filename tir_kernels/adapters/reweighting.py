@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 
 from tir_kernels import (
     JointSpace,
+    TokenWeights,
     WeightRule,
     reweight_tokens,
     reweighted_attention,
     token_weights,
 )
 from tir_kernels.adapters.handle import Handle, handles_on
+from tir_kernels.adapters.selection import PatchOrder, hand_out
 from tir_kernels.rules import PLACEMENTS
 from tir_kernels.scalars import whole_number
 from tir_kernels.towers import vision_tower
@@ -47,6 +50,7 @@ class Reweighting(Handle):
         rule: WeightRule,
         table: Tensor | None,
         backend: str,
+        order: PatchOrder | None,
     ) -> None:
         self.layers = layers
         self.placement = placement
@@ -55,15 +59,56 @@ class Reweighting(Handle):
         self._tower = tower
         self._rule = rule
         self._backend = backend
+        self._order = order
         self._class_embeddings: Tensor | None = None
         blocks = tower.blocks
         self._places = [(blocks[layer], _ReweightedBlock(self, layer)) for layer in layers]
         try:
-            for block, adapter in self._places:
-                block.put(adapter, changes_attention=placement != "tokens")
+            self._put()
         except TypeError:  # and a block that cannot be opened leaves none changed
             self.remove()
             raise
+
+    def _put(self) -> None:
+        # An order of the patches may look at the attention.
+        changes_attention = self.placement != "tokens" or self._order is not None
+        for block, adapter in self._places:
+            block.put(adapter, changes_attention)
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Have the model without the re-weighting inside of the context."""
+        for block, adapter in self._places:
+            block.take(adapter)
+        try:
+            yield
+        finally:
+            self._put()
+
+    @property
+    def class_embeddings(self) -> Tensor:
+        """The classes that were set."""
+        if self._class_embeddings is None:
+            raise RuntimeError(
+                "class embeddings are not set: call handle.set_class_embeddings((C, E) tensor) "
+                "before the model's first forward pass; reweighting_of(model) gives the handle"
+            )
+        return self._class_embeddings
+
+    def weights(self, tokens: Tensor, layer: int) -> TokenWeights:
+        """The weights (B, L) and counts (B, N) of tokens (B, L, D) that enter block ``layer``.
+
+        With an order of the patches, both are handed out in it.
+        """
+        weights, counts = token_weights(tokens, **self._inputs(tokens))
+        if self._order is None:
+            return TokenWeights(weights, counts)
+        block = next(block for block, adapter in self._places if adapter.layer == layer)
+        prefix = self._tower.num_prefix_tokens
+        with torch.no_grad():
+            order = self._order(block, layer, tokens, prefix)
+        parts = [weights[:, :prefix], hand_out(weights[:, prefix:], counts, order)]
+        return TokenWeights(torch.cat(parts, 1), hand_out(counts, counts, order))
 
     def set_class_embeddings(self, class_embeddings: Tensor) -> None:
         """Set the classes whose relevance decides; needed before the first forward pass.
@@ -92,13 +137,8 @@ class Reweighting(Handle):
 
     def _inputs(self, tokens: Tensor) -> dict[str, Any]:
         """The operators' arguments besides the tokens (B, L, D)."""
-        if self._class_embeddings is None:
-            raise RuntimeError(
-                "class embeddings are not set: call handle.set_class_embeddings((C, E) tensor) "
-                "before the model's first forward pass; reweighting_of(model) gives the handle"
-            )
+        class_embeddings = self.class_embeddings
         space, table = self._tower.joint_space, self.table
-        class_embeddings = self._class_embeddings
         parts = [part for part in (space.norm_weight, space.proj) if part is not None]
         if parts and parts[0].device != tokens.device:  # in a replica of nn.DataParallel
             class_embeddings = class_embeddings.to(tokens.device)
@@ -164,11 +204,13 @@ class _ReweightedBlock:
 
     def enter(self, hidden: Tensor) -> tuple[Tensor, Modifier | None]:
         handle = self.handle
-        if handle.placement == "attention":
+        if handle.placement == "attention" and handle._order is None:
             return hidden, self._derive
-        weights, counts = token_weights(hidden, **handle._inputs(hidden))
+        weights, counts = handle.weights(hidden, self.layer)
         handle._keep(self.layer, counts)
-        modifier = partial(self._weigh, weights) if handle.placement == "both" else None
+        modifier = None if handle.placement == "tokens" else partial(self._weigh, weights)
+        if handle.placement == "attention":
+            return hidden, modifier
         return reweight_tokens(hidden, weights), modifier
 
     def _derive(self, call: AttentionCall, hidden: Tensor) -> AttentionCall:
@@ -205,6 +247,7 @@ def add_reweighting(
     backend: str = "auto",
     *,
     table: Tensor | None = None,
+    order: PatchOrder | None = None,
 ) -> Reweighting:
     """Re-weight the patch tokens of some vision blocks, in training and evaluation.
 
@@ -217,6 +260,8 @@ def add_reweighting(
         rule: A ``WeightRule``, or the name of a kind with its defaults; ``None``: ``WeightRule()``.
         backend: Backend of the operators.
         table: (C + 1,) weights per count instead of the rule's; it may require gradients.
+        order: Order of the patches in which each image's counts, and their weights, are handed out,
+            the highest first: a control such as ``MostAttended``. ``None``: patches keep their own.
 
     Returns:
         A handle: ``set_class_embeddings(...)`` before the first forward pass, ``last_counts``
@@ -240,7 +285,7 @@ def add_reweighting(
     elif not isinstance(rule, WeightRule):
         raise TypeError(f"rule must be a WeightRule or its kind; got {type(rule).__name__}")
     layers = _resolve_layers(layers, len(tower.blocks))
-    return Reweighting(tower, layers, placement, rule, table, backend)
+    return Reweighting(tower, layers, placement, rule, table, backend, order)
 
 
 def _resolve_layers(layers: Sequence[int] | None, depth: int) -> tuple[int, ...]:

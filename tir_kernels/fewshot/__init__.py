@@ -7,7 +7,9 @@ if TYPE_CHECKING:
     from tir_kernels.fewshot import methods
     from tir_kernels.fewshot.episode import Episode
     from tir_kernels.fewshot.run.folder import read_run
+    from tir_kernels.fewshot.run.tracked import read_tracked
     from tir_kernels.fewshot.settings import Arm, Protocol, Runtime
+    from tir_kernels.fewshot.track.tracker import Tracker
     from tir_kernels.fewshot.train.batch import EpisodeResult, NonFiniteLossError
     from tir_kernels.fewshot.train.loop import (
         episodes_that_fit,
@@ -22,10 +24,12 @@ _HOMES = {
     "NonFiniteLossError": "train.batch",
     "Protocol": "settings",
     "Runtime": "settings",
+    "Tracker": "track.tracker",
     "episodes_that_fit": "train.loop",
     "finetune_episode": "train.loop",
     "finetune_episodes": "train.loop",
     "read_run": "run.folder",
+    "read_tracked": "run.tracked",
 }
 
 __all__ = [
@@ -35,11 +39,13 @@ __all__ = [
     "NonFiniteLossError",
     "Protocol",
     "Runtime",
+    "Tracker",
     "episodes_that_fit",
     "finetune_episode",
     "finetune_episodes",
     "methods",
     "read_run",
+    "read_tracked",
 ]
 
 

@@ -7,30 +7,38 @@ import contextlib
 import dataclasses
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tir_kernels.errors import FewShotError
+from tir_kernels.fewshot.ablate import (
+    BASELINE,
+    ablation_arms,
+    ablation_methods,
+    print_ablation,
+)
 from tir_kernels.fewshot.arms import make_arms
-from tir_kernels.fewshot.data.known import KNOWN_SETS
 from tir_kernels.fewshot.interrupts import INTERRUPTED, PROGRAM, leaving_at_once, terminable
 from tir_kernels.fewshot.methods import DEFAULT_METHODS, DEMO_METHODS
 from tir_kernels.fewshot.options import (
     NAME,
-    Count,
     arm_options,
     episodes_option,
     method_fields,
     method_options,
+    reading_options,
     settings_options,
+    source_options,
+    track_option,
     with_options,
 )
 from tir_kernels.fewshot.run.workers import Place
 from tir_kernels.fewshot.run_options import Inputs, Reading, RunOptions, settings_named
 from tir_kernels.fewshot.settings import Protocol, Runtime
 from tir_kernels.fewshot.streams import forgiving_output
+from tir_kernels.fewshot.track.settings import Tracking
 from tir_kernels.fewshot.unforeseen import UnforeseenError, describe_unforeseen
 from tir_kernels.text import printable, setting
 
@@ -53,84 +61,40 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option(
-    "--data",
-    type=NAME,
-    required=True,
-    metavar="SOURCE",
-    help="Folder with a sub-folder of images per class; a list of images: JSON with image_names, "
-    "image_labels and label_names, or CSV or TSV with columns for file and label, or with a column "
-    "of 0 and 1 per class; or hf:NAME[:SPLIT] from Hugging Face, or a folder of its save_to_disk.",
-)
-@click.option(
-    "--images",
-    type=NAME,
-    metavar="DIR",
-    help="Folder of the images that a list names, also deep in it; by default the list's own.",
-)
-@click.option(
-    "--model",
-    type=NAME,
-    required=True,
-    metavar="ARCH_OR_DIR",
-    help="An open_clip architecture, or a folder with open_clip_config.json and weights.",
-)
-@click.option(
-    "--pretrained",
-    type=NAME,
-    metavar="TAG_OR_FILE",
-    help="Weights of the architecture: a tag of open_clip, or a checkpoint file.",
-)
-@click.option(
-    "--out",
-    type=NAME,
-    required=True,
-    metavar="RUN_DIR",
-    help="Folder of the run. The same command continues a run that was stopped.",
-)
+@source_options()
 @arm_options()
-@click.option(
-    "--class-names",
-    type=NAME,
-    metavar="FILE_OR_SET",
-    help=f"JSON or CSV file: class -> words, or the names of a data set: {', '.join(KNOWN_SETS)}. "
-    "Without it, the words are those of such a set if it has all classes, or else come from the "
-    "names of folders or labels.",
-)
-@click.option(
-    "--cache",
-    type=NAME,
-    metavar="DIR",
-    help="Folder in which images are kept, decoded and resized, once they were needed; by default "
-    "tir_kernels/images in $XDG_CACHE_HOME or ~/.cache. Each user has a sub-folder of their own in "
-    "it, which any number of runs may share, and which may be deleted at any time. Without room in "
-    "it, the run goes on without.",
-)
-@click.option("--no-cache", is_flag=True, help="Decode images in each run, and keep none.")
-@click.option(
-    "--max-pixels",
-    type=Count(1, 2**40, "no machine decodes such an image"),
-    help="Largest image that is decoded, in pixels; by default Pillow's limit against "
-    "decompression bombs, about 179 million.",
-)
-@click.option(
-    "--white-value",
-    type=float,
-    help="The value that is white in grey images of more than 8 bits, such as 4095 for 12 bits in "
-    "files of 16; 0 is black. By default the type's largest, and 1 for floating-point values.",
-)
-@click.option(
-    "--skip-unreadable",
-    is_flag=True,
-    help="Replace images that can't be read by others of their class, and list them at the end.",
-)
+@reading_options()
 @episodes_option(20)
 @settings_options()
+@track_option()
 @method_options()
 def run(**options: Any) -> None:
     """Fine-tune and score methods on few-shot episodes drawn from classes of images."""
     with _without_tracebacks(options["out"]):
         _run(**options)
+
+
+@cli.command()
+@source_options()
+@reading_options()
+@episodes_option(20)
+@settings_options()
+@track_option("every=10")
+@method_options()
+def ablate(**options: Any) -> None:
+    """Compare variants of re-weighting with LoRA on the same episodes, and follow attention sinks.
+
+    The arms are LoRA; the published method, and with weights in the attention or in both places;
+    turning down or up alone, in two readings; the same weights for the most attended or for random
+    patches; relevance to centroids of the support images; and, as references, the frozen model.
+    """
+    with _without_tracebacks(options["out"]):
+        _run(
+            methods=ablation_methods(),
+            arms=ablation_arms(),
+            then=lambda: _compare(options["out"]),
+            **options,
+        )
 
 
 @cli.command()
@@ -175,8 +139,8 @@ def _demo(out: str, options: dict[str, Any]) -> None:
     )
 
 
-def _run(**options: Any) -> None:
-    """Carry out a run with the options of the command ``run``; what is left out has its default."""
+def _run(then: Callable[[], None] | None = None, **options: Any) -> None:
+    """Carry out a run with the options of the command ``run``, and what follows its tables."""
     from rich.console import Console
 
     def taken(kind: type) -> Any:
@@ -193,28 +157,51 @@ def _run(**options: Any) -> None:
         known = [field.name for field, _ in method_fields() if field.name in options]
         shared = {name: options[name] for name in known if options[name] is not None}
         arms = make_arms(methods, options["arms"], shared)
+        track = options.get("track")
+        tracking = None if track is None else Tracking.parse(track)
     with leaving_at_once(), console.status("loading libraries"):
         from tir_kernels.fewshot.prepare import PreparedRun
         from tir_kernels.fewshot.run.folder import is_read_only
         from tir_kernels.fewshot.run.progress import Messages
 
     messages = Messages(console, with_options)
-    chosen = RunOptions(options["out"], options["episodes"], arms)
+    chosen = RunOptions(options["out"], options["episodes"], arms, tracking)
     prepared = PreparedRun(
         chosen, taken(Inputs), taken(Reading), protocol, runtime, place, messages
     )
     summary = prepared.finished() if is_read_only(options["out"]) else prepared.run()
     if summary is not None:
-        _show(summary)
+        _show(summary, then)
 
 
-def _show(summary: Summary) -> None:
-    """Print a finished run's tables, and say where there is no result."""
+def _compare(out: str) -> None:
+    """Print how the arms of a finished ablation differ, and keep it beside the summary."""
+    from rich.console import Console
+
+    from tir_kernels.fewshot.run.ablation import read_ablation
+    from tir_kernels.fewshot.run.folder import (
+        ABLATION_NAME,
+        expanded_out,
+        is_read_only,
+        write_json,
+    )
+
+    arms = (*ablation_methods(), *(arm.partition("=")[0] for arm in ablation_arms()))
+    ablation = read_ablation(out, arms, BASELINE)
+    if not is_read_only(out):
+        write_json(expanded_out(out) / ABLATION_NAME, ablation.to_json())
+    print_ablation(ablation, Console())
+
+
+def _show(summary: Summary, then: Callable[[], None] | None) -> None:
+    """Print a finished run's tables and what follows, and say where there is no result."""
     from rich.console import Console
 
     from tir_kernels.fewshot.run.summary import print_summary
 
     print_summary(summary, Console(), with_options)
+    if then is not None:
+        then()
     if summary.failures:
         raise FewShotError(
             f"{summary.failures}; the other episodes are finished and the means leave these out: "

@@ -131,6 +131,23 @@ def checked(
     return _field(default, help, check, **({} if choices is None else {"choices": choices}))
 
 
+def added_later(field: Any) -> Any:
+    """A field that methods did not always have: see ``as_settings``."""
+    return dataclasses.field(default=field.default, metadata={**field.metadata, "is_later": True})
+
+
+def as_settings(options: Any) -> dict[str, Any]:
+    """The fields of a dataclass by their names, as a run's settings hold them.
+
+    One that was added later is left out at its default: runs from before it hold none, and go on.
+    """
+    return {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(options)
+        if not (field.metadata.get("is_later") and getattr(options, field.name) == field.default)
+    }
+
+
 def kinds_of(hint: Any) -> tuple[Any, ...]:
     """The types that a field's hint allows besides ``None``, a tuple's without its entries."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)

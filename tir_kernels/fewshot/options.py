@@ -11,7 +11,9 @@ from typing import Any
 
 import click
 
+from tir_kernels.analysis.measures import MEASURES
 from tir_kernels.fewshot.arms import fields_of
+from tir_kernels.fewshot.data.known import KNOWN_SETS
 from tir_kernels.fewshot.fields import kinds_of
 from tir_kernels.fewshot.methods import DEFAULT_METHODS, METHODS, method_class
 from tir_kernels.fewshot.settings import AUTO, Protocol, Runtime
@@ -183,6 +185,95 @@ def arm_options() -> Callable[[Callable], Callable]:
     )
 
 
+_SOURCE_OPTIONS = [
+    click.option(
+        "--data",
+        type=NAME,
+        required=True,
+        metavar="SOURCE",
+        help="Folder with a sub-folder of images per class; a list of images: JSON with "
+        "image_names, image_labels and label_names, or CSV or TSV with columns for file and "
+        "label, or with a column of 0 and 1 per class; or hf:NAME[:SPLIT] from Hugging Face, or "
+        "a folder of its save_to_disk.",
+    ),
+    click.option(
+        "--images",
+        type=NAME,
+        metavar="DIR",
+        help="Folder of the images that a list names, also deep in it; by default the list's own.",
+    ),
+    click.option(
+        "--model",
+        type=NAME,
+        required=True,
+        metavar="ARCH_OR_DIR",
+        help="An open_clip architecture, or a folder with open_clip_config.json and weights.",
+    ),
+    click.option(
+        "--pretrained",
+        type=NAME,
+        metavar="TAG_OR_FILE",
+        help="Weights of the architecture: a tag of open_clip, or a checkpoint file.",
+    ),
+    click.option(
+        "--out",
+        type=NAME,
+        required=True,
+        metavar="RUN_DIR",
+        help="Folder of the run. The same command continues a run that was stopped.",
+    ),
+]
+_READING_OPTIONS = [
+    click.option(
+        "--class-names",
+        type=NAME,
+        metavar="FILE_OR_SET",
+        help="JSON or CSV file: class -> words, or the names of a data set: "
+        f"{', '.join(KNOWN_SETS)}. Without it, the words are those of such a set if it has all "
+        "classes, or else come from the names of folders or labels.",
+    ),
+    click.option(
+        "--cache",
+        type=NAME,
+        metavar="DIR",
+        help="Folder in which images are kept, decoded and resized, once they were needed; by "
+        "default tir_kernels/images in $XDG_CACHE_HOME or ~/.cache. Each user has a sub-folder "
+        "of their own in it, which any number of runs may share, and which may be deleted at any "
+        "time. Without room in it, the run goes on without.",
+    ),
+    click.option("--no-cache", is_flag=True, help="Decode images in each run, and keep none."),
+    click.option(
+        "--max-pixels",
+        type=Count(1, 2**40, "no machine decodes such an image"),
+        help="Largest image that is decoded, in pixels; by default Pillow's limit against "
+        "decompression bombs, about 179 million.",
+    ),
+    click.option(
+        "--white-value",
+        type=float,
+        help="The value that is white in grey images of more than 8 bits, such as 4095 for 12 "
+        "bits in files of 16; 0 is black. By default the type's largest, and 1 for "
+        "floating-point values.",
+    ),
+    click.option(
+        "--skip-unreadable",
+        is_flag=True,
+        help="Replace images that can't be read by others of their class, and list them at the "
+        "end.",
+    ),
+]
+
+
+def source_options() -> Callable[[Callable], Callable]:
+    """The options of data, model and folder."""
+    return _adding(_SOURCE_OPTIONS)
+
+
+def reading_options() -> Callable[[Callable], Callable]:
+    """The options of the classes' words, and of reading images."""
+    return _adding(_READING_OPTIONS)
+
+
 def _fields(settings: type) -> list[tuple[dataclasses.Field, Any]]:
     hints = typing.get_type_hints(settings)
     return [(field, hints[field.name]) for field in dataclasses.fields(settings)]
@@ -211,6 +302,19 @@ def _option_type(field: dataclasses.Field, hint: Any) -> Any:
     if others:
         return _Parallel()
     return _WholeNumbers() if kind is tuple else kind
+
+
+def track_option(default: str | None = None) -> Callable[[Callable], Callable]:
+    """The option of what is read of each training."""
+    return click.option(
+        "--track",
+        default=default,
+        show_default=default is not None,
+        metavar="every=N[,measures=NAME+NAME][,maps=N]",
+        help="Read measures of attention and tokens on the support images every N steps, and keep "
+        "maps for pictures of the first episodes (2 unless set), beside the results; no result "
+        f"depends on it. Measures, all unless set: {', '.join(MEASURES)}.",
+    )
 
 
 def episodes_option(default: int) -> Callable[[Callable], Callable]:

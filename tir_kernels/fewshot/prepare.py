@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
 from importlib import metadata
@@ -16,7 +18,8 @@ from tir_kernels.fewshot.data.decoding import Decoding
 from tir_kernels.fewshot.data.reader import ImageReader
 from tir_kernels.fewshot.devices import is_slow_at, resolve_device
 from tir_kernels.fewshot.episode import Episode
-from tir_kernels.fewshot.methods import Method
+from tir_kernels.fewshot.fields import as_settings
+from tir_kernels.fewshot.methods import Method, Observer
 from tir_kernels.fewshot.run.folder import (
     SUMMARY_NAME,
     RunFolder,
@@ -24,6 +27,7 @@ from tir_kernels.fewshot.run.folder import (
     read_run,
     write_json,
 )
+from tir_kernels.fewshot.run.journal import Journal
 from tir_kernels.fewshot.run.progress import Messages, RunDisplay
 from tir_kernels.fewshot.run.records import Record
 from tir_kernels.fewshot.run.runner import (
@@ -35,6 +39,7 @@ from tir_kernels.fewshot.run.runner import (
 from tir_kernels.fewshot.run.workers import Place
 from tir_kernels.fewshot.run_options import Inputs, Reading, RunOptions, settings_named
 from tir_kernels.fewshot.settings import AUTO, Protocol, Runtime
+from tir_kernels.fewshot.track.watcher import RunWatcher
 from tir_kernels.fewshot.train import loop
 from tir_kernels.operators.choose import refusal
 from tir_kernels.text import setting
@@ -59,7 +64,13 @@ class ModelTrainer:
         self._seed = seed
         self._runtime = replace(runtime, parallel=None)
 
-    def train(self, episodes: list[Episode], method: Method, on_step: StepFunction) -> list[Any]:
+    def train(
+        self,
+        episodes: list[Episode],
+        method: Method,
+        on_step: StepFunction,
+        observers: Sequence[Observer] = (),
+    ) -> list[Any]:
         """The results of episodes that are trained at once."""
         return loop.finetune_episodes(
             self._model.model,
@@ -69,6 +80,7 @@ class ModelTrainer:
             seed=self._seed,
             runtime=self._runtime,
             on_step=on_step,
+            observers=observers,
         )
 
     def fitting(self, episode: Episode, method: Method) -> int | None:
@@ -203,9 +215,16 @@ class PreparedRun:
             )
             trainer = ModelTrainer(self._model, self._protocol.seed, self._runtime)
             images = self._images()
-            with display:
+            with display, self._watcher(journal) as watcher:
                 for record in run_episodes(
-                    self.plan, self._data, images, trainer, folder, journal, on_step=display.step
+                    self.plan,
+                    self._data,
+                    images,
+                    trainer,
+                    folder,
+                    journal,
+                    on_step=display.step,
+                    watcher=watcher,
                 ):
                     display.finished(record)
         if journal.repeats:
@@ -213,6 +232,18 @@ class PreparedRun:
                 f"{journal.repeats} results were in the journals more than once and count once: "
                 f"locks in {folder.path} may not reach all machines"
             )
+
+    @contextmanager
+    def _watcher(self, journal: Journal) -> Iterator[RunWatcher | None]:
+        tracking = self._options.track
+        if tracking is None:
+            yield None
+            return
+        watcher = RunWatcher(tracking, self._model, self.arms, journal.path)
+        try:
+            yield watcher
+        finally:
+            watcher.close()
 
     def _images(self) -> ImageReader:
         cache = None
@@ -238,13 +269,15 @@ class PreparedRun:
             "data": f"content {self._data.fingerprint[:16]}",
             "model": f"content {self._model.fingerprint[:16]}",
             "arms": {
-                arm.name: {"method": arm.method.name, **asdict(arm.method)}
+                arm.name: {"method": arm.method.name, **as_settings(arm.method)}
                 for arm in self.plan.arms
             },
         }
         # Runs from before there were these have none, and no word on them.
         if not self._protocol.augment:
             del settings["augment"]
+        if self._options.track is not None:
+            settings["track"] = str(self._options.track)
         if self._reading.white_value is not None:
             settings["white_value"] = self._reading.white_value
         return settings

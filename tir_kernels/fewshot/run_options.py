@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from tir_kernels.errors import FewShotError
 from tir_kernels.fewshot.methods import METHODS, method_class
 from tir_kernels.fewshot.settings import Arm, Protocol, Runtime
+from tir_kernels.fewshot.track.settings import Tracking
 from tir_kernels.text import setting
 
 
@@ -59,11 +60,13 @@ class RunOptions:
         out: Folder of the run.
         episodes: Number of episodes.
         arms: Arms to compare on the same episodes.
+        track: What is read of each training; ``None``: nothing.
     """
 
     out: str
     episodes: int
     arms: tuple[Arm, ...]
+    track: Tracking | None = None
 
 
 @contextlib.contextmanager
@@ -76,7 +79,7 @@ def settings_named() -> Iterator[None]:
 
 
 def _setting_first(message: str) -> str:
-    match = re.match(r"(\w+)([ =])", message)
+    match = re.match(r"(\w+)([ =:])", message)
     methods = map(method_class, METHODS)
     kinds = (Protocol, Runtime, Inputs, Reading, RunOptions, *methods)
     known = {field.name for kind in kinds for field in dataclasses.fields(kind)}
@@ -84,4 +87,6 @@ def _setting_first(message: str) -> str:
     if match is None or match[1] not in known:
         return message
     rest = message[match.end() :]
-    return setting(match[1], rest) if match[2] == "=" else f"{setting(match[1])} {rest}"
+    if match[2] == "=":
+        return setting(match[1], rest)
+    return f"{setting(match[1])}{match[2]}{rest}"

@@ -6,10 +6,10 @@ import copy
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from tir_kernels.towers.opening import Opened, put_on, require_own_forward, take_off
-from tir_kernels.towers.protocol import BlockAdapter
+from tir_kernels.towers.protocol import AttentionCall, BlockAdapter
 
 Self = TypeVar("Self", bound="BlockBase")
 
@@ -51,6 +51,14 @@ class BlockBase:
         if self.attention is not None:
             twin.module.attn = _with_own_children(self.attention)
         return twin
+
+    def attention_of(self, hidden: Tensor) -> AttentionCall:
+        """The attention of tokens (B, L, D) as they enter, without modifiers; it must be opened."""
+        return self.attention.call_of(self.norm_first(hidden))
+
+    def norm_first(self, hidden: Tensor) -> Tensor:
+        """(B, L, D) as the attention takes them."""
+        raise NotImplementedError
 
     def check_attention(self) -> None:
         """Refuse an attention that can't be opened, with a TypeError."""

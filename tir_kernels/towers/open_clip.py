@@ -152,6 +152,9 @@ class OpenClipBlock(BlockBase):
         width = self.attention.embed_dim
         return {name: Linear(self.attention, (3, width, width)) for name in ("q", "k", "v")}
 
+    def norm_first(self, hidden: Tensor) -> Tensor:
+        return self.module.ln_1(hidden)
+
     def check_attention(self) -> None:
         attention = self.attention
         if isinstance(attention, _OpenedMultiheadAttention):

@@ -93,6 +93,9 @@ class TimmBlock(BlockBase):
         shape = (3, qkv.out_features // 3, qkv.in_features)
         return {name: Linear(qkv, shape) for name in ("q", "k", "v")}
 
+    def norm_first(self, hidden: Tensor) -> Tensor:
+        return self.module.norm1(hidden)
+
     def check_attention(self) -> None:
         attention = self.attention
         if isinstance(attention, _OpenedAttention):

@@ -8,15 +8,21 @@ import torch
 from fewshot.training_cases import EPISODES, METHOD, as_method, make_model, make_tokenizer
 
 from tir_kernels.fewshot import NonFiniteLossError, finetune_episodes
+from tir_kernels.fewshot.methods import Observer
 
 
-class Watcher:
+class Watcher(Observer):
     """Notes what it sees, and draws random numbers, which training must not notice."""
 
     def __init__(self, every: int) -> None:
         self.every = every
         self.steps: list[int] = []
         self.losses: list[list[float]] = []
+        self.episodes: list[int] = []
+
+    def start(self, episodes) -> None:
+        assert not self.steps
+        self.episodes = [episode.index for episode in episodes]
 
     def observe(self, step, learner, inputs) -> None:
         torch.rand(3)
@@ -41,6 +47,7 @@ def test_observed_is_as_unobserved(name: str) -> None:
         assert one.losses == other.losses
         assert torch.equal(one.query_logits, other.query_logits)
         assert all(torch.equal(one.trained[k], other.trained[k]) for k in one.trained)
+    assert often.episodes == [episode.index for episode in EPISODES[:2]]
     assert often.steps == list(range(8))
     assert seldom.steps == [0, 3, 6, 7]
     assert [often.losses[step] for step in seldom.steps] == seldom.losses
@@ -68,7 +75,7 @@ def test_a_method_without_steps_is_seen_once() -> None:
 
 
 def test_a_training_that_fails_is_seen_at_the_step_it_reached() -> None:
-    class Counter:
+    class Counter(Observer):
         every = 100
         steps: list[int] = []  # noqa: RUF012
 

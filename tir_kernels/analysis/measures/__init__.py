@@ -5,8 +5,13 @@ To add one, write a file like ``sink_ratio.py`` and name it in ``MEASURES``.
 
 from __future__ import annotations
 
-from tir_kernels.analysis.measures.protocol import BlockView, Finding, Measure
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from tir_kernels.registry import chosen
+
+if TYPE_CHECKING:
+    from tir_kernels.analysis.measures.protocol import BlockView, Finding, Measure
 
 # Name -> "module:Class".
 MEASURES = {
@@ -25,6 +30,13 @@ MEASURES = {
 }
 
 __all__ = ["MEASURES", "BlockView", "Finding", "Measure", "measure_class"]
+
+
+def __getattr__(name: str) -> Any:
+    # Names of measures are known without PyTorch.
+    if name in ("BlockView", "Finding", "Measure"):
+        return getattr(importlib.import_module(f"{__name__}.protocol"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def measure_class(name: str) -> type[Measure]:

@@ -5,7 +5,8 @@ To add one, write a file like ``zero_shot.py`` and name it in ``METHODS``.
 
 from __future__ import annotations
 
-from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method, Observer, ParameterGroup
+from tir_kernels.fewshot.methods.observer import Observer
+from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method, ParameterGroup
 from tir_kernels.registry import chosen, load
 
 # Name -> "module:Class". A run compares the first two where nothing is said, the demo three.
@@ -13,6 +14,7 @@ METHODS = {
     "tir": "tir_kernels.fewshot.methods.tir:TIR",
     "lora": "tir_kernels.fewshot.methods.lora:LoRA",
     "zero-shot": "tir_kernels.fewshot.methods.zero_shot:ZeroShot",
+    "linear-probe": "tir_kernels.fewshot.methods.linear_probe:LinearProbe",
     "tip-adapter": "tir_kernels.fewshot.methods.tip_adapter:TipAdapter",
 }
 DEFAULT_METHODS = tuple(METHODS)[:2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from tir_kernels.fewshot.fields import check_all
 
@@ -40,11 +40,18 @@ class Learner:
     """A model with a method's parts for G episodes. Images come as (G, S, 3, H, W)."""
 
     def inputs(self, images: Tensor) -> Tensor:
-        """The part of the images' way that stays as it is, (G, S, ...); run once an episode."""
+        """The part of the images' way that stays as it is, run once an episode.
+
+        Embedded tokens (G, S, L, D) of a method that changes blocks, else features (G, S, E).
+        """
         raise NotImplementedError
 
     def classes(self) -> Any:
         """The part of the logits that no image changes: run once a step, and once to classify."""
+
+    def show_classes(self, classes: Any) -> Tensor | None:
+        """The (G, C, E) embeddings in the result of ``classes``, shown to the image tower first."""
+        return None
 
     def logits(self, inputs: Tensor, classes: Any) -> Tensor:
         """(G, S, ...) inputs, and the result of ``classes`` -> (G, S, C) logits."""
@@ -73,14 +80,6 @@ class Learner:
     def trained(self) -> dict[str, Tensor]:
         """Name -> (G, ...) of all that was learned."""
         return {}
-
-
-class Observer(Protocol):
-    """A listener between steps: before the first, each ``every`` steps, and after the last."""
-
-    every: int
-
-    def observe(self, step: int, learner: Learner, inputs: Tensor) -> None: ...  # no gradients
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,24 @@ if TYPE_CHECKING:
 
     from tir_kernels.adapters import LoRA as Adapter
     from tir_kernels.adapters import Reweighting
+    from tir_kernels.adapters.selection import PatchOrder
+
+RELEVANCES = ("text", "centroids")
+SELECTIONS = ("relevance", "attention", "random")
 
 
 @dataclass(frozen=True)
 class TIR(LoRA):
     """LoRA and a prompt context, with patch tokens turned up or down by how many classes pick them.
 
-    The class embeddings of text block ``text_layer`` decide which tokens are picked.
+    The class embeddings of text block ``text_layer`` decide which tokens are picked; with relevance
+    "centroids", those are the classes' centroids: for each class the mean of its support images'
+    features (of all views, each of unit length, by the tower as it is before the first step,
+    without weights), again of unit length. Centroids stay as they are while the tower is trained.
+
+    With a selection other than "relevance", each image's counts and weights are those of relevance,
+    but given to other patches: the highest count to the most attended patch of that block, and so
+    on down; or in an order drawn from the episode's seed, one for each block.
     """
 
     name = "tir"
@@ -42,6 +53,22 @@ class TIR(LoRA):
         None, "Text block whose class embeddings give the relevance; unset: depth - 2."
     )
 
+    relevance: str = fields.added_later(
+        fields.choice(
+            "text",
+            RELEVANCES,
+            'Class embeddings that relevance is taken to: "text", or "centroids" of the support.',
+        )
+    )
+    selection: str = fields.added_later(
+        fields.choice(
+            "relevance",
+            SELECTIONS,
+            'Patches that get the weights: "relevance" selects them; as controls, as many with the '
+            'same weights are the most attended ("attention") or "random".',
+        )
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.weight_rule()
@@ -52,12 +79,20 @@ class TIR(LoRA):
 
     @contextmanager
     def start(self, kit: Kit) -> Iterator[Learner]:
-        from tir_kernels.adapters import add_reweighting
+        from tir_kernels.adapters import MostAttended, RandomOrder, add_reweighting
 
+        order: PatchOrder | None = None
+        if self.selection != "relevance":
+            order = MostAttended() if self.selection == "attention" else RandomOrder(kit.seeds)
         with (
             self.adapted(kit) as lora,
             add_reweighting(
-                kit.model, self.layers, self.placement, self.weight_rule(), kit.backend
+                kit.model,
+                self.layers,
+                self.placement,
+                self.weight_rule(),
+                kit.backend,
+                order=order,
             ) as reweighting,
         ):
             yield _Reweighted(self, kit, lora, reweighting)
@@ -68,18 +103,41 @@ class _Reweighted(TunedTowers):
         super().__init__(method, kit, lora)
         self.reweighting = reweighting
         self._text_layer = _resolve_text_layer(method.text_layer, self.prompts.num_blocks)
+        self._num_classes = len(kit.class_names[0])
+        self._by_centroids = method.relevance == "centroids"
+        self._centroids: Tensor | None = None
+
+    def fit(self, inputs: Tensor, labels: Tensor) -> None:
+        """Take the centroids, if those decide."""
+        if self._by_centroids:
+            with self.reweighting.suspended():
+                features = self._encoder.features(inputs.flatten(0, 1))
+            features = features.unflatten(0, inputs.shape[:2])
+            self._centroids = centroids(features, labels, self._num_classes)
 
     def classes(self) -> Any:
         """Class embeddings (G, C, E): of unit length for the logits, and for the relevance."""
         from torch.nn.functional import normalize
 
         final, intermediate = self.prompts(self._text_layer)
-        return normalize(final.float(), dim=-1), intermediate
+        deciding = self._centroids if self._by_centroids else intermediate
+        return normalize(final.float(), dim=-1), deciding
+
+    def show_classes(self, classes: Any) -> Tensor:
+        final, deciding = classes
+        self.reweighting.set_class_embeddings(deciding)
+        return final
 
     def logits(self, inputs: Tensor, classes: Any) -> Tensor:
-        final, intermediate = classes
-        self.reweighting.set_class_embeddings(intermediate)
-        return super().logits(inputs, final)
+        return super().logits(inputs, self.show_classes(classes))
+
+
+def centroids(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """(G, S, E) features and (G, S) labels -> (G, C, E) float32 mean directions, of unit length."""
+    from torch.nn.functional import normalize, one_hot
+
+    members = one_hot(labels, num_classes).float()  # (G, S, C)
+    return normalize(members.mT @ normalize(features.float(), dim=-1), dim=-1)
 
 
 def _resolve_text_layer(layer: int | None, depth: int) -> int:

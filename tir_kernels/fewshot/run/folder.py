@@ -5,19 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tir_kernels.errors import FewShotError, first_line
-from tir_kernels.fewshot.run.journal import (
-    Journal,
-    JournalReader,
-    journal_name,
-    journal_paths,
-    sync_folder,
-)
+from tir_kernels.fewshot.run.appended import sync_folder
+from tir_kernels.fewshot.run.journal import Journal, JournalReader, journal_name, journal_paths
 from tir_kernels.fewshot.run.lock import GROUP_KINDS, RunLock
 from tir_kernels.fewshot.run.records import Record, RunShape
 from tir_kernels.fewshot.run.workers import Place
@@ -29,11 +25,13 @@ _OUT = setting("out")
 
 SETTINGS_NAME = "settings.json"
 SUMMARY_NAME = "summary.json"
+ABLATION_NAME = "ablation.json"
 LOCK_NAME = ".lock"
 
 _LARGEST_JSON = 64 * MIB
 # What a summary of ours holds.
 _SUMMARY_KEYS = {"differences", "skipped_images"}
+_ABLATION_KEYS = {"baseline", "accuracy", "changes"}
 
 
 def read_run(folder: str | Path) -> list[Record]:
@@ -194,8 +192,9 @@ class RunFolder:
 def _refuse_others_files(folder: Path) -> None:
     """Refuse a folder in which something of another program's would be replaced or written to."""
     try:
-        names = [LOCK_NAME, SETTINGS_NAME, SUMMARY_NAME]
-        names += [path.name for path in journal_paths(folder)] if folder.is_dir() else []
+        names = [LOCK_NAME, SETTINGS_NAME, SUMMARY_NAME, ABLATION_NAME]
+        journals = [path.name for path in journal_paths(folder)] if folder.is_dir() else []
+        names += [*journals, *map(tracked_name, journals)]
         kinds = {name: _kind(folder / name) for name in names}
     except (OSError, ValueError) as error:
         raise FewShotError(f"{_OUT}: can't read {folder}: {first_line(error)}") from error
@@ -207,7 +206,8 @@ def _refuse_others_files(folder: Path) -> None:
             )
     if kinds[SETTINGS_NAME] is not None:
         _read_settings(folder / SETTINGS_NAME)
-    for name, is_ours in ((SUMMARY_NAME, _is_summary), (LOCK_NAME, _is_lock)):
+    checks = {SUMMARY_NAME: _is_summary, ABLATION_NAME: _is_ablation, LOCK_NAME: _is_lock}
+    for name, is_ours in checks.items():
         if kinds[name] is not None and not is_ours(folder / name):
             raise FewShotError(
                 f"{_OUT}: {folder / name} was not written by a run; choose another folder, or move "
@@ -223,11 +223,19 @@ def _kind(path: Path) -> int | None:
 
 
 def _is_summary(path: Path) -> bool:
+    return _has_keys(path, _SUMMARY_KEYS)
+
+
+def _is_ablation(path: Path) -> bool:
+    return _has_keys(path, _ABLATION_KEYS)
+
+
+def _has_keys(path: Path, keys: set[str]) -> bool:
     try:
         content = decode_json(read_bytes(path, at_most=_LARGEST_JSON))
     except (OSError, ValueError):
         return False
-    return isinstance(content, dict) and content.keys() >= _SUMMARY_KEYS
+    return isinstance(content, dict) and content.keys() >= keys
 
 
 def _is_lock(path: Path) -> bool:
@@ -333,13 +341,22 @@ def _shown(value: object) -> str:
     return "unset" if value is None else str(value)
 
 
+def tracked_name(journal: str) -> str:
+    """The name of the file of measures beside a journal: ``tracked.2.jsonl``."""
+    return re.sub("^episodes", "tracked", journal)
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write strict JSON so that a reader sees the old file or the new one, never a part.
+    """Write strict JSON as ``write_whole`` does."""
+    write_whole(path, encode_json(content, indent=2) + b"\n")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part.
 
     Raises:
         FewShotError: The file can't be written.
     """
-    text = encode_json(content, indent=2) + b"\n"
     # A name of this process's own, which is never opened if it is there: a link would lead away.
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -348,7 +365,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
             with open(descriptor, "wb") as file:
-                file.write(text)
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 from tir_kernels.errors import FewShotError, first_line
+from tir_kernels.fewshot.run.appended import AppendedLines, lost, read_from, whole_lines
 from tir_kernels.fewshot.run.records import Record, RunShape
-from tir_kernels.files import open_regular
 
 # The names that journals are given, and no others: what a person or a program has put beside them,
 # such as a backup, is not part of the run.
@@ -52,20 +51,6 @@ def journal_paths(folder: Path) -> list[Path]:
     except (OSError, ValueError) as error:
         raise FewShotError(f"can't read {folder}: {first_line(error)}") from error
     return [folder / name for name in sorted(names, key=lambda name: (len(name), name))]
-
-
-def _read_bytes(path: Path, start: int = 0) -> bytes:
-    try:
-        with open_regular(path) as file:
-            file.seek(start)
-            return file.read()
-    except OSError as error:
-        raise FewShotError(f"can't read {path}: {first_line(error)}") from error
-
-
-def _whole_lines(content: bytes) -> bytes:
-    # What follows the last line feed is torn: its process was killed, or is in the midst of it.
-    return content[: content.rfind(b"\n") + 1]
 
 
 def _parse(path: Path, content: bytes, lines_before: int) -> list[_Line]:
@@ -117,14 +102,14 @@ class JournalReader:
         found = []
         paths = journal_paths(self._folder)
         for path in self._done.keys() - set(paths):
-            raise _lost(path, "removed")
+            raise lost(path, "removed")
         for path in paths:
             done = self._done.get(path, _Progress())
             # Some network file systems number files anew, so a file is known by what it says.
-            content = _read_bytes(path, done.size - len(done.tail))
+            content = read_from(path, done.size - len(done.tail))
             if not content.startswith(done.tail):
-                raise _lost(path, "cut short" if len(content) < len(done.tail) else "replaced")
-            whole = _whole_lines(content)
+                raise lost(path, "cut short" if len(content) < len(done.tail) else "replaced")
+            whole = whole_lines(content)
             lines = _parse(path, whole[len(done.tail) :], done.lines)
             self._done[path] = _Progress(
                 done.size + len(whole) - len(done.tail),
@@ -159,15 +144,12 @@ class JournalReader:
         """All records that were read."""
         return [line.record for line in self._lines.values()]
 
+    def path_of(self, key: tuple[int, str]) -> Path:
+        """The journal from which a record was read."""
+        return self._lines[key].path
+
     def __contains__(self, key: tuple[int, str]) -> bool:
         return key in self._lines
-
-
-def _lost(path: Path, what: str) -> FewShotError:
-    return FewShotError(
-        f"{path} was {what} by another program while the run was on; keep clean-up jobs, editors "
-        "and programs that synchronise folders away from it, and give the same command again"
-    )
 
 
 class Journal(JournalReader):
@@ -190,25 +172,15 @@ class Journal(JournalReader):
     def __init__(self, path: Path, shape: RunShape | None = None) -> None:
         super().__init__(path.parent, shape)
         self.path = path
-        self.note = ""
-        self._file = -1
         super().news()
-        content = _read_bytes(path) if path.exists() else b""
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        try:
-            self._file = os.open(path, flags, 0o644)
-            self._size = len(_whole_lines(content))
-            if self._size < len(content):
-                os.ftruncate(self._file, self._size)
-                self.note = f"the last line of {path} was torn; its episode is run again"
-            sync_folder(path.parent)
-        except OSError as error:
-            raise FewShotError(f"can't write {path}: {first_line(error)}") from error
+        self._lines_of_own = AppendedLines(path)
+        torn = f"the last line of {path} was torn; its episode is run again"
+        self.note = torn if self._lines_of_own.was_torn else ""
 
     def news(self) -> list[Record]:
         """The records that no earlier call returned; raises as ``append`` too."""
-        if self._file >= 0:
-            self.require_own_file()
+        if self._lines_of_own.is_open:
+            self._lines_of_own.require_own_file()
         return super().news()
 
     def append(self, record: Record) -> None:
@@ -218,22 +190,7 @@ class Journal(JournalReader):
             FewShotError: It can't be written, or the file is not the one in the run's folder any
                 more. The records before it stay readable.
         """
-        self.require_own_file()
-        line = rest = record.to_line()
-        try:
-            while rest:
-                rest = rest[os.write(self._file, rest) :]
-            os.fsync(self._file)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._file, self._size)
-            raise FewShotError(
-                f"can't write {self.path}: {first_line(error)}; what is finished is kept: "
-                "make room and give the same command again"
-            ) from error
-        self._size += len(line)
-        # What was written into a file that meanwhile lost its name is nowhere.
-        self.require_own_file()
+        self._lines_of_own.append(record.to_line())
 
     def require_own_file(self) -> None:
         """Check that what this process appends to is the file of that name, as it left it.
@@ -241,28 +198,8 @@ class Journal(JournalReader):
         Raises:
             FewShotError: It was removed, replaced or changed.
         """
-        own = os.fstat(self._file)
-        try:
-            named = os.stat(self.path, follow_symlinks=False)
-        except OSError as error:
-            raise _lost(self.path, "removed") from error
-        if not os.path.samestat(own, named):
-            raise _lost(self.path, "replaced")
-        if own.st_size != self._size:
-            raise _lost(self.path, "cut short" if own.st_size < self._size else "written to")
+        self._lines_of_own.require_own_file()
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._file)
-        self._file = -1
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder survive a power cut, once they are there."""
-    # Some network file systems don't offer this for folders; there it is left to them.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        self._lines_of_own.close()

@@ -18,7 +18,7 @@ from tir_kernels.fewshot.data.dataset import ImageClass, ImageData
 from tir_kernels.fewshot.data.load import load_episode
 from tir_kernels.fewshot.data.reader import ImageReader
 from tir_kernels.fewshot.episode import Episode, plan_episode
-from tir_kernels.fewshot.methods import Method
+from tir_kernels.fewshot.methods import Method, Observer
 from tir_kernels.fewshot.run.folder import RunFolder
 from tir_kernels.fewshot.run.journal import Journal
 from tir_kernels.fewshot.run.records import OK, Record
@@ -48,13 +48,20 @@ class StepListener(Protocol):
 class Trainer(Protocol):
     """A model, and the way in which episodes are trained on it."""
 
-    def train(self, episodes: list[Episode], method: Method, on_step: StepFunction) -> list[Any]:
+    def train(
+        self,
+        episodes: list[Episode],
+        method: Method,
+        on_step: StepFunction,
+        observers: Sequence[Observer] = (),
+    ) -> list[Any]:
         """Train on several episodes at once.
 
         Args:
             episodes: Episodes to train on.
             method: An arm's method.
             on_step: Function called with an episode's position, a step from 0, and its loss.
+            observers: Listeners between steps.
 
         Returns:
             For each episode an object with ``query_logits``, ``losses`` and ``support_accuracy``,
@@ -67,6 +74,16 @@ class Trainer(Protocol):
         Returns:
             At least 1, or ``None`` where nothing is trained.
         """
+
+
+class Watcher(Protocol):
+    """Looks at trainings, and keeps what it saw beside the journal."""
+
+    def observers(self, arm: Arm, episodes: Sequence[Episode]) -> Sequence[Observer]:
+        """Observers of the next training."""
+
+    def keep(self, record: Record) -> None:
+        """Have what was seen of a finished training on the disk, before its record is there."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +115,7 @@ def run_episodes(
     journal: Journal,
     *,
     on_step: StepListener | None = None,
+    watcher: Watcher | None = None,
 ) -> Iterator[Record]:
     """Run what the journal does not have yet, and yield each record once it is on the disk.
 
@@ -114,6 +132,7 @@ def run_episodes(
         folder: Folder of the run, which hands out the episodes.
         journal: Journal of this process.
         on_step: Function called after each training step.
+        watcher: Watches the trainings.
 
     Yields:
         The records of all processes, but not those the journal had at the beginning.
@@ -151,7 +170,10 @@ def run_episodes(
                 chosen = [each for each in episodes if (each.index, arm.name) not in journal]
                 if not chosen:
                     continue
-                for record in _run_together(chosen, arm, plan.device, trainer, on_step):
+                observers = () if watcher is None else watcher.observers(arm, chosen)
+                for record in _run_together(chosen, arm, plan.device, trainer, on_step, observers):
+                    if watcher is not None:
+                        watcher.keep(record)
                     journal.append(record)
                     yield from journal.news()
         if not held:
@@ -229,6 +251,7 @@ def _run_together(
     device: str,
     trainer: Trainer,
     on_step: StepListener | None,
+    observers: Sequence[Observer],
 ) -> list[Record]:
     numbers = ", ".join(str(episode.index) for episode in episodes)
     where = f"episode{'s' if len(episodes) > 1 else ''} {numbers}, {arm.name}"
@@ -242,7 +265,7 @@ def _run_together(
 
     start = time.perf_counter()
     with _explained(where, device):
-        results = trainer.train(episodes, arm.method, note_step)
+        results = trainer.train(episodes, arm.method, note_step, observers)
     seconds = (time.perf_counter() - start) / len(episodes)
     per_step = _seconds_per_step(start, stamps)
     if per_step is not None:

@@ -102,6 +102,8 @@ def finetune_batch(
     job: Job, episodes: Sequence[Episode], on_step: StepListener | None
 ) -> list[EpisodeResult | NonFiniteLossError]:
     """Results of episodes of one shape, trained at once."""
+    for observer in job.observers:
+        observer.start(episodes)
     with job.learner(episodes) as learner:
         support_images, query_images = (
             job.stacked(episodes, name) for name in ("support_images", "query_images")
@@ -135,9 +137,11 @@ def bytes_of_a_step(job: Job, episodes: Sequence[Episode]) -> int:
     with job.learner(episodes) as learner:
         if not learner.parameters():
             return 0
-        learner.train(True)
         inputs = _frozen_inputs(learner, job.stacked(episodes, "support_images"))
         labels = job.stacked(episodes, "support_labels").long()
+        with torch.no_grad():
+            learner.fit(inputs, labels)
+        learner.train(True)
         with count_saved_bytes([*job.model.parameters(), inputs]) as count:
             _losses(learner, inputs, labels)
         learner.train(False)

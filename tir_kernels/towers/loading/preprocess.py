@@ -79,3 +79,11 @@ class Preprocess:
         scale = torch.full((), 255.0, dtype=torch.float32, device=pixels.device)
         images = pixels.to(torch.float32).div_(scale)
         return normalize(images, self._mean, self._std, inplace=True)
+
+    def to_image(self, images: Tensor) -> np.ndarray:
+        """(..., H, W, 3) uint8 pixels of the model's input (..., 3, H, W): ``normalise`` undone."""
+        mean, std = (
+            torch.tensor(each, device="cpu")[:, None, None] for each in (self._mean, self._std)
+        )
+        pixels = (255 * (images.cpu().float() * std + mean)).round().clamp(0, 255)
+        return pixels.to(torch.uint8).movedim(-3, -1).numpy()

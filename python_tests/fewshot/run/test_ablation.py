@@ -1,0 +1,111 @@
+"""The findings of an ablation, from a journal and its tracks."""
+
+import io
+
+import pytest
+from fewshot.run.test_journal import FAILED, record
+from rich.console import Console
+from scipy import stats
+
+from tir_kernels.fewshot.ablate import (
+    BASELINE,
+    PUBLISHED,
+    ablation_arms,
+    ablation_methods,
+    print_ablation,
+)
+from tir_kernels.fewshot.arms import make_arms
+from tir_kernels.fewshot.run.ablation import accuracy_rows, change_rows, read_ablation
+from tir_kernels.fewshot.run.journal import Journal
+from tir_kernels.fewshot.run.tracked import Series, Track, TrackFile
+
+ARMS = ("lora", "tir", "random", "zero-shot")
+CORRECT = {"lora": [1, 2, 3, 2], "tir": [2, 3, 3, 3], "random": [1, 2, 3, 3], "zero-shot": [1] * 4}
+
+
+@pytest.fixture
+def run(tmp_path):
+    journal = Journal(tmp_path / "episodes.jsonl")
+    tracks = TrackFile(journal.path)
+    for arm in ARMS:
+        for episode, correct in enumerate(CORRECT[arm]):
+            if arm != "zero-shot":
+                base = 0.1 * (episode + 1) * (2 if arm == "tir" else 1)
+                values = [[0.5, None, 0.0], [9.0, 9.0, 9.0], [0.5 + base, 1.0, base]]
+                chance = [[0.0] * 3]
+                series = [
+                    Series("sink-ratio", "ratio", [0, 1, 2], chance, values),
+                    Series("cka", "likeness", [0, 1, 2], chance, values),
+                    Series("top-patch", "once", [0, 1, 2], chance, [[None] * 3] * 3),
+                ]
+                tracks.append(Track(episode, arm, [0, 1, 2], series))
+            journal.append(record(episode, arm, correct=correct, accuracy=correct / 4))
+    journal.append(record(4, "tir", **FAILED))
+    journal.close()
+    tracks.close()
+    return tmp_path
+
+
+def test_accuracy_is_compared_with_the_baseline(run):
+    ablation = read_ablation(run, ARMS, "lora")
+    by_arm = {own.arm: own for own in ablation.accuracy}
+    assert list(by_arm) == list(ARMS)
+    assert by_arm["lora"].difference is None
+    tir = by_arm["tir"]
+    assert tir.value.mean == pytest.approx(11 / 16)
+    assert tir.difference.mean == pytest.approx(3 / 16)
+    pairs = [a / 4 for a in CORRECT["tir"]], [a / 4 for a in CORRECT["lora"]]
+    assert tir.p == pytest.approx(stats.ttest_rel(*pairs).pvalue)
+    others = sorted(own.p for own in ablation.accuracy if own.p is not None)
+    assert tir.holm == pytest.approx(max((3 - i) * p for i, p in enumerate(others) if p <= tir.p))
+    assert tir.episodes_needed > 1
+
+
+def test_changes_are_last_minus_first_over_blocks_that_have_both(run):
+    ablation = read_ablation(run, ARMS, "lora")
+    assert [change.name for change in ablation.changes] == ["ratio", "likeness"]
+    change = ablation.changes[0]
+    assert [own.arm for own in change.arms] == ["lora", "tir", "random"]
+    lora, tir, random = change.arms
+    assert lora.value.mean == pytest.approx(0.25)
+    assert tir.value.mean == pytest.approx(0.5)
+    assert tir.difference.mean == pytest.approx(0.25)
+    assert (random.difference.mean, random.p, random.holm) == (pytest.approx(0.0), 1.0, 1.0)
+
+
+def test_rows_and_tables(run):
+    ablation = read_ablation(run, ARMS, "lora")
+    heading, lora, tir, *_ = accuracy_rows(ablation)
+    assert heading[3] == "− lora, points"
+    assert lora[:2] == ["lora", "4"]
+    assert lora[3:] == ["", "", ""]
+    assert tir[2].startswith("68.75 ± ")
+    assert tir[3].startswith("+18.75 ± ")
+    assert len(change_rows(ablation)) == 4
+    assert len(change_rows(ablation, None)) == 7
+    text = io.StringIO()
+    print_ablation(ablation, Console(file=text, width=120))
+    assert "+18.75" in text.getvalue()
+    assert "ratio" in text.getvalue()
+    assert "likeness" not in text.getvalue()
+
+
+def test_a_run_without_tracks_has_accuracies_alone(tmp_path):
+    journal = Journal(tmp_path / "episodes.jsonl")
+    journal.append(record(0, "lora"))
+    journal.close()
+    ablation = read_ablation(tmp_path, ARMS, "lora")
+    assert ablation.changes == ()
+    assert [own.value.episodes for own in ablation.accuracy] == [1, 0, 0, 0]
+    print_ablation(ablation, Console(file=io.StringIO()))
+
+
+def test_the_arms_differ_in_one_option_each():
+    arms = {arm.name: arm.method for arm in make_arms(ablation_methods(), ablation_arms(), {})}
+    assert len(arms) == 13
+    published = vars(arms[PUBLISHED])
+    for name, method in arms.items():
+        if name.startswith(f"{PUBLISHED}@"):
+            changed = {key for key, value in vars(method).items() if value != published[key]}
+            assert len(changed) == 1, name
+    assert arms[BASELINE].steps == arms[PUBLISHED].steps

@@ -1,0 +1,1 @@
+"""Tracking: measures and pictures of a training, read between its steps."""
