@@ -22,7 +22,7 @@ ALLOWED = {
     "towers": {"__init__", "operators", *TOOLS},
     "adapters": {"__init__", "towers", "operators", "rules", *TOOLS},
     "demo": {"towers"},
-    "analysis": {"__init__", "towers", *TOOLS},
+    "analysis": {"__init__", "fewshot", "towers", *TOOLS},
     "fewshot": {"__init__", "analysis", "towers", "adapters", "demo", "operators", "rules", *TOOLS},
 }
 
@@ -76,6 +76,16 @@ def test_backends_do_not_know_each_other() -> None:
             parts = module.split(".")
             if parts[:2] == ["tir_kernels", "backends"] and len(parts) > 2:
                 assert parts[2] == own or parts[2] not in names, f"{path} imports {module}"
+
+
+def test_pages_and_figures_alone_read_runs() -> None:
+    """And they do so by the run's own readers; a measure knows of no training."""
+    rooms = [PACKAGE / "analysis" / name for name in ("page", "figures")]
+    for path in (PACKAGE / "analysis").rglob("*.py"):
+        used = {each for each in imports(path) if each.startswith("tir_kernels.fewshot")}
+        if any(room in path.parents for room in rooms):
+            used = {each for each in used if not each.startswith("tir_kernels.fewshot.run.")}
+        assert not used, f"{path} imports {used}"
 
 
 def test_one_file_names_the_published_method() -> None:

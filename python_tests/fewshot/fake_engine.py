@@ -3,6 +3,7 @@
 Run as a program it is ``tir-finetune`` with both in place, for tests that kill it.
 """
 
+import contextlib
 import functools
 import os
 import signal
@@ -82,13 +83,20 @@ def fake_tokenizer(texts):
     return torch.tensor([[ord(char) for char in text.lower().ljust(40)] for text in texts])
 
 
-def run_main(arguments):
-    """``tir-finetune`` on the stand-ins."""
-    with (
-        mock.patch("tir_kernels.towers.loading.models.load_model", fake_model),
-        mock.patch("tir_kernels.fewshot.train.loop.finetune_episodes", at_once()),
-    ):
+def run_main(arguments, *, draws_page=False):
+    """``tir-finetune`` on the stand-ins, without the second that a page takes."""
+    with contextlib.ExitStack() as stack:
+        for name, stand_in in {
+            "tir_kernels.towers.loading.models.load_model": fake_model,
+            "tir_kernels.fewshot.train.loop.finetune_episodes": at_once(),
+            **({} if draws_page else {"tir_kernels.fewshot.command.show_page": no_page}),
+        }.items():
+            stack.enter_context(mock.patch(name, stand_in))
         return main(arguments)
+
+
+def no_page(folders, out):
+    """In place of ``show_page``."""
 
 
 def run_shared(arguments, *, processes=3, restarts=0, before=lambda: None):

@@ -34,6 +34,7 @@ from tir_kernels.fewshot.options import (
     track_option,
     with_options,
 )
+from tir_kernels.fewshot.report_command import report, show_page
 from tir_kernels.fewshot.run.workers import Place
 from tir_kernels.fewshot.run_options import Inputs, Reading, RunOptions, settings_named
 from tir_kernels.fewshot.settings import Protocol, Runtime
@@ -139,6 +140,9 @@ def _demo(out: str, options: dict[str, Any]) -> None:
     )
 
 
+cli.add_command(report)
+
+
 def _run(then: Callable[[], None] | None = None, **options: Any) -> None:
     """Carry out a run with the options of the command ``run``, and what follows its tables."""
     from rich.console import Console
@@ -169,9 +173,12 @@ def _run(then: Callable[[], None] | None = None, **options: Any) -> None:
     prepared = PreparedRun(
         chosen, taken(Inputs), taken(Reading), protocol, runtime, place, messages
     )
-    summary = prepared.finished() if is_read_only(options["out"]) else prepared.run()
+    if is_read_only(options["out"]):
+        summary, page_folder = prepared.finished(), None
+    else:
+        summary, page_folder = prepared.run(), options["out"]
     if summary is not None:
-        _show(summary, then)
+        _show(summary, then, page_folder)
 
 
 def _compare(out: str) -> None:
@@ -193,8 +200,14 @@ def _compare(out: str) -> None:
     print_ablation(ablation, Console())
 
 
-def _show(summary: Summary, then: Callable[[], None] | None) -> None:
-    """Print a finished run's tables and what follows, and say where there is no result."""
+def _show(summary: Summary, then: Callable[[], None] | None, page_folder: str | None) -> None:
+    """Print a finished run's tables and what follows, and say where there is no result.
+
+    Args:
+        summary: The findings.
+        then: Prints what follows.
+        page_folder: Folder for the run's page; ``None``: none is written.
+    """
     from rich.console import Console
 
     from tir_kernels.fewshot.run.summary import print_summary
@@ -202,6 +215,8 @@ def _show(summary: Summary, then: Callable[[], None] | None) -> None:
     print_summary(summary, Console(), with_options)
     if then is not None:
         then()
+    if page_folder is not None:
+        show_page([page_folder], page_folder)
     if summary.failures:
         raise FewShotError(
             f"{summary.failures}; the other episodes are finished and the means leave these out: "

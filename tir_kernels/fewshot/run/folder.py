@@ -57,6 +57,18 @@ def read_run(folder: str | Path) -> list[Record]:
     return _sorted(records, shape.arms or ())
 
 
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """The content of a run's ``settings.json``: "episodes", "settings" and "about".
+
+    Args:
+        folder: The run's folder.
+
+    Raises:
+        FewShotError: It can't be read, or is not of a run.
+    """
+    return _read_settings(expanded_out(folder) / SETTINGS_NAME)
+
+
 def is_read_only(folder: str | Path) -> bool:
     """Whether a folder holds a run that can be looked at but not continued."""
     path = expanded_out(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
@@ -95,25 +95,35 @@ def summarise(records: Sequence[Record], arms: Sequence[str]) -> Summary:
         records: Its journal.
         arms: The arms in the order they are shown; the first of a pair is the minuend.
     """
-    accuracies = {
-        arm: {
-            record.episode: record.accuracy
-            for record in records
-            if record.arm == arm and record.status == OK and record.accuracy is not None
-        }
-        for arm in arms
-    }
-    differences = []
-    for first, second in combinations(arms, 2):
-        one, other = accuracies[first], accuracies[second]
-        common = sorted(one.keys() & other.keys())
-        estimate = Estimate.of([one[episode] - other[episode] for episode in common])
-        differences.append(Difference(first, second, estimate))
+    accuracies = {arm: accuracy_by_episode(records, arm) for arm in arms}
+    differences = [
+        Difference(first, second, paired(accuracies[first], accuracies[second]))
+        for first, second in combinations(arms, 2)
+    ]
     return Summary(
         arms=tuple(_arm(records, arm, accuracies[arm]) for arm in arms),
         differences=tuple(differences),
         skipped_images=tuple(skipped_images(records)),
     )
+
+
+def accuracy_by_episode(records: Sequence[Record], arm: str) -> dict[int, float]:
+    """Episode -> accuracy of an arm, where it has a result."""
+    return {
+        record.episode: record.accuracy
+        for record in records
+        if record.arm == arm and record.status == OK and record.accuracy is not None
+    }
+
+
+def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Estimate:
+    """The difference, first minus second, over the episodes that both have.
+
+    Args:
+        first, second: Episode -> value.
+    """
+    common = sorted(first.keys() & second.keys())
+    return Estimate.of([first[episode] - second[episode] for episode in common])
 
 
 def _arm(records: Sequence[Record], arm: str, accuracies: dict[int, float]) -> ArmSummary:

@@ -1,0 +1,59 @@
+"""Runs without tracking: their pages and tables, alone and side by side."""
+
+import csv
+
+import pytest
+from made_runs import ARMS, sections, text_of, write_run
+
+from tir_kernels.analysis.page import tables_text, write_page
+from tir_kernels.errors import FewShotError
+
+
+@pytest.fixture(scope="module")
+def untracked(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("untracked") / "run"
+    return write_run(folder, classes=list("abcde"), is_tracked=False, shots=5, data="made/isic2018")
+
+
+def test_a_run_without_tracking_has_its_accuracy_and_says_how_to_get_the_rest(untracked):
+    source = text_of(write_page([untracked], untracked / "report.html"))
+    assert sections(source) == ["Accuracy", "Inside the image tower", "Settings"]
+    assert "--track every=10" in source
+    assert "lora minus" not in source
+    assert "tir minus lora, in pairs: +12.0 ± 8.8 points, an interval that leaves out 0." in source
+
+
+def test_several_runs_stand_side_by_side(untracked, tmp_path):
+    other = write_run(tmp_path / "other", classes=list("abcde"), is_tracked=False)
+    source = text_of(write_page([other, untracked], tmp_path / "all.html"))
+    assert sections(source)[:2] == ["All data sets", "Accuracy"]
+    assert sections(source).count("Accuracy") == 2
+    assert "<title>2 runs</title>" in source
+    tables = tables_text([other, untracked], "markdown")
+    assert "1 shot per class" in tables
+    assert "| arm | eurosat | mean |" in tables
+    assert "| arm | isic2018 | mean |" in tables
+    both = tables_text([untracked, other, other], "csv")
+    assert "eurosat (other)" in both
+
+
+def test_a_file_that_is_no_page_is_kept(untracked, tmp_path):
+    other = tmp_path / "thesis.html"
+    other.write_text("<!doctype html>\nmine")
+    with pytest.raises(FewShotError, match="is not a report; choose another name"):
+        write_page([untracked], other)
+    assert other.read_text() == "<!doctype html>\nmine"
+    with pytest.raises(FewShotError, match=r"can't read .*settings.json"):
+        write_page([tmp_path], tmp_path / "report.html")
+
+
+def test_the_baseline_is_chosen(untracked):
+    table = tables_text([untracked], "csv", baseline="tir").splitlines()
+    assert "minus tir, points" in table[0]
+    rows = {row[0]: row for row in csv.reader(table)}
+    assert float(rows["lora"][4]) == pytest.approx(-12.0, abs=0.05)
+    assert rows["lora"][7] == "0 of 3"
+    assert rows["tir"][4:7] == ["–", "", "–"]
+    with pytest.raises(FewShotError, match="baseline must be one of zero-shot, lora, tir; got 'x'"):
+        tables_text([untracked], "csv", baseline="x")
+    assert list(ARMS) == list(rows)[1:4]

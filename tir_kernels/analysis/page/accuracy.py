@@ -1,0 +1,164 @@
+"""Accuracy of arms: in one run, in words, and in several data sets side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from tir_kernels.analysis.figures import Chart, Dots
+from tir_kernels.analysis.page.runs import ReportedRun
+from tir_kernels.analysis.page.tables import Cell, Table, Value
+from tir_kernels.fewshot.run.summary import Estimate
+
+
+def accuracy_table(run: ReportedRun) -> Table:
+    """Accuracy of each arm, its paired difference to the baseline, and its bad episodes."""
+    columns = ["arm", "episodes", "accuracy, %"]
+    if len(run.arms) > 1:
+        columns += [f"minus {run.baseline}, points", "pairs"]
+    if run.zero_shot is not None:
+        columns.append(f"episodes below {run.zero_shot}")
+    notes = ["Mean ± 95 % interval of Student's t over episodes; differences are paired."]
+    if run.zero_shot is None:
+        notes.append("Episodes below zero-shot: none found, since no arm is zero-shot.")
+    if run.summary.failures:
+        notes.append(f"Without a result, and left out: {run.summary.failures}.")
+    if run.summary.skipped_images:
+        notes.append(f"{len(run.summary.skipped_images)} unreadable images were replaced.")
+    return Table(
+        "Accuracy of each arm",
+        tuple(columns),
+        tuple(_row(run, arm) for arm in run.arms),
+        tuple(notes),
+    )
+
+
+def _row(run: ReportedRun, arm: str) -> tuple[Cell, ...]:
+    own = run.accuracies[arm]
+    row: list[Cell] = [arm, len(own), _percent(run.accuracy(arm))]
+    if len(run.arms) > 1:
+        pair = run.difference(arm)
+        is_baseline = arm == run.baseline
+        row += ["–", "–"] if is_baseline else [_points(pair), pair.episodes]
+    if run.zero_shot is not None:
+        floor = run.accuracies[run.zero_shot]
+        common = own.keys() & floor.keys()
+        below = sum(own[episode] < floor[episode] for episode in common)
+        row.append("–" if arm == run.zero_shot else f"{below} of {len(common)}")
+    return tuple(row)
+
+
+def accuracy_chart(run: ReportedRun, styles: Mapping[str, int], name: str) -> Chart:
+    """Accuracy of each episode and arm, with means and intervals."""
+    rows = tuple(
+        (arm, styles[arm], tuple(100 * each for each in own.values()), _hundredfold(own))
+        for arm, own in run.accuracies.items()
+    )
+    ways = run.settings.get("ways")
+    chance = 100 / ways if ways else None
+    panel = Dots("Accuracy over episodes", "accuracy, %", rows, chance)
+    return Chart(name, "Accuracy over episodes", (panel,))
+
+
+def _hundredfold(own: Mapping[int, float]) -> Estimate:
+    return Estimate.of([100 * value for value in own.values()])
+
+
+def verdict(run: ReportedRun) -> str:
+    """The findings of a run in a few sentences."""
+    count = max(len(own) for own in run.accuracies.values())
+    if count == 0:
+        return "No episode of this run has a result yet."
+    parts = [f"{arm} {_percent(run.accuracy(arm))} %" for arm in run.arms if run.accuracies[arm]]
+    episodes = "one episode" if count == 1 else f"{count} episodes"
+    sentences = [f"Mean accuracy over {episodes}: {', '.join(parts)}."]
+    for arm in run.arms:
+        if arm not in (run.baseline, run.zero_shot):
+            sentences.append(_compared(run, arm))
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _compared(run: ReportedRun, arm: str) -> str:
+    pair = run.difference(arm)
+    if pair.mean is None:
+        return ""
+    text = f"{arm} minus {run.baseline}, in pairs: {_points(pair)} points"
+    if pair.half_width is None:
+        return f"{text}; one episode gives no interval, and decides nothing."
+    if abs(pair.mean) <= pair.half_width:
+        return f"{text}, so {pair.episodes} episodes do not tell them apart."
+    return f"{text}, an interval that leaves out 0."
+
+
+def field_tables(runs: Sequence[ReportedRun]) -> list[Table]:
+    """Arms against data sets, one table for each number of shots."""
+    names = _column_names(runs)
+    shots = sorted({run.shots for run in runs}, key=lambda each: (each is None, each or 0))
+    return [
+        _field_table([(names[i], run) for i, run in enumerate(runs) if run.shots == own], own)
+        for own in shots
+    ]
+
+
+def _field_table(named: Sequence[tuple[str, ReportedRun]], shots: int | None) -> Table:
+    arms = dict.fromkeys(arm for _, run in named for arm in run.arms)
+    rows = []
+    for arm in arms:
+        own = [
+            run.accuracy(arm) if arm in run.arms else Estimate(0, None, None) for _, run in named
+        ]
+        rows.append((arm, *map(_percent, own), _mean(own)))
+    title = "any number of shots" if shots is None else f"{shots} shot{'s' * (shots != 1)}"
+    return Table(
+        f"Accuracy in %, {title} per class",
+        ("arm", *(name for name, _ in named), "mean"),
+        tuple(rows),
+        ("± 95 % interval over episodes; the mean is that of the data sets, if an arm has all.",),
+    )
+
+
+def _mean(estimates: Sequence[Estimate]) -> Cell:
+    means = [each.mean for each in estimates if each.mean is not None]
+    if len(means) < len(estimates):
+        return None
+    return f"{100 * math.fsum(means) / len(means):.1f}"
+
+
+def _column_names(runs: Sequence[ReportedRun]) -> list[str]:
+    """The data's name for each run; beside the folder's where two runs share data and shots."""
+    keys = [(run.data, run.shots) for run in runs]
+    return [
+        run.data if keys.count(key) == 1 else f"{run.data} ({run.name})"
+        for key, run in zip(keys, runs, strict=True)
+    ]
+
+
+def settings_table(run: ReportedRun) -> Table:
+    """The settings of a run, those of its arms beside each other."""
+    arms = run.settings.get("arms")
+    arms = arms if isinstance(arms, dict) else {}
+    names = dict.fromkeys(name for options in arms.values() for name in options)
+    shared = {**run.about, **run.settings}
+    rows = [
+        (name, *(_setting(value) for _ in run.arms))
+        for name, value in shared.items()
+        if name not in ("arms", "method")
+    ]
+    rows += [
+        (name, *(_setting(arms.get(arm, {}).get(name, "–")) for arm in run.arms)) for name in names
+    ]
+    return Table("Settings", ("setting", *run.arms), tuple(rows))
+
+
+def _setting(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "unset" if value is None else str(value)
+
+
+def _percent(estimate: Estimate) -> Value:
+    return Value(estimate, scale=100, digits=1)
+
+
+def _points(estimate: Estimate) -> Value:
+    return Value(estimate, scale=100, digits=1, is_signed=True)

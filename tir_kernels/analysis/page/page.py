@@ -1,0 +1,239 @@
+"""The HTML file of a report, and the files of its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jinja2
+from markupsafe import Markup
+
+from tir_kernels.analysis.figures import Chart, Dots, Drawing, draw
+from tir_kernels.analysis.figures.styles import SHADES, dashes, shade
+from tir_kernels.analysis.page.accuracy import accuracy_table, field_tables, verdict
+from tir_kernels.analysis.page.curves import change_table, quantities
+from tir_kernels.analysis.page.gallery import COLOURS
+from tir_kernels.analysis.page.runs import ReportedRun, load_runs
+from tir_kernels.analysis.page.sections import BY_BLOCK, Section, field_section, run_sections
+from tir_kernels.analysis.page.tables import FORMATS, Cell, Table, download, shown, titled, written
+from tir_kernels.errors import FewShotError, first_line
+from tir_kernels.fewshot.run.folder import expanded_out, write_whole
+from tir_kernels.files import MIB, read_bytes
+from tir_kernels.text import printable, setting
+
+LARGEST = 2_000_000  # bytes of a page
+_PICTURES = 5  # images of a gallery, where there is room for them
+_MARK = b"<!doctype html>\n<!-- written by tir-finetune -->\n"
+_KINDS = {"csv": "text/csv", "markdown": "text/markdown", "latex": "application/x-tex"}
+
+
+class Part(NamedTuple):
+    """The sections of one run, or of all runs together.
+
+    Attributes:
+        title: Name of the run; empty for what all runs share.
+        lead: The findings in a few sentences.
+        facts: What was run on what.
+        sections: Its sections.
+    """
+
+    title: str
+    lead: str
+    facts: str
+    sections: Sequence[Section]
+
+
+def write_page(
+    folders: Sequence[str | Path], out: str | Path, *, baseline: str | None = None
+) -> Path:
+    """Write the page of one run or several, and its figures into a folder beside it.
+
+    Args:
+        folders: Folders of runs, finished or not.
+        out: HTML file to write; the figures' folder has its name with ``-figures`` for the ending.
+        baseline: The arm that others are compared with, see ``load_runs``.
+
+    Returns:
+        The file.
+
+    Raises:
+        FewShotError: A run can't be read, or a file can't be written or is not a page's.
+    """
+    path = expanded_out(out)
+    _refuse_others_file(path)
+    runs = load_runs(folders, baseline)
+    page, drawings = _fitting_page(runs)
+    figures = path.with_name(f"{path.stem}-figures")
+    try:
+        figures.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FewShotError(
+            f"{setting('out')}: can't make {figures}: {first_line(error)}"
+        ) from error
+    for name, drawing in drawings.items():
+        write_whole(figures / f"{name}.svg", drawing.svg)
+        write_whole(figures / f"{name}.png", drawing.png)
+    write_whole(path, page)
+    return path
+
+
+def tables_text(folders: Sequence[str | Path], style: str, *, baseline: str | None = None) -> str:
+    """The tables of one run or several as text, see ``tables.written``.
+
+    Args:
+        folders: Folders of runs, finished or not.
+        style: "csv", "markdown" or "latex".
+        baseline: As for ``write_page``.
+
+    Raises:
+        FewShotError: A run can't be read.
+        ValueError: There is no such style.
+    """
+    runs = load_runs(folders, baseline)
+    if len(runs) > 1:
+        return titled(field_tables(runs), style)
+    (run,) = runs
+    changes = change_table(quantities(run.tracked), _styles(runs), run.baseline)
+    return titled([accuracy_table(run), *([] if changes is None else [changes])], style)
+
+
+def _refuse_others_file(path: Path) -> None:
+    try:
+        if not path.exists() and not path.is_symlink():
+            return
+        is_ours = read_bytes(path, at_most=64 * MIB).startswith(_MARK)
+    except OSError as error:
+        raise FewShotError(f"{setting('out')}: can't read {path}: {first_line(error)}") from error
+    if not is_ours:
+        raise FewShotError(
+            f"{setting('out')}: {path} is not a report; choose another name, or move that file"
+        )
+
+
+def _styles(runs: Sequence[ReportedRun]) -> dict[str, int]:
+    """Arm -> number of its colour and dashes, the same in all runs."""
+    arms = dict.fromkeys(arm for run in runs for arm in run.arms)
+    return {arm: number for number, arm in enumerate(arms)}
+
+
+def _fitting_page(runs: Sequence[ReportedRun]) -> tuple[bytes, dict[str, Drawing]]:
+    """The page, without its least important parts if it would be too large otherwise.
+
+    Returns:
+        The page, and all drawings by their names, also those without room in it.
+    """
+    styles = _styles(runs)
+    found = [quantities(run.tracked) for run in runs]
+    pictures = -(-_PICTURES // len(runs))
+    parts = []
+    for number, run in enumerate(runs):
+        prefix = f"{number}-" if len(runs) > 1 else ""
+        sections = run_sections(run, found[number], styles, prefix, pictures)
+        parts.append(Part(run.name, verdict(run), _facts(run), sections))
+    charts = [chart for part in parts for section in part.sections for chart in section.charts]
+    drawings = {chart.name: draw(chart) for chart in charts}
+    # Markup by our own drawing, in which names are escaped.
+    drawn = {name: [Markup(panel) for panel in own.panels] for name, own in drawings.items()}
+    page = _rendered(runs, parts, styles, drawn, "")
+    if len(page) > LARGEST:
+        note = "Curves from block to block lie in the folder beside this file alone, for their size"
+        drawn = {name: own for name, own in drawn.items() if not name.endswith(BY_BLOCK)}
+        page = _rendered(runs, parts, styles, drawn, f"{note}.")
+    if len(page) > LARGEST:
+        note = "Figures lie in the folder beside this file alone, for their size"
+        parts = [part._replace(sections=_without_gallery(part.sections)) for part in parts]
+        page = _rendered(runs, parts, styles, {}, f"{note}, and pictures are left out.")
+    return page, drawings
+
+
+def _without_gallery(sections: Sequence[Section]) -> list[Section]:
+    return [section for section in sections if section.gallery is None]
+
+
+def _facts(run: ReportedRun) -> str:
+    finished = {record.episode for record in run.records}
+    sizes = [f"{run.settings[name]} {name}" for name in ("ways", "shots") if name in run.settings]
+    parts = [
+        f"{run.about.get('data', 'unknown data')}, {run.about.get('model', 'unknown model')}",
+        *sizes,
+        f"{len(finished)} of {run.episodes} episodes",
+    ]
+    return " · ".join(parts)
+
+
+def _rendered(
+    runs: Sequence[ReportedRun],
+    parts: list[Part],
+    styles: dict[str, int],
+    drawn: dict[str, list[Markup]],
+    note: str,
+) -> bytes:
+    title = runs[0].name
+    if len(runs) > 1:
+        title = f"{len(runs)} runs"
+        parts = [Part("", "", "", [field_section(runs)]), *parts]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_finalised,
+    )
+    environment.globals.update(
+        shown=shown,
+        downloads=_downloads,
+        chart_download=lambda chart: download(written(_data(chart), "csv"), "text/csv"),
+        stroke=_stroke,
+        shade=shade,
+        slug=lambda text: "".join(char if char.isalnum() else "-" for char in text).lower(),
+    )
+    text = environment.get_template("page.html.j2").render(
+        title=title,
+        parts=parts,
+        styles=styles,
+        drawn=drawn,
+        note=note,
+        shades=SHADES,
+        map_colours=COLOURS,
+    )
+    return _MARK + text.encode()
+
+
+def _finalised(value: object) -> object:
+    """A value as it is shown: names come from files, and nothing in them may hide."""
+    return printable(value) if type(value) is str else value
+
+
+def _downloads(table: Table) -> list[tuple[str, str, str]]:
+    """Format, ending and address of each form of a table."""
+    return [
+        (style, ending, download(written(table, style), _KINDS[style]))
+        for style, ending in FORMATS.items()
+    ]
+
+
+def _data(chart: Chart) -> Table:
+    """All numbers of a chart in long form."""
+    rows: list[tuple[Cell, ...]] = []
+    columns = ("panel", "line", "at", "value", "half of the 95 % interval", "episodes")
+    for panel in chart.panels:
+        if isinstance(panel, Dots):
+            for arm, _, values, mean in panel.rows:
+                rows.append((panel.title, arm, "mean", mean.mean, mean.half_width, mean.episodes))
+                rows += [(panel.title, arm, "one episode", value, None, 1) for value in values]
+            continue
+        for line in panel.lines:
+            rows += [
+                (panel.title, line.label, x, mean.mean, mean.half_width, mean.episodes)
+                for x, mean in line.points
+            ]
+        rows += [(panel.title, "chance", x, level, None, None) for x, level in panel.chance]
+    return Table(chart.title, columns, tuple(rows))
+
+
+def _stroke(style: int, total: int, is_ordered: bool) -> str:
+    """The dashes of a line in a legend, in pixels; empty for a solid one."""
+    pattern = dashes(style, is_ordered)
+    return "" if pattern == "solid" else " ".join(f"{2 * length:g}" for length in pattern[1])

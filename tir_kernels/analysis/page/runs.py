@@ -1,0 +1,141 @@
+"""Runs as a report needs them, read from their folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tir_kernels.errors import FewShotError
+from tir_kernels.fewshot.run.folder import expanded_out, read_run, read_settings
+from tir_kernels.fewshot.run.maps import Maps, read_maps
+from tir_kernels.fewshot.run.records import Record
+from tir_kernels.fewshot.run.summary import (
+    Estimate,
+    Summary,
+    accuracy_by_episode,
+    paired,
+    summarise,
+)
+from tir_kernels.fewshot.run.tracked import Tracked, read_tracked
+from tir_kernels.text import setting
+
+ZERO_SHOT = "zero-shot"
+_COMPARED_WITH = ("lora", "linear-probe")  # the methods that others are usually compared with
+
+
+@dataclass(frozen=True)
+class ReportedRun:
+    """A run and all that was kept of it.
+
+    Args:
+        name: Name for readers.
+        settings: All that decides its numbers, as in its ``settings.json``.
+        about: Facts beside them: data, model, versions.
+        episodes: Number of its episodes, finished or not.
+        arms: Names of its arms, in order.
+        baseline: The arm that the others are compared with.
+        records: Its journal.
+        tracked: Measures through training; empty if it was not tracked.
+        maps: Arrays for pictures; empty if it was not tracked.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    about: dict[str, Any]
+    episodes: int
+    arms: tuple[str, ...]
+    baseline: str
+    records: list[Record]
+    tracked: list[Tracked]
+    maps: list[Maps]
+
+    @cached_property
+    def accuracies(self) -> dict[str, dict[int, float]]:
+        """Arm -> episode -> accuracy."""
+        return {arm: accuracy_by_episode(self.records, arm) for arm in self.arms}
+
+    @cached_property
+    def summary(self) -> Summary:
+        """The findings that the run's own table has."""
+        return summarise(self.records, self.arms)
+
+    def accuracy(self, arm: str) -> Estimate:
+        """The mean accuracy of an arm."""
+        return Estimate.of(list(self.accuracies[arm].values()))
+
+    def difference(self, arm: str) -> Estimate:
+        """Accuracy of an arm minus that of the baseline, in pairs."""
+        return paired(self.accuracies[arm], self.accuracies[self.baseline])
+
+    @property
+    def zero_shot(self) -> str | None:
+        """The arm without training, if there is one."""
+        return _first_of_method(self.settings, self.arms, ZERO_SHOT)
+
+    @property
+    def data(self) -> str:
+        """A short name of the data: the last part of a path, or of a data set's name."""
+        full = str(self.about.get("data", "")).rstrip("/")
+        return full.rsplit("/", 1)[-1] or self.name
+
+    @property
+    def shots(self) -> int | None:
+        """Labelled images per class."""
+        return self.settings.get("shots")
+
+
+def load_runs(folders: Sequence[str | Path], baseline: str | None = None) -> list[ReportedRun]:
+    """Read runs for a report.
+
+    Args:
+        folders: Folders of runs, finished or not.
+        baseline: The arm that others are compared with, in runs that have it; by default the first
+            of LoRA's arms, else of the linear probe's, else the first of all.
+
+    Raises:
+        FewShotError: A folder holds no run, can't be read or is damaged; or no run has such an arm.
+    """
+    paths = [expanded_out(folder) for folder in folders]
+    runs = [_load(path, baseline) for path in paths]
+    if baseline is not None and all(baseline not in run.arms for run in runs):
+        known = ", ".join(dict.fromkeys(arm for run in runs for arm in run.arms))
+        raise FewShotError(f"{setting('baseline')} must be one of {known}; got {baseline!r}")
+    return runs
+
+
+def _load(path: Path, baseline: str | None) -> ReportedRun:
+    content = read_settings(path)
+    settings = content["settings"]
+    records = read_run(path)
+    # Runs from before there were arms name methods; without either, the records tell.
+    named = settings.get("arms", settings.get("method")) or [record.arm for record in records]
+    arms = tuple(dict.fromkeys(named))
+    if not arms:
+        raise FewShotError(f"{path} holds a run without arms and without results")
+    if baseline is None or baseline not in arms:
+        usual = (_first_of_method(settings, arms, method) for method in _COMPARED_WITH)
+        baseline = next((arm for arm in usual if arm is not None), arms[0])
+    about = content.get("about")
+    return ReportedRun(
+        name=path.resolve().name or str(path),
+        settings=settings,
+        about=about if isinstance(about, dict) else {},
+        episodes=content["episodes"],
+        arms=arms,
+        baseline=baseline,
+        records=records,
+        tracked=read_tracked(path),
+        maps=read_maps(path),
+    )
+
+
+def _first_of_method(settings: dict[str, Any], arms: Sequence[str], method: str) -> str | None:
+    own = settings.get("arms")
+    for arm in arms:
+        options = own.get(arm) if isinstance(own, dict) else None
+        if (options.get("method") if isinstance(options, dict) else arm) == method:
+            return arm
+    return None
