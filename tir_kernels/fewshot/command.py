@@ -135,6 +135,7 @@ def _demo(out: str, options: dict[str, Any]) -> None:
         model=str(model_directory()),
         methods=DEMO_METHODS,
         arms=(),
+        track="every=10",
         no_cache=True,
         **options,
     )
