@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from .shapes import Point
 
-_NUMBER_BYTES = 4  # of float32 and int32
+NUMBER_BYTES = 4  # of float32 and int32
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ def attention_cost(point: Point, direction: str) -> Cost:
     """
     if direction == "forward+backward":
         return attention_cost(point, "forward") + attention_cost(point, "backward")
-    weights = point.images * point.length * _NUMBER_BYTES
+    weights = point.images * point.length * NUMBER_BYTES
     product = 2 * point.rows * point.length * point.head_dim
     if direction == "forward":
         return Cost(4 * _head_bytes(point) + weights, 2 * product)
-    log_sum_exp = point.rows * _NUMBER_BYTES
+    log_sum_exp = point.rows * NUMBER_BYTES
     return Cost(8 * _head_bytes(point) + weights + log_sum_exp, 5 * product)
 
 
@@ -68,7 +68,7 @@ def relevance_cost(point: Point) -> Cost:
 def token_weights_cost(point: Point) -> Cost:
     """Relevance whose cosines stay inside: weights (B, L) and counts (B, N) come out."""
     relevance = relevance_cost(point)
-    weights = point.images * point.length * _NUMBER_BYTES
+    weights = point.images * point.length * NUMBER_BYTES
     inside = _cosine_bytes(point) - _count_bytes(point) - weights
     return Cost(relevance.bytes - inside, relevance.flops)
 
@@ -92,14 +92,14 @@ def fused_memory(point: Point, direction: str) -> int:
     Outputs (B, H, L, d), counts (B, N), one float32 statistic per row and the relevance (B, C, N);
     with the backward pass three gradients and one more statistic per row.
     """
-    statistics = point.rows * _NUMBER_BYTES
+    statistics = point.rows * NUMBER_BYTES
     forward = _head_bytes(point) + statistics + _cosine_bytes(point) + _count_bytes(point)
     return forward if direction == "forward" else forward + 3 * _head_bytes(point) + statistics
 
 
 def score_bytes(point: Point) -> int:
     """Size of one (B, H, L, L) tensor of float32."""
-    return point.rows * point.length * _NUMBER_BYTES
+    return point.rows * point.length * NUMBER_BYTES
 
 
 def _head_bytes(point: Point) -> int:
@@ -107,11 +107,11 @@ def _head_bytes(point: Point) -> int:
 
 
 def _cosine_bytes(point: Point) -> int:
-    return point.images * point.num_classes * point.patches * _NUMBER_BYTES
+    return point.images * point.num_classes * point.patches * NUMBER_BYTES
 
 
 def _count_bytes(point: Point) -> int:
-    return point.images * point.patches * _NUMBER_BYTES
+    return point.images * point.patches * NUMBER_BYTES
 
 
 def transformer_flops(tower: Transformer) -> int:
@@ -133,7 +133,7 @@ def step_cost(*towers: Transformer) -> Cost:
     """
     forward = sum(map(transformer_flops, towers))
     parameters = 12 * sum(tower.layers * tower.width**2 for tower in towers)
-    return Cost(2 * parameters * _NUMBER_BYTES, 2 * forward)
+    return Cost(2 * parameters * NUMBER_BYTES, 2 * forward)
 
 
 def episode_cost(step: Cost, steps: int, step_on_queries: Cost) -> Cost:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import Case
-from bench.counting import FLOAT32_BYTES, Cost
+from bench.counting import NUMBER_BYTES, Cost
 from bench.operators import WEIGHTED_ATTENTION, Operator
 from bench.peers.common import COMPILED, EAGER, Peer, compiled, own_peers
 from bench.problems import AttentionProblem, require_close
@@ -83,7 +83,7 @@ def statistics_cost(point: Point) -> Cost:
     """Queries, keys and weights in, four results out; one product, which gives the scores."""
     rows = point.images * point.heads * point.length
     heads = 2 * rows * point.head_dim * point.itemsize
-    others = (point.images * point.length + 4 * rows) * FLOAT32_BYTES
+    others = (point.images * point.length + 4 * rows) * NUMBER_BYTES
     return Cost(heads + others, 2 * rows * point.length * point.head_dim)
 
 
@@ -101,7 +101,7 @@ ATTENTION_STATISTICS = Operator(
 def statistics_cases(settings: Settings) -> list[Case]:
     if not settings.wants("forward"):
         return []
-    found: list[Point] = points("attention", settings, varies=("lengths", "heads", "dtypes"))
+    found = points("attention", settings)
     return [
         operator_case("statistics", ATTENTION_STATISTICS, point, "forward", settings, priority=LAST)
         for point in found

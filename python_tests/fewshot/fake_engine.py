@@ -55,7 +55,7 @@ def at_once(finetune=None):
         results = []
         for observer in observers:
             observer.start(episodes)
-            observer.observe(0, None, None)
+            observer.observe(0, None, torch.empty(len(episodes), 0, 0))  # features: no tower
         for position, episode in enumerate(episodes):
             own_seed = episode_seed(seed, episode.index)
             try:

@@ -55,7 +55,7 @@ def test_the_device_is_chosen_and_told(arguments, tmp_path, capsys, monkeypatch)
 def test_help_lists_the_choices(capsys):
     assert main(["run", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "--rule [linear|extremes|suppress|amplify|none]" in text
+    assert "--rule [linear|extremes|suppress|amplify|suppress-linear|amplify-linear|none]" in text
     assert "--backend [auto|reference|cpu|triton|cuda]" in text
     assert "--device TEXT" in text
     assert "[default: auto]" in text
@@ -165,7 +165,7 @@ def test_a_finished_run_is_shown_from_a_folder_that_is_read_only(
     arguments, tmp_path, capsys, monkeypatch
 ):
     assert fake_engine.run_main(arguments) == 0
-    table = capsys.readouterr().out
+    table = capsys.readouterr().out.removesuffix(f"{fake_engine.no_page([], '')}\n")
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     # Root may write anywhere but on a medium that is read-only, which is what is played here.
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
