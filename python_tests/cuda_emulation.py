@@ -16,11 +16,16 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 
+from tir_kernels.backends import cuda
 from tir_kernels.backends.cuda import Launcher
 from tir_kernels.operators import choose as dispatch
 
@@ -127,6 +132,19 @@ def load(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def shapes_made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of all tensors that launchers make from now on."""
+    made: list[tuple[int, ...]] = []
+    empty = cuda._empty
+
+    def record(shape: Sequence[int], *rest: Any) -> Tensor:
+        made.append(tuple(shape))
+        return empty(shape, *rest)
+
+    monkeypatch.setattr(cuda, "_empty", record)
+    return made
 
 
 class EmulatedBackend(Launcher):

@@ -96,18 +96,24 @@ def test_a_row_of_one_key_of_small_weight(backend: str, device: str) -> None:
         check(q, k, v, torch.full((1, 1), weight, device=device), backend, 1.0)
 
 
+def random_heads(longest: int) -> dict[str, st.SearchStrategy]:
+    return {
+        "batch": st.integers(1, 3),
+        "heads": st.integers(1, 3),
+        "length": st.integers(1, longest),
+        "width": st.sampled_from(HEAD_WIDTHS) | st.integers(1, 20),
+        "dtype": st.sampled_from(DTYPES),
+        "layout": st.sampled_from(["contiguous", "packed", "sequence first", "padded"]),
+    }
+
+
 @pytest.mark.slow
 def test_random_shapes(backend: str, device: str, is_slow: bool) -> None:
     longest, _ = sizes(is_slow)
 
     @settings(quick, max_examples=40 if longest > 100 else 12)
     @given(
-        batch=st.integers(1, 3),
-        heads=st.integers(1, 3),
-        length=st.integers(1, longest),
-        width=st.sampled_from(HEAD_WIDTHS) | st.integers(1, 20),
-        dtype=st.sampled_from(DTYPES),
-        layout=st.sampled_from(["contiguous", "packed", "sequence first", "padded"]),
+        **random_heads(longest),
         kind=st.sampled_from(["uniform", "mixed", "one", "empty row"]),
         seed=st.integers(0, 2**31),
     )

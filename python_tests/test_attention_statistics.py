@@ -5,9 +5,9 @@ import math
 import pytest
 import statistics_oracle
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attention import DTYPES, HEAD_WIDTHS, draw_heads, draw_weights, sizes
+from test_attention import DTYPES, HEAD_WIDTHS, draw_heads, draw_weights, quick, random_heads, sizes
 from torch import Tensor
 
 import tir_kernels
@@ -56,18 +56,9 @@ def test_head_widths(backend: str, device: str, width: int) -> None:
 def test_random_shapes(backend: str, device: str, is_slow: bool) -> None:
     longest, _ = sizes(is_slow)
 
-    @settings(
-        max_examples=12 if is_slow else 40,
-        deadline=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    )
+    @settings(quick, max_examples=12 if is_slow else 40)
     @given(
-        batch=st.integers(1, 3),
-        heads=st.integers(1, 3),
-        length=st.integers(1, longest),
-        width=st.sampled_from(HEAD_WIDTHS) | st.integers(1, 20),
-        dtype=st.sampled_from(DTYPES),
-        layout=st.sampled_from(["contiguous", "packed", "sequence first", "padded"]),
+        **random_heads(longest),
         kind=st.sampled_from(["uniform", "mixed", "none", "empty row"]),
         prefix=st.sampled_from([0, 1, 5]) | st.integers(0, longest),
         seed=st.integers(0, 2**31),

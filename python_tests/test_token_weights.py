@@ -5,8 +5,9 @@ import math
 import oracle
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_attention import quick
 from torch import Tensor
 
 import tir_kernels
@@ -65,11 +66,7 @@ def on(device: str, space: JointSpace) -> JointSpace:
 
 
 def test_random_inputs(backend: str, device: str, is_slow: bool) -> None:
-    @settings(
-        max_examples=12 if is_slow else 50,
-        deadline=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    )
+    @settings(quick, max_examples=12 if is_slow else 50)
     @given(
         groups=st.integers(1, 3),
         images=st.integers(1, 2),

@@ -21,7 +21,6 @@ from torch import Tensor
 
 import tir_kernels
 from tir_kernels import JointSpace, WeightRule
-from tir_kernels.backends import cuda
 from tir_kernels.backends.protocol import AttentionInputs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,14 +154,7 @@ def test_nothing_but_relevance_and_counts_is_written(kernels, monkeypatch) -> No
     """The fused path makes no weights: outputs, row statistics, (B, C, N) and (B, N), no more."""
     q, k, v, _, _ = draw(2, 2, 40, 64, torch.float32, 9)
     given = token_inputs(2, 40, 5, 1)
-    made: list[tuple[int, ...]] = []
-    empty = cuda._empty
-
-    def record(shape, *rest) -> Tensor:
-        made.append(tuple(shape))
-        return empty(shape, *rest)
-
-    monkeypatch.setattr(cuda, "_empty", record)
+    made = cuda_emulation.shapes_made(monkeypatch)
     tir_kernels.reweighted_attention(q, k, v, **given)
     assert sorted(made) == sorted([(2, 2, 40, 64), (2, 2, 40), (2, 5, 39), (2, 39)])
 

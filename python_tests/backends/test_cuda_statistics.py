@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from tir_kernels import AttentionStatistics
-from tir_kernels.backends import cuda
 from tir_kernels.backends.protocol import StatisticsInputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -89,13 +88,6 @@ def test_prefix_tokens_end_anywhere_in_a_chunk(kernels, prefix: int) -> None:
 
 def test_nothing_of_the_matrix_is_written(kernels, monkeypatch) -> None:
     """Four results of a number a row, and two numbers of each row's softmax."""
-    made: list[tuple[int, ...]] = []
-    empty = cuda._empty
-
-    def record(shape, *rest) -> Tensor:
-        made.append(tuple(shape))
-        return empty(shape, *rest)
-
-    monkeypatch.setattr(cuda, "_empty", record)
+    made = cuda_emulation.shapes_made(monkeypatch)
     run(*draw(40, 64, torch.float32))
     assert sorted(made) == [*4 * [(1, 1, 40)], (1, 1, 40, 2)]

@@ -20,26 +20,24 @@ class Shade(NamedTuple):
     dark: str
 
 
+def _shades(name: str, *colours: tuple[str, str]) -> tuple[Shade, ...]:
+    return tuple(Shade(f"{name}-{place}", *pair) for place, pair in enumerate(colours))
+
+
 # After Okabe and Ito, darkened or lightened until lines stand out from the page.
-ARMS = (
-    Shade("line-0", "#0072b2", "#56b4e9"),
-    Shade("line-1", "#d55e00", "#ff8a3d"),
-    Shade("line-2", "#008a65", "#2fd3a2"),
-    Shade("line-3", "#b5568f", "#e79ac6"),
-    Shade("line-4", "#b07a00", "#f0c419"),
-    Shade("line-5", "#3f3d9e", "#a3a1ff"),
-)
+ARMS = _shades(
+    "line",
+    ("#0072b2", "#56b4e9"), ("#d55e00", "#ff8a3d"), ("#008a65", "#2fd3a2"),
+    ("#b5568f", "#e79ac6"), ("#b07a00", "#f0c419"), ("#3f3d9e", "#a3a1ff"),
+)  # fmt: skip
 _DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 
 # From few to many, with equal steps of lightness.
-SCALE = (
-    Shade("scale-0", "#7fb3d5", "#3f6f94"),
-    Shade("scale-1", "#3f86b8", "#5f9fce"),
-    Shade("scale-2", "#0b5a8c", "#9cd0f5"),
-    Shade("scale-3", "#c98a2b", "#a8742a"),
-    Shade("scale-4", "#c25714", "#e08a3c"),
-    Shade("scale-5", "#8a2a0a", "#ffc08a"),
-)
+SCALE = _shades(
+    "scale",
+    ("#7fb3d5", "#3f6f94"), ("#3f86b8", "#5f9fce"), ("#0b5a8c", "#9cd0f5"),
+    ("#c98a2b", "#a8742a"), ("#c25714", "#e08a3c"), ("#8a2a0a", "#ffc08a"),
+)  # fmt: skip
 
 TEXT = Shade("ink", "#1c1b22", "#ecebf2")
 MUTED = Shade("muted", "#63616d", "#a9a7b5")
