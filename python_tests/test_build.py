@@ -93,7 +93,8 @@ def test_only_what_changed_is_compiled_again(project: Path, tmp_path: Path) -> N
     assert set(again) == {"csrc/cpu/kernels/relevance.cpp"}
     assert len(again) == first.count("csrc/cpu/kernels/relevance.cpp")
     touch("csrc/include/tir/rules.h")
-    kernels = ("activation", "attention_backward", "attention_forward", "relevance")
+    attention = (f"attention_{name}" for name in ("forward", "backward", "statistics"))
+    kernels = ("activation", "relevance", *attention)
     users = {"csrc/cpu/selection.cpp", *(f"csrc/cpu/kernels/{name}.cpp" for name in kernels)}
     assert set(compiled_sources()) == users
     # Another set of flags has a folder of its own; coming back costs nothing.
@@ -169,8 +170,8 @@ def test_nvcc_builds_the_kernels_for_the_architectures_it_knows(with_nvcc) -> No
     done, commands = with_nvcc()
     assert done.returncode == 0, done.stdout + done.stderr
     compiled = [c for c in commands if ".cu " in c]
-    # Three kernels for three types of elements, the selection, and what asks the runtime.
-    assert len(compiled) == 11
+    # Four kernels for three types of elements, the selection, and what asks the runtime.
+    assert len(compiled) == 14
     for command in compiled:
         assert "-gencode=arch=compute_80,code=sm_80" in command
         assert (
