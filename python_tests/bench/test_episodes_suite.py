@@ -104,7 +104,7 @@ def test_a_wrong_first_loss_is_refused(tmp_path, monkeypatch):
     from bench.published import PublishedStep
 
     plain = PublishedStep._encode_images
-    monkeypatch.setattr(PublishedStep, "_encode_images", lambda *a: plain(*a).flip(0))
+    monkeypatch.setattr(PublishedStep, "_encode_images", lambda *a: -plain(*a))
     path = tmp_path / "records.json"
     output = run(*SMALL, "--json", path, status=1)
     assert "WRONG: published float32" in output
