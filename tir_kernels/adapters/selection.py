@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tir_kernels import attention_statistics
+from tir_kernels.operators.choose import backend_with
 from tir_kernels.towers.protocol import Block
 
 
@@ -40,14 +41,15 @@ class MostAttended:
 
     def __call__(self, block: Block, layer: int, hidden: Tensor, num_prefix_tokens: int) -> Tensor:
         call = block.attention_of(hidden)
-        prefix, length = num_prefix_tokens, hidden.shape[1]
+        # Without a prefix, "from patches" is the mean over all queries.
         found = attention_statistics(
-            call.query, call.key, scale=call.scale, num_prefix_tokens=prefix
+            call.query,
+            call.key,
+            scale=call.scale,
+            num_prefix_tokens=0,
+            backend=backend_with(call.backend, "attention_statistics"),
         )
-        total = (
-            prefix * found.received_from_prefix + (length - prefix) * found.received_from_patches
-        )
-        received = total.mean(1)[:, prefix:]
+        received = found.received_from_patches.mean(1)[:, num_prefix_tokens:]
         return received.argsort(dim=1, descending=True, stable=True)
 
 

@@ -20,9 +20,13 @@ def p_value(estimate: Estimate) -> float | None:
         return None
     if estimate.half_width == 0:  # the same difference in every episode
         return 1.0 if estimate.mean == 0 else 0.0
-    freedom = estimate.episodes - 1
-    error = estimate.half_width / float(stats.t.ppf(0.975, freedom))
-    return float(2 * stats.t.sf(abs(estimate.mean) / error, freedom))
+    error = _standard_error(estimate.episodes, estimate.half_width)
+    return float(2 * stats.t.sf(abs(estimate.mean) / error, estimate.episodes - 1))
+
+
+def _standard_error(episodes: int, half_width: float) -> float:
+    """Of a mean whose 95 % confidence interval is this wide to each side."""
+    return half_width / float(stats.t.ppf(0.975, episodes - 1))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -53,9 +57,8 @@ def episodes_needed(
     """
     if not estimate.mean or estimate.half_width is None:
         return None
-    freedom = estimate.episodes - 1
-    root = math.sqrt(estimate.episodes)
-    spread = estimate.half_width * root / float(stats.t.ppf(0.975, freedom))
+    error = _standard_error(estimate.episodes, estimate.half_width)
+    spread = error * math.sqrt(estimate.episodes)
     if spread == 0:
         return 2
     effect = abs(estimate.mean) / spread
