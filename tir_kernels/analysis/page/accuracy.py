@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 from tir_kernels.analysis.figures import Chart, Dots
 from tir_kernels.analysis.page.runs import ReportedRun
@@ -121,7 +121,7 @@ def _mean(estimates: Sequence[Estimate]) -> Cell:
     means = [each.mean for each in estimates if each.mean is not None]
     if len(means) < len(estimates):
         return None
-    return f"{100 * math.fsum(means) / len(means):.1f}"
+    return f"{100 * fmean(means):.1f}"
 
 
 def _column_names(runs: Sequence[ReportedRun]) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from statistics import fmean
 from typing import NamedTuple
 
 from tir_kernels.analysis.figures import INK, Line, Lines, Point
@@ -37,7 +38,7 @@ class Quantity(NamedTuple):
         for (episode, step, _), value in self.values.get(arm, {}).items():
             own.setdefault(step, {}).setdefault(episode, []).append(value)
         return {
-            step: {episode: _mean(each) for episode, each in episodes.items()}
+            step: {episode: fmean(each) for episode, each in episodes.items()}
             for step, episodes in sorted(own.items())
         }
 
@@ -86,7 +87,7 @@ def quantities(rows: Iterable[Tracked]) -> list[Quantity]:
             levels.append(row.chance)
     return [
         quantity._replace(
-            chance={block: _mean(own) for block, own in chances[key].items() if own},
+            chance={block: fmean(own) for block, own in chances[key].items() if own},
             blocks=tuple(sorted(block for block in chances[key] if block is not None)),
         )
         for key, quantity in found.items()
@@ -105,7 +106,7 @@ def by_step(quantity: Quantity, styles: Mapping[str, int]) -> Lines:
     ]
     ends = _ends(lines)
     levels = list(quantity.chance.values())
-    chance = [(x, _mean(levels)) for x in ends] if levels else []
+    chance = [(x, fmean(levels)) for x in ends] if levels else []
     return Lines(quantity.name, "training step", tuple(lines), tuple(chance))
 
 
@@ -170,10 +171,6 @@ def _change(estimate: Estimate) -> Value:
     sizes = [abs(x) for x in (estimate.mean, estimate.half_width) if x]
     digits = max(0, min(6, 2 - math.floor(math.log10(max(sizes))))) if sizes else 3
     return Value(estimate, digits=digits, is_signed=True)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 def _points(found: Mapping[int, Mapping[int, float]]) -> tuple[Point, ...]:

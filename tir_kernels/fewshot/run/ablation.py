@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tir_kernels.fewshot.run.folder import read_run
@@ -134,7 +134,7 @@ def _change(series: Series) -> float | None:
         return None
     pairs = zip(series.values[0], series.values[-1], strict=True)
     changes = [last - first for first, last in pairs if first is not None and last is not None]
-    return math.fsum(changes) / len(changes) if changes else None
+    return fmean(changes) if changes else None
 
 
 def accuracy_rows(ablation: Ablation) -> list[list[str]]:
