@@ -1,5 +1,7 @@
 """Numbers at the ends of float32's range give what the formulas say, or the documented bound."""
 
+import math
+
 import oracle
 import pytest
 import torch
@@ -73,6 +75,24 @@ def test_weights_of_many_sizes_in_one_image(backend: str, device: str) -> None:
     ):
         weights = draw_weights() * torch.tensor(sizes)
         check(attend(weights, backend, device, torch.float32, upstream=1e-3), weights)
+
+
+@pytest.mark.parametrize("huge", [1.0, 1e25, 1e36])
+def test_a_key_of_tiny_weight_wins_beside_huge_ones(backend: str, device: str, huge: float) -> None:
+    generator = torch.Generator().manual_seed(8)
+    q, k, v, upstream = (torch.randn(1, 2, 9, 16, generator=generator) for _ in range(4))
+    weights = draw_weights() * huge
+    weights[0, 4] = 1e-30
+    q[..., 0], k[..., 0] = 1.0, 0.0
+    k[:, :, 4, 0] = 4 * (math.log(huge) - math.log(1e-30) + 2)
+    scores = q.double() @ k.double().mT * 0.25 + weights.double().log()
+    assert 0.2 < scores.softmax(-1)[..., 4].mean() < 0.8
+    inputs = [t.to(device) for t in (q, k, v, weights)]
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    output = tir_kernels.weighted_attention(*leaves, scale=0.25, backend=backend)
+    upstream = upstream.to(device) * 1e-6
+    ours = (output.detach(), *torch.autograd.grad(output, leaves, upstream))
+    oracle.assert_attention_as_accurate(ours, *inputs, 0.25, upstream)
 
 
 @exact_backends

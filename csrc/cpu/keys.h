@@ -11,9 +11,7 @@ struct KeyList {
   const int32_t* index;
   const float* scaled_weight;  // weight / 2^exponent; 0 beyond `count`, up to a multiple of padding
   const float* log2_weight;    // of the weight itself; -inf beyond `count`
-  // 0, unless the image's largest weight is so large or small that a probability divided by it
-  // leaves float32's range.
-  int exponent;
+  const float* exponent;       // 0 beyond `count`; null where all are 0, as of ordinary weights
 };
 
 class KeyLists {
@@ -35,9 +33,10 @@ class KeyLists {
   int64_t stride_;
   int64_t* counts_;
   int32_t* index_;
-  int32_t* exponents_;
   float* scaled_weight_;
   float* log2_weight_;
+  float* exponent_;
+  bool* is_scaled_;
 };
 
 }  // namespace tir::cpu

@@ -33,6 +33,12 @@ def views_of(model, images, **known):
     return keeper.views
 
 
+def assert_pooled(tower, views, expected):
+    """Rounding of a sum is a share of its terms, not of what is left of them."""
+    found, largest = tower.pool(views[-1].output), expected.abs().max().item()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * largest)
+
+
 TOWERS = ["open_clip", "registers", "patches alone"]
 
 
@@ -79,7 +85,7 @@ def test_adapters_are_on_while_it_is_read(name, placement):
             counts = dict(handle.last_counts)
             views = views_of(model, images, class_embeddings=classes)
             tower = vision_tower(model)
-            torch.testing.assert_close(tower.pool(views[-1].output), expected)
+            assert_pooled(tower, views, expected)
             for layer in (1, 3):
                 assert torch.equal(views[layer].counts, counts[layer].long())
                 weights = views[layer].call.key_weights
@@ -87,7 +93,7 @@ def test_adapters_are_on_while_it_is_read(name, placement):
             assert not torch.allclose(views[1].output, plain[1].output)
             assert torch.equal(views[1].hidden, plain[1].hidden)
         assert all(view.call.key_weights is None for view in plain)
-        torch.testing.assert_close(encode(model, images), tower.pool(plain[-1].output))
+        assert_pooled(tower, plain, encode(model, images))
 
 
 @pytest.mark.parametrize("name", TOWERS)

@@ -94,15 +94,15 @@ def test_a_nan_in_an_attended_key_is_not_hidden(architecture: str) -> None:
     assert log_sum_exp.isnan().all()
 
 
-def test_extreme_scores_and_weights(architecture: str) -> None:
+@pytest.mark.parametrize("seed", [28, 79, 96, 282])  # tiny weights win beside huge ones
+def test_extreme_scores_and_weights(architecture: str, seed: int) -> None:
+    torch.manual_seed(seed)
     query, key, value = packed_heads(1, 2, 40, 64, torch.float32)
     query = query * 30  # scores of a hundred: one key takes all
     weights = 10.0 ** torch.linspace(-30, 30, 40)[None]
     arguments = (query, key, value, weights, 0.125, torch.randn(1, 2, 40, 64))
-    exact, _ = oracle.exact_attention(*arguments)
-    results = run_attention(*arguments[:4], arguments[5])
-    for ours, expected in zip((results[0], *results[2:5]), exact[:4], strict=True):
-        torch.testing.assert_close(ours.double(), expected, atol=2e-3, rtol=1e-3)
+    output, _, *gradients = run_attention(*arguments[:4], arguments[5])
+    oracle.assert_attention_as_accurate((output, *gradients), *arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

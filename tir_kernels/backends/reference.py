@@ -6,6 +6,7 @@ Everything is computed in float32, or in float64 where an input is float64.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -65,6 +66,25 @@ def _within_range(rows: Tensor, tiny_too: bool = False) -> tuple[Tensor, Tensor]
     power = (wanted - torch.frexp(largest)[1]).clamp(max=highest).to(rows.dtype).exp2()
     factor = torch.where(is_extreme, power, 1.0)
     return rows * factor, factor
+
+
+def _powers_of_weights(weights: Tensor) -> Tensor:
+    """Powers of two, (B, L), by which weights are divided, so that probabilities divided by the
+    quotients stay in float32's range; 0 for ordinary weights.
+
+    The key that a query attends to most has a probability per weight of 1 / weight, whatever the
+    other weights are. Of a tiny weight it is half of the exponent: a probability too small for
+    float32 may be a large multiple of the weight. Zeros are taken for the image's largest weight
+    where all are tiny.
+    """
+    ordinary, highest = 60, 120
+    largest = weights.amax(-1, keepdim=True).clamp(max=1.0)
+    weights = torch.where(weights == 0, largest, weights)
+    exponents = torch.frexp(weights)[1] - 1
+    halves = torch.div(exponents, 2, rounding_mode="trunc")
+    powers = torch.where(exponents < -ordinary, halves, 0)
+    powers = torch.where(exponents > ordinary, exponents.clamp(max=highest), powers)
+    return powers.masked_fill(~((weights > 0) & weights.isfinite()), 0)
 
 
 def _normalize(rows: Tensor, scale: Tensor | float = 1.0) -> Tensor:
@@ -174,17 +194,18 @@ def attention_backward(inputs: AttentionInputs, backward: BackwardInputs) -> Gra
     output, grads = backward.output.to(dtype), backward.grad_output.to(dtype)
     empty_row = backward.log_sum_exp.isneginf()[..., None]
     log_sums = backward.log_sum_exp.to(dtype)[..., None]
+    shift: Tensor | float = 0.0
     if weights is not None:
         # At weight 0 the derivative of the weight has a finite limit that needs the true key and
         # value, so these are zeroed only where the weight is negative, which acts as a constant 0.
         is_negative = (weights < 0)[:, None, :, None]
         keys, values = keys.masked_fill(is_negative, 0.0), values.masked_fill(is_negative, 0.0)
-        # Weights that are all huge, or all tiny, are scaled by a power of two, (B, 1): a
-        # probability divided by its weight would leave float32's range.
-        scaled, scale_of_weights = _within_range(weights.to(dtype).clamp(min=0), tiny_too=True)
-        log_sums = log_sums + scale_of_weights.log()[..., None, None]
+        # A probability divided by a huge or tiny weight would leave float32's range.
+        powers = _powers_of_weights(weights.to(dtype))
+        scaled = torch.ldexp(weights.to(dtype).clamp(min=0), -powers)
+        shift = (powers * math.log(2))[:, None, None, :]
 
-    exponents = (queries @ keys.mT * scale - log_sums).clamp(max=MAX_EXPONENT)
+    exponents = (queries @ keys.mT * scale - log_sums + shift).clamp(max=MAX_EXPONENT)
     per_weight = exponents.exp().masked_fill(empty_row, 0.0)  # probability / scaled weight
     grad_probabilities = grads @ values.mT
     delta = (grads * output).sum(-1, keepdim=True)
@@ -198,7 +219,7 @@ def attention_backward(inputs: AttentionInputs, backward: BackwardInputs) -> Gra
         grad_scores = (grad_per_weight * factor).masked_fill(ignored, 0.0)
         if backward.needs_weights_grad:
             of_weights = grad_per_weight.sum((1, 2)).masked_fill(weights < 0, 0.0)
-            grad_weights = (of_weights * scale_of_weights).to(weights.dtype)
+            grad_weights = torch.ldexp(of_weights, -powers).to(weights.dtype)
     grad_query = grad_scores @ _masked(key, weights, dtype) * scale
     grad_key = grad_scores.mT @ queries * scale
     grad_value = probabilities.mT @ grads

@@ -58,7 +58,7 @@ inline KeyPart part_of(const KeyList& keys, int64_t part, int64_t num_parts, int
   int64_t end = smaller_of(num_panels * (part + 1) / num_parts * panel_width, keys.count);
   auto row_of = [&](int64_t key) { return key < keys.count ? keys.index[key] : length; };
   return {{end - first, keys.index + first, keys.scaled_weight + first,
-           keys.log2_weight + first, keys.exponent},
+           keys.log2_weight + first, keys.exponent == nullptr ? nullptr : keys.exponent + first},
           part == 0 ? 0 : row_of(first),
           part == num_parts - 1 ? length : row_of(end)};
 }

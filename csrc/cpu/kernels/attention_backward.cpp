@@ -79,10 +79,18 @@ void work(void* data, ItemQueue& items) {
   }
 }
 
-// The heads' gradients in the order of the heads. The power of two that weights were scaled by
-// comes last: with it, two heads' gradients could be infinities of opposite sign.
-void sum_over_heads(const AttentionShape& shape, const float* head_grads, const KeyLists& keys,
-                    float* grad_weights) {
+void multiply_by_powers(float* grads, const KeyList& keys) {
+  if (keys.exponent == nullptr) return;
+  for (int64_t i = 0; i < keys.count; ++i) {
+    float& grad = grads[keys.index[i]];
+    grad = __builtin_ldexpf(grad, -static_cast<int>(keys.exponent[i]));
+  }
+}
+
+// The heads' gradients in the order of the heads. The powers of two that weights were scaled by
+// come last: with them, two heads' gradients could be infinities of opposite sign.
+void sum_over_heads(const AttentionShape& shape, const float* head_grads, const KeyLists& attended,
+                    const KeyLists& ignored, float* grad_weights) {
   for (int64_t b = 0; b < shape.batch; ++b) {
     float* sums = grad_weights + b * shape.length;
     for (int64_t i = 0; i < shape.length; ++i) sums[i] = 0;
@@ -90,8 +98,8 @@ void sum_over_heads(const AttentionShape& shape, const float* head_grads, const 
       const float* grads = head_grads + (b * shape.heads + h) * shape.length;
       for (int64_t i = 0; i < shape.length; ++i) sums[i] += grads[i];
     }
-    float factor = __builtin_ldexpf(1.0f, -keys.of(b).exponent);
-    for (int64_t i = 0; i < shape.length; ++i) sums[i] *= factor;
+    multiply_by_powers(sums, attended.of(b));
+    multiply_by_powers(sums, ignored.of(b));
   }
 }
 
@@ -127,7 +135,7 @@ void attention_backward(const AttentionBackward& problem, int threads) {
     job.num_parts = parts_per_head(shape, threads, divide_up(shape.length, tile_queries));
     run_workers(threads, num_heads * job.num_parts, worker, &job);
   }
-  if (wants_weights) sum_over_heads(shape, head_grads, attended, problem.grad_weights);
+  if (wants_weights) sum_over_heads(shape, head_grads, attended, ignored, problem.grad_weights);
 }
 
 }  // namespace tir::cpu::TIR_ARCH

@@ -137,8 +137,7 @@ class BackwardWorker {
       deltas_[i] = delta_of(first + i);
       // Minus infinity makes the probabilities of a row that attends to nothing 0.
       float log_sum = problem_.log_sum_exp[place + i];
-      float exponent = static_cast<float>(keys_.exponent);
-      exponent_offsets_[i] = log_sum == -infinity ? -infinity : exponent - log_sum * log2_e;
+      exponent_offsets_[i] = log_sum == -infinity ? -infinity : -log_sum * log2_e;
     }
     if (count % 2 != 0) {
       deltas_[count] = 0;
@@ -172,10 +171,12 @@ class BackwardWorker {
                      {value_columns_ + key * row_units_, column_stride}, grad_probabilities_,
                      score_stride_, false);
       for (int64_t i = 0; i < num_keys; i += lanes) {
-        if (wanted_.weights) {
-          differentiate<true>(key, i, count);
+        if (keys_.exponent != nullptr) {
+          differentiate<true, true>(key, i, count);
+        } else if (wanted_.weights) {
+          differentiate<true, false>(key, i, count);
         } else {
-          differentiate<false>(key, i, count);
+          differentiate<false, false>(key, i, count);
         }
       }
       if (wanted_.query) {
@@ -202,7 +203,7 @@ class BackwardWorker {
 
   // One vector of keys: scores and gradients of probabilities, for all queries of the tile, become
   // probabilities and gradients of scores.
-  template <bool WantsWeights>
+  template <bool WantsWeights, bool IsScaled>
   void differentiate(int64_t first_key, int64_t column, int64_t count) {
     Vec weights = load(keys_.scaled_weight + first_key + column);
     Vec scale = broadcast(shape_.scale * log2_e);
@@ -212,10 +213,11 @@ class BackwardWorker {
       TIR_UNROLL
       for (int i = 0; i < 2; ++i) {
         int64_t place = (row + i) * score_stride_ + column;
+        Vec exponents = multiply_add(load(scores_ + place), scale,
+                                     broadcast(exponent_offsets_[row + i]));
+        if (IsScaled) exponents = exponents + load(keys_.exponent + first_key + column);
         // smaller() keeps a NaN in its second argument.
-        Vec exponents = smaller(broadcast(max_power_of_two),
-                                multiply_add(load(scores_ + place), scale,
-                                             broadcast(exponent_offsets_[row + i])));
+        exponents = smaller(broadcast(max_power_of_two), exponents);
         Vec per_weight = exp2(exponents);  // probability / scaled weight
         Vec grads = load(grad_probabilities_ + place) - broadcast(deltas_[row + i]);
         probabilities[i] = per_weight * weights;
