@@ -5,6 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tir_kernels.fewshot import methods
+    from tir_kernels.fewshot.classifier.classifier import Classifier
+    from tir_kernels.fewshot.classifier.fitting import FitSettings
+    from tir_kernels.fewshot.classifier.folder import load_classifier
+    from tir_kernels.fewshot.classifier.making import fit
     from tir_kernels.fewshot.episode import Episode
     from tir_kernels.fewshot.run.folder import read_run
     from tir_kernels.fewshot.run.tracked import read_tracked
@@ -19,8 +23,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Arm": "settings",
+    "Classifier": "classifier.classifier",
     "Episode": "episode",
     "EpisodeResult": "train.batch",
+    "FitSettings": "classifier.fitting",
     "NonFiniteLossError": "train.batch",
     "Protocol": "settings",
     "Runtime": "settings",
@@ -28,14 +34,18 @@ _HOMES = {
     "episodes_that_fit": "train.loop",
     "finetune_episode": "train.loop",
     "finetune_episodes": "train.loop",
+    "fit": "classifier.making",
+    "load_classifier": "classifier.folder",
     "read_run": "run.folder",
     "read_tracked": "run.tracked",
 }
 
 __all__ = [
     "Arm",
+    "Classifier",
     "Episode",
     "EpisodeResult",
+    "FitSettings",
     "NonFiniteLossError",
     "Protocol",
     "Runtime",
@@ -43,6 +53,8 @@ __all__ = [
     "episodes_that_fit",
     "finetune_episode",
     "finetune_episodes",
+    "fit",
+    "load_classifier",
     "methods",
     "read_run",
     "read_tracked",

@@ -41,6 +41,8 @@ class Episode:
         folders: The folder names of the classes.
         skipped: Unreadable images that others replaced.
         shots: Support images per class without their views; ``None``: S / C.
+        views_per_image: Support images in a row that are views of one; ``None``: what ``shots``
+            says. Classes of unequal size have these and no ``shots``.
     """
 
     class_names: list[str]
@@ -54,17 +56,20 @@ class Episode:
     folders: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     shots: int | None = None
+    views_per_image: int | None = None
 
     @property
     def images_per_class(self) -> int:
-        """Support images per class without their views."""
+        """Support images per class without their views; of unequal classes the mean, rounded."""
         if self.shots is not None:
             return self.shots
-        return len(self.support_images) // len(self.class_names)
+        return max(1, len(self.support_images) // (len(self.class_names) * self.views))
 
     @property
     def views(self) -> int:
         """Support images in a row that are views of one, itself included."""
+        if self.views_per_image is not None:
+            return self.views_per_image
         if self.shots is None:
             return 1
         return len(self.support_images) // (len(self.class_names) * self.shots)
@@ -99,6 +104,11 @@ class Episode:
                     f"shots={self.shots} of {len(class_names)} classes take {needed} support "
                     f"images, or several views of each; got {len(support_images)}"
                 )
+        views = self.views_per_image
+        if views is not None and (views < 1 or len(support_images) % views):
+            raise ValueError(
+                f"views_per_image={views} must divide the {len(support_images)} support images"
+            )
         if support_labels.is_floating_point() or support_labels.dtype == torch.bool:
             raise TypeError(f"support_labels must be integers; got {support_labels.dtype}")
         if support_labels.min() < 0 or support_labels.max() >= len(class_names):

@@ -38,7 +38,7 @@ def _count_or_auto(name: str, value: object) -> int | str:
     return number
 
 
-class _Checked:
+class Checked:
     """A dataclass whose fields check what they are given."""
 
     def __post_init__(self) -> None:
@@ -46,7 +46,7 @@ class _Checked:
 
 
 @dataclass(frozen=True)
-class Protocol(_Checked):
+class Protocol(Checked):
     """The episodes of a run: N-way K-shot, and the seed that draws them."""
 
     ways: int = fields.whole(5, "Classes per episode.", least=2)
@@ -75,7 +75,7 @@ class Protocol(_Checked):
 
 
 @dataclass(frozen=True)
-class Runtime(_Checked):
+class Runtime(Checked):
     """The device and types that methods run in; results are the same up to rounding.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -73,3 +73,6 @@ class _Probe(Learner):
     def trained(self) -> dict[str, Tensor]:
         """ "weights" (G, C, E) and "bias" (G, C)."""
         return {"weights": self._weights, "bias": self._bias}
+
+    def restore(self, trained: Mapping[str, Tensor]) -> None:
+        self._weights, self._bias = trained["weights"], trained["bias"]

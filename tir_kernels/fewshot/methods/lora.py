@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -141,3 +141,15 @@ class TunedTowers(Learner):
             for letter, factor in zip("AB", pair, strict=True)
         }
         return {"context": self.prompts.vectors, **factors}
+
+    def restore(self, trained: Mapping[str, Tensor]) -> None:
+        import torch
+
+        factors: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
+        for name, tensor in trained.items():
+            if name.startswith("lora."):
+                place, _, letter = name.removeprefix("lora.").rpartition(".")
+                factors[letter][place] = tensor
+        self.lora.set_factors(factors["A"], factors["B"])
+        with torch.no_grad():
+            self.prompts.vectors.copy_(trained["context"])

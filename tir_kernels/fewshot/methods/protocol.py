@@ -40,10 +40,7 @@ class Learner:
     """A model with a method's parts for G episodes. Images come as (G, S, 3, H, W)."""
 
     def inputs(self, images: Tensor) -> Tensor:
-        """The part of the images' way that stays as it is, run once an episode.
-
-        Embedded tokens (G, S, L, D) of a method that changes blocks, else features (G, S, E).
-        """
+        """The images' way as far as it is frozen: tokens (G, S, L, D), or features (G, S, E)."""
         raise NotImplementedError
 
     def classes(self) -> Any:
@@ -80,6 +77,9 @@ class Learner:
     def trained(self) -> dict[str, Tensor]:
         """Name -> (G, ...) of all that was learned."""
         return {}
+
+    def restore(self, trained: Mapping[str, Tensor]) -> None:
+        """Take what ``trained`` gave, of the right names and shapes, in place of fit and steps."""
 
 
 @dataclass(frozen=True)

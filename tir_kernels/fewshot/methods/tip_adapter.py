@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -61,3 +61,6 @@ class _Cache(FrozenFeatures):
     def trained(self) -> dict[str, Tensor]:
         """ "keys" (G, N, E) and "values" (G, N, C) of the cache."""
         return {"keys": self._keys, "values": self._values}
+
+    def restore(self, trained: Mapping[str, Tensor]) -> None:
+        self._keys, self._values = trained["keys"], trained["values"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -114,6 +114,16 @@ class _Reweighted(TunedTowers):
                 features = self._encoder.features(inputs.flatten(0, 1))
             features = features.unflatten(0, inputs.shape[:2])
             self._centroids = centroids(features, labels, self._num_classes)
+
+    def trained(self) -> dict[str, Tensor]:
+        """As of LoRA; and "centroids" (G, C, E), if those decide."""
+        own = {} if self._centroids is None else {"centroids": self._centroids}
+        return super().trained() | own
+
+    def restore(self, trained: Mapping[str, Tensor]) -> None:
+        super().restore(trained)
+        if self._by_centroids:
+            self._centroids = trained["centroids"].to(self.prompts.vectors.device)
 
     def classes(self) -> Any:
         """Class embeddings (G, C, E): of unit length for the logits, and for the relevance."""

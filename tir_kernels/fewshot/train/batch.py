@@ -20,8 +20,10 @@ from tir_kernels.fewshot.methods import Kit, Learner, Method, Observer
 from tir_kernels.fewshot.settings import Runtime
 from tir_kernels.fewshot.train.graph import LossLog, RepeatedStep
 from tir_kernels.fewshot.train.memory import count_saved_bytes
+from tir_kernels.fewshot.train.resume import Batches, SavedTraining, TrainingState
 
 CLASSIFIED_AT_ONCE = 64  # images
+EMBEDDED_AT_ONCE = 1024
 
 
 class NonFiniteLossError(RuntimeError):
@@ -63,7 +65,12 @@ StepListener = Callable[[int, int, float], None]
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that decides a training but its episodes."""
+    """Everything that decides a training but its episodes.
+
+    Args:
+        saved: Keeper of an unfinished training's state, from which it goes on.
+        batch_size: Support images of each step, drawn in turn; ``None``: all of them.
+    """
 
     model: nn.Module
     tokenizer: Callable[[list[str]], Tensor]
@@ -71,6 +78,8 @@ class Job:
     seed: int
     runtime: Runtime
     observers: Sequence[Observer] = ()
+    saved: SavedTraining | None = None
+    batch_size: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -166,8 +175,10 @@ def _train(
     is_scaled = job.runtime.precision == "float16"
     scaler = torch.amp.GradScaler(job.device.type, enabled=is_scaled)
 
+    batches = Batches(inputs, labels, job.batch_size, job.seed, job.method.steps)
+
     def take_step() -> Tensor:
-        losses = _losses(learner, inputs, labels)
+        losses = _losses(learner, batches.inputs, batches.labels)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         # Each episode's gradients are those of its own loss: a sum keeps them apart.
@@ -182,11 +193,17 @@ def _train(
     step = RepeatedStep(take_step, job.device, as_graph=not is_scaled)
     log = LossLog(len(labels), on_step)
     taken = 0
+    state = TrainingState(learner, optimizers, scaler, log)
+    if job.saved is not None and (known := job.saved.load()) is not None:
+        taken = state.restore(known)
     learner.train(True)
     while taken < job.method.steps and not log.all_failed:
         _observe(job.observers, taken, learner, inputs)
+        batches.show(taken)
         log.add(step())
         taken += 1
+        if job.saved is not None and job.saved.is_due():
+            job.saved.keep(state.take(taken))
     learner.train(False)
     _observe(job.observers, taken, learner, inputs, is_last=True)
     return log.finish()
@@ -211,7 +228,10 @@ def _observe(
 
 @torch.no_grad()
 def _frozen_inputs(learner: Learner, images: Tensor) -> Tensor:
-    return learner.inputs(images)
+    size = max(1, EMBEDDED_AT_ONCE // len(images))
+    if images.shape[1] <= size:
+        return learner.inputs(images)
+    return torch.cat([learner.inputs(each) for each in images.split(size, 1)], 1)
 
 
 def _losses(learner: Learner, inputs: Tensor, labels: Tensor) -> Tensor:

@@ -121,6 +121,11 @@ class LossLog:
         while self._under_way and self._under_way[0][1].query():
             self._read(self._under_way.popleft()[0])
 
+    def resume(self, losses: list[list[float]]) -> None:
+        """Go on behind the losses of an earlier part of the training."""
+        self.losses = [list(own) for own in losses]
+        self._steps_read = max(map(len, losses))
+
     def finish(self) -> list[list[float]]:
         """Wait for what is under way, and return the losses."""
         while self._under_way:

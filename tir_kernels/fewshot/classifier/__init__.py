@@ -1,0 +1,1 @@
+"""Classifiers: made from labelled images, saved as folders, and asked about other images."""

@@ -1,0 +1,116 @@
+"""What a classifier is made of besides tensors, as it stands in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tir_kernels.fewshot.fields import as_settings
+from tir_kernels.fewshot.methods import Method, method_class
+from tir_kernels.fewshot.settings import PRECISIONS
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The model that a classifier was made with, and how to get it.
+
+    Args:
+        name, pretrained: As for ``load_model``.
+        description: The model in words.
+        fingerprint: Digest of its configuration, preprocessing, weights and tokenizer.
+    """
+
+    name: str
+    pretrained: str | None
+    description: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class About:
+    """A classifier's settings and findings.
+
+    Args:
+        labels: The C classes by their names in the data, in the order of the logits.
+        words: The words for them in prompts.
+        method: The method with its options.
+        base: The base model.
+        seed: Seed of the training.
+        shots: Support images per class, without views; of unequal classes the mean, rounded.
+        views: Support images in a row that were views of one, itself included.
+        precision: Type of products in training, and by default in use.
+        support: Support images of each class.
+        figures: What was measured, by names that say what it is.
+        temperature: Divisor of the logits in front of the softmax.
+        versions: Versions of the packages that it was made with.
+    """
+
+    labels: tuple[str, ...]
+    words: tuple[str, ...]
+    method: Method
+    base: BaseModel
+    seed: int
+    shots: int
+    views: int
+    precision: str
+    support: tuple[int, ...]
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    temperature: float = 1.0
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``classifier.json``."""
+        return {
+            "format": FORMAT,
+            "classes": [
+                {"label": label, "words": words, "support": support}
+                for label, words, support in zip(self.labels, self.words, self.support, strict=True)
+            ],
+            "method": {"name": self.method.name, **as_settings(self.method)},
+            "base": vars(self.base),
+            "seed": self.seed,
+            "shots": self.shots,
+            "views": self.views,
+            "precision": self.precision,
+            "temperature": self.temperature,
+            "figures": dict(self.figures),
+            "versions": dict(self.versions),
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> About:
+        """Read what ``to_json`` gives.
+
+        Raises:
+            ValueError, TypeError, KeyError: It is of another format, or no such content.
+        """
+        if content["format"] != FORMAT:
+            raise ValueError(
+                f"it has format {content['format']!r}, and this version of tir_kernels reads "
+                f"format {FORMAT}"
+            )
+        options = dict(content["method"])
+        name = options.pop("name")
+        classes = content["classes"]
+        precision, temperature = content["precision"], float(content["temperature"])
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision is {precision!r}")
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature is {temperature}")
+        return cls(
+            labels=tuple(str(each["label"]) for each in classes),
+            words=tuple(str(each["words"]) for each in classes),
+            support=tuple(int(each["support"]) for each in classes),
+            method=method_class(name)(**options),
+            base=BaseModel(**content["base"]),
+            seed=int(content["seed"]),
+            shots=int(content["shots"]),
+            views=int(content["views"]),
+            precision=precision,
+            temperature=temperature,
+            figures=content["figures"],
+            versions=content["versions"],
+        )
