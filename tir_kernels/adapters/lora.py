@@ -30,6 +30,12 @@ class _Place:
     def low_rank(self) -> LowRank:
         return self.linear.owner.low_rank  # type: ignore[return-value]
 
+    @property
+    def weight(self) -> Tensor:
+        """(K O, D), the frozen weight of all of the owner's projections."""
+        owner = self.linear.owner
+        return owner.in_proj_weight if isinstance(owner, nn.MultiheadAttention) else owner.weight  # type: ignore[return-value]
+
 
 def _packed(block: Block) -> Iterator[_Place]:
     """The block's projections by the module that owns them."""
@@ -148,6 +154,22 @@ class LoRA(Handle):
         """Switch LoRA's dropout on or off, without touching the mode of the model."""
         for low_rank in self._low_ranks():
             low_rank.train(mode)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the change to the model's own weights, for good, and remove the handle.
+
+        The model then computes the same, up to rounding, without LoRA.
+
+        Raises:
+            ValueError: Several episodes' factors can't be in one weight.
+        """
+        if any(low_rank.a.dim() == 4 for low_rank in self._low_ranks()):
+            raise ValueError("LoRA of num_episodes can't be merged: add one without them")
+        for places in self._places.values():
+            for place in places:
+                place.weight.add_(place.low_rank.product())
+        self.remove()
 
     def remove(self) -> None:
         for places in self._places.values():

@@ -106,6 +106,10 @@ class LowRank(nn.Module):
                     nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generators[index])
                     factor.copy_(drawn)
 
+    def product(self) -> Tensor:
+        """The change of the weight, (K O, D) float32, or (G, K O, D) of several episodes."""
+        return torch.matmul(self.b * self.scaling, self.a).flatten(-3, -2)
+
     @property
     def _drops(self) -> bool:
         return self.training and self.dropout > 0

@@ -3,10 +3,12 @@
 from tir_kernels.towers.find import FAMILIES, open_tower, text_tower, vision_tower
 from tir_kernels.towers.frozen import cast_blocks, frozen_mlps
 from tir_kernels.towers.run import ImageEncoder
+from tir_kernels.towers.transformers_names import as_transformers_clip
 
 __all__ = [
     "FAMILIES",
     "ImageEncoder",
+    "as_transformers_clip",
     "cast_blocks",
     "frozen_mlps",
     "open_tower",

@@ -154,11 +154,11 @@ class Classifier:
         runtime = replace(self.runtime, precision=precision)
         return Classifier(self.about, self.model, self.learned, runtime)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], include_base: bool = False) -> None:
         """Write the classifier into a folder; see ``folder.save_classifier``."""
         from tir_kernels.fewshot.classifier.folder import save_classifier
 
-        save_classifier(self, path)
+        save_classifier(self, path, include_base)
 
     def _inputs(self, images: Sequence[str | os.PathLike[str] | Image.Image]) -> Tensor:
         preprocess = self.model.preprocess

@@ -28,17 +28,21 @@ from tir_kernels.fewshot.strict_json import decode_json
 from tir_kernels.files import MIB, open_regular, read_bytes
 from tir_kernels.text import setting
 from tir_kernels.towers.loading.models import LoadedModel, load_model
+from tir_kernels.towers.loading.saving import save_model
 
 ABOUT_FILE = "classifier.json"
 LEARNED_FILE = "learned.safetensors"
 CARD_FILE = "README.md"
+BASE_FOLDER = "base"
 
 _MOST_ABOUT_BYTES = 64 * MIB
 _LORA = "lora."
 _DEFAULT_RUNTIME = Runtime()
 
 
-def save_classifier(classifier: Classifier, path: str | os.PathLike[str]) -> None:
+def save_classifier(
+    classifier: Classifier, path: str | os.PathLike[str], include_base: bool = False
+) -> None:
     """Write a classifier into a folder.
 
     Args:
@@ -46,6 +50,8 @@ def save_classifier(classifier: Classifier, path: str | os.PathLike[str]) -> Non
         path: Folder; it is made if it is missing, and a classifier in it is replaced. While the
             files are written it holds no ``classifier.json``, so an interrupted call leaves nothing
             that loads.
+        include_base: Whether to write the base model too, into the folder ``base``; otherwise the
+            folder says where to get it.
 
     Raises:
         FewShotError: The folder can't be written, or holds other things than a classifier.
@@ -61,7 +67,10 @@ def save_classifier(classifier: Classifier, path: str | os.PathLike[str]) -> Non
         write_whole(folder / LEARNED_FILE, safetensors.torch.save(learned, {"format": "pt"}))
         write_whole(folder / CARD_FILE, model_card(classifier).encode())
         names = (CONFIG_FILE, WEIGHTS_FILE, LEARNED_FILE)
-        digests = {name: _digest(folder / name) for name in names if (folder / name).exists()}
+        files = [folder / name for name in names if (folder / name).exists()]
+        if include_base:
+            files += save_model(classifier.model, folder / BASE_FOLDER)
+        digests = {each.relative_to(folder).as_posix(): _digest(each) for each in files}
     except OSError as error:
         raise FewShotError(f"can't write the classifier {folder}: {first_line(error)}") from error
     write_json(folder / ABOUT_FILE, classifier.about.to_json() | {"files": digests})
@@ -79,8 +88,8 @@ def load_classifier(
 
     Args:
         path: Folder of ``Classifier.save`` or ``tir-finetune fit``.
-        model, pretrained: Base model, as for ``load_model``, where it has moved; by default what
-            the folder names.
+        model, pretrained: Base model, as for ``load_model``, where it has moved; by default the
+            folder's own copy, or what the folder names.
         runtime: Device and types; its precision is used as it is.
         loaded: Base model that is loaded already, on ``runtime.device``.
 
@@ -91,6 +100,11 @@ def load_classifier(
     folder = expanded_out(os.fspath(path))
     about, digests = _read_about(folder)
     _check_files(folder, digests)
+    has_base = any(Path(name).parts[0] == BASE_FOLDER for name in digests)
+    if loaded is None and model is None and has_base:
+        # Checked by its digests: the same model, in other files than it was loaded from.
+        copy = load_model(str(folder / BASE_FOLDER), device=runtime.device)
+        loaded = replace(copy, fingerprint=about.base.fingerprint)
     if loaded is None:
         name, weights = (model, pretrained) if model else (about.base.name, about.base.pretrained)
         loaded = load_model(name, weights, device=runtime.device)
@@ -146,7 +160,7 @@ def _require_own(folder: Path) -> None:
     """Refuse to mix a classifier with what is in a folder of something else."""
     if (folder / ABOUT_FILE).exists():
         return
-    own = {CONFIG_FILE, WEIGHTS_FILE, LEARNED_FILE, CARD_FILE}
+    own = {CONFIG_FILE, WEIGHTS_FILE, LEARNED_FILE, CARD_FILE, BASE_FOLDER}
     others = sorted(
         each.name
         for each in folder.iterdir()

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -49,6 +49,7 @@ class LoadedModel:
         description: The model in words.
         fingerprint: Digest of its configuration, preprocessing, weights and tokenizer.
         notes: What of the weights was chosen, changed, left out or can't be known.
+        config: open_clip's "model_cfg".
     """
 
     model: nn.Module
@@ -57,6 +58,7 @@ class LoadedModel:
     description: str
     fingerprint: str
     notes: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_model(
@@ -111,6 +113,7 @@ def _load(source: _Source, target: torch.device) -> LoadedModel:
         source.description,
         _fingerprint(source, preprocess_cfg),
         tuple(map(Notice, notes)),
+        source.config,
     )
 
 
