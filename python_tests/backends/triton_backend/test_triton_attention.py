@@ -17,7 +17,7 @@ from triton_cases import (
     run_attention,
 )
 
-from tir_kernels.backends.protocol import AttentionInputs
+from tir_kernels.backends.inputs import AttentionInputs
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from triton_cases import BACKEND, DTYPES, attention_inputs, run_statistics
 
-from tir_kernels.backends.protocol import StatisticsInputs
+from tir_kernels.backends.inputs import StatisticsInputs
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

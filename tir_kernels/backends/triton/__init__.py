@@ -15,16 +15,9 @@ import torch
 from torch import Tensor
 
 from ..common import KERNEL_DTYPES, reason_of_all
+from ..inputs import AttentionInputs, BackwardInputs, RelevanceInputs, StatisticsInputs
 from ..optional import DropoutInputs
-from ..protocol import (
-    AttentionInputs,
-    AttentionStatistics,
-    BackwardInputs,
-    Gradients,
-    Pair,
-    RelevanceInputs,
-    StatisticsInputs,
-)
+from ..protocol import AttentionStatistics, Gradients, Pair
 from .configs import MAX_HEAD_DIM
 
 MIN_CAPABILITY = (8, 0)
