@@ -12,12 +12,8 @@ from torch import Tensor
 
 from tir_kernels import JointSpace
 from tir_kernels.backends.common import MAX_EXPONENT
-from tir_kernels.backends.protocol import (
-    AttentionInputs,
-    Backend,
-    BackwardInputs,
-    RelevanceInputs,
-)
+from tir_kernels.backends.inputs import AttentionInputs, BackwardInputs, RelevanceInputs
+from tir_kernels.backends.protocol import Backend
 from tir_kernels.backends.reference import ReferenceBackend
 from tir_kernels.backends.reference import exact_relevance as relevance_in_float64
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import tir_kernels
-from tir_kernels.backends.protocol import AttentionInputs
+from tir_kernels.backends.inputs import AttentionInputs
 from tir_kernels.operators.choose import load_backend
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")

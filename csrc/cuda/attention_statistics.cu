@@ -83,13 +83,8 @@ struct ScoreBlock {
       commit_copies();
     };
     load_tile<T, D>(own_rows, own, first, kHeldRows<T>, lane, kWarp, KeepAll());
-    load(0);
     LeftRows<T, D, true> left[kHeld];
-    TIR_NO_UNROLL
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      wait_for_copies<0>();
-      __syncthreads();  // all copies are in, and the slot that is filled next is read no more
-      if (chunk + 1 < chunks) load(chunk + 1);
+    stream_chunks(chunks, load, [&](int chunk) {
       if (chunk == 0) {
         TIR_UNROLL
         for (int m = 0; m < kHeld; ++m) left[m].take(own_rows + m * kRows * kPitch<T, D>, lane);
@@ -98,7 +93,7 @@ struct ScoreBlock {
       Scores scores = {};
       multiply_transposed(scores, left, slot(chunk), used, lane);
       step(scores, start);
-    }
+    });
   }
 };
 

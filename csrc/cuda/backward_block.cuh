@@ -84,13 +84,9 @@ struct BackwardBlock {
       load_tile<T, D>(target + kChunkElements, second_rows, start, rows, thread, threads, is_kept);
       commit_copies();
     };
-    load(0);
     constexpr bool kHold = kHeld == 1 && D <= 64;  // more would not leave registers for the sums
     LeftRows<T, D, kHold> left_first[kHeld], left_second[kHeld];
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      wait_for_copies<0>();
-      __syncthreads();  // all copies are in, and the slot that is filled next is read no more
-      if (chunk + 1 < chunks) load(chunk + 1);
+    stream_chunks(chunks, load, [&](int chunk) {
       if (chunk == 0) {
         TIR_UNROLL
         for (int m = 0; m < kHeld; ++m) {
@@ -109,7 +105,7 @@ struct BackwardBlock {
         multiply_transposed(grad_probabilities, left_second, second_tile, used, lane);
         step(scores, grad_probabilities, start, first_tile, second_tile, used);
       }
-    }
+    });
   }
 
   // Scores become probabilities, and the gradients of these become those of the scores.

@@ -20,6 +20,20 @@ TIR_DEVICE Rows<T> rows_of_head(const RowGrid& grid, const AttentionShape& shape
           is_aligned};
 }
 
+// Calls step(chunk) for one chunk of streamed rows after the other. While a step is at work
+// load(chunk) copies the next: it may write to all slots but that of the step.
+template <class Load, class Step>
+TIR_DEVICE void stream_chunks(int chunks, Load load, Step step) {
+  load(0);
+  TIR_NO_UNROLL
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    wait_for_copies<0>();
+    __syncthreads();  // all copies are in, and the slot that is filled next is read no more
+    if (chunk + 1 < chunks) load(chunk + 1);
+    step(chunk);
+  }
+}
+
 inline bool rows_are_aligned(const AttentionShape& shape, const RowGrid& grid) {
   int64_t vector = 16 / bytes_of(shape.type);
   return reinterpret_cast<uintptr_t>(grid.data) % 16 == 0 && shape.head_dim % vector == 0 &&

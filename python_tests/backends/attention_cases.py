@@ -9,7 +9,7 @@ import oracle
 import torch
 from torch import Tensor
 
-from tir_kernels.backends.protocol import AttentionInputs
+from tir_kernels.backends.inputs import AttentionInputs
 from tir_kernels.operators.choose import load_backend
 
 RESULTS = ("output", "log_sum_exp", "grad_query", "grad_key", "grad_value", "grad_weights")

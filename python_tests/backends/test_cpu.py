@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tir_kernels.backends import common, cpu
-from tir_kernels.backends.protocol import AttentionInputs
+from tir_kernels.backends.inputs import AttentionInputs
 from tir_kernels.operators.choose import load_backend
 
 CPU = load_backend("cpu")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tir_kernels import JointSpace
 from tir_kernels.backends import cpu, reference
-from tir_kernels.backends.protocol import RelevanceInputs
+from tir_kernels.backends.inputs import RelevanceInputs
 from tir_kernels.operators.choose import load_backend
 
 CPU = load_backend("cpu")

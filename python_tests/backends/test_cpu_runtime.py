@@ -16,7 +16,7 @@ from attention_cases import packed_heads
 from torch import Tensor
 
 from tir_kernels.backends import cpu
-from tir_kernels.backends.protocol import AttentionInputs
+from tir_kernels.backends.inputs import AttentionInputs
 from tir_kernels.operators.choose import load_backend
 
 CPU = load_backend("cpu")
@@ -77,7 +77,7 @@ def test_no_threads_beside_those_of_torch() -> None:
     program = """
 import os, torch
 from tir_kernels.backends import cpu
-from tir_kernels.backends.protocol import AttentionInputs
+from tir_kernels.backends.inputs import AttentionInputs
 torch.set_num_threads(2)
 a = torch.randn(512, 512); a @ a; a.exp()
 before = len(os.listdir("/proc/self/task"))

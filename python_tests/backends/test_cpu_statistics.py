@@ -11,7 +11,8 @@ import torch
 from attention_cases import mixed_weights, packed_heads
 
 from tir_kernels.backends import common, cpu
-from tir_kernels.backends.protocol import AttentionStatistics, StatisticsInputs
+from tir_kernels.backends.inputs import StatisticsInputs
+from tir_kernels.backends.protocol import AttentionStatistics
 from tir_kernels.operators.choose import load_backend
 
 CPU = load_backend("cpu")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import tir_kernels
 from tir_kernels import JointSpace, WeightRule
-from tir_kernels.backends.protocol import AttentionInputs
+from tir_kernels.backends.inputs import AttentionInputs
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -302,7 +302,7 @@ STRAY_READ = """
 import sys, torch, cuda_emulation
 from pathlib import Path
 from backends.test_cuda_emulated import build_with
-from tir_kernels.backends.protocol import AttentionInputs
+from tir_kernels.backends.inputs import AttentionInputs
 q = torch.randn(1, 1, 50, 64).bfloat16()
 for module in (cuda_emulation.build(), build_with("the mask is off by one", Path(sys.argv[1]))):
     backend = cuda_emulation.EmulatedBackend(cuda_emulation.load(module))

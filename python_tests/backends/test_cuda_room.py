@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 
-from tir_kernels.backends.protocol import AttentionInputs, RelevanceInputs
+from tir_kernels.backends.inputs import AttentionInputs, RelevanceInputs
 
 MOST_PATCHES, MOST_CLASSES = 800, 16  # of which an attention kernel finds the weights itself
 COMPILED_WIDTHS = (64, 80, 96, 112, 128)

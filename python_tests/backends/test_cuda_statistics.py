@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tir_kernels import AttentionStatistics
-from tir_kernels.backends.protocol import StatisticsInputs
+from tir_kernels.backends.inputs import StatisticsInputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

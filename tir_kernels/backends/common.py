@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .protocol import AttentionInputs, RelevanceInputs, StatisticsInputs
+from .inputs import AttentionInputs, RelevanceInputs, StatisticsInputs
 
 RowGrid = tuple[int, int, int, int]  # address, and the strides of batch, head and row
 

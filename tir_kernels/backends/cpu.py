@@ -29,16 +29,9 @@ from .common import (
     type_name,
     with_contiguous_rows,
 )
+from .inputs import AttentionInputs, BackwardInputs, RelevanceInputs, StatisticsInputs
 from .optional import DropoutInputs
-from .protocol import (
-    AttentionInputs,
-    AttentionStatistics,
-    BackwardInputs,
-    Gradients,
-    Pair,
-    RelevanceInputs,
-    StatisticsInputs,
-)
+from .protocol import AttentionStatistics, Gradients, Pair
 
 _NOT_BUILT = (
     "the compiled kernels (tir_kernels._C) are not there: install a C++17 compiler "

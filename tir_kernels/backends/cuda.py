@@ -29,15 +29,8 @@ from .common import (
     type_name,
     with_contiguous_rows,
 )
-from .protocol import (
-    AttentionInputs,
-    AttentionStatistics,
-    BackwardInputs,
-    Gradients,
-    Pair,
-    RelevanceInputs,
-    StatisticsInputs,
-)
+from .inputs import AttentionInputs, BackwardInputs, RelevanceInputs, StatisticsInputs
+from .protocol import AttentionStatistics, Gradients, Pair
 
 MIN_CAPABILITY = (8, 0)
 

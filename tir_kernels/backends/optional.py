@@ -6,7 +6,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from .protocol import AttentionInputs, BackwardInputs, Gradients, RelevanceInputs
+from .inputs import AttentionInputs, BackwardInputs, RelevanceInputs
+from .protocol import Gradients
 
 
 class DropoutInputs(NamedTuple):

@@ -1,9 +1,8 @@
-"""The contract of a backend, and the values that operators hand to one.
+"""The contract of a backend, and the values that one gives back.
 
 A backend knows nothing of autograd, dispatch or the other backends. It gets validated tensors on
-one device, with B, H, L, N, C >= 1: empty inputs are answered before it is asked. Query, key, value
-and ``grad_output`` have unit stride in d and any other strides; tokens and class embeddings any.
-``optional.py`` lists what a backend may have beside this.
+one device, with B, H, L, N, C >= 1: empty inputs are answered before it is asked. ``inputs.py``
+says what they are, and ``optional.py`` what a backend may have beside this.
 """
 
 from __future__ import annotations
@@ -13,37 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-
-class RelevanceInputs(NamedTuple):
-    """Patch tokens, classes, and the map from the ones to the others' space."""
-
-    tokens: Tensor  # (B, L, D)
-    class_embeddings: Tensor  # (G, C, E)
-    norm_weight: Tensor | None  # (D,), or None for 1
-    norm_bias: Tensor | None  # (D,), or None for 0
-    norm_eps: float | None  # None: no LayerNorm
-    proj: Tensor | None  # (D, E), or None: E = D
-    num_prefix_tokens: int  # P; N = L - P
-
-
-class AttentionInputs(NamedTuple):
-    """Queries, keys and values, with a weight per key."""
-
-    query: Tensor  # (B, H, L, d)
-    key: Tensor  # (B, H, L, d)
-    value: Tensor  # (B, H, L, d)
-    weights: Tensor | None  # (B, L) float32; None: 1, or derived by the operation itself
-    scale: float
-
-
-class StatisticsInputs(NamedTuple):
-    """Queries and keys, with a weight per key, whose attention is to be described."""
-
-    query: Tensor  # (B, H, L, d)
-    key: Tensor  # (B, H, L, d)
-    weights: Tensor | None  # (B, L) float32; None: 1
-    scale: float
-    num_prefix_tokens: int  # P, 0 to L; N = L - P
+from .inputs import AttentionInputs, BackwardInputs, RelevanceInputs, StatisticsInputs
 
 
 class AttentionStatistics(NamedTuple):
@@ -53,15 +22,6 @@ class AttentionStatistics(NamedTuple):
     received_from_patches: Tensor  # by the key: the patch queries' mean attention
     entropy: Tensor  # of the query's attention, in nats; 0 where it attends to nothing
     log_sum_exp: Tensor  # of the query's weighted exponentials; -inf where it attends to nothing
-
-
-class BackwardInputs(NamedTuple):
-    """Results of a forward pass of attention, and the gradient of the first."""
-
-    output: Tensor  # (B, H, L, d)
-    log_sum_exp: Tensor  # (B, H, L)
-    grad_output: Tensor  # (B, H, L, d)
-    needs_weights_grad: bool
 
 
 Pair = tuple[Tensor, Tensor]

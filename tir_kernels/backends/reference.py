@@ -17,16 +17,9 @@ from torch import Tensor
 from tir_kernels.precision import without_autocast
 
 from .common import COSINE_EPS, KERNEL_DTYPES, MAX_EXPONENT
+from .inputs import AttentionInputs, BackwardInputs, RelevanceInputs, StatisticsInputs
 from .optional import DropoutInputs
-from .protocol import (
-    AttentionInputs,
-    AttentionStatistics,
-    BackwardInputs,
-    Gradients,
-    Pair,
-    RelevanceInputs,
-    StatisticsInputs,
-)
+from .protocol import AttentionStatistics, Gradients, Pair
 
 Inputs = TypeVar("Inputs", RelevanceInputs, AttentionInputs, StatisticsInputs)
 Others = ParamSpec("Others")

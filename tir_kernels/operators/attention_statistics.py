@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tir_kernels.backends.protocol import AttentionStatistics, StatisticsInputs
+from tir_kernels.backends.inputs import StatisticsInputs
+from tir_kernels.backends.protocol import AttentionStatistics
 from tir_kernels.operators.checks import (
     check_attention_inputs,
     check_num_prefix_tokens,

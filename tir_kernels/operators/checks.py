@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tir_kernels.backends.protocol import RelevanceInputs
+from tir_kernels.backends.inputs import RelevanceInputs
 from tir_kernels.operators.choose import require_backend
 from tir_kernels.rules import JointSpace, WeightRule
 from tir_kernels.scalars import finite_number, whole_number

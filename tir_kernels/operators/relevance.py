@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tir_kernels.backends.protocol import Backend, RelevanceInputs
+from tir_kernels.backends.inputs import RelevanceInputs
+from tir_kernels.backends.protocol import Backend
 from tir_kernels.operators.checks import check_relevance_inputs
 from tir_kernels.operators.choose import choose_backend
 from tir_kernels.operators.library import OPS, define, define_fake

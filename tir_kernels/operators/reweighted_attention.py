@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tir_kernels.backends.protocol import AttentionInputs, BackwardInputs, Gradients
+from tir_kernels.backends.inputs import AttentionInputs, BackwardInputs
+from tir_kernels.backends.protocol import Gradients
 from tir_kernels.operators.checks import (
     check_attention_inputs,
     check_relevance_inputs,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tir_kernels.backends.protocol import RelevanceInputs
+from tir_kernels.backends.inputs import RelevanceInputs
 from tir_kernels.operators.checks import (
     check_relevance_inputs,
     check_weights,

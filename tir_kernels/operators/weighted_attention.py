@@ -7,13 +7,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from tir_kernels.backends.protocol import (
-    AttentionInputs,
-    Backend,
-    BackwardInputs,
-    Gradients,
-    Pair,
-)
+from tir_kernels.backends.inputs import AttentionInputs, BackwardInputs
+from tir_kernels.backends.protocol import Backend, Gradients, Pair
 from tir_kernels.operators.checks import (
     check_attention_inputs,
     check_weights,

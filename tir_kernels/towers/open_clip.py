@@ -26,7 +26,7 @@ from tir_kernels.towers.attention import (
     split_heads,
 )
 from tir_kernels.towers.blocks import BlockBase
-from tir_kernels.towers.opening import Opened, require_own_forward
+from tir_kernels.towers.opening import Opened, refuse_attention_pool, require_own_forward
 from tir_kernels.towers.protocol import Linear, Modifier
 from tir_kernels.towers.run import EncodesText, features_of_patches, joint_space_of
 
@@ -299,11 +299,7 @@ class OpenClip:
         tower = getattr(model, "visual", model)
         if not isinstance(tower, VisionTransformer):
             return None
-        if getattr(tower, "attn_pool", None) is not None:
-            raise ValueError(
-                "model pools its image tokens by attention, so single patch tokens cannot be "
-                "compared with class embeddings; choose an architecture without attentional pooling"
-            )
+        refuse_attention_pool(tower)
         return OpenClipVision(tower, "transformer" if tower is model else "visual.transformer")
 
     @staticmethod

@@ -19,7 +19,13 @@ from tir_kernels.towers.attention import (
     split_heads,
 )
 from tir_kernels.towers.blocks import BlockBase
-from tir_kernels.towers.opening import Opened, put_on, require_own_forward, take_off
+from tir_kernels.towers.opening import (
+    Opened,
+    put_on,
+    refuse_attention_pool,
+    require_own_forward,
+    take_off,
+)
 from tir_kernels.towers.protocol import Linear, Modifier
 from tir_kernels.towers.run import features_of_patches, joint_space_of
 
@@ -183,11 +189,7 @@ class TimmVit:
         """
         if not isinstance(model, VisionTransformer):
             return None
-        if model.attn_pool is not None:
-            raise ValueError(
-                "model pools its image tokens by attention, so single patch tokens cannot be "
-                "compared with class embeddings; choose an architecture without attentional pooling"
-            )
+        refuse_attention_pool(model)
         return TimmVision(model)
 
     @staticmethod

@@ -46,6 +46,42 @@ inline int64_t parts_per_head(const AttentionShape& shape, int threads, int64_t 
   return smaller_of(num_cuts, divide_up(3 * threads, shape.batch * shape.heads));
 }
 
+// Whole heads at once, or heads cut into parts along their queries or along their keys.
+enum class Pass { everything, queries, keys };
+
+// Runs the workers of a `Job` whose `pass` is everything and whose heads have one part. Where there
+// are fewer heads than keep the threads busy, two passes share them.
+template <class Job>
+void run_passes(int threads, Worker worker, Job& job) {
+  const AttentionShape& shape = job.problem.shape;
+  int64_t num_heads = shape.batch * shape.heads;
+  if (fills_threads(shape, threads)) {
+    run_workers(threads, num_heads, worker, &job);
+    return;
+  }
+  constexpr Pass passes[] = {Pass::queries, Pass::keys};
+  for (Pass pass : passes) {
+    int64_t cut = pass == Pass::queries ? tile_queries : panel_width;
+    job.pass = pass;
+    job.num_parts = parts_per_head(shape, threads, divide_up(shape.length, cut));
+    run_workers(threads, num_heads * job.num_parts, worker, &job);
+  }
+}
+
+// What a worker knows of its heads: their shape, and the sizes of its memory.
+class AttentionWorker {
+ protected:
+  AttentionWorker(const AttentionShape& shape, int64_t row_units, int64_t max_key_block)
+      : shape_(shape),
+        padded_head_dim_(round_up(shape.head_dim, lanes)),
+        row_units_(row_units),
+        score_stride_(score_stride(shape.length, max_key_block)) {}
+
+  const AttentionShape& shape_;
+  int64_t padded_head_dim_, row_units_, score_stride_;
+  int64_t batch_ = 0, head_ = 0;
+};
+
 // The keys of one part: whole panels, and the rows up to those of the next part.
 struct KeyPart {
   KeyList keys;

@@ -8,8 +8,6 @@
 namespace tir::cpu::TIR_ARCH {
 namespace {
 
-enum class Pass { everything, key_value, query };
-
 struct Job {
   const AttentionBackward& problem;
   const KeyLists& attended;
@@ -71,7 +69,7 @@ void work(void* data, ItemQueue& items) {
   for (int64_t item = items.take(); item >= 0; item = items.take()) {
     int64_t part = item % job.num_parts, batch_head = item / job.num_parts;
     worker.choose(batch_head / heads, batch_head % heads);
-    if (job.pass == Pass::query) {
+    if (job.pass == Pass::queries) {
       grad_query(worker, job, batch_head, part);
     } else {
       grad_key_value(worker, job, batch_head, part);
@@ -125,16 +123,7 @@ void attention_backward(const AttentionBackward& problem, int threads) {
     job.ignored = &ignored;
     job.head_grads = head_grads;
   }
-  if (fills_threads(shape, threads)) {
-    run_workers(threads, num_heads, worker, &job);
-  } else {
-    job.pass = Pass::key_value;
-    job.num_parts = parts_per_head(shape, threads, divide_up(shape.length, panel_width));
-    run_workers(threads, num_heads * job.num_parts, worker, &job);
-    job.pass = Pass::query;
-    job.num_parts = parts_per_head(shape, threads, divide_up(shape.length, tile_queries));
-    run_workers(threads, num_heads * job.num_parts, worker, &job);
-  }
+  run_passes(threads, worker, job);
   if (wants_weights) sum_over_heads(shape, head_grads, attended, ignored, problem.grad_weights);
 }
 

@@ -14,16 +14,13 @@ struct Job {
 
 // One worker's memory and the steps of one (batch, head), in the order in which they run.
 template <class Math>
-class ForwardWorker {
+class ForwardWorker : AttentionWorker {
   using Unit = typename Math::Unit;
 
  public:
   explicit ForwardWorker(const AttentionForward& problem)
-      : problem_(problem),
-        shape_(problem.shape),
-        padded_head_dim_(round_up(shape_.head_dim, lanes)),
-        row_units_(row_units<Math>(shape_.head_dim)),
-        score_stride_(score_stride(shape_.length, max_key_block)),
+      : AttentionWorker(problem.shape, row_units<Math>(problem.shape.head_dim), max_key_block),
+        problem_(problem),
         key_panels_(packed_units(row_units_, shape_.length)),
         value_panels_(packed_units(steps_of<Math>(shape_.length), shape_.head_dim)),
         packing_space_(lanes * row_units_),
@@ -129,8 +126,6 @@ class ForwardWorker {
   }
 
   const AttentionForward& problem_;
-  const AttentionShape& shape_;
-  int64_t padded_head_dim_, row_units_, score_stride_;
   Buffer<Unit> key_panels_, value_panels_, packing_space_;
   Buffer<Unit> queries_;
   Buffer<float> scores_;
@@ -138,7 +133,7 @@ class ForwardWorker {
   Buffer<float> sums_;
   float maxima_[tile_queries], totals_[tile_queries];
   KeyList keys_{};
-  int64_t batch_ = 0, head_ = 0, value_panel_stride_ = 0;
+  int64_t value_panel_stride_ = 0;
 };
 
 void write_empty(const AttentionForward& problem, int64_t batch, int64_t head) {

@@ -13,8 +13,6 @@ namespace {
 constexpr int64_t max_key_block = 640;
 constexpr float max_distance = 1 - smallest_exponent;  // an exponential so far down is 0
 
-enum class Pass { everything, rows, columns };
-
 // What the columns need of each query, [B, H, L]: its attention to a key is
 // exp2(exponent - maximum) * inverse_total.
 struct RowSums {
@@ -32,16 +30,14 @@ struct Job {
 
 // One worker's memory, and what it does for one (batch, head).
 template <class Math>
-class StatisticsWorker {
+class StatisticsWorker : AttentionWorker {
   using Unit = typename Math::Unit;
 
  public:
   StatisticsWorker(const AttentionStatistics& problem, const RowSums& row_sums)
-      : problem_(problem),
-        shape_(problem.shape),
+      : AttentionWorker(problem.shape, row_units<Math>(problem.shape.head_dim), max_key_block),
+        problem_(problem),
         row_sums_(row_sums),
-        row_units_(row_units<Math>(shape_.head_dim)),
-        score_stride_(score_stride(shape_.length, max_key_block)),
         key_panels_(packed_units(row_units_, shape_.length)),
         packing_space_(lanes * row_units_),
         queries_(tile_queries * row_units_),
@@ -211,15 +207,13 @@ class StatisticsWorker {
   }
 
   const AttentionStatistics& problem_;
-  const AttentionShape& shape_;
   RowSums row_sums_;
-  int64_t row_units_, score_stride_;
   Buffer<Unit> key_panels_, packing_space_, queries_;
   Buffer<float> scores_;                    // of a tile and a block of keys
   Buffer<float> prefix_sums_, patch_sums_;  // of the chosen keys
   float maxima_[tile_queries], totals_[tile_queries], spreads_[tile_queries];
   KeyList keys_{};
-  int64_t batch_ = 0, head_ = 0, block_ = 0;
+  int64_t block_ = 0;
   int64_t first_place_ = 0, first_query_ = 0, num_queries_ = 0;
 };
 
@@ -228,7 +222,7 @@ void work(void* data, ItemQueue& items) {
   const Job& job = *static_cast<const Job*>(data);
   const AttentionShape& shape = job.problem.shape;
   StatisticsWorker<Math> worker(job.problem, job.row_sums);
-  bool wants_rows = job.pass != Pass::columns, wants_columns = job.pass != Pass::rows;
+  bool wants_rows = job.pass != Pass::keys, wants_columns = job.pass != Pass::queries;
   int64_t num_tiles = divide_up(shape.length, tile_queries);
   for (int64_t item = items.take(); item >= 0; item = items.take()) {
     int64_t part = item % job.num_parts, batch_head = item / job.num_parts;
@@ -256,16 +250,7 @@ void attention_statistics(const AttentionStatistics& problem, int threads) {
   if (shape.type == Type::bfloat16) worker = work<BFloat16Math>;
 #endif
   Job job{problem, keys, {maxima, inverse_totals}, Pass::everything, 1};
-  if (fills_threads(shape, threads)) {
-    run_workers(threads, num_heads, worker, &job);
-  } else {
-    job.pass = Pass::rows;
-    job.num_parts = parts_per_head(shape, threads, divide_up(shape.length, tile_queries));
-    run_workers(threads, num_heads * job.num_parts, worker, &job);
-    job.pass = Pass::columns;
-    job.num_parts = parts_per_head(shape, threads, divide_up(shape.length, panel_width));
-    run_workers(threads, num_heads * job.num_parts, worker, &job);
-  }
+  run_passes(threads, worker, job);
 }
 
 }  // namespace tir::cpu::TIR_ARCH

@@ -21,17 +21,14 @@ struct Wanted {
 
 // One worker's memory, and what it does for one (batch, head).
 template <class Math>
-class BackwardWorker {
+class BackwardWorker : AttentionWorker {
   using Unit = typename Math::Unit;
   static constexpr bool is_paired = Math::values_per_unit == 2;
 
  public:
   explicit BackwardWorker(const AttentionBackward& problem)
-      : problem_(problem),
-        shape_(problem.shape),
-        padded_head_dim_(round_up(shape_.head_dim, lanes)),
-        row_units_(row_units<Math>(shape_.head_dim)),
-        score_stride_(score_stride(shape_.length, max_key_block)),
+      : AttentionWorker(problem.shape, row_units<Math>(problem.shape.head_dim), max_key_block),
+        problem_(problem),
         packing_space_(lanes * row_units_),
         key_columns_(packed_units(row_units_, shape_.length)),
         value_columns_(packed_units(row_units_, shape_.length)),
@@ -283,8 +280,6 @@ class BackwardWorker {
   }
 
   const AttentionBackward& problem_;
-  const AttentionShape& shape_;
-  int64_t padded_head_dim_, row_units_, score_stride_;
   Buffer<Unit> packing_space_;
   Buffer<Unit> key_columns_, value_columns_, key_rows_;  // right operands, of all keys
   Buffer<Unit> queries_, grads_;                         // left operands, of a tile
@@ -296,7 +291,7 @@ class BackwardWorker {
   float deltas_[tile_queries], exponent_offsets_[tile_queries];
   KeyList keys_{};
   Wanted wanted_{};
-  int64_t batch_ = 0, head_ = 0, key_panel_stride_ = 0;
+  int64_t key_panel_stride_ = 0;
 };
 
 }  // namespace

@@ -20,7 +20,7 @@ from triton_cases import (
 )
 
 from tir_kernels.backends import reference
-from tir_kernels.backends.protocol import RelevanceInputs
+from tir_kernels.backends.inputs import RelevanceInputs
 from tir_kernels.backends.triton.kernels.selection import select_and_weigh
 
 

@@ -17,12 +17,8 @@ import oracle
 import statistics_oracle
 
 from tir_kernels.backends import reference
-from tir_kernels.backends.protocol import (
-    AttentionInputs,
-    AttentionStatistics,
-    RelevanceInputs,
-    StatisticsInputs,
-)
+from tir_kernels.backends.inputs import AttentionInputs, RelevanceInputs, StatisticsInputs
+from tir_kernels.backends.protocol import AttentionStatistics
 from tir_kernels.backends.triton import TritonBackend, interpreter_is_on
 
 BACKEND = TritonBackend()

@@ -7,24 +7,18 @@ the kernels run on the CPU, slowly, which is how they are tested where there is 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
-from types import SimpleNamespace
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ..common import KERNEL_DTYPES, reason_of_all
+from ..inputs import AttentionInputs, BackwardInputs, RelevanceInputs, StatisticsInputs
 from ..optional import DropoutInputs
-from ..protocol import (
-    AttentionInputs,
-    AttentionStatistics,
-    BackwardInputs,
-    Gradients,
-    Pair,
-    RelevanceInputs,
-    StatisticsInputs,
-)
+from ..protocol import AttentionStatistics, Gradients, Pair
 from .configs import MAX_HEAD_DIM
 
 MIN_CAPABILITY = (8, 0)
@@ -47,23 +41,9 @@ def _card_reason(index: int | None) -> str:
 
 
 @functools.cache
-def _launchers() -> SimpleNamespace:
-    """The functions that launch kernels, by name; importing them imports Triton."""
-    from .kernels.attention_backward import attention_backward
-    from .kernels.attention_forward import attention_forward
-    from .kernels.attention_statistics import attention_statistics
-    from .kernels.dropout import philox_dropout
-    from .kernels.relevance import relevance
-    from .kernels.selection import select_and_weigh
-
-    return SimpleNamespace(
-        attention_backward=attention_backward,
-        attention_forward=attention_forward,
-        attention_statistics=attention_statistics,
-        philox_dropout=philox_dropout,
-        relevance=relevance,
-        select_and_weigh=select_and_weigh,
-    )
+def _kernels(operation: str) -> ModuleType:
+    """The module that launches the kernels of an operation; importing it imports Triton."""
+    return importlib.import_module(f".kernels.{operation}", __name__)
 
 
 def _key_weights(inputs: AttentionInputs | StatisticsInputs) -> Tensor:
@@ -103,27 +83,33 @@ class TritonBackend:
         )
 
     def relevance(self, inputs: RelevanceInputs) -> Tensor:
-        return _launchers().relevance(*inputs)
+        return _kernels("relevance").relevance(*inputs)
 
     def token_weights(self, inputs: RelevanceInputs, table: Tensor, top_k: int) -> Pair:
         scores = self.relevance(inputs)
-        return _launchers().select_and_weigh(scores, table, top_k, inputs.num_prefix_tokens)
+        return _kernels("selection").select_and_weigh(
+            scores, table, top_k, inputs.num_prefix_tokens
+        )
 
     def attention_forward(self, inputs: AttentionInputs) -> Pair:
         query, key, value, _, scale = inputs
-        return _launchers().attention_forward(query, key, value, _key_weights(inputs), scale)
+        return _kernels("attention_forward").attention_forward(
+            query, key, value, _key_weights(inputs), scale
+        )
 
     def attention_backward(self, inputs: AttentionInputs, backward: BackwardInputs) -> Gradients:
         output, log_sum_exp, grad_output, needs_weights_grad = backward
         tensors = (*inputs[:3], _key_weights(inputs), output, log_sum_exp)
-        return _launchers().attention_backward(
+        return _kernels("attention_backward").attention_backward(
             grad_output, *tensors, inputs.scale, needs_weights_grad
         )
 
     def attention_statistics(self, inputs: StatisticsInputs) -> AttentionStatistics:
         query, key, _, scale, num_prefix_tokens = inputs
         weights = _key_weights(inputs)
-        return _launchers().attention_statistics(query, key, weights, scale, num_prefix_tokens)
+        return _kernels("attention_statistics").attention_statistics(
+            query, key, weights, scale, num_prefix_tokens
+        )
 
     def philox_dropout(self, inputs: DropoutInputs, output: Tensor) -> None:
-        _launchers().philox_dropout(*inputs, output)
+        _kernels("dropout").philox_dropout(*inputs, output)

@@ -21,6 +21,17 @@ class AttentionConfig(NamedTuple):
     num_warps: int
     num_stages: int
 
+    def options(self, keys_are_stationary: bool = False) -> dict[str, int]:
+        """How a kernel is compiled and launched."""
+        blocks = self.block_stationary, self.block_streamed
+        block_query, block_key = reversed(blocks) if keys_are_stationary else blocks
+        return {
+            "BLOCK_QUERY": block_query,
+            "BLOCK_KEY": block_key,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
 
 class RelevanceConfig(NamedTuple):
     block_rows: int

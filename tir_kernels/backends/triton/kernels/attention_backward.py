@@ -15,12 +15,13 @@ from torch import Tensor
 
 from ... import common
 from ...common import device_guard
-from ..configs import grad_key_value_config, grad_query_config, split_head_dim
+from ..configs import grad_key_value_config, grad_query_config
 from .tiles import (
     LOG2_E,
     device_capability,
     dot_rows,
     dot_transposed,
+    head_constants,
     head_pointer,
     load_columns,
     load_key_weights,
@@ -28,9 +29,9 @@ from .tiles import (
     locate_rows,
     loop_end,
     narrow,
+    row_programs,
     scale_rows,
     store_rows,
-    stride_unit,
     zero_rows,
 )
 
@@ -240,7 +241,7 @@ def attention_backward(
     needs_weights_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value (B, H, L, d) and weights (B, L), or (0,) if not needed."""
-    batch, num_heads, length, head_dim = query.shape
+    _, num_heads, length, head_dim = query.shape
     capability = device_capability(query.device)
     query_config = grad_query_config(capability, query.dtype, head_dim)
     key_config = grad_key_value_config(capability, query.dtype, head_dim)
@@ -256,35 +257,21 @@ def attention_backward(
 
     weights, log_sum_exp = weights.contiguous(), log_sum_exp.contiguous()
     inputs = (grad_output, query, key, value)
-    strides = [tensor.stride()[:-1] for tensor in inputs]
-    main, tail = split_head_dim(head_dim)
-    constants = {
-        "HEAD_DIM": head_dim,
-        "MAIN": main,
-        "TAIL": tail,
-        "STRIDE_UNIT": stride_unit(*inputs),
-    }
+    numbers = (*(tensor.stride()[:-1] for tensor in inputs), num_heads, length, scale)
+    constants = head_constants(*inputs)
     with device_guard(query.device):
-        num_programs = triton.cdiv(length, query_config.block_stationary) * batch * num_heads
-        grad_query_kernel[(num_programs,)](
+        grad_query_kernel[row_programs(query, query_config.block_stationary)](
             *inputs,
             weights,
             output.contiguous(),
             log_sum_exp,
             grad_query,
             delta,
-            *strides,
-            num_heads,
-            length,
-            scale,
+            *numbers,
             **constants,
-            BLOCK_QUERY=query_config.block_stationary,
-            BLOCK_KEY=query_config.block_streamed,
-            num_warps=query_config.num_warps,
-            num_stages=query_config.num_stages,
+            **query_config.options(),
         )
-        num_programs = triton.cdiv(length, key_config.block_stationary) * batch * num_heads
-        grad_key_value_kernel[(num_programs,)](
+        grad_key_value_kernel[row_programs(query, key_config.block_stationary)](
             *inputs,
             weights,
             log_sum_exp,
@@ -292,16 +279,10 @@ def attention_backward(
             grad_key,
             grad_value,
             partial_grad_weights,
-            *strides,
-            num_heads,
-            length,
-            scale,
+            *numbers,
             **constants,
-            BLOCK_QUERY=key_config.block_streamed,
-            BLOCK_KEY=key_config.block_stationary,
+            **key_config.options(keys_are_stationary=True),
             NEEDS_WEIGHTS_GRAD=needs_weights_grad,
-            num_warps=key_config.num_warps,
-            num_stages=key_config.num_stages,
         )
     if needs_weights_grad:
         return grad_query, grad_key, grad_value, partial_grad_weights.sum(1)

@@ -12,12 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common import device_guard
-from ..configs import forward_config, split_head_dim
+from ..configs import forward_config
 from .tiles import (
     LOG2_E,
     device_capability,
     dot_rows,
     dot_transposed,
+    head_constants,
     head_pointer,
     load_key_weights,
     load_rows,
@@ -25,10 +26,10 @@ from .tiles import (
     loop_end,
     narrow,
     online_softmax_update,
+    row_programs,
     scale_rows,
     softmax_end,
     store_rows,
-    stride_unit,
     zero_rows,
 )
 
@@ -92,14 +93,12 @@ def attention_forward(
     query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(B, H, L, d) three times and (B, L) -> output (B, H, L, d), log-sum-exp (B, H, L)."""
-    batch, num_heads, length, head_dim = query.shape
-    main, tail = split_head_dim(head_dim)
+    _, num_heads, length, head_dim = query.shape
     config = forward_config(device_capability(query.device), query.dtype, head_dim, length)
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     log_sum_exp = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
-    num_programs = triton.cdiv(length, config.block_stationary) * batch * num_heads
     with device_guard(query.device):
-        attention_forward_kernel[(num_programs,)](
+        attention_forward_kernel[row_programs(query, config.block_stationary)](
             query,
             key,
             value,
@@ -112,13 +111,7 @@ def attention_forward(
             num_heads,
             length,
             scale * LOG2_E.value,
-            HEAD_DIM=head_dim,
-            MAIN=main,
-            TAIL=tail,
-            STRIDE_UNIT=stride_unit(query, key, value),
-            BLOCK_QUERY=config.block_stationary,
-            BLOCK_KEY=config.block_streamed,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **head_constants(query, key, value),
+            **config.options(),
         )
     return output, log_sum_exp

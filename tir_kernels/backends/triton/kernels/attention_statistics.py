@@ -17,20 +17,21 @@ from torch import Tensor
 
 from ...common import device_guard
 from ...protocol import AttentionStatistics
-from ..configs import forward_config, split_head_dim
+from ..configs import forward_config
 from .tiles import (
     LN_2,
     LOG2_E,
     device_capability,
     dot_transposed,
+    head_constants,
     head_pointer,
     load_key_weights,
     load_rows,
     locate_rows,
     loop_end,
     online_softmax_update,
+    row_programs,
     softmax_end,
-    stride_unit,
 )
 
 
@@ -154,61 +155,28 @@ def attention_statistics(
     query: Tensor, key: Tensor, weights: Tensor, scale: float, num_prefix_tokens: int
 ) -> AttentionStatistics:
     """(B, H, L, d) twice and (B, L) -> four results (B, H, L) float32."""
-    batch, num_heads, length, head_dim = query.shape
-    main, tail = split_head_dim(head_dim)
+    _, num_heads, length, head_dim = query.shape
     config = forward_config(device_capability(query.device), query.dtype, head_dim, length)
-    statistics = AttentionStatistics(
-        *(
-            torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
-            for _ in AttentionStatistics._fields
-        )
+    from_prefix, from_patches, entropy, log_sum_exp, maximum, total = (
+        torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device) for _ in range(6)
     )
-    maximum, total = (torch.empty_like(statistics.entropy) for _ in range(2))
-    weights = weights.contiguous()
-    strides = (query.stride()[:-1], key.stride()[:-1])
+    inputs = (query, key, weights.contiguous())
+    numbers = (query.stride()[:-1], key.stride()[:-1], num_heads, length)
     scale_log2 = scale * LOG2_E.value
-    constants = {
-        "HEAD_DIM": head_dim,
-        "MAIN": main,
-        "TAIL": tail,
-        "STRIDE_UNIT": stride_unit(query, key),
-        "BLOCK_QUERY": config.block_stationary,
-        "BLOCK_KEY": config.block_streamed,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
-
-    def grid(block: int) -> tuple[int]:
-        return (triton.cdiv(length, block) * batch * num_heads,)
-
+    constants = {**head_constants(query, key), **config.options()}
     with device_guard(query.device):
-        row_statistics_kernel[grid(config.block_stationary)](
-            query,
-            key,
-            weights,
-            statistics.entropy,
-            statistics.log_sum_exp,
-            maximum,
-            total,
-            *strides,
-            num_heads,
-            length,
-            scale_log2,
-            **constants,
+        row_statistics_kernel[row_programs(query, config.block_stationary)](
+            *inputs, entropy, log_sum_exp, maximum, total, *numbers, scale_log2, **constants
         )
-        column_statistics_kernel[grid(config.block_streamed)](
-            query,
-            key,
-            weights,
+        column_statistics_kernel[row_programs(query, config.block_streamed)](
+            *inputs,
             maximum,
             total,
-            statistics.received_from_prefix,
-            statistics.received_from_patches,
-            *strides,
-            num_heads,
-            length,
+            from_prefix,
+            from_patches,
+            *numbers,
             num_prefix_tokens,
             scale_log2,
             **constants,
         )
-    return statistics
+    return AttentionStatistics(from_prefix, from_patches, entropy, log_sum_exp)

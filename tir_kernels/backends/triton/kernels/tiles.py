@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ... import common
 from .. import interpreter_is_on
+from ..configs import split_head_dim
 
 LOG2_E = tl.constexpr(common.LOG2_E)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -224,6 +225,24 @@ def stride_unit(*tensors: Tensor) -> int:
             while stride % unit:
                 unit //= 2
     return unit
+
+
+def row_programs(query: Tensor, block: int) -> tuple[int]:
+    """The grid with a program for each block of rows of each head of (B, H, L, d)."""
+    batch, num_heads, length, _ = query.shape
+    return (triton.cdiv(length, block) * batch * num_heads,)
+
+
+def head_constants(*tensors: Tensor) -> dict[str, int]:
+    """The constants with which kernels read the rows of all these tensors, (B, H, L, d)."""
+    head_dim = tensors[0].shape[-1]
+    main, tail = split_head_dim(head_dim)
+    return {
+        "HEAD_DIM": head_dim,
+        "MAIN": main,
+        "TAIL": tail,
+        "STRIDE_UNIT": stride_unit(*tensors),
+    }
 
 
 @functools.cache
