@@ -10,17 +10,18 @@ from .counting import (
     attention_cost,
     relevance_cost,
     reweighted_attention_cost,
+    statistics_cost,
     token_weights_cost,
 )
-from .peers.attention import attention_peers
-from .peers.common import Peer
-from .peers.operator import operator_peers
-from .peers.relevance import relevance_peers, token_weights_peers
+from .peers import Peer
+from .peers.attention import attention_peers, statistics_peers
+from .peers.relevance import relevance_peers, token_weights_peers, whole_peers
 from .problems import (
     AttentionProblem,
     Problem,
     RelevanceProblem,
     ReweightedProblem,
+    StatisticsProblem,
     TokenWeightsProblem,
 )
 from .settings import DIRECTIONS, Settings
@@ -68,6 +69,15 @@ WEIGHTED_ATTENTION = Operator(
     # Query, key, value, output and its gradient, and the gradients of the first three.
     model_tensors=8,
 )
+ATTENTION_STATISTICS = Operator(
+    name="attention_statistics",
+    directions=("forward",),
+    sizes=_OF_ATTENTION,
+    peers=statistics_peers,
+    problem=StatisticsProblem,
+    cost=lambda point, direction: statistics_cost(point),
+    model_tensors=3,  # query, key and, unused, value
+)
 TOKEN_RELEVANCE = Operator(
     name="token_relevance",
     directions=("forward",),
@@ -88,12 +98,18 @@ REWEIGHTED_ATTENTION = Operator(
     name="reweighted_attention",
     directions=("forward", "forward+backward"),
     sizes=(*_OF_ATTENTION, "D", "E", "C"),
-    peers=operator_peers,
+    peers=whole_peers,
     problem=ReweightedProblem,
     cost=reweighted_attention_cost,
     model_tensors=8 + 3,
 )
 OPERATORS = {
     operator.name: operator
-    for operator in (WEIGHTED_ATTENTION, TOKEN_RELEVANCE, TOKEN_WEIGHTS, REWEIGHTED_ATTENTION)
+    for operator in (
+        WEIGHTED_ATTENTION,
+        TOKEN_RELEVANCE,
+        TOKEN_WEIGHTS,
+        REWEIGHTED_ATTENTION,
+        ATTENTION_STATISTICS,
+    )
 }

@@ -18,26 +18,11 @@ from torch import Tensor, nn
 from bench.training import Training
 from tir_kernels.fewshot.methods.tir import TIR
 
-from .peers.relevance import plain_token_weights
+from .formulas import key_bias, materialised_attention, plain_token_weights
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 CONTEXT = "a photo of a"
-
-
-def materialised_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention as the formula is written; ``bias`` is added to the scores."""
-    scores = q @ k.mT * q.shape[-1] ** -0.5
-    if bias is not None:
-        scores = scores + bias.to(scores.dtype)
-    return scores.softmax(-1).to(v.dtype) @ v
-
-
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """PyTorch's fused attention."""
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=None if bias is None else bias.to(q.dtype)
-    )
 
 
 def precision(training: Training) -> contextlib.AbstractContextManager:
@@ -180,7 +165,7 @@ class PlainStep:
                 if self.training.method.placement != "attention":
                     hidden = hidden * weights[..., None].to(hidden.dtype)
                 if self.training.method.placement != "tokens":
-                    bias = weights.clamp(min=0).log()[:, None, None, :]
+                    bias = key_bias(weights)
             hidden = self._block(block, hidden, bias)
         return tower.ln_post(hidden[:, 0]) @ tower.proj
 

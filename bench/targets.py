@@ -10,9 +10,9 @@ from tir_kernels.files import MIB
 
 from .counting import fused_memory
 from .operators import OPERATORS
+from .peers import COMPILED, EAGER
 from .peers.attention import FLEX, MASKED, UNWEIGHTED
-from .peers.common import COMPILED, EAGER
-from .peers.operator import COMPILED_SDPA
+from .peers.relevance import COMPILED_SDPA
 from .records import Record
 from .settings import HOST_TIME, OURS, PUBLISHED, START_UP, STEP, WHOLE_RUN
 from .shapes import Point

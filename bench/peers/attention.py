@@ -1,20 +1,20 @@
-"""Attention with a weight per key, and PyTorch's attention without, for its price."""
+"""Attention with a weight per key and its statistics, and PyTorch's without, for its price."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.problems import AttentionProblem, Forward
+from bench.formulas import key_bias, plain_attention, plain_statistics
+from bench.problems import AttentionProblem, Forward, StatisticsProblem
 from bench.settings import DIRECTIONS, Settings
-from tir_kernels import weighted_attention
+from bench.shapes import PREFIX_TOKENS
+from tir_kernels import attention_statistics, weighted_attention
 
-from .common import COMPILED, EAGER, Peer, compiled, own_peers
+from . import Peer, compiled, own_peers, plain_peers
 
 MASKED = "sdpa+mask"
 UNWEIGHTED = "sdpa unweighted"
@@ -30,43 +30,34 @@ _SDPA_BACKENDS = {
 
 def attention_peers(settings: Settings) -> list[Peer]:
     """Our backends, and every way PyTorch has, on the device of the settings."""
+
+    def ours(backend: str, problem: AttentionProblem) -> Forward:
+        return functools.partial(weighted_attention, *problem.arguments, backend=backend)
+
     return [
-        *own_peers(settings, _ours, reference_scores=4),
-        Peer(EAGER, _eager, score_tensors=3),
-        Peer(COMPILED, _compiled, settings.why_not_compiled, is_compiled=True, score_tensors=3),
+        *own_peers(settings, ours, reference_scores=4),
+        *plain_peers(plain_attention, settings, score_tensors=3),
         *_sdpa_peers(settings.device),
         _flex_peer(settings),
+    ]
+
+
+def statistics_peers(settings: Settings) -> list[Peer]:
+    """Our backends, and the materialised formulas as they are and compiled."""
+
+    def ours(backend: str, problem: StatisticsProblem) -> Forward:
+        options = {"num_prefix_tokens": PREFIX_TOKENS, "backend": backend}
+        return functools.partial(attention_statistics, *problem.arguments, **options)
+
+    return [
+        *own_peers(settings, ours, reference_scores=4),
+        *plain_peers(plain_statistics, settings, score_tensors=3),
     ]
 
 
 def default_sdpa() -> Peer:
     """PyTorch's attention with a mask, whose backend PyTorch chooses."""
     return _sdpa_peer(MASKED, "", True)
-
-
-def plain_attention(
-    query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scale: float
-) -> Tensor:
-    """The formula as it is written down, in the type of the query."""
-    bias = weights.clamp(min=0).log()[:, None, None, :].to(query.dtype)
-    return (query @ key.mT * scale + bias).softmax(-1) @ value
-
-
-def _with_arguments(function: Callable, problem: AttentionProblem, **options: Any) -> Forward:
-    arguments = (*problem.leaves, problem.weights)
-    return functools.partial(function, *arguments, scale=problem.scale, **options)
-
-
-def _ours(backend: str, problem: AttentionProblem) -> Forward:
-    return _with_arguments(weighted_attention, problem, backend=backend)
-
-
-def _eager(problem: AttentionProblem) -> Forward:
-    return _with_arguments(plain_attention, problem)
-
-
-def _compiled(problem: AttentionProblem) -> Forward:
-    return _with_arguments(compiled(plain_attention), problem)
 
 
 def _sdpa_peers(device: str) -> list[Peer]:
@@ -88,12 +79,8 @@ def _sdpa_peer(prefix: str, backend: str, is_masked: bool) -> Peer:
 
 def _sdpa(backend: str, is_masked: bool, problem: AttentionProblem) -> Forward:
     """PyTorch's fused attention; its mask is given ready made, in the type it asks for."""
-    mask = None
-    if is_masked:
-        mask = problem.weights.log()[:, None, None, :].to(problem.query.dtype)
-    forward = functools.partial(
-        F.scaled_dot_product_attention, *problem.leaves, attn_mask=mask, scale=problem.scale
-    )
+    mask = key_bias(problem.weights).to(problem.dtype) if is_masked else None
+    forward = functools.partial(F.scaled_dot_product_attention, *problem.leaves, attn_mask=mask)
     # The context manager is a decorator too, which enters it anew at each call.
     return sdpa_kernel(_SDPA_BACKENDS[backend])(forward) if backend else forward
 
@@ -118,5 +105,4 @@ def _flex(problem: AttentionProblem) -> Forward:
     leaves = problem.leaves
     if log_weights.device.type == "cpu":  # where it refuses what requires gradients
         leaves = tuple(leaf.detach() for leaf in leaves)
-    function = compiled(flex_attention)
-    return lambda: function(*leaves, score_mod=add_log_weight, scale=problem.scale)
+    return functools.partial(compiled(flex_attention), *leaves, score_mod=add_log_weight)

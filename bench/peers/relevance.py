@@ -1,4 +1,4 @@
-"""Relevance and token weights."""
+"""Relevance, token weights, and the re-weighted attention as a whole."""
 
 from __future__ import annotations
 
@@ -6,95 +6,80 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bench.problems import Forward, RelevanceProblem
+from bench.formulas import masked_sdpa, plain_attention, plain_relevance, plain_token_weights
+from bench.problems import Forward, RelevanceProblem, ReweightedProblem, WholeForward
 from bench.settings import Settings
 from bench.shapes import PREFIX_TOKENS
-from tir_kernels import token_relevance, token_weights
+from tir_kernels import reweighted_attention, token_relevance, token_weights
 
-from .common import COMPILED, EAGER, Peer, compiled, own_peers
+from . import COMPILED, EAGER, Peer, compiled, own_peers, plain_peers
 
-Norm = tuple[Tensor, Tensor, float]  # gain, offset, eps
+COMPILED_SDPA = f"{COMPILED} sdpa+mask"
 
 
 def relevance_peers(settings: Settings) -> list[Peer]:
     def ours(backend: str, problem: RelevanceProblem) -> Forward:
-        return functools.partial(token_relevance, **_options(problem), backend=backend)
+        return functools.partial(token_relevance, **_options(problem, backend))
 
-    return [
-        *own_peers(settings, ours),
-        *_plain_peers(plain_relevance, relevance_arguments, settings),
-    ]
+    return [*own_peers(settings, ours), *plain_peers(plain_relevance, settings)]
 
 
 def token_weights_peers(settings: Settings) -> list[Peer]:
     def ours(backend: str, problem: RelevanceProblem) -> Forward:
-        options = _options(problem)
-        return lambda: token_weights(**options, rule=problem.rule, backend=backend).weights
+        options = _options(problem, backend)
+        return lambda: token_weights(**options, rule=problem.rule).weights
+
+    return [*own_peers(settings, ours), *plain_peers(plain_token_weights, settings)]
+
+
+def whole_peers(settings: Settings) -> list[Peer]:
+    """From tokens and classes to the attention's output."""
+
+    def eager(problem: ReweightedProblem) -> WholeForward:
+        return _plain(plain_attention, problem, lambda function: function)
+
+    def compiled_sdpa(problem: ReweightedProblem) -> WholeForward:
+        return _plain(masked_sdpa, problem, compiled)
 
     return [
-        *own_peers(settings, ours),
-        *_plain_peers(plain_token_weights, token_weights_arguments, settings),
+        *own_peers(settings, _ours_as_a_whole, reference_scores=4),
+        Peer(EAGER, eager, score_tensors=3),
+        Peer(COMPILED_SDPA, compiled_sdpa, settings.why_not_compiled, is_compiled=True),
     ]
 
 
-def _options(problem: RelevanceProblem) -> dict[str, Any]:
-    """The arguments that both of our operators take."""
+def _options(problem: RelevanceProblem, backend: str) -> dict[str, Any]:
+    """The arguments that all our operators take."""
     return {
         "tokens": problem.tokens,
         "class_embeddings": problem.classes,
         "joint_space": problem.space,
         "num_prefix_tokens": PREFIX_TOKENS,
+        "backend": backend,
     }
 
 
-def plain_relevance(tokens: Tensor, classes: Tensor, norm: Norm, proj: Tensor) -> Tensor:
-    """(B, C, N) cosines, every step in the type of the tokens."""
-    gain, offset, eps = norm
-    features = F.layer_norm(tokens[:, PREFIX_TOKENS:], gain.shape, gain, offset, eps) @ proj
-    return F.normalize(classes, dim=-1) @ F.normalize(features, dim=-1).mT
+def _ours_as_a_whole(backend: str, problem: ReweightedProblem) -> WholeForward:
+    options = _options(problem.relevance, backend) | {"rule": problem.relevance.rule}
+    call = functools.partial(reweighted_attention, *problem.leaves, **options)
+
+    def with_weights() -> tuple[Tensor, Tensor]:
+        output, found = call(return_weights=True)
+        return output, found.weights
+
+    return WholeForward(call, with_weights)
 
 
-def plain_token_weights(
-    tokens: Tensor,
-    classes: Tensor,
-    norm: Norm,
-    proj: Tensor,
-    top_k: int,
-    strength: float,
-    center: float,
-) -> Tensor:
-    """(B, L) weights of the linear rule."""
-    relevance = plain_relevance(tokens, classes, norm, proj)
-    chosen = relevance.topk(top_k, dim=-1).indices
-    counts = torch.zeros_like(relevance, dtype=torch.float32).scatter_(-1, chosen, 1.0).sum(1)
-    weights = torch.where(counts == 0, 1.0, 1.0 - strength * (counts - center))
-    return F.pad(weights, (PREFIX_TOKENS, 0), value=1.0)
+def _plain(
+    attend: Callable[..., Tensor],
+    problem: ReweightedProblem,
+    transform: Callable[[Callable], Callable],
+) -> WholeForward:
+    def whole(leaves: tuple, relevance_inputs: tuple) -> tuple[Tensor, Tensor]:
+        weights = plain_token_weights(*relevance_inputs)
+        return attend(*leaves, weights), weights
 
-
-def relevance_arguments(problem: RelevanceProblem) -> tuple:
-    """The arguments for :func:`plain_relevance`."""
-    norm = (problem.gain, problem.offset, problem.space.norm_eps)
-    return problem.tokens, problem.classes, norm, problem.proj
-
-
-def token_weights_arguments(problem: RelevanceProblem) -> tuple:
-    """The arguments for :func:`plain_token_weights`."""
-    rule = problem.rule
-    return *relevance_arguments(problem), problem.top_k, rule.strength, rule.center
-
-
-def _plain_peers(function: Callable, arguments: Callable, settings: Settings) -> list[Peer]:
-    def eager(problem: RelevanceProblem) -> Forward:
-        return functools.partial(function, *arguments(problem))
-
-    def compiled_whole(problem: RelevanceProblem) -> Forward:
-        return functools.partial(compiled(function), *arguments(problem))
-
-    return [
-        Peer(EAGER, eager),
-        Peer(COMPILED, compiled_whole, settings.why_not_compiled, is_compiled=True),
-    ]
+    run = functools.partial(transform(whole), problem.leaves, problem.relevance.arguments)
+    return WholeForward(lambda: run()[0], run)

@@ -22,7 +22,7 @@ from bench.workload import Workload
 from tir_kernels.fewshot import Runtime
 from tir_kernels.fewshot.methods import DEFAULT_METHODS, method_class
 
-from .common import FIRST, SECOND, THIRD
+from .operators import FIRST, SECOND, THIRD
 from .step import (
     StepProblem,
     checked,

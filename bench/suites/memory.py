@@ -17,13 +17,13 @@ from bench.operators import (
     WEIGHTED_ATTENTION,
     Operator,
 )
-from bench.peers.common import Peer
+from bench.peers import Peer
 from bench.problems import Forward
 from bench.settings import OURS, PUBLISHED, READABLE, STEP, Settings
 from bench.shapes import Point, points
 from bench.timing import Call, Measurement
 
-from .common import SECOND, operator_case
+from .operators import SECOND, operator_case
 
 _SMALL_LENGTH = 8
 

@@ -13,7 +13,7 @@ from bench.shapes import Point
 from bench.training import Training
 from bench.without import SAVINGS, without
 
-from .common import LAST
+from .operators import LAST
 from .step import (
     RunSteps,
     StepImplementation,

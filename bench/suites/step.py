@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from bench.cases import Case, Implementation, WrongResultError
 from bench.clip_model import ClipSizes, load_sizes, make_model, make_tokenizer
 from bench.counting import Cost, step_cost
-from bench.peers.common import EAGER
-from bench.plain_clip import PlainStep, fused_attention, materialised_attention, precision
+from bench.formulas import fused_attention, materialised_attention
+from bench.peers import EAGER
+from bench.plain_clip import PlainStep, precision
 from bench.published import PublishedStep
 from bench.settings import OURS, PUBLISHED, STEP, Settings
 from bench.shapes import Point, points
@@ -28,7 +29,7 @@ from bench.training import Training, without_reweighting
 from tir_kernels.fewshot import Episode, Runtime, finetune_episodes
 from tir_kernels.fewshot.methods.tir import TIR
 
-from .common import SECOND, THIRD
+from .operators import SECOND, THIRD
 from .step_timing import StepRun, measure_for
 
 UNWEIGHTED = "sdpa unweighted"

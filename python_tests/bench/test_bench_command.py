@@ -11,6 +11,7 @@ from small_clip import write_small_clip
 
 from bench.clip_model import load_sizes
 from bench.command import INTERRUPTED, OUT_OF_TIME, main
+from bench.formulas import materialised_attention
 from bench.memory_probe import added_in_new_process
 from bench.records import KEYS
 from bench.settings import Settings
@@ -177,10 +178,10 @@ def test_unknown_model_suggests_others():
 def test_a_wrong_implementation_fails_the_run(monkeypatch):
     from bench.peers import attention
 
-    def unweighted(problem):
-        return attention._sdpa("", False, problem)
+    def unweighted(query, key, value, weights):
+        return materialised_attention(query, key, value, None)
 
-    monkeypatch.setattr(attention, "_eager", unweighted)
+    monkeypatch.setattr(attention, "plain_attention", unweighted)
     output = run("attention", *TINY, "--directions", "forward", status=1)
     assert "WRONG: eager" in output
     assert "1 results were wrong and not timed" in output
@@ -189,10 +190,10 @@ def test_a_wrong_implementation_fails_the_run(monkeypatch):
 def test_interrupt_ends_cleanly(tmp_path, monkeypatch):
     from bench.peers import attention
 
-    def interrupted(problem):
+    def interrupted(*inputs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(attention, "_eager", interrupted)
+    monkeypatch.setattr(attention, "plain_attention", interrupted)
     path = tmp_path / "records.json"
     output = run("relevance", "attention", *TINY, "--json", path, status=INTERRUPTED)
     assert f"Interrupted. Records are kept in {path}" in output.replace("\n", "")

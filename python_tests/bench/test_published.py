@@ -14,7 +14,8 @@ open_clip = pytest.importorskip("open_clip")
 from fewshot.training_cases import StartingFrom  # noqa: E402
 
 from bench import published  # noqa: E402
-from bench.plain_clip import PlainStep, materialised_attention  # noqa: E402
+from bench.formulas import materialised_attention  # noqa: E402
+from bench.plain_clip import PlainStep  # noqa: E402
 from bench.published import PublishedStep  # noqa: E402
 from bench.settings import Settings  # noqa: E402
 from bench.training import Training, without_reweighting  # noqa: E402

@@ -4,15 +4,13 @@ import pytest
 import torch
 
 from bench.cases import WrongResultError
+from bench.counting import statistics_cost
+from bench.formulas import plain_statistics
+from bench.peers.attention import statistics_peers
+from bench.problems import StatisticsProblem
 from bench.settings import Settings
 from bench.shapes import Point
-from bench.suites.statistics import (
-    StatisticsProblem,
-    materialised,
-    statistics_cases,
-    statistics_cost,
-    statistics_peers,
-)
+from bench.suites.operators import statistics_cases
 
 POINT = Point(9, 8, images=3, heads=2, num_classes=3, dtype="float32")
 
@@ -33,7 +31,7 @@ def test_all_peers_are_right(images: int, dtype: str) -> None:
 )
 def test_each_statistic_is_compared(place: int, name: str) -> None:
     problem = StatisticsProblem(POINT, "cpu")
-    found = list(materialised(problem.query, problem.key, problem.weights, problem.scale))
+    found = list(plain_statistics(*problem.arguments))
     problem.verify(lambda: found, "forward")
     found[place] = 1.1 * found[place]
     with pytest.raises(WrongResultError, match=f"{name} is off"):
