@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,18 +30,8 @@ _STEPS = 4
 _TURNED = {torch.float32: 0.002, torch.float16: 0.02, torch.bfloat16: 0.02}
 
 
-Forward = Callable[[], Any]  # the result of an operator
-
-
-@dataclass(frozen=True)
-class WholeForward:
-    """A forward pass that can also tell which weights it used: (output, weights)."""
-
-    run: Callable[[], Tensor]
-    with_weights: Callable[[], tuple[Tensor, Tensor]]
-
-    def __call__(self) -> Tensor:
-        return self.run()
+# The result of an operator; of the whole one, with ``return_weights=True``, its weights too.
+Forward = Callable[..., Any]
 
 
 class Problem:
@@ -58,7 +47,7 @@ class Problem:
     leaves: tuple[Tensor, ...] = ()
     grad_output: Tensor | None = None
 
-    def verify(self, forward: Any, direction: str, *, is_weighted: bool = True) -> None:
+    def verify(self, forward: Forward, direction: str, *, is_weighted: bool = True) -> None:
         """Compare a forward pass, and with a backward pass its gradients, with float64.
 
         Raises:
@@ -218,14 +207,14 @@ class ReweightedProblem(Problem):
         self.relevance = TokenWeightsProblem(point, device)
         self.leaves, self.grad_output = self.attention.leaves, self.attention.grad_output
 
-    def verify(self, forward: WholeForward, direction: str, *, is_weighted: bool = True) -> None:
-        """Check the weights an implementation finds, then its attention with these weights.
+    def verify(self, forward: Forward, direction: str, *, is_weighted: bool = True) -> None:
+        """Check the weights an implementation returns, then its attention with these weights.
 
         A selection that rounding turns changes the output by more than rounding does; taken in two
         steps both checks are sharp.
         """
         with torch.no_grad():
-            output, weights = forward.with_weights()
+            output, (weights, *_) = forward(return_weights=True)
         self.relevance.verify_counts(weights)
         self.attention.verify_with(forward, weights, direction)
         with torch.no_grad():

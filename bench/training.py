@@ -7,7 +7,6 @@ from typing import Any
 
 from tir_kernels.fewshot import Runtime
 from tir_kernels.fewshot.methods import Method, method_class
-from tir_kernels.fewshot.methods.lora import LoRA
 from tir_kernels.fewshot.methods.prompts import default_logit_scale
 
 
@@ -40,8 +39,3 @@ class Training:
             if hasattr(self.method, field.name)
         }
         return replace(self, method=chosen(**shared))
-
-
-def without_reweighting(training: Training) -> Training:
-    """The same fine-tuning, but plain."""
-    return training.of_method(LoRA.name)

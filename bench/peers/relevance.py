@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from bench.formulas import masked_sdpa, plain_attention, plain_relevance, plain_token_weights
-from bench.problems import Forward, RelevanceProblem, ReweightedProblem, WholeForward
+from bench.problems import Forward, RelevanceProblem, ReweightedProblem
 from bench.settings import Settings
 from bench.shapes import PREFIX_TOKENS
 from tir_kernels import reweighted_attention, token_relevance, token_weights
@@ -37,14 +37,18 @@ def token_weights_peers(settings: Settings) -> list[Peer]:
 def whole_peers(settings: Settings) -> list[Peer]:
     """From tokens and classes to the attention's output."""
 
-    def eager(problem: ReweightedProblem) -> WholeForward:
+    def ours(backend: str, problem: ReweightedProblem) -> Forward:
+        options = _options(problem.relevance, backend) | {"rule": problem.relevance.rule}
+        return functools.partial(reweighted_attention, *problem.leaves, **options)
+
+    def eager(problem: ReweightedProblem) -> Forward:
         return _plain(plain_attention, problem, lambda function: function)
 
-    def compiled_sdpa(problem: ReweightedProblem) -> WholeForward:
+    def compiled_sdpa(problem: ReweightedProblem) -> Forward:
         return _plain(masked_sdpa, problem, compiled)
 
     return [
-        *own_peers(settings, _ours_as_a_whole, reference_scores=4),
+        *own_peers(settings, ours, reference_scores=4),
         Peer(EAGER, eager, score_tensors=3),
         Peer(COMPILED_SDPA, compiled_sdpa, settings.why_not_compiled, is_compiled=True),
     ]
@@ -61,25 +65,19 @@ def _options(problem: RelevanceProblem, backend: str) -> dict[str, Any]:
     }
 
 
-def _ours_as_a_whole(backend: str, problem: ReweightedProblem) -> WholeForward:
-    options = _options(problem.relevance, backend) | {"rule": problem.relevance.rule}
-    call = functools.partial(reweighted_attention, *problem.leaves, **options)
-
-    def with_weights() -> tuple[Tensor, Tensor]:
-        output, found = call(return_weights=True)
-        return output, found.weights
-
-    return WholeForward(call, with_weights)
-
-
 def _plain(
     attend: Callable[..., Tensor],
     problem: ReweightedProblem,
     transform: Callable[[Callable], Callable],
-) -> WholeForward:
+) -> Forward:
     def whole(leaves: tuple, relevance_inputs: tuple) -> tuple[Tensor, Tensor]:
         weights = plain_token_weights(*relevance_inputs)
         return attend(*leaves, weights), weights
 
     run = functools.partial(transform(whole), problem.leaves, problem.relevance.arguments)
-    return WholeForward(lambda: run()[0], run)
+
+    def forward(return_weights: bool = False) -> Any:
+        output, weights = run()
+        return (output, (weights,)) if return_weights else output
+
+    return forward

@@ -18,12 +18,14 @@ from .step import (
     RunSteps,
     StepImplementation,
     StepProblem,
+    StepRun,
+    measure_for,
+    measure_on_cpu,
     own_training,
     smallest_step_points,
     step_case,
     train,
 )
-from .step_timing import StepRun, measure_for, measure_on_cpu
 
 _ON_GPU_ONLY = {"step_graph"}
 _OF_CLASSIFYING = {"shared_text_pass", "image_batches"}

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
+import itertools
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,13 +27,12 @@ from bench.plain_clip import PlainStep, precision
 from bench.published import PublishedStep
 from bench.settings import OURS, PUBLISHED, STEP, Settings
 from bench.shapes import Point, points
-from bench.timing import Call
-from bench.training import Training, without_reweighting
+from bench.timing import Call, Clock, Measure, timed
+from bench.training import Training
 from tir_kernels.fewshot import Episode, Runtime, finetune_episodes
 from tir_kernels.fewshot.methods.tir import TIR
 
 from .operators import SECOND, THIRD
-from .step_timing import StepRun, measure_for
 
 UNWEIGHTED = "sdpa unweighted"
 CLASS_NAMES = ("annual crop", "forest", "highway", "river", "sea or lake")
@@ -41,6 +43,7 @@ _CHECKED_SCALE = 100.0  # of the cosines; at the method's own all losses are nea
 _AT_ONCE = (1, 2, 4)  # episodes
 # What optimisers keep is there from the second step on; a CUDA graph is made after the third.
 STEPS_OF_PEAK = {"cpu": 2, "cuda": 5}
+_TIMED_ON_GPU = (6, 26)  # steps; both longer than what goes before a graph
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,20 @@ class StepProblem:
     images: Tensor
     labels: Tensor
     exact_losses: dict[tuple[str, str], float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepRun:
+    """The first loss of each episode, and when each step was over, by ``time.perf_counter()``."""
+
+    first_losses: list[float]
+    ends: list[float]
+
+    @property
+    def seconds(self) -> list[float]:
+        """Seconds of each step but the first, per episode."""
+        episodes = len(self.first_losses)
+        return [(end - start) / episodes for start, end in itertools.pairwise(self.ends)]
 
 
 RunSteps = Callable[[StepProblem, Training, int], StepRun]
@@ -130,7 +147,7 @@ def implementations(point: Point, placement: str, settings: Settings) -> list[St
             add(PUBLISHED + dtype, PublishedStep, training.running(precision=dtype))
     add(EAGER, PlainStep, training)
     unweighted = functools.partial(PlainStep, attend=fused_attention)
-    add(UNWEIGHTED, unweighted, without_reweighting(training))
+    add(UNWEIGHTED, unweighted, training.of_method("lora"))
     return found
 
 
@@ -289,3 +306,47 @@ def _exact_loss(problem: StepProblem, training: Training) -> float:
     model = copy.deepcopy(problem.model).double()
     arguments = (model, problem.tokenizer, problem.class_names, training, materialised_attention)
     return PlainStep(*arguments, trains=False).loss(problem.images.double(), problem.labels).item()
+
+
+def measure_for(settings: Settings) -> Measure:
+    if settings.device == "cuda":
+        return timed(functools.partial(_step_clock, _seconds_on_gpu), min_rounds=3)
+    return measure_on_cpu(2, 1) if settings.quick else measure_on_cpu()
+
+
+def measure_on_cpu(steps: int = 4, min_rounds: int = 2) -> Measure:
+    """Median time of a step, of runs of a few steps that take turns."""
+
+    def seconds(run: Callable[[int], StepRun]) -> float:
+        return statistics.median(run(steps).seconds)
+
+    return timed(functools.partial(_step_clock, seconds), min_rounds)
+
+
+def _step_clock(seconds: Callable[[Call], float], runs: Sequence[Call]) -> Clock:
+    """Time of a step, in runs of a few steps; none of them is there to warm up."""
+
+    def times() -> list[float]:
+        gc.collect()  # a run leaves cycles behind, and nobody else collects them meanwhile
+        return [1e3 * seconds(run) for run in runs]
+
+    return times
+
+
+def _seconds_on_gpu(run: Callable[[int], StepRun]) -> float:
+    """Seconds per episode that each further step adds to a run.
+
+    On a GPU losses come when they come and the first steps prepare a graph for the others, so that
+    single steps cannot be told apart.
+    """
+
+    def seconds(steps: int) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        episodes = len(run(steps).first_losses)
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / episodes
+
+    few, many = _TIMED_ON_GPU
+    short = seconds(few)
+    return (seconds(many) - short) / (many - few)
