@@ -10,16 +10,16 @@ from typing import Any
 
 import click
 
-from tir_kernels import files
 from tir_kernels.errors import FewShotError
+from tir_kernels.fewshot.data.documents import parse_json, read_document
 from tir_kernels.fewshot.run.folder import write_json
-from tir_kernels.fewshot.strict_json import decode_json
+from tir_kernels.files import MIB
 
 from .counting import Cost
 
 Record = dict[str, Any]
 
-_MOST_BYTES = 256 * files.MIB  # a whole run has about one
+_MOST_BYTES = 256 * MIB  # a whole run has about one
 _NUMBER = (int, float, NoneType)
 _TYPES = {
     "suite": str,
@@ -151,19 +151,15 @@ def load_records(path: Path, *, new_ok: bool = False) -> list[Record]:
         click.ClickException: It cannot be read, or holds something else.
     """
     try:
-        text = files.read_text(path, at_most=_MOST_BYTES)
-        records = [] if new_ok and not text.strip() else decode_json(text.encode())
-    except OSError as error:
-        if new_ok and isinstance(error, FileNotFoundError):
+        text = read_document(path, "results", at_most=_MOST_BYTES)
+        records = [] if new_ok and not text.strip() else parse_json(path, text, "results")
+    except FewShotError as error:
+        if new_ok and isinstance(error.__cause__, FileNotFoundError):
             return []
-        why = f"cannot read {path}: {error.strerror}"
-    except ValueError as error:
-        why = f"{path} is no JSON file of records ({error})"
-    else:
-        if isinstance(records, list) and all(map(_is_record, records)):
-            return records
-        why = f"{path} is no list of benchmark records"
-    raise click.ClickException(f"{why}; choose another file")
+        raise click.ClickException(f"{error}; choose another file") from error
+    if isinstance(records, list) and all(map(_is_record, records)):
+        return records
+    raise click.ClickException(f"{path} is no list of benchmark records; choose another file")
 
 
 def _is_record(record: Any) -> bool:

@@ -1,15 +1,19 @@
-"""Peak extra memory of one call of each operator, and of fine-tuning steps."""
+"""Peak extra memory, outputs included, of a call of each operator and of fine-tuning steps."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Sequence
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.cases import Case, Implementation
-from bench.memory_probe import added_in_new_process, added_on_gpu
 from bench.operators import (
     OPERATORS,
     REWEIGHTED_ATTENTION,
@@ -21,7 +25,8 @@ from bench.peers import Peer
 from bench.problems import Forward
 from bench.settings import OURS, PUBLISHED, READABLE, STEP, Settings
 from bench.shapes import Point, points
-from bench.timing import Call, Measurement
+from bench.timing import Call, attempts
+from tir_kernels.files import MIB
 
 from .operators import SECOND, operator_case
 
@@ -55,7 +60,7 @@ def _case(operator: Operator, point: Point, direction: str, settings: Settings) 
     case = operator_case(
         "memory", operator, point, direction, settings, peers=peers, prepare=prepare
     )
-    return replace(case, measure=_measure, cost=None)
+    return replace(case, measure=attempts, cost=None)
 
 
 def _step_cases(settings: Settings) -> list[Case]:
@@ -82,7 +87,7 @@ def _step_cases(settings: Settings) -> list[Case]:
             if each.name.startswith((OURS, PUBLISHED)) and each.name != READABLE
         ]
         found = step.step_case(STEP, point, sizes, settings, chosen)
-        return replace(found, suite="memory", measure=_measure, cost=None, priority=SECOND)
+        return replace(found, suite="memory", measure=attempts, cost=None, priority=SECOND)
 
     return [case(point) for point in step.smallest_step_points(settings)]
 
@@ -90,18 +95,8 @@ def _step_cases(settings: Settings) -> list[Case]:
 def _probe(call: Call, rebuild: Callable[[bool], Call], settings: Settings) -> Call:
     """The memory of a call: on a GPU this one's, else that of the same call in a new process."""
     if settings.device == "cuda":
-        return functools.partial(added_on_gpu, call)
-    return functools.partial(added_in_new_process, rebuild, settings.threads)
-
-
-def _measure(probes: Sequence[Call], seconds: float) -> list[Measurement]:
-    def measured(probe: Call) -> Measurement:
-        try:
-            return {"mib": probe()}
-        except RuntimeError as error:
-            return {"skipped": str(error)}
-
-    return [measured(probe) for probe in probes]
+        return lambda: {"mib": added_on_gpu(call)}
+    return lambda: {"mib": added_in_new_process(rebuild, settings.threads)}
 
 
 def _rebuild(
@@ -119,3 +114,54 @@ def _rebuild(
     (peer,) = (p for p in operator.peers(settings) if p.name == peer_name)
     problem = operator.problem(point, settings.device)
     return problem.call(peer.build(problem), direction)
+
+
+def added_on_gpu(call: Call) -> float:
+    """MiB that a call adds to the memory that tensors occupy on the GPU."""
+    call()  # libraries take their workspaces now
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    added = torch.cuda.max_memory_allocated() - before
+    del result
+    return added / MIB
+
+
+def added_in_new_process(prepare: Callable[[bool], Call], threads: int) -> float:
+    """MiB that a call adds to the resident memory of a process of its own.
+
+    Args:
+        prepare: A picklable function that allocates the inputs and returns the call; its argument
+            says whether they are to be small, for a first call after which everything is loaded
+            that is loaded once.
+        threads: For the process.
+
+    Raises:
+        RuntimeError: The process failed; the message says how.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_added, prepare, threads).result()
+        except Exception as error:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+def _added(prepare: Callable[[bool], Call], threads: int) -> float:
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    prepare(True)()
+    call = prepare(False)
+    # The peak starts again from what is held now.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _kibibytes("VmRSS")
+    result = call()
+    added = _kibibytes("VmHWM") - before
+    del result
+    return added / 1024
+
+
+def _kibibytes(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0])

@@ -12,12 +12,11 @@ from small_clip import write_small_clip
 from bench.clip_model import load_sizes
 from bench.command import INTERRUPTED, OUT_OF_TIME, main
 from bench.formulas import materialised_attention
-from bench.memory_probe import added_in_new_process
 from bench.records import KEYS
 from bench.settings import Settings
 from bench.shapes import Point, points
 from bench.suites import SUITES, memory
-from bench.suites.memory import _rebuild
+from bench.suites.memory import _rebuild, added_in_new_process
 from bench.suites.step import rebuild_step
 
 pytestmark = [pytest.mark.usefixtures("low_ceilings"), pytest.mark.slow]
@@ -241,7 +240,7 @@ def unusable(tmp_path, kind):
         return path / "results", "choose another file"
     if kind == "too deep":
         path.write_text("[" * 100_000)
-        return path, "is no JSON file of records"
+        return path, "is nested too deeply; choose another file"
     if kind == "not text":
         path.write_bytes(b"\xff\xfe\x00")
         return path, "not UTF-8 text"
@@ -296,9 +295,9 @@ def test_records_of_another_environment_are_pointed_out(tmp_path):
     ("arguments", "message"),
     [
         (["attentoin"], "'attentoin' is not one of 'attention', 'relevance'"),
-        (["--lengths", "50,x"], "'x' is no whole number of at least 1"),
-        (["--heads", "0"], "'0' is no whole number of at least 1"),
-        (["--dtypes", "float8"], "'float8' is none of float32, float16, bfloat16"),
+        (["--lengths", "50,x"], "'x' is not a valid integer"),
+        (["--heads", "0"], "0 is not in the range x>=1"),
+        (["--dtypes", "float8"], "'float8' is not one of 'float32', 'float16', 'bfloat16'"),
         (["--device", "cpu", "--backends", "triton"], "triton is not measured on cpu"),
         (["--lenghts", "50"], "No such option"),
     ],
