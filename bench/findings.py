@@ -42,11 +42,11 @@ def findings(records: Iterable[Record], device: str) -> list[Finding | Target]:
         for case in cases.values():
             for name, record in case.items():
                 if name.startswith(OURS) and name != READABLE and target.concerns(record):
-                    value = target.measure(record, case)
+                    value = target.measure.of(record, case)
                     if value is not None:
                         values.setdefault(name, []).append((value, record))
         for name, found in values.items():
-            worst_first = sorted(found, key=lambda pair: pair[0], reverse=target.is_upper)
+            worst_first = sorted(found, key=lambda pair: pair[0], reverse=target.measure.is_upper)
             result.append(Finding(target, name, worst_first))
         if not values:
             result.append(target)
@@ -83,13 +83,14 @@ def _row(finding: Finding | Target) -> tuple[str, ...]:
 
 
 def _limit(target: Target) -> str:
-    return f"{'≤' if target.is_upper else '≥'} {_value(target.limit, target)}"
+    return f"{'≤' if target.measure.is_upper else '≥'} {_value(target.limit, target)}"
 
 
 def _value(value: float, target: Target) -> str:
-    if target.unit == "%":
+    unit = target.measure.unit
+    if unit == "%":
         return f"{100 * value:.0f} %"
-    return f"{value:.2f}×" if target.unit == "×" else f"{value:.1f} {target.unit}"
+    return f"{value:.2f}×" if unit == "×" else f"{value:.1f} {unit}"
 
 
 def _where(record: Record) -> str:
