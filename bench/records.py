@@ -91,9 +91,10 @@ class RecordFile:
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
-        self.records = [] if path is None else load_records(path, new_ok=True)
+        self.records: list[Record] = []
         if path is not None:
             require_writable(path)
+            self.records = load_records(path, new_ok=True)
             self._write()  # what forbids it shows before anything is measured
 
     def finished(self, key: tuple) -> set[str]:

@@ -12,11 +12,11 @@ import click
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from tir_kernels.fewshot.train.memory import available_bytes
 
-from .bounds import Ceilings, bound_ms
+from .bounds import bound_ms, flops_per_second
 from .cases import Case, Implementation, WrongResultError
 from .records import RecordFile, case_key, make_record
 from .settings import Settings
@@ -58,7 +58,6 @@ class Runner:
         self.records = records
         self.environment = environment
         self.console = console
-        self.ceilings = Ceilings(settings.device)
         self.outcome = Outcome()
         self._said: set[tuple[str, str, str]] = set()
 
@@ -68,13 +67,7 @@ class Runner:
         Raises:
             click.ClickException: The GPU reports an error that only a new process gets rid of.
         """
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-        )
-        with Progress(*columns, console=self.console, transient=True) as progress:
+        with Progress(console=self.console, transient=True) as progress:
             task = progress.add_task("", total=len(cases))
             try:
                 for index, case in enumerate(cases):
@@ -144,8 +137,7 @@ class Runner:
         if reason := _lacks_memory(case, case.input_bytes, "needs"):
             return reason
         if case.device == "cpu" and case.cost is not None:
-            rate = self.ceilings.flops_per_second(case.dtype)
-            seconds = case.slowdown * case.cost.flops / rate
+            seconds = case.slowdown * case.cost.flops / flops_per_second("cpu", case.dtype)
             if seconds > self.settings.max_call_seconds:
                 return f"a call may take {seconds:.0f} s; --max-call-seconds allows more"
         return ""
@@ -171,8 +163,7 @@ class Runner:
     def _record(self, case: Case, results: dict[str, Measurement]) -> None:
         bound = None
         if case.cost is not None and any("ms" in result for result in results.values()):
-            bandwidth = self.ceilings.bytes_per_second
-            bound = bound_ms(case.cost, bandwidth, self.ceilings.flops_per_second(case.dtype))
+            bound = bound_ms(case.cost, case.device, case.dtype)
         identity = case.identity()
         facts = {"cost": case.cost, "bound": bound, "environment": self.environment}
         records = [

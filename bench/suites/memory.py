@@ -65,18 +65,15 @@ def _case(operator: Operator, point: Point, direction: str, settings: Settings) 
 
 def _step_cases(settings: Settings) -> list[Case]:
     """The memory that steps take beside the model and the images; ours, and the published one's."""
-    from bench.clip_model import load_sizes
-
     from . import step
 
-    sizes = load_sizes(settings.model)
     steps = step.STEPS_OF_PEAK[settings.device]
 
     def case(point: Point) -> Case:
         def competing(each: step.StepImplementation) -> Implementation:
             def prepare(problem: step.StepProblem) -> Call:
                 call = functools.partial(each.prepare(problem), steps)
-                rebuild = functools.partial(step.rebuild_step, each.name, point, sizes, settings)
+                rebuild = functools.partial(step.rebuild_step, each.name, point, settings)
                 return _probe(call, rebuild, settings)
 
             return Implementation(each.name, prepare, each.unavailable)
@@ -86,7 +83,7 @@ def _step_cases(settings: Settings) -> list[Case]:
             for each in step.implementations(point, "tokens", settings)
             if each.name.startswith((OURS, PUBLISHED)) and each.name != READABLE
         ]
-        found = step.step_case(STEP, point, sizes, settings, chosen)
+        found = step.step_case(STEP, point, settings, chosen)
         return replace(found, suite="memory", measure=attempts, cost=None, priority=SECOND)
 
     return [case(point) for point in step.smallest_step_points(settings)]

@@ -7,7 +7,6 @@ import time
 from dataclasses import replace
 
 from bench.cases import Case
-from bench.clip_model import ClipSizes, load_sizes
 from bench.settings import OURS, STEP, Settings
 from bench.shapes import Point
 from bench.training import Training
@@ -33,17 +32,16 @@ _OF_BOTH = {"cut_prompts", "class_token_only"}
 
 
 def savings_cases(settings: Settings) -> list[Case]:
-    sizes = load_sizes(settings.model)
     left_out = _OF_CLASSIFYING | (_ON_GPU_ONLY if settings.device == "cpu" else set())
     queries = settings.ways * settings.queries
     cases = []
     for point in smallest_step_points(settings):
         if settings.wants("forward+backward"):
-            case = _case(STEP, train, set(SAVINGS) - left_out, point, sizes, settings)
+            case = _case(STEP, train, set(SAVINGS) - left_out, point, settings)
             cases.append(replace(case, measure=measure_for(settings)))
         if settings.wants("forward"):
             run, savings = functools.partial(_classify, queries), _OF_CLASSIFYING | _OF_BOTH
-            case = _case("classifying", run, savings, point, sizes, settings)
+            case = _case("classifying", run, savings, point, settings)
             # Results are on the CPU in the end, so that any device has finished.
             cases.append(
                 replace(
@@ -61,7 +59,6 @@ def _case(
     run: RunSteps,
     savings: set[str],
     point: Point,
-    sizes: ClipSizes,
     settings: Settings,
 ) -> Case:
     """A part of an episode, as it is and without one saving at a time."""
@@ -71,7 +68,7 @@ def _case(
         if saving in savings:
             chosen[f"without {saving}"] = functools.partial(_without, saving, run)
     competing = [StepImplementation(name, training, run, reason) for name, run in chosen.items()]
-    case = step_case(name, point, sizes, settings, competing)
+    case = step_case(name, point, settings, competing)
     return replace(case, suite="savings", cost=None, priority=LAST)
 
 

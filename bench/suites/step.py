@@ -105,18 +105,18 @@ class StepImplementation:
 def step_cases(settings: Settings) -> list[Case]:
     if not settings.wants("forward+backward"):
         return []
-    sizes, found = load_sizes(settings.model), points("step", settings)
+    found = points("step", settings)
     cases = []
     for point in found:
         for placement, priority in (("tokens", SECOND), ("attention", THIRD)):
             if placement == "tokens" or not settings.quick:
                 name = f"{STEP}, placement {placement}"
                 competing = implementations(point, placement, settings)
-                case = step_case(name, point, sizes, settings, competing)
+                case = step_case(name, point, settings, competing)
                 cases.append(replace(case, priority=priority))
     if settings.quick and settings.parallel_episodes is None:
         return cases
-    return cases + [_case_at_once(point, sizes, settings) for point in found]
+    return cases + [_case_at_once(point, settings) for point in found]
 
 
 def smallest_step_points(settings: Settings) -> list[Point]:
@@ -151,7 +151,7 @@ def implementations(point: Point, placement: str, settings: Settings) -> list[St
     return found
 
 
-def _case_at_once(point: Point, sizes: ClipSizes, settings: Settings) -> Case:
+def _case_at_once(point: Point, settings: Settings) -> Case:
     """The time of a step per episode, where some are trained at once."""
     numbers = settings.parallel_episodes or _AT_ONCE
     training, reason = own_training(point, settings)
@@ -164,7 +164,7 @@ def _case_at_once(point: Point, sizes: ClipSizes, settings: Settings) -> Case:
         )
         for number in numbers
     ]
-    case = step_case(f"{STEP} per episode", point, sizes, settings, competing)
+    case = step_case(f"{STEP} per episode", point, settings, competing)
     return replace(case, slowdown=case.slowdown * max(numbers))
 
 
@@ -183,11 +183,11 @@ def step_training(point: Point, settings: Settings, placement: str = "tokens") -
 def step_case(
     operator: str,
     point: Point,
-    sizes: ClipSizes,
     settings: Settings,
     competing: Sequence[StepImplementation | Implementation],
 ) -> Case:
     """The case of implementations of a step, or of what goes with one."""
+    sizes = load_sizes(settings.model)
     return Case(
         suite="step",
         operator=operator,
@@ -265,14 +265,11 @@ def _run_plain(
     return StepRun(losses[:1], ends)
 
 
-def rebuild_step(
-    name: str, point: Point, sizes: ClipSizes, settings: Settings, is_small: bool
-) -> Call:
+def rebuild_step(name: str, point: Point, settings: Settings, is_small: bool) -> Call:
     """A few steps of an implementation of placement "tokens", built anew in another process."""
-    if is_small:
-        sizes = sizes.shrunk()
+    sizes = load_sizes(settings.model)
     (chosen,) = (each for each in implementations(point, "tokens", settings) if each.name == name)
-    problem = make_problem(point, sizes, settings.device)
+    problem = make_problem(point, sizes.shrunk() if is_small else sizes, settings.device)
     return functools.partial(chosen.run, problem, chosen.training, STEPS_OF_PEAK[settings.device])
 
 

@@ -9,7 +9,6 @@ import pytest
 from click.testing import CliRunner
 from small_clip import write_small_clip
 
-from bench.clip_model import load_sizes
 from bench.command import INTERRUPTED, OUT_OF_TIME, main
 from bench.formulas import materialised_attention
 from bench.records import KEYS
@@ -104,10 +103,10 @@ def test_memory_of_a_process_of_its_own():
 
 def test_memory_of_steps_in_a_process_of_their_own(tmp_path):
     pytest.importorskip("open_clip")
-    sizes = load_sizes(str(write_small_clip(tmp_path)))
-    settings = Settings(heads=(36,), dtypes=("float32",), model="small")
+    model = str(write_small_clip(tmp_path))
+    settings = Settings(heads=(36,), dtypes=("float32",), model=model)
     (point,) = points("step", settings)
-    prepare = functools.partial(rebuild_step, "published float32", point, sizes, settings)
+    prepare = functools.partial(rebuild_step, "published float32", point, settings)
     assert 0 < added_in_new_process(prepare, 1) < 200
 
 
@@ -237,7 +236,7 @@ def unusable(tmp_path, kind):
         return tmp_path / "missing" / "results", "its folder does not exist; make it first"
     if kind == "below a file":
         path.touch()
-        return path / "results", "choose another file"
+        return path / "results", "its folder does not exist"
     if kind == "too deep":
         path.write_text("[" * 100_000)
         return path, "is nested too deeply; choose another file"
