@@ -21,8 +21,6 @@ from bench.operators import (
     WEIGHTED_ATTENTION,
     Operator,
 )
-from bench.peers import Peer
-from bench.problems import Forward
 from bench.settings import OURS, PUBLISHED, READABLE, STEP, Settings
 from bench.shapes import Point, points
 from bench.timing import Call, attempts
@@ -52,56 +50,57 @@ def _directions(operator: Operator, settings: Settings) -> list[str]:
 
 
 def _case(operator: Operator, point: Point, direction: str, settings: Settings) -> Case:
-    def prepare(peer: Peer, forward: Forward, problem: Any) -> Call:
-        rebuild = functools.partial(_rebuild, operator.name, peer.name, point, direction, settings)
-        return _probe(problem.call(forward, direction), rebuild, settings)
-
     peers = [p for p in operator.peers(settings) if p.is_weighted and not p.is_compiled]
-    case = operator_case(
-        "memory", operator, point, direction, settings, peers=peers, prepare=prepare
-    )
-    return replace(case, measure=attempts, cost=None)
+    case = operator_case("memory", operator, point, direction, settings, peers=peers)
+    rebuild = functools.partial(_rebuild, operator.name, point, direction, settings)
+    return _probed(case, rebuild, settings)
 
 
 def _step_cases(settings: Settings) -> list[Case]:
     """The memory that steps take beside the model and the images; ours, and the published one's."""
     from . import step
 
-    steps = step.STEPS_OF_PEAK[settings.device]
-
-    def case(point: Point) -> Case:
-        def competing(each: step.StepImplementation) -> Implementation:
-            def prepare(problem: step.StepProblem) -> Call:
-                call = functools.partial(each.prepare(problem), steps)
-                rebuild = functools.partial(step.rebuild_step, each.name, point, settings)
-                return _probe(call, rebuild, settings)
-
-            return Implementation(each.name, prepare, each.unavailable)
-
-        chosen = [
-            competing(each)
+    cases = []
+    for point in step.smallest_step_points(settings):
+        competing = [
+            each
             for each in step.implementations(point, "tokens", settings)
             if each.name.startswith((OURS, PUBLISHED)) and each.name != READABLE
         ]
-        found = step.step_case(STEP, point, settings, chosen)
-        return replace(found, suite="memory", measure=attempts, cost=None, priority=SECOND)
+        case = step.step_case(STEP, point, settings, competing)
+        rebuild = functools.partial(step.rebuild_step, point, settings)
+        probed = _probed(case, rebuild, settings, step.STEPS_OF_PEAK[settings.device])
+        cases.append(replace(probed, priority=SECOND))
+    return cases
 
-    return [case(point) for point in step.smallest_step_points(settings)]
 
+def _probed(case: Case, rebuild: Callable[..., Call], settings: Settings, *arguments: int) -> Case:
+    """A case with the memory of each call, at its arguments, in place of its time.
 
-def _probe(call: Call, rebuild: Callable[[bool], Call], settings: Settings) -> Call:
-    """The memory of a call: on a GPU this one's, else that of the same call in a new process."""
-    if settings.device == "cuda":
-        return lambda: {"mib": added_on_gpu(call)}
-    return lambda: {"mib": added_in_new_process(rebuild, settings.threads)}
+    On a GPU the call itself is watched, else the same call in a process of its own: ``rebuild``
+    makes it of the implementation's name and whether its inputs are to be small.
+    """
+
+    def probed(each: Implementation) -> Implementation:
+        def prepare(problem: Any) -> Call:
+            call = functools.partial(each.prepare(problem), *arguments)
+            if settings.device == "cuda":
+                return lambda: {"mib": added_on_gpu(call)}
+            again = functools.partial(rebuild, each.name)
+            return lambda: {"mib": added_in_new_process(again, settings.threads)}
+
+        return Implementation(each.name, prepare, each.unavailable, each.scratch_bytes)
+
+    chosen = [probed(each) for each in case.implementations]
+    return replace(case, suite="memory", implementations=chosen, measure=attempts, cost=None)
 
 
 def _rebuild(
     operator_name: str,
-    peer_name: str,
     point: Point,
     direction: str,
     settings: Settings,
+    peer_name: str,
     is_small: bool,
 ) -> Call:
     """The call of a peer, built anew in another process."""

@@ -21,16 +21,12 @@ from bench.operators import (
 )
 from bench.peers import EAGER, Peer
 from bench.peers.attention import default_sdpa
-from bench.problems import Forward
 from bench.settings import HOST_TIME, OURS, Settings
 from bench.shapes import Point, points
 from bench.timing import Call, Measurement, clock_for, host_clock, timed
 
 # Priorities: some rows of every target, the other rows that have one, and the rest.
 FIRST, SECOND, THIRD, LAST = range(4)
-
-# (peer, its forward pass, which was found right, the case's problem) -> what is measured
-Prepare = Callable[[Peer, Forward, Any], Call]
 
 _TINY = Point(length=8, head_dim=16, images=1, heads=1, num_classes=2, dtype="")
 
@@ -116,7 +112,7 @@ def _host_time_case(operator: Operator, settings: Settings) -> Case:
         "forward",
         settings,
         peers=peers,
-        prepare=lambda peer, forward, problem: forward,
+        keeps_graph=True,
     )
 
     def measure(calls: Sequence[Call], seconds: float) -> list[Measurement]:
@@ -139,7 +135,7 @@ def operator_case(
     settings: Settings,
     *,
     peers: Sequence[Peer] | None = None,
-    prepare: Prepare | None = None,
+    keeps_graph: bool = False,
 ) -> Case:
     """The case of an operator's peers at one shape, of priority ``FIRST``.
 
@@ -150,16 +146,14 @@ def operator_case(
         direction: One of the operator's.
         settings: Of the run.
         peers: Those that take part, in turn; the operator's by default.
-        prepare: What of a peer is measured; the call in the direction by default.
+        keeps_graph: Whether a forward pass also records what a backward pass would need.
     """
 
     def implementation(peer: Peer) -> Implementation:
         def prepared(problem: Any) -> Call:
             forward = peer.build(problem)
             problem.verify(forward, direction, is_weighted=peer.is_weighted)
-            if prepare is not None:
-                return prepare(peer, forward, problem)
-            return problem.call(forward, direction)
+            return forward if keeps_graph else problem.call(forward, direction)
 
         reason = peer.unavailable
         if not reason and direction not in peer.directions:

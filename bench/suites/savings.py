@@ -18,7 +18,6 @@ from .step import (
     StepImplementation,
     StepProblem,
     StepRun,
-    measure_for,
     measure_on_cpu,
     own_training,
     smallest_step_points,
@@ -37,30 +36,17 @@ def savings_cases(settings: Settings) -> list[Case]:
     cases = []
     for point in smallest_step_points(settings):
         if settings.wants("forward+backward"):
-            case = _case(STEP, train, set(SAVINGS) - left_out, point, settings)
-            cases.append(replace(case, measure=measure_for(settings)))
+            cases.append(_case(STEP, train, set(SAVINGS) - left_out, point, settings))
         if settings.wants("forward"):
             run, savings = functools.partial(_classify, queries), _OF_CLASSIFYING | _OF_BOTH
             case = _case("classifying", run, savings, point, settings)
+            shape = {**case.shape, "Q": queries}
             # Results are on the CPU in the end, so that any device has finished.
-            cases.append(
-                replace(
-                    case,
-                    shape={**case.shape, "Q": queries},
-                    direction="forward",
-                    measure=measure_on_cpu(),
-                )
-            )
+            cases.append(replace(case, shape=shape, direction="forward", measure=measure_on_cpu()))
     return cases
 
 
-def _case(
-    name: str,
-    run: RunSteps,
-    savings: set[str],
-    point: Point,
-    settings: Settings,
-) -> Case:
+def _case(name: str, run: RunSteps, savings: set[str], point: Point, settings: Settings) -> Case:
     """A part of an episode, as it is and without one saving at a time."""
     training, reason = own_training(point, settings)
     chosen = {f"{OURS}{training.runtime.backend}": run}

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from bench.cases import Case, Implementation, WrongResultError
+from bench.cases import Case, WrongResultError
 from bench.clip_model import ClipSizes, load_sizes, make_model, make_tokenizer
 from bench.counting import Cost, step_cost
 from bench.formulas import fused_attention, materialised_attention
@@ -184,7 +184,7 @@ def step_case(
     operator: str,
     point: Point,
     settings: Settings,
-    competing: Sequence[StepImplementation | Implementation],
+    competing: Sequence[StepImplementation],
 ) -> Case:
     """The case of implementations of a step, or of what goes with one."""
     sizes = load_sizes(settings.model)
@@ -265,7 +265,7 @@ def _run_plain(
     return StepRun(losses[:1], ends)
 
 
-def rebuild_step(name: str, point: Point, settings: Settings, is_small: bool) -> Call:
+def rebuild_step(point: Point, settings: Settings, name: str, is_small: bool) -> Call:
     """A few steps of an implementation of placement "tokens", built anew in another process."""
     sizes = load_sizes(settings.model)
     (chosen,) = (each for each in implementations(point, "tokens", settings) if each.name == name)

@@ -95,7 +95,7 @@ def test_memory_suite(tmp_path, monkeypatch):
 def test_memory_of_a_process_of_its_own():
     point = Point(1024, 64, images=1, heads=4, num_classes=5, dtype="float32")
     prepare = functools.partial(
-        _rebuild, "weighted_attention", "eager", point, "forward", Settings(compiles=False)
+        _rebuild, "weighted_attention", point, "forward", Settings(compiles=False), "eager"
     )
     scores = 4 * 1024 * 1024 * 4 / 2**20  # MiB; softmax holds two of them
     assert scores <= added_in_new_process(prepare, 1) <= 4 * scores
@@ -106,7 +106,7 @@ def test_memory_of_steps_in_a_process_of_their_own(tmp_path):
     model = str(write_small_clip(tmp_path))
     settings = Settings(heads=(36,), dtypes=("float32",), model=model)
     (point,) = points("step", settings)
-    prepare = functools.partial(rebuild_step, "published float32", point, settings)
+    prepare = functools.partial(rebuild_step, point, settings, "published float32")
     assert 0 < added_in_new_process(prepare, 1) < 200
 
 
