@@ -17,9 +17,8 @@ import tir_kernels
 from tir_kernels.registry import load
 
 from .cases import Case
-from .environment import environment
 from .plot import plot
-from .records import Record, RecordFile, require_writable
+from .records import Record, RecordFile, environment, require_writable
 from .report import print_sections, sections, summary
 from .runner import Outcome, Runner
 from .settings import BACKENDS_OF_DEVICE, Settings

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from bench.training import Training
+from bench.plain_clip import Training
 
 from .plain_clip import PlainStep, precision
 from .workload import EpisodeFiles
@@ -68,10 +68,10 @@ def run_episode(folder: Path, files: EpisodeFiles, training: Training) -> tuple[
     with precision(training):
         step = PublishedStep(model, tokenizer, files.class_names, training)
         losses = step.train(
-            support, files.support_labels.to(training.runtime.device), training.method.steps
+            support, files.labels(files.support).to(training.runtime.device), training.method.steps
         )
         guesses = step.classify(queries).argmax(1).cpu()
-    return losses, (guesses == files.query_labels).float().mean().item()
+    return losses, (guesses == files.labels(files.queries)).float().mean().item()
 
 
 def _load(folder: Path, device: str) -> tuple[nn.Module, Callable, Callable]:

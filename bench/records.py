@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 import click
+import torch
 
+from tir_kernels.__main__ import processor, versions
 from tir_kernels.errors import FewShotError
 from tir_kernels.fewshot.data.documents import parse_json, read_document
 from tir_kernels.fewshot.run.folder import write_json
-from tir_kernels.files import MIB
+from tir_kernels.files import MIB, read_text
 
 from .counting import Cost
 
@@ -170,3 +174,33 @@ def _is_record(record: Any) -> bool:
         and all(isinstance(size, int) for size in record["shape"].values())
         and isinstance(record.get("environment", {}), dict)
     )
+
+
+def environment(device: str) -> dict[str, str]:
+    """Versions, commit and device of this process, without which a time means nothing."""
+    found = versions() | {"commit": _commit(), "torch": torch.__version__}
+    facts = {name: found[name] for name in ("tir_kernels", "commit", "torch", "triton", "python")}
+    if device == "cuda":
+        return facts | {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda or ""}
+    return facts | {"processor": processor(), "threads": str(torch.get_num_threads())}
+
+
+def _commit(root: Path = Path(__file__).parents[1]) -> str:
+    """Short hash, with "+" where the working tree has changes.
+
+    Where a copy of the sources came without .git, what TIR_COMMIT or a file COMMIT beside them
+    says; else "unknown".
+    """
+    if (root / ".git").exists():  # a repository further up is another one
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
+        with contextlib.suppress(OSError):
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if found := result.stdout.strip():
+                return found
+    if told := os.environ.get("TIR_COMMIT", "").strip():
+        return told
+    try:
+        lines = read_text(root / "COMMIT", at_most=1000).split()
+    except (OSError, ValueError):
+        return "unknown"
+    return lines[0] if lines else "unknown"

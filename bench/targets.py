@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 from tir_kernels.files import MIB
 
 from .counting import fused_memory
-from .operators import OPERATORS
 from .peers import COMPILED, EAGER
 from .peers.attention import FLEX, MASKED, UNWEIGHTED
 from .peers.relevance import COMPILED_SDPA
 from .records import Record
 from .settings import HOST_TIME, OURS, PUBLISHED, START_UP, STEP, WHOLE_RUN
 from .shapes import Point
+from .suites.operators import OPERATORS
 
 Case = dict[str, Record]  # implementation -> record, of one case
 # Ours, and the case it belongs to -> a number; None where a peer is missing.

@@ -22,9 +22,9 @@ import torch
 from bench import published
 from bench.cases import Case, Implementation
 from bench.counting import episode_cost
+from bench.plain_clip import Training
 from bench.settings import OURS, PUBLISHED, START_UP, WHOLE_RUN, Settings
 from bench.timing import Call, Measurement, attempts
-from bench.training import Training
 from bench.workload import Workload
 from tir_kernels.fewshot import Runtime, finetune_episodes
 from tir_kernels.fewshot.methods import DEFAULT_METHODS, method_class

@@ -14,19 +14,20 @@ from typing import Any
 import torch
 
 from bench.cases import Case, Implementation
-from bench.operators import (
-    OPERATORS,
-    REWEIGHTED_ATTENTION,
-    TOKEN_WEIGHTS,
-    WEIGHTED_ATTENTION,
-    Operator,
-)
 from bench.settings import OURS, PUBLISHED, READABLE, STEP, Settings
 from bench.shapes import Point, points
 from bench.timing import Call, attempts
 from tir_kernels.files import MIB
 
-from .operators import SECOND, operator_case
+from .operators import (
+    OPERATORS,
+    REWEIGHTED_ATTENTION,
+    SECOND,
+    TOKEN_WEIGHTS,
+    WEIGHTED_ATTENTION,
+    Operator,
+    operator_case,
+)
 
 _SMALL_LENGTH = 8
 

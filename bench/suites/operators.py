@@ -1,29 +1,118 @@
-"""The suites of operators beside their peers: a case for each operator, shape and direction."""
+"""The operators that are measured, and their suites: a case for each shape and direction."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from bench import counting
 from bench.cases import Case, Implementation
-from bench.counting import score_bytes
-from bench.operators import (
-    ATTENTION_STATISTICS,
-    REWEIGHTED_ATTENTION,
-    TOKEN_RELEVANCE,
-    TOKEN_WEIGHTS,
-    WEIGHTED_ATTENTION,
-    Operator,
-)
+from bench.counting import Cost
 from bench.peers import EAGER, Peer
-from bench.peers.attention import default_sdpa
-from bench.settings import HOST_TIME, OURS, Settings
+from bench.peers.attention import attention_peers, default_sdpa, statistics_peers
+from bench.peers.relevance import relevance_peers, token_weights_peers, whole_peers
+from bench.problems import (
+    AttentionProblem,
+    Problem,
+    RelevanceProblem,
+    ReweightedProblem,
+    StatisticsProblem,
+    TokenWeightsProblem,
+)
+from bench.settings import DIRECTIONS, HOST_TIME, OURS, Settings
 from bench.shapes import Point, points
 from bench.timing import Call, Measurement, clock_for, host_clock, timed
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator.
+
+    Args:
+        name: As in the records.
+        directions: What of it is measured.
+        sizes: Names of the sizes that matter to it, as in the records.
+        peers: The implementations that compete.
+        problem: The tensors of a shape on a device.
+        cost: Useful work of a call at a shape, in a direction.
+        model_tensors: How many (B, L, D) tensors its inputs, outputs and gradients take, roughly.
+    """
+
+    name: str
+    directions: tuple[str, ...]
+    sizes: tuple[str, ...]
+    peers: Callable[[Settings], list[Peer]]
+    problem: Callable[[Point, str], Problem]
+    cost: Callable[[Point, str], Cost]
+    model_tensors: int
+
+    def tensor_bytes(self, point: Point) -> int:
+        """Size of inputs, outputs and gradients, roughly."""
+        tensor = point.images * point.length * point.model_dim * point.itemsize
+        return self.model_tensors * tensor
+
+
+_OF_ATTENTION = ("B", "H", "L", "d")
+_OF_TOKENS = ("B", "L", "D", "E", "C")
+
+WEIGHTED_ATTENTION = Operator(
+    name="weighted_attention",
+    directions=DIRECTIONS,
+    sizes=_OF_ATTENTION,
+    peers=attention_peers,
+    problem=AttentionProblem,
+    cost=counting.attention_cost,
+    # Query, key, value, output and its gradient, and the gradients of the first three.
+    model_tensors=8,
+)
+ATTENTION_STATISTICS = Operator(
+    name="attention_statistics",
+    directions=("forward",),
+    sizes=_OF_ATTENTION,
+    peers=statistics_peers,
+    problem=StatisticsProblem,
+    cost=lambda point, direction: counting.statistics_cost(point),
+    model_tensors=3,  # query, key and, unused, value
+)
+TOKEN_RELEVANCE = Operator(
+    name="token_relevance",
+    directions=("forward",),
+    sizes=_OF_TOKENS,
+    peers=relevance_peers,
+    problem=RelevanceProblem,
+    cost=lambda point, direction: counting.relevance_cost(point),
+    model_tensors=3,  # tokens, what the norm makes of them, and features
+)
+TOKEN_WEIGHTS = replace(
+    TOKEN_RELEVANCE,
+    name="token_weights",
+    peers=token_weights_peers,
+    problem=TokenWeightsProblem,
+    cost=lambda point, direction: counting.token_weights_cost(point),
+)
+REWEIGHTED_ATTENTION = Operator(
+    name="reweighted_attention",
+    directions=("forward", "forward+backward"),
+    sizes=(*_OF_ATTENTION, "D", "E", "C"),
+    peers=whole_peers,
+    problem=ReweightedProblem,
+    cost=counting.reweighted_attention_cost,
+    model_tensors=8 + 3,
+)
+OPERATORS = {
+    operator.name: operator
+    for operator in (
+        WEIGHTED_ATTENTION,
+        TOKEN_RELEVANCE,
+        TOKEN_WEIGHTS,
+        REWEIGHTED_ATTENTION,
+        ATTENTION_STATISTICS,
+    )
+}
 
 # Priorities: some rows of every target, the other rows that have one, and the rest.
 FIRST, SECOND, THIRD, LAST = range(4)
@@ -159,7 +248,7 @@ def operator_case(
         if not reason and direction not in peer.directions:
             reason = f"does {' and '.join(peer.directions)} only on this device"
         passes = 1 if direction == "forward" else 2
-        scratch = passes * peer.score_tensors * score_bytes(point)
+        scratch = passes * peer.score_tensors * counting.score_bytes(point)
         return Implementation(peer.name, prepared, reason, scratch)
 
     competing = operator.peers(settings) if peers is None else peers

@@ -7,9 +7,9 @@ import time
 from dataclasses import replace
 
 from bench.cases import Case
+from bench.plain_clip import Training
 from bench.settings import OURS, STEP, Settings
 from bench.shapes import Point
-from bench.training import Training
 from bench.without import SAVINGS, without
 
 from .operators import LAST

@@ -23,12 +23,11 @@ from bench.clip_model import ClipSizes, load_sizes, make_model, make_tokenizer
 from bench.counting import Cost, step_cost
 from bench.formulas import fused_attention, materialised_attention
 from bench.peers import EAGER
-from bench.plain_clip import PlainStep, precision
+from bench.plain_clip import PlainStep, Training, precision
 from bench.published import PublishedStep
 from bench.settings import OURS, PUBLISHED, STEP, Settings
 from bench.shapes import Point, points
 from bench.timing import Call, Clock, Measure, timed
-from bench.training import Training
 from tir_kernels.fewshot import Episode, Runtime, finetune_episodes
 from tir_kernels.fewshot.methods.tir import TIR
 

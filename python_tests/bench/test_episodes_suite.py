@@ -17,6 +17,7 @@ pytest.importorskip("open_clip")
 from bench import workload
 from bench.command import main
 from bench.counting import Cost, episode_cost
+from bench.plain_clip import Training
 from bench.settings import Settings
 from bench.suites import episodes
 from bench.suites.episodes import (
@@ -27,7 +28,6 @@ from bench.suites.episodes import (
     run_episodes,
     start_up_seconds,
 )
-from bench.training import Training
 from bench.workload import Workload
 from tir_kernels.demo import write_image_folder
 from tir_kernels.fewshot import NonFiniteLossError, Runtime
@@ -239,16 +239,13 @@ def test_episodes_are_drawn_from_a_folder(tmp_path):
     workload = Workload(Settings(data=str(data), ways=3, queries=2), [3])
     drawn = [workload.files(index, 3) for index in range(4)]
     assert sorted(drawn[0].class_names) == ["annual crop", "highway", "sea lake"]
-    assert drawn[0].support_labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert drawn[0].query_labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert drawn[0].labels(drawn[0].support).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert drawn[0].labels(drawn[0].queries).tolist() == [0, 0, 1, 1, 2, 2]
     folders = {"annual crop": "AnnualCrop", "sea lake": "sea_lake", "highway": "x"}
     for episode in drawn:
         assert len({*episode.support, *episode.queries}) == 15
-        for files, labels in (
-            (episode.support, episode.support_labels),
-            (episode.queries, episode.query_labels),
-        ):
-            named = [folders[episode.class_names[label]] for label in labels]
+        for files in (episode.support, episode.queries):
+            named = [folders[episode.class_names[label]] for label in episode.labels(files)]
             assert [file.parent.name for file in files] == named
     assert workload.files(1, 3) == drawn[1]
     assert len({tuple(episode.support) for episode in drawn}) == 4

@@ -5,10 +5,10 @@ import torch
 
 from bench.cases import WrongResultError
 from bench.formulas import plain_attention, plain_token_weights
-from bench.operators import OPERATORS, WEIGHTED_ATTENTION
 from bench.problems import AttentionProblem, TokenWeightsProblem
 from bench.settings import Settings
 from bench.shapes import Point, points, split_heads
+from bench.suites.operators import OPERATORS, WEIGHTED_ATTENTION
 
 
 def attention_problem():

@@ -15,10 +15,9 @@ from fewshot.training_cases import StartingFrom  # noqa: E402
 
 from bench import published  # noqa: E402
 from bench.formulas import materialised_attention  # noqa: E402
-from bench.plain_clip import PlainStep  # noqa: E402
+from bench.plain_clip import PlainStep, Training  # noqa: E402
 from bench.published import PublishedStep  # noqa: E402
 from bench.settings import Settings  # noqa: E402
-from bench.training import Training  # noqa: E402
 from bench.workload import Workload  # noqa: E402
 from tir_kernels.fewshot import Episode, Runtime, finetune_episode  # noqa: E402
 from tir_kernels.fewshot.methods.tir import TIR  # noqa: E402
