@@ -39,11 +39,13 @@ class Problem:
 
     Attributes:
         arguments: For the plain formula.
+        options: For our operator, by name.
         leaves: Tensors that gradients are taken for.
         grad_output: The gradient of the output.
     """
 
-    arguments: tuple[Any, ...] = ()
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
     leaves: tuple[Tensor, ...] = ()
     grad_output: Tensor | None = None
 
@@ -87,6 +89,7 @@ class AttentionProblem(Problem):
         self.weights = torch.rand(batch, length, device=device) + 0.5
         self.grad_output = torch.randn(sizes, device=device).to(self.dtype)
         self.arguments = *self.leaves, self.weights
+        self.options = dict(zip(("q", "k", "v", "weights"), self.arguments, strict=True))
 
     def verify(self, forward: Forward, direction: str, *, is_weighted: bool = True) -> None:
         weights = self.weights if is_weighted else torch.ones_like(self.weights)
@@ -108,6 +111,8 @@ class StatisticsProblem(AttentionProblem):
     def __init__(self, point: Point, device: str) -> None:
         super().__init__(point, device)
         self.arguments = *self.leaves[:2], self.weights
+        del self.options["v"]
+        self.options["num_prefix_tokens"] = PREFIX_TOKENS
 
     def verify(self, forward: Forward, direction: str, *, is_weighted: bool = True) -> None:
         """Compare all four statistics with float64."""
@@ -125,7 +130,6 @@ class RelevanceProblem(Problem):
     Attributes:
         tokens: (B, L, D).
         classes: (C, E).
-        space: Norm and projection (D, E).
         rule: Linear, with a center that gives every count a weight of its own, so that counts can
             be read back from weights.
         top_k: Tokens each class selects.
@@ -142,11 +146,16 @@ class RelevanceProblem(Problem):
         gain = (1 + 0.1 * random(model_dim)).to(dtype)
         offset = (0.1 * random(model_dim)).to(dtype)
         proj = (random(model_dim, point.joint_dim) * model_dim**-0.5).to(dtype)
-        self.space = JointSpace(gain, offset, 1e-5, proj)
         self.rule = WeightRule(center=classes / 2 + 0.25)
         self.top_k = int(point.patches * self.rule.top_ratio)
         self.dtype = dtype
         self.arguments = self.tokens, self.classes, (gain, offset, 1e-5), proj
+        self.options = {
+            "tokens": self.tokens,
+            "class_embeddings": self.classes,
+            "joint_space": JointSpace(gain, offset, 1e-5, proj),
+            "num_prefix_tokens": PREFIX_TOKENS,
+        }
 
     @functools.cached_property
     def exact_relevance(self) -> Tensor:
@@ -167,11 +176,13 @@ class TokenWeightsProblem(RelevanceProblem):
     def __init__(self, point: Point, device: str) -> None:
         super().__init__(point, device)
         self.arguments = *self.arguments, self.top_k, self.rule.strength, self.rule.center
+        self.options["rule"] = self.rule
 
     def verify(self, forward: Forward, direction: str, *, is_weighted: bool = True) -> None:
         """Check that the weights follow from the right counts."""
         with torch.no_grad():
-            self.verify_counts(forward())
+            found = forward()
+        self.verify_counts(found[0] if isinstance(found, tuple) else found)  # ours: counts too
 
     def verify_counts(self, weights: Tensor) -> None:
         weights = _ends(weights)
@@ -206,6 +217,8 @@ class ReweightedProblem(Problem):
         self.attention = AttentionProblem(point, device)
         self.relevance = TokenWeightsProblem(point, device)
         self.leaves, self.grad_output = self.attention.leaves, self.attention.grad_output
+        query, key, value = self.leaves
+        self.options = {"q": query, "k": key, "v": value, **self.relevance.options}
 
     def verify(self, forward: Forward, direction: str, *, is_weighted: bool = True) -> None:
         """Check the weights an implementation returns, then its attention with these weights.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import click
@@ -37,6 +37,7 @@ class Outcome:
     interrupted: bool = False
 
 
+@dataclass
 class Runner:
     """Runs cases and records what they give.
 
@@ -47,19 +48,12 @@ class Runner:
         console: For messages and progress.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        records: RecordFile,
-        environment: dict[str, str],
-        console: Console,
-    ) -> None:
-        self.settings = settings
-        self.records = records
-        self.environment = environment
-        self.console = console
-        self.outcome = Outcome()
-        self._said: set[tuple[str, str, str]] = set()
+    settings: Settings
+    records: RecordFile
+    environment: dict[str, str]
+    console: Console
+    outcome: Outcome = field(default_factory=Outcome)
+    _said: set[tuple[str, str, str]] = field(default_factory=set)
 
     def run(self, cases: Sequence[Case], deadline: float | None = None) -> Outcome:
         """Measure the cases, until ``time.monotonic()`` passes the deadline or Ctrl-C is pressed.

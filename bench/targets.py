@@ -9,9 +9,7 @@ from typing import Any, NamedTuple
 from tir_kernels.files import MIB
 
 from .counting import fused_memory
-from .peers import COMPILED, EAGER
-from .peers.attention import FLEX, MASKED, UNWEIGHTED
-from .peers.relevance import COMPILED_SDPA
+from .peers import COMPILED, COMPILED_SDPA, EAGER, FLEX, MASKED, UNWEIGHTED
 from .records import Record
 from .settings import HOST_TIME, OURS, PUBLISHED, START_UP, STEP, WHOLE_RUN
 from .shapes import Point

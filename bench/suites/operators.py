@@ -12,9 +12,17 @@ import torch
 from bench import counting
 from bench.cases import Case, Implementation
 from bench.counting import Cost
-from bench.peers import EAGER, Peer
-from bench.peers.attention import attention_peers, default_sdpa, statistics_peers
-from bench.peers.relevance import relevance_peers, token_weights_peers, whole_peers
+from bench.peers import (
+    EAGER,
+    MASKED,
+    Peer,
+    attention_peers,
+    relevance_peers,
+    sdpa_peer,
+    statistics_peers,
+    token_weights_peers,
+    whole_peers,
+)
 from bench.problems import (
     AttentionProblem,
     Problem,
@@ -193,7 +201,7 @@ def _host_time_case(operator: Operator, settings: Settings) -> Case:
     # Our operators, the plain formula and PyTorch's attention, called without naming a backend.
     peers = [p for p in operator.peers(settings) if p.name.startswith(OURS) or p.name == EAGER]
     if operator is WEIGHTED_ATTENTION:
-        peers.append(default_sdpa())
+        peers.append(sdpa_peer(MASKED))
     case = operator_case(
         "operator",
         operator,

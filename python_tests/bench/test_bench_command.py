@@ -174,24 +174,24 @@ def test_unknown_model_suggests_others():
 
 
 def test_a_wrong_implementation_fails_the_run(monkeypatch):
-    from bench.peers import attention
+    from bench import peers
 
     def unweighted(query, key, value, weights):
         return materialised_attention(query, key, value, None)
 
-    monkeypatch.setattr(attention, "plain_attention", unweighted)
+    monkeypatch.setattr(peers, "plain_attention", unweighted)
     output = run("attention", *TINY, "--directions", "forward", status=1)
     assert "WRONG: eager" in output
     assert "1 results were wrong and not timed" in output
 
 
 def test_interrupt_ends_cleanly(tmp_path, monkeypatch):
-    from bench.peers import attention
+    from bench import peers
 
     def interrupted(*inputs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(attention, "plain_attention", interrupted)
+    monkeypatch.setattr(peers, "plain_attention", interrupted)
     path = tmp_path / "records.json"
     output = run("relevance", "attention", *TINY, "--json", path, status=INTERRUPTED)
     assert f"Interrupted. Records are kept in {path}" in output.replace("\n", "")

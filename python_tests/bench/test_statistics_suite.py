@@ -6,7 +6,7 @@ import torch
 from bench.cases import WrongResultError
 from bench.counting import statistics_cost
 from bench.formulas import plain_statistics
-from bench.peers.attention import statistics_peers
+from bench.peers import statistics_peers
 from bench.problems import StatisticsProblem
 from bench.settings import Settings
 from bench.shapes import Point
