@@ -15,14 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tir_kernels
 
-from .formulas import (
-    key_bias,
-    masked_sdpa,
-    plain_attention,
-    plain_relevance,
-    plain_statistics,
-    plain_token_weights,
-)
+from .formulas import key_bias, masked_sdpa, plain_attention, plain_token_weights
 from .problems import AttentionProblem, Forward, Problem, ReweightedProblem
 from .settings import DIRECTIONS, OURS, Settings
 
@@ -65,39 +58,46 @@ class Peer:
     score_tensors: int = 0
 
 
+def peers_of(
+    function: Callable[..., Any], formula: Callable[..., Any], *, has_scores: bool = False
+) -> Callable[[Settings], list[Peer]]:
+    """Our backends of a function, and a formula of the problem's arguments, as it is and compiled.
+
+    Args:
+        function: Public, of the problem's options.
+        formula: Of the problem's arguments.
+        has_scores: Whether the formula holds attention's scores in memory.
+    """
+    scores = 3 if has_scores else 0
+
+    def eager(problem: Problem) -> Forward:
+        return functools.partial(formula, *problem.arguments)
+
+    def compiled(problem: Problem) -> Forward:
+        return functools.partial(_compiled(formula), *problem.arguments)
+
+    def peers(settings: Settings) -> list[Peer]:
+        reason = settings.why_not_compiled
+        return [
+            *_own_peers(function, settings, has_scores=has_scores),
+            Peer(EAGER, eager, score_tensors=scores),
+            Peer(COMPILED, compiled, reason, is_compiled=True, score_tensors=scores),
+        ]
+
+    return peers
+
+
 def attention_peers(settings: Settings) -> list[Peer]:
     """Our backends, and every way PyTorch has, on the device of the settings."""
     # On a CPU PyTorch has one fused attention, which it picks itself. To name a backend takes time
     # of the host, which only there is part of what is measured.
     backends = ("", "math") if settings.device == "cpu" else tuple(_SDPA_BACKENDS)
+    plain = peers_of(tir_kernels.weighted_attention, plain_attention, has_scores=True)
     return [
-        *_own_peers(tir_kernels.weighted_attention, settings, reference_scores=4),
-        *_plain_peers(plain_attention, settings, score_tensors=3),
+        *plain(settings),
         *(sdpa_peer(MASKED, name) for name in backends),
         *(sdpa_peer(UNWEIGHTED, name) for name in backends if name != "math"),
         _flex_peer(settings),
-    ]
-
-
-def statistics_peers(settings: Settings) -> list[Peer]:
-    """Our backends, and the materialised formulas as they are and compiled."""
-    return [
-        *_own_peers(tir_kernels.attention_statistics, settings, reference_scores=4),
-        *_plain_peers(plain_statistics, settings, score_tensors=3),
-    ]
-
-
-def relevance_peers(settings: Settings) -> list[Peer]:
-    return [
-        *_own_peers(tir_kernels.token_relevance, settings),
-        *_plain_peers(plain_relevance, settings),
-    ]
-
-
-def token_weights_peers(settings: Settings) -> list[Peer]:
-    return [
-        *_own_peers(tir_kernels.token_weights, settings),
-        *_plain_peers(plain_token_weights, settings),
     ]
 
 
@@ -111,43 +111,23 @@ def whole_peers(settings: Settings) -> list[Peer]:
         return _whole(masked_sdpa, problem, _compiled)
 
     return [
-        *_own_peers(tir_kernels.reweighted_attention, settings, reference_scores=4),
+        *_own_peers(tir_kernels.reweighted_attention, settings, has_scores=True),
         Peer(EAGER, eager, score_tensors=3),
         Peer(COMPILED_SDPA, compiled_sdpa, settings.why_not_compiled, is_compiled=True),
     ]
 
 
-def _own_peers(
-    function: Callable[..., Any], settings: Settings, reference_scores: int = 0
-) -> list[Peer]:
-    """Every backend of ours; the reference holds ``reference_scores`` tensors of scores."""
+def _own_peers(function: Callable[..., Any], settings: Settings, *, has_scores: bool) -> list[Peer]:
+    """Every backend of ours; only the reference holds scores in memory."""
 
     def peer(name: str, reason: str) -> Peer:
         def build(problem: Problem) -> Forward:
             return functools.partial(function, **problem.options, backend=name)
 
-        scores = reference_scores if name == "reference" else 0
+        scores = 4 if has_scores and name == "reference" else 0
         return Peer(OURS + name, build, reason, score_tensors=scores)
 
     return [peer(name, reason) for name, reason in settings.our_backends()]
-
-
-def _plain_peers(
-    formula: Callable[..., Any], settings: Settings, score_tensors: int = 0
-) -> list[Peer]:
-    """A formula of the problem's arguments as it is, and compiled."""
-
-    def eager(problem: Problem) -> Forward:
-        return functools.partial(formula, *problem.arguments)
-
-    def compiled_whole(problem: Problem) -> Forward:
-        return functools.partial(_compiled(formula), *problem.arguments)
-
-    reason = settings.why_not_compiled
-    return [
-        Peer(EAGER, eager, score_tensors=score_tensors),
-        Peer(COMPILED, compiled_whole, reason, is_compiled=True, score_tensors=score_tensors),
-    ]
 
 
 def _whole(

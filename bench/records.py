@@ -134,9 +134,7 @@ def require_writable(path: Path) -> None:
     target, why = path.resolve(), ""
     protected = [p for p in (target, target.parent) if p.exists() and not os.access(p, os.W_OK)]
     if target.exists() and not target.is_file():
-        why = (
-            f"it is {'a folder' if target.is_dir() else 'not a regular file'}; choose another file"
-        )
+        why = "it is not a regular file; choose another file"
     elif not target.parent.is_dir():
         why = "its folder does not exist; make it first"
     elif protected:

@@ -9,20 +9,12 @@ from typing import Any
 
 import torch
 
+import tir_kernels
 from bench import counting
 from bench.cases import Case, Implementation
 from bench.counting import Cost
-from bench.peers import (
-    EAGER,
-    MASKED,
-    Peer,
-    attention_peers,
-    relevance_peers,
-    sdpa_peer,
-    statistics_peers,
-    token_weights_peers,
-    whole_peers,
-)
+from bench.formulas import plain_relevance, plain_statistics, plain_token_weights
+from bench.peers import EAGER, MASKED, Peer, attention_peers, peers_of, sdpa_peer, whole_peers
 from bench.problems import (
     AttentionProblem,
     Problem,
@@ -81,7 +73,7 @@ ATTENTION_STATISTICS = Operator(
     name="attention_statistics",
     directions=("forward",),
     sizes=_OF_ATTENTION,
-    peers=statistics_peers,
+    peers=peers_of(tir_kernels.attention_statistics, plain_statistics, has_scores=True),
     problem=StatisticsProblem,
     cost=lambda point, direction: counting.statistics_cost(point),
     model_tensors=3,  # query, key and, unused, value
@@ -90,7 +82,7 @@ TOKEN_RELEVANCE = Operator(
     name="token_relevance",
     directions=("forward",),
     sizes=_OF_TOKENS,
-    peers=relevance_peers,
+    peers=peers_of(tir_kernels.token_relevance, plain_relevance),
     problem=RelevanceProblem,
     cost=lambda point, direction: counting.relevance_cost(point),
     model_tensors=3,  # tokens, what the norm makes of them, and features
@@ -98,7 +90,7 @@ TOKEN_RELEVANCE = Operator(
 TOKEN_WEIGHTS = replace(
     TOKEN_RELEVANCE,
     name="token_weights",
-    peers=token_weights_peers,
+    peers=peers_of(tir_kernels.token_weights, plain_token_weights),
     problem=TokenWeightsProblem,
     cost=lambda point, direction: counting.token_weights_cost(point),
 )

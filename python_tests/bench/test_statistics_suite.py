@@ -6,11 +6,10 @@ import torch
 from bench.cases import WrongResultError
 from bench.counting import statistics_cost
 from bench.formulas import plain_statistics
-from bench.peers import statistics_peers
 from bench.problems import StatisticsProblem
 from bench.settings import Settings
 from bench.shapes import Point
-from bench.suites.operators import statistics_cases
+from bench.suites.operators import ATTENTION_STATISTICS, statistics_cases
 
 POINT = Point(9, 8, images=3, heads=2, num_classes=3, dtype="float32")
 
@@ -20,7 +19,7 @@ POINT = Point(9, 8, images=3, heads=2, num_classes=3, dtype="float32")
 def test_all_peers_are_right(images: int, dtype: str) -> None:
     torch.manual_seed(0)
     problem = StatisticsProblem(Point(9, 8, images, 2, 3, dtype), "cpu")
-    for peer in statistics_peers(Settings(compiles=False)):
+    for peer in ATTENTION_STATISTICS.peers(Settings(compiles=False)):
         if not peer.unavailable:
             problem.verify(peer.build(problem), "forward")
 
