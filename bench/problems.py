@@ -125,34 +125,33 @@ class StatisticsProblem(AttentionProblem):
 
 
 class RelevanceProblem(Problem):
-    """Tokens, classes and the joint space of a tower like ViT-B/16, in one type.
+    """Tokens (B, L, D), classes (C, E) and the joint space of a tower like ViT-B/16, in one type.
 
     Attributes:
-        tokens: (B, L, D).
-        classes: (C, E).
+        num_classes: C.
         rule: Linear, with a center that gives every count a weight of its own, so that counts can
             be read back from weights.
         top_k: Tokens each class selects.
     """
 
     def __init__(self, point: Point, device: str) -> None:
-        dtype, model_dim, classes = DTYPES[point.dtype], point.model_dim, point.num_classes
+        self.dtype, model_dim = DTYPES[point.dtype], point.model_dim
 
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, device=device)
 
-        self.tokens = random(point.images, point.length, model_dim).to(dtype)
-        self.classes = random(classes, point.joint_dim).to(dtype)
-        gain = (1 + 0.1 * random(model_dim)).to(dtype)
-        offset = (0.1 * random(model_dim)).to(dtype)
-        proj = (random(model_dim, point.joint_dim) * model_dim**-0.5).to(dtype)
-        self.rule = WeightRule(center=classes / 2 + 0.25)
+        tokens = random(point.images, point.length, model_dim).to(self.dtype)
+        classes = random(point.num_classes, point.joint_dim).to(self.dtype)
+        gain = (1 + 0.1 * random(model_dim)).to(self.dtype)
+        offset = (0.1 * random(model_dim)).to(self.dtype)
+        proj = (random(model_dim, point.joint_dim) * model_dim**-0.5).to(self.dtype)
+        self.num_classes = point.num_classes
+        self.rule = WeightRule(center=point.num_classes / 2 + 0.25)
         self.top_k = int(point.patches * self.rule.top_ratio)
-        self.dtype = dtype
-        self.arguments = self.tokens, self.classes, (gain, offset, 1e-5), proj
+        self.arguments = tokens, classes, (gain, offset, 1e-5), proj
         self.options = {
-            "tokens": self.tokens,
-            "class_embeddings": self.classes,
+            "tokens": tokens,
+            "class_embeddings": classes,
             "joint_space": JointSpace(gain, offset, 1e-5, proj),
             "num_prefix_tokens": PREFIX_TOKENS,
         }
@@ -188,8 +187,7 @@ class TokenWeightsProblem(RelevanceProblem):
         weights = _ends(weights)
         if not (weights[:, :PREFIX_TOKENS] == 1).all():
             raise WrongResultError("prefix tokens have weights other than 1")
-        num_classes = len(self.classes)
-        table = self.rule.table(num_classes).to(weights)
+        table = self.rule.table(self.num_classes).to(weights)
         distances = (weights[:, PREFIX_TOKENS:, None] - table).abs()
         nearest, counts = distances.min(-1)
         if not (nearest < 1e-3).all():
@@ -198,7 +196,7 @@ class TokenWeightsProblem(RelevanceProblem):
         selected = torch.zeros_like(self.exact_relevance).scatter_(-1, chosen, 1.0)
         turned = (counts - selected.sum(1)).abs().sum().item()
         # Selections turn in pairs: one token in, one out.
-        allowed = max(_TURNED[self.dtype] * counts.numel() * num_classes, 2)
+        allowed = max(_TURNED[self.dtype] * counts.numel() * self.num_classes, 2)
         if turned > allowed:
             raise WrongResultError(
                 f"counts differ from float64 by {turned:.0f} selections; {allowed:.0f} may turn"
