@@ -170,7 +170,7 @@ def _implementations(
 
         def prepare(problem: StepProblem) -> Call:
             of_check = checked(training)
-            first, _ = next(program(workload, of_check)(range(min(at_once, count))))
+            (first, _), *_ = program(workload, of_check)(range(min(at_once, count)))
             verify_first_loss(first, problem, of_check)
 
             def run() -> Measurement:
