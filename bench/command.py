@@ -17,14 +17,12 @@ import tir_kernels
 from tir_kernels.registry import load
 
 from .cases import Case
-from .environment import environment
-from .findings import summary
 from .plot import plot
-from .records import Record, RecordFile, require_writable
+from .records import Record, RecordFile, environment, require_writable
+from .report import print_sections, sections, summary
 from .runner import Outcome, Runner
 from .settings import BACKENDS_OF_DEVICE, Settings
 from .suites import SUITES
-from .tables import print_sections, sections
 
 INTERRUPTED = 130
 OUT_OF_TIME = 75  # sysexits' "try again later": the same command goes on

@@ -52,6 +52,12 @@ def attention_cost(point: Point, direction: str) -> Cost:
     return Cost(8 * _head_bytes(point) + weights + log_sum_exp, 5 * product)
 
 
+def statistics_cost(point: Point) -> Cost:
+    """Queries, keys and weights in, four results out; one product, which gives the scores."""
+    others = (point.images * point.length + 4 * point.rows) * NUMBER_BYTES
+    return Cost(2 * _head_bytes(point) + others, 2 * point.rows * point.length * point.head_dim)
+
+
 def relevance_cost(point: Point) -> Cost:
     """Patch tokens, norm, projection and classes in, (B, C, N) float32 cosines out.
 

@@ -10,34 +10,54 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.training import Training
+from tir_kernels.fewshot import Runtime
+from tir_kernels.fewshot.methods import Method, method_class
+from tir_kernels.fewshot.methods.prompts import default_logit_scale
 from tir_kernels.fewshot.methods.tir import TIR
 
-from .peers.relevance import plain_token_weights
+from .formulas import key_bias, materialised_attention, plain_token_weights
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 CONTEXT = "a photo of a"
 
 
-def materialised_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention as the formula is written; ``bias`` is added to the scores."""
-    scores = q @ k.mT * q.shape[-1] ** -0.5
-    if bias is not None:
-        scores = scores + bias.to(scores.dtype)
-    return scores.softmax(-1).to(v.dtype) @ v
+@dataclass(frozen=True)
+class Training:
+    """A method, its runtime, and the support images per class, which every program goes by."""
 
+    method: Any  # a LoRA, or a subclass of it
+    runtime: Runtime
+    shots: int = 5
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """PyTorch's fused attention."""
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=None if bias is None else bias.to(q.dtype)
-    )
+    @property
+    def logit_scale(self) -> float:
+        return default_logit_scale(self.method.logit_scale, self.shots)
+
+    def having(self, **options: Any) -> Training:
+        """The same with other options of the method."""
+        return replace(self, method=replace(self.method, **options))
+
+    def running(self, **settings: Any) -> Training:
+        """The same with other settings of the runtime."""
+        return replace(self, runtime=replace(self.runtime, **settings))
+
+    def of_method(self, name: str) -> Training:
+        """The same with another method, with the options that both have."""
+        chosen: type[Method] = method_class(name)
+        shared = {
+            field.name: getattr(self.method, field.name)
+            for field in fields(chosen)
+            if hasattr(self.method, field.name)
+        }
+        return replace(self, method=chosen(**shared))
 
 
 def precision(training: Training) -> contextlib.AbstractContextManager:
@@ -180,7 +200,7 @@ class PlainStep:
                 if self.training.method.placement != "attention":
                     hidden = hidden * weights[..., None].to(hidden.dtype)
                 if self.training.method.placement != "tokens":
-                    bias = weights.clamp(min=0).log()[:, None, None, :]
+                    bias = key_bias(weights)
             hidden = self._block(block, hidden, bias)
         return tower.ln_post(hidden[:, 0]) @ tower.proj
 

@@ -10,7 +10,6 @@ classified has a text pass of its own, and each episode reads its model from dis
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from bench.training import Training
+from bench.plain_clip import Training
 
 from .plain_clip import PlainStep, precision
 from .workload import EpisodeFiles
@@ -52,21 +51,8 @@ class PublishedStep(PlainStep):
         return torch.cat([self.logits(batch) for batch in images.split(IMAGES_PER_BATCH)]).float()
 
 
-@dataclass(frozen=True)
-class PublishedEpisode:
-    """The losses and logits of an episode.
-
-    Attributes:
-        losses: One per step.
-        accuracy: Share of the query images classified rightly.
-    """
-
-    losses: list[float]
-    accuracy: float
-
-
-def run_episode(folder: Path, files: EpisodeFiles, training: Training) -> PublishedEpisode:
-    """Load the model and the images, train, classify.
+def run_episode(folder: Path, files: EpisodeFiles, training: Training) -> tuple[list[float], float]:
+    """Load the model and the images, train, classify: the losses, and the share that is right.
 
     Args:
         folder: The model's, with ``open_clip_config.json`` and weights.
@@ -82,11 +68,10 @@ def run_episode(folder: Path, files: EpisodeFiles, training: Training) -> Publis
     with precision(training):
         step = PublishedStep(model, tokenizer, files.class_names, training)
         losses = step.train(
-            support, files.support_labels.to(training.runtime.device), training.method.steps
+            support, files.labels(files.support).to(training.runtime.device), training.method.steps
         )
         guesses = step.classify(queries).argmax(1).cpu()
-    correct = guesses == files.query_labels
-    return PublishedEpisode(losses, correct.float().mean().item())
+    return losses, (guesses == files.labels(files.queries)).float().mean().item()
 
 
 def _load(folder: Path, device: str) -> tuple[nn.Module, Callable, Callable]:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 import click
+import torch
 
-from tir_kernels import files
+from tir_kernels.__main__ import processor, versions
 from tir_kernels.errors import FewShotError
+from tir_kernels.fewshot.data.documents import parse_json, read_document
 from tir_kernels.fewshot.run.folder import write_json
-from tir_kernels.fewshot.strict_json import decode_json
+from tir_kernels.files import MIB, read_text
 
 from .counting import Cost
 
 Record = dict[str, Any]
 
-_MOST_BYTES = 256 * files.MIB  # a whole run has about one
+_MOST_BYTES = 256 * MIB  # a whole run has about one
 _NUMBER = (int, float, NoneType)
 _TYPES = {
     "suite": str,
@@ -91,9 +95,10 @@ class RecordFile:
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
-        self.records = [] if path is None else load_records(path, new_ok=True)
+        self.records: list[Record] = []
         if path is not None:
             require_writable(path)
+            self.records = load_records(path, new_ok=True)
             self._write()  # what forbids it shows before anything is measured
 
     def finished(self, key: tuple) -> set[str]:
@@ -129,9 +134,7 @@ def require_writable(path: Path) -> None:
     target, why = path.resolve(), ""
     protected = [p for p in (target, target.parent) if p.exists() and not os.access(p, os.W_OK)]
     if target.exists() and not target.is_file():
-        why = (
-            f"it is {'a folder' if target.is_dir() else 'not a regular file'}; choose another file"
-        )
+        why = "it is not a regular file; choose another file"
     elif not target.parent.is_dir():
         why = "its folder does not exist; make it first"
     elif protected:
@@ -151,19 +154,15 @@ def load_records(path: Path, *, new_ok: bool = False) -> list[Record]:
         click.ClickException: It cannot be read, or holds something else.
     """
     try:
-        text = files.read_text(path, at_most=_MOST_BYTES)
-        records = [] if new_ok and not text.strip() else decode_json(text.encode())
-    except OSError as error:
-        if new_ok and isinstance(error, FileNotFoundError):
+        text = read_document(path, "results", at_most=_MOST_BYTES)
+        records = [] if new_ok and not text.strip() else parse_json(path, text, "results")
+    except FewShotError as error:
+        if new_ok and isinstance(error.__cause__, FileNotFoundError):
             return []
-        why = f"cannot read {path}: {error.strerror}"
-    except ValueError as error:
-        why = f"{path} is no JSON file of records ({error})"
-    else:
-        if isinstance(records, list) and all(map(_is_record, records)):
-            return records
-        why = f"{path} is no list of benchmark records"
-    raise click.ClickException(f"{why}; choose another file")
+        raise click.ClickException(f"{error}; choose another file") from error
+    if isinstance(records, list) and all(map(_is_record, records)):
+        return records
+    raise click.ClickException(f"{path} is no list of benchmark records; choose another file")
 
 
 def _is_record(record: Any) -> bool:
@@ -173,3 +172,33 @@ def _is_record(record: Any) -> bool:
         and all(isinstance(size, int) for size in record["shape"].values())
         and isinstance(record.get("environment", {}), dict)
     )
+
+
+def environment(device: str) -> dict[str, str]:
+    """Versions, commit and device of this process, without which a time means nothing."""
+    found = versions() | {"commit": _commit(), "torch": torch.__version__}
+    facts = {name: found[name] for name in ("tir_kernels", "commit", "torch", "triton", "python")}
+    if device == "cuda":
+        return facts | {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda or ""}
+    return facts | {"processor": processor(), "threads": str(torch.get_num_threads())}
+
+
+def _commit(root: Path = Path(__file__).parents[1]) -> str:
+    """Short hash, with "+" where the working tree has changes.
+
+    Where a copy of the sources came without .git, what TIR_COMMIT or a file COMMIT beside them
+    says; else "unknown".
+    """
+    if (root / ".git").exists():  # a repository further up is another one
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
+        with contextlib.suppress(OSError):
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if found := result.stdout.strip():
+                return found
+    if told := os.environ.get("TIR_COMMIT", "").strip():
+        return told
+    try:
+        lines = read_text(root / "COMMIT", at_most=1000).split()
+    except (OSError, ValueError):
+        return "unknown"
+    return lines[0] if lines else "unknown"

@@ -5,18 +5,18 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import click
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from tir_kernels.fewshot.train.memory import available_bytes
 
-from .bounds import Ceilings, bound_ms
+from .bounds import bound_ms, flops_per_second
 from .cases import Case, Implementation, WrongResultError
 from .records import RecordFile, case_key, make_record
 from .settings import Settings
@@ -37,6 +37,7 @@ class Outcome:
     interrupted: bool = False
 
 
+@dataclass
 class Runner:
     """Runs cases and records what they give.
 
@@ -47,20 +48,12 @@ class Runner:
         console: For messages and progress.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        records: RecordFile,
-        environment: dict[str, str],
-        console: Console,
-    ) -> None:
-        self.settings = settings
-        self.records = records
-        self.environment = environment
-        self.console = console
-        self.ceilings = Ceilings(settings.device)
-        self.outcome = Outcome()
-        self._said: set[tuple[str, str, str]] = set()
+    settings: Settings
+    records: RecordFile
+    environment: dict[str, str]
+    console: Console
+    outcome: Outcome = field(default_factory=Outcome)
+    _said: set[tuple[str, str, str]] = field(default_factory=set)
 
     def run(self, cases: Sequence[Case], deadline: float | None = None) -> Outcome:
         """Measure the cases, until ``time.monotonic()`` passes the deadline or Ctrl-C is pressed.
@@ -68,13 +61,7 @@ class Runner:
         Raises:
             click.ClickException: The GPU reports an error that only a new process gets rid of.
         """
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-        )
-        with Progress(*columns, console=self.console, transient=True) as progress:
+        with Progress(console=self.console, transient=True) as progress:
             task = progress.add_task("", total=len(cases))
             try:
                 for index, case in enumerate(cases):
@@ -144,8 +131,7 @@ class Runner:
         if reason := _lacks_memory(case, case.input_bytes, "needs"):
             return reason
         if case.device == "cpu" and case.cost is not None:
-            rate = self.ceilings.flops_per_second(case.dtype)
-            seconds = case.slowdown * case.cost.flops / rate
+            seconds = case.slowdown * case.cost.flops / flops_per_second("cpu", case.dtype)
             if seconds > self.settings.max_call_seconds:
                 return f"a call may take {seconds:.0f} s; --max-call-seconds allows more"
         return ""
@@ -171,8 +157,7 @@ class Runner:
     def _record(self, case: Case, results: dict[str, Measurement]) -> None:
         bound = None
         if case.cost is not None and any("ms" in result for result in results.values()):
-            bandwidth = self.ceilings.bytes_per_second
-            bound = bound_ms(case.cost, bandwidth, self.ceilings.flops_per_second(case.dtype))
+            bound = bound_ms(case.cost, case.device, case.dtype)
         identity = case.identity()
         facts = {"cost": case.cost, "bound": bound, "environment": self.environment}
         records = [

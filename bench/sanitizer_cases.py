@@ -81,9 +81,8 @@ def run_whole(backend: str, shape: Shape, dtype: torch.dtype, device: str = "cud
     space = JointSpace(*(p.cpu() if isinstance(p, Tensor) else p for p in parts))
     exact_relevance = tir_kernels.token_relevance(*on_cpu, joint_space=space, backend="reference")
     top_k = int((length - 1) * rule.top_ratio)
-    exact_counts = torch.zeros(counts.shape)
-    for chosen in relevance.cpu().topk(top_k).indices.unbind(1):
-        exact_counts.scatter_add_(1, chosen, torch.ones(chosen.shape))
+    chosen = relevance.cpu().topk(top_k).indices
+    exact_counts = torch.zeros(relevance.shape).scatter_(-1, chosen, 1.0).sum(1)
     rows = [leaf.detach().cpu().requires_grad_() for leaf in leaves]
     exact_table = table.detach().cpu().requires_grad_()
     exact_weights = torch.nn.functional.pad(exact_table[exact_counts.long()], (1, 0), value=1.0)

@@ -32,29 +32,20 @@ START_UP = "start-up to the first step"
 
 
 class CommaSeparated(click.ParamType):
-    """A list such as 50,197: whole numbers of at least 1, or some of the choices."""
+    """A list such as 50,197, each item of it of another type."""
 
     name = "list"
 
-    def __init__(self, choices: tuple[str, ...] | None = None) -> None:
-        self.choices = choices
+    def __init__(self, item: click.ParamType) -> None:
+        self.item = item
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
         return "A,B,..."
 
-    def convert(self, value, param, ctx) -> tuple:
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple:
         if isinstance(value, tuple):
             return value
-        return tuple(self._item(item.strip(), param, ctx) for item in value.split(","))
-
-    def _item(self, item: str, param, ctx) -> int | str:
-        if self.choices is not None:
-            if item not in self.choices:
-                self.fail(f"{item!r} is none of {', '.join(self.choices)}", param, ctx)
-            return item
-        if not item.isdigit() or int(item) < 1:
-            self.fail(f"{item!r} is no whole number of at least 1", param, ctx)
-        return int(item)
+        return tuple(self.item.convert(item.strip(), param, ctx) for item in value.split(","))
 
 
 def _option(default: Any, kind: Any, text: str, **rest: Any) -> Any:
@@ -62,8 +53,12 @@ def _option(default: Any, kind: Any, text: str, **rest: Any) -> Any:
     return field(default=default, metadata={"type": kind, "help": text, **rest})
 
 
-_NUMBERS = CommaSeparated()
+def _some_of(*choices: str) -> CommaSeparated:
+    return CommaSeparated(click.Choice(choices))
+
+
 _COUNT = click.IntRange(1)
+_NUMBERS = CommaSeparated(_COUNT)
 
 
 @dataclass(frozen=True)
@@ -84,13 +79,13 @@ class Settings:
         None, _NUMBERS, "Products B·H; 60 is 5 images of 12 heads."
     )
     classes: tuple[int, ...] | None = _option(None, _NUMBERS, "Class counts C.")
-    dtypes: tuple[str, ...] | None = _option(None, CommaSeparated(tuple(DTYPES)), ", ".join(DTYPES))
-    directions: tuple[str, ...] | None = _option(
-        None, CommaSeparated(DIRECTIONS), ", ".join(DIRECTIONS)
+    dtypes: tuple[str, ...] | None = _option(
+        None, CommaSeparated(click.Choice(list(DTYPES))), ", ".join(DTYPES)
     )
+    directions: tuple[str, ...] | None = _option(None, _some_of(*DIRECTIONS), ", ".join(DIRECTIONS))
     backends: tuple[str, ...] | None = _option(
         None,
-        CommaSeparated(("cpu", "cuda", "triton", "reference")),
+        _some_of("cpu", "cuda", "triton", "reference"),
         "Ours to measure. Default: all that serve the device.",
     )
     compiles: bool = _option(

@@ -10,11 +10,11 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-Call = Callable[..., object]
+Call = Callable[..., Any]
 # "ms" or "mib", or "skipped" where measuring failed, or "wrong" where the result was; and what else
 # the record is to have.
 Measurement = dict[str, Any]
@@ -25,15 +25,16 @@ MIN_ROUNDS = 5
 MIN_ROUNDS_OF_SLOW_CALLS = 3
 SLOW_ROUND_SECONDS = 5.0
 WARM_UP_CALLS = 2
+MAX_FLUSHES = 40
 
 
-class Clock(Protocol):
-    """Takes the time of each call once, in milliseconds."""
-
-    def round(self) -> list[float]: ...
+# Takes the time of each of its calls once, in milliseconds.
+Clock = Callable[[], list[float]]
 
 
-class WallClock:
+def wall_clock(
+    calls: Sequence[Call], burst: int = 1, finish: Callable[[], None] = lambda: None
+) -> Clock:
     """Time by the clock on the wall, of calls that return when they are done.
 
     Args:
@@ -41,25 +42,22 @@ class WallClock:
         burst: How often each is called in a row; its time is the mean of these.
         finish: Waits for what a burst leaves to do, which does not count.
     """
+    for call in calls:
+        for _ in range(max(burst, WARM_UP_CALLS)):
+            call()
+        finish()
 
-    def __init__(
-        self, calls: Sequence[Call], burst: int = 1, finish: Callable[[], None] = lambda: None
-    ) -> None:
-        self._calls, self._burst, self._finish = calls, burst, finish
+    def times() -> list[float]:
+        found = []
         for call in calls:
-            for _ in range(max(burst, WARM_UP_CALLS)):
-                call()
-            finish()
-
-    def round(self) -> list[float]:
-        times = []
-        for call in self._calls:
             start = time.perf_counter()
-            for _ in range(self._burst):
+            for _ in range(burst):
                 call()
-            times.append((time.perf_counter() - start) * 1e3 / self._burst)
-            self._finish()
-        return times
+            found.append((time.perf_counter() - start) * 1e3 / burst)
+            finish()
+        return found
+
+    return times
 
 
 def host_clock(calls: Sequence[Call], device: str) -> Clock:
@@ -69,11 +67,11 @@ def host_clock(calls: Sequence[Call], device: str) -> Clock:
     enough for its queue, which would otherwise make the host wait.
     """
     if device == "cuda":
-        return WallClock(calls, 20, torch.cuda.synchronize)
-    return WallClock(calls, 100)
+        return wall_clock(calls, 20, torch.cuda.synchronize)
+    return wall_clock(calls, 100)
 
 
-class DeviceClock:
+def device_clock(calls: Sequence[Call]) -> Clock:
     """Time on the GPU between two events, with a cold L2 cache.
 
     Before each call a buffer larger than the cache is read. Reading, not writing: written lines
@@ -81,26 +79,29 @@ class DeviceClock:
     until the host has queued the whole call, so that gaps between launches do not count; what the
     host takes is a record of its own ("host time").
     """
+    cache_bytes = torch.cuda.get_device_properties().L2_cache_size
+    buffer = torch.ones(max(2**28, 4 * cache_bytes) // 4, device="cuda")
 
-    _MAX_FLUSHES = 40
+    def flush(times: int) -> None:
+        for _ in range(times):
+            buffer.sum()
 
-    def __init__(self, calls: Sequence[Call]) -> None:
-        self._calls = calls
-        cache_bytes = torch.cuda.get_device_properties().L2_cache_size
-        self._buffer = torch.ones(max(2**28, 4 * cache_bytes) // 4, device="cuda")
-        flush_seconds = self._flush_seconds()
-        self._flushes = []
-        for call in calls:
-            for _ in range(WARM_UP_CALLS):
-                call()
-            head_start = 1.5 * _queueing_seconds(call) / flush_seconds
-            self._flushes.append(min(1 + math.ceil(head_start), self._MAX_FLUSHES))
+    def ten_flushes() -> None:
+        flush(10)
+        torch.cuda.synchronize()
 
-    def round(self) -> list[float]:
+    (of_ten,) = wall_clock([ten_flushes])()
+    flushes = []
+    for call in calls:
+        # The time that the host takes to queue the call on an idle GPU.
+        queueing = wall_clock([call], finish=torch.cuda.synchronize)
+        head_start = 1.5 * min(queueing()[0] for _ in range(5)) / (of_ten / 10)
+        flushes.append(min(1 + math.ceil(head_start), MAX_FLUSHES))
+
+    def times() -> list[float]:
         events = []
-        for call, flushes in zip(self._calls, self._flushes, strict=True):
-            for _ in range(flushes):
-                self._buffer.sum()
+        for call, number in zip(calls, flushes, strict=True):
+            flush(number)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             call()
@@ -109,24 +110,11 @@ class DeviceClock:
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in events]
 
-    def _flush_seconds(self) -> float:
-        (milliseconds,) = WallClock([self._ten_flushes]).round()
-        return milliseconds * 1e-4
-
-    def _ten_flushes(self) -> None:
-        for _ in range(10):
-            self._buffer.sum()
-        torch.cuda.synchronize()
-
-
-def _queueing_seconds(call: Call) -> float:
-    """Time that the host takes to queue a call on an idle GPU."""
-    clock = WallClock([call], finish=torch.cuda.synchronize)
-    return min(clock.round()[0] for _ in range(5)) * 1e-3
+    return times
 
 
 def clock_for(device: str, calls: Sequence[Call]) -> Clock:
-    return DeviceClock(calls) if device == "cuda" else WallClock(calls)
+    return device_clock(calls) if device == "cuda" else wall_clock(calls)
 
 
 def timed(clock: Callable[[Sequence[Call]], Clock], min_rounds: int = MIN_ROUNDS) -> Measure:
@@ -137,6 +125,18 @@ def timed(clock: Callable[[Sequence[Call]], Clock], min_rounds: int = MIN_ROUNDS
         return [{"ms": time} for time in times]
 
     return measure
+
+
+def attempts(calls: Sequence[Call], seconds: float) -> list[Measurement]:
+    """Each call once, for its own measurement, or why it failed: no memory, a loss that is NaN."""
+
+    def attempt(call: Call) -> Measurement:
+        try:
+            return call()
+        except RuntimeError as error:
+            return {"skipped": str(error)}
+
+    return [attempt(call) for call in calls]
 
 
 def median_times(clock: Clock, seconds: float, min_rounds: int = MIN_ROUNDS) -> list[float]:
@@ -153,7 +153,7 @@ def median_times(clock: Clock, seconds: float, min_rounds: int = MIN_ROUNDS) -> 
     try:
         start = time.perf_counter()
         while True:
-            rounds.append(clock.round())
+            rounds.append(clock())
             elapsed = time.perf_counter() - start
             is_slow = elapsed / len(rounds) > SLOW_ROUND_SECONDS
             enough = min(min_rounds, MIN_ROUNDS_OF_SLOW_CALLS) if is_slow else min_rounds

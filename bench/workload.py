@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import click
 import torch
@@ -30,15 +29,14 @@ _CLASS_NAMES = "class_names.json"
 _SEED = 0
 
 
-@dataclass(frozen=True)
-class EpisodeFiles:
-    """An episode as files that are not read yet, for the published program.
+class EpisodeFiles(NamedTuple):
+    """An episode as files that are not read yet, grouped by class, for the published program.
 
     Attributes:
         index: Its number, which is its seed too.
         class_names: C names, in words.
-        support: Files, grouped by class.
-        queries: Likewise.
+        support: Files to learn from.
+        queries: Files to classify.
     """
 
     index: int
@@ -46,15 +44,8 @@ class EpisodeFiles:
     support: list[Path | IO[bytes]]
     queries: list[Path | IO[bytes]]
 
-    @property
-    def support_labels(self) -> Tensor:
-        return self._labels(self.support)
-
-    @property
-    def query_labels(self) -> Tensor:
-        return self._labels(self.queries)
-
-    def _labels(self, files: Sequence) -> Tensor:
+    def labels(self, files: Sequence[Path | IO[bytes]]) -> Tensor:
+        """The classes of its support or query images."""
         num_classes = len(self.class_names)
         return torch.arange(num_classes).repeat_interleave(len(files) // num_classes)
 

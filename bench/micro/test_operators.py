@@ -11,9 +11,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.operators import OPERATORS
 from bench.settings import OURS, Settings
 from bench.shapes import Point
+from bench.suites.operators import OPERATORS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SETTINGS = Settings(device=DEVICE, compiles=False)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 # Name -> "module:function" that makes the suite's cases of the settings.
 SUITES = {
-    "attention": "bench.suites.attention:attention_cases",
-    "relevance": "bench.suites.relevance:relevance_cases",
-    "operator": "bench.suites.operator:operator_cases",
-    "statistics": "bench.suites.statistics:statistics_cases",
+    "attention": "bench.suites.operators:attention_cases",
+    "relevance": "bench.suites.operators:relevance_cases",
+    "operator": "bench.suites.operators:operator_cases",
+    "statistics": "bench.suites.operators:statistics_cases",
     "step": "bench.suites.step:step_cases",
     "savings": "bench.suites.savings:savings_cases",
     "memory": "bench.suites.memory:memory_cases",

@@ -1,28 +1,35 @@
-"""Whole runs of few-shot episodes beside the method's published program, and the start-up time."""
+"""Whole runs of few-shot episodes beside the method's published program, and the start-up time.
+
+A whole run is timed from the images on disk to the answers, in episodes of one data set.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
 import statistics
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import whole_runs
+import torch
+
+from bench import published
 from bench.cases import Case, Implementation
 from bench.counting import episode_cost
+from bench.plain_clip import Training
 from bench.settings import OURS, PUBLISHED, START_UP, WHOLE_RUN, Settings
-from bench.timing import Call, Measurement
-from bench.training import Training
-from bench.whole_runs import RunOutcome
+from bench.timing import Call, Measurement, attempts
 from bench.workload import Workload
-from tir_kernels.fewshot import Runtime
+from tir_kernels.fewshot import Runtime, finetune_episodes
 from tir_kernels.fewshot.methods import DEFAULT_METHODS, method_class
 
-from .common import FIRST, SECOND, THIRD
+from .operators import FIRST, SECOND, THIRD
 from .step import (
     StepProblem,
     checked,
@@ -42,9 +49,29 @@ _SHOTS = {("cpu", False): (5,), ("cpu", True): (5,), ("cuda", False): (5, 1), ("
 _DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16",)}
 _AT_ONCE = {"cpu": (1,), "cuda": (1, 8)}
 _ALLOWED_ERRORS = 4  # standard errors between accuracies of programs with other random numbers
+_ROOT = Path(__file__).parents[2]
+_START_UP_LIMIT = 300  # seconds; a run that takes longer hangs
 
-# (settings, number of episodes, where lines of progress go)
-RunEpisodes = Callable[[Training, int, Callable[[str], None]], RunOutcome]
+# Numbers of episodes -> the first loss and the accuracy of each, as they are done.
+Train = Callable[[Sequence[int]], Iterator[tuple[float, float]]]
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """The results and times of a whole run.
+
+    Attributes:
+        seconds: Per episode; reading the images is part of it, and of the published program's also
+            loading the model.
+        first_losses: One an episode.
+        accuracies: One an episode, of the query images.
+        queries: Query images of an episode.
+    """
+
+    seconds: float
+    first_losses: list[float]
+    accuracies: list[float]
+    queries: int
 
 
 def episode_cases(settings: Settings) -> list[Case]:
@@ -131,45 +158,103 @@ def _implementations(
         episodes if device == "cpu" else min(episodes, _PUBLISHED_ON_GPU)
     )
 
-    def ours(at_once: int) -> RunEpisodes:
-        return lambda training, count, say: whole_runs.run_ours(
-            workload, training, count, at_once, say
-        )
+    def implementation(
+        name: str,
+        training: Training,
+        program: Callable[[Workload, Training], Train],
+        count: int,
+        at_once: int = 1,
+    ) -> Implementation:
+        def say(line: str) -> None:
+            print(f"{name}: {line}", file=sys.stderr, flush=True)
+
+        def prepare(problem: StepProblem) -> Call:
+            of_check = checked(training)
+            (first, _), *_ = program(workload, of_check)(range(min(at_once, count)))
+            verify_first_loss(first, problem, of_check)
+
+            def run() -> Measurement:
+                train = program(workload, training)
+                outcome = run_episodes(train, count, workload.queries, at_once, say)
+                return {"program": name, "outcome": outcome}
+
+            return run
+
+        return Implementation(name, prepare)
 
     found = []
     for number in settings.parallel_episodes or _AT_ONCE[device]:
         name = f"{OURS}{training.runtime.backend}" + (f", {number} at once" if number > 1 else "")
-        found.append(_implementation(name, training, ours(number), episodes, min(number, episodes)))
-    run = functools.partial(whole_runs.run_published, workload)
+        found.append(implementation(name, training, ours, episodes, number))
     for dtype in published_precisions(device, training.runtime.precision):
         as_published = training.running(precision=dtype)
-        found.append(_implementation(PUBLISHED + dtype, as_published, run, theirs, 1))
+        found.append(implementation(PUBLISHED + dtype, as_published, as_was_published, theirs))
     return found
 
 
-def _implementation(
-    name: str, training: Training, run: RunEpisodes, episodes: int, warm_up: int
-) -> Implementation:
-    def say(line: str) -> None:
-        print(f"{name}: {line}", file=sys.stderr, flush=True)
+def ours(workload: Workload, training: Training) -> Train:
+    """The engine; its model is loaded once, now."""
+    model, reader = workload.model, workload.reader()
 
-    def prepare(problem: StepProblem) -> Call:
-        training_of_check = checked(training)
-        first = run(training_of_check, warm_up, lambda line: None)
-        verify_first_loss(first.first_losses[0], problem, training_of_check)
-        return lambda: (name, run(training, episodes, say))
+    def train(numbers: Sequence[int]) -> Iterator[tuple[float, float]]:
+        device = training.runtime.device
+        chosen = [workload.load(reader, n, training.shots, device) for n in numbers]
+        results = finetune_episodes(
+            model.model, model.tokenizer, chosen, training.method, runtime=training.runtime
+        )
+        for episode, result in zip(chosen, results, strict=True):
+            if isinstance(result, Exception):
+                raise result
+            right = result.query_logits.argmax(1) == episode.query_labels
+            yield result.losses[0], right.float().mean().item()
 
-    return Implementation(name, prepare)
+    return train
 
 
-def _measure_runs(dtype: str, runs: Sequence[Callable], seconds: float) -> list[Measurement]:
+def as_was_published(workload: Workload, training: Training) -> Train:
+    """The published program, which starts over at each episode."""
+    folder = workload.model_folder
+
+    def train(numbers: Sequence[int]) -> Iterator[tuple[float, float]]:
+        for number in numbers:
+            files = workload.files(number, training.shots)
+            losses, accuracy = published.run_episode(folder, files, training)
+            yield losses[0], accuracy
+
+    return train
+
+
+def run_episodes(
+    train: Train, episodes: int, queries: int, at_once: int, say: Callable[[str], None]
+) -> RunOutcome:
+    """A whole run.
+
+    Args:
+        train: The program.
+        episodes: Their number.
+        queries: Query images of each.
+        at_once: Most of them that are trained at once.
+        say: Is called with a line of progress.
+    """
+    found: list[tuple[float, float]] = []
+    start = time.perf_counter()
+    for first in range(0, episodes, at_once):
+        found += train(range(first, min(first + at_once, episodes)))
+        mean = statistics.fmean(accuracy for _, accuracy in found)
+        say(f"{len(found)} of {episodes} episodes, accuracy {mean:.1%}")
+    seconds = (time.perf_counter() - start) / episodes
+    losses, accuracies = map(list, zip(*found, strict=True))
+    return RunOutcome(seconds, losses, accuracies, queries)
+
+
+def _measure_runs(dtype: str, runs: Sequence[Call], seconds: float) -> list[Measurement]:
     """Each run once: its episodes are the repetitions."""
-    found: list[tuple[str, RunOutcome] | str] = [_attempt(run) for run in runs]
-    finished = [each for each in found if not isinstance(each, str)]
-    theirs = [outcome for name, outcome in finished if name.startswith(PUBLISHED)]
+    found = attempts(runs, seconds)
+    finished = [(each["program"], each["outcome"]) for each in found if "outcome" in each]
+    theirs = [outcome for program, outcome in finished if program.startswith(PUBLISHED)]
 
-    def measured(name: str, outcome: RunOutcome) -> Measurement:
-        compared = theirs if name.startswith(OURS) else []
+    def measured(program: str, outcome: RunOutcome) -> Measurement:
+        compared = theirs if program.startswith(OURS) else []
         for wrong in filter(None, (disagreement(outcome, each, dtype) for each in compared)):
             return {"wrong": wrong}
         return {
@@ -179,15 +264,7 @@ def _measure_runs(dtype: str, runs: Sequence[Callable], seconds: float) -> list[
             "accuracy": statistics.fmean(outcome.accuracies),
         }
 
-    return [{"skipped": each} if isinstance(each, str) else measured(*each) for each in found]
-
-
-def _attempt(run: Callable[[], Any]) -> Any:
-    """The result of a call, or why it failed: a non-finite loss, no memory, no first step."""
-    try:
-        return run()
-    except RuntimeError as error:
-        return str(error)
+    return [measured(**each) if "outcome" in each else each for each in found]
 
 
 def disagreement(ours: RunOutcome, theirs: RunOutcome, dtype: str) -> str:
@@ -212,16 +289,12 @@ def disagreement(ours: RunOutcome, theirs: RunOutcome, dtype: str) -> str:
 def _start_up(workload: Workload, training: Training, settings: Settings) -> Case:
     def start() -> float:
         with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "run"
-            return whole_runs.start_up_seconds(workload, training, settings.ways, out)
+            return start_up_seconds(workload, training, settings.ways, Path(folder) / "run")
 
     def prepare(_: Workload) -> Call:
         start()  # files and compiled kernels are in their caches from now on
-        return lambda: statistics.median(start() for _ in range(1 if settings.quick else 3))
-
-    def measure(starts: Sequence[Callable[[], float]], seconds: float) -> list[Measurement]:
-        found = [_attempt(start) for start in starts]
-        return [{"skipped": t} if isinstance(t, str) else {"ms": 1e3 * t} for t in found]
+        repeats = 1 if settings.quick else 3
+        return lambda: {"ms": 1e3 * statistics.median(start() for _ in range(repeats))}
 
     return _case(
         START_UP,
@@ -230,6 +303,41 @@ def _start_up(workload: Workload, training: Training, settings: Settings) -> Cas
         settings,
         make_inputs=lambda: workload,
         implementations=[Implementation(f"{OURS}{training.runtime.backend}", prepare)],
-        measure=measure,
+        measure=attempts,
         priority=FIRST,
     )
+
+
+def start_up_seconds(workload: Workload, training: Training, ways: int, out: Path) -> float:
+    """Time from the start of ``tir-finetune run`` to the end of its first training step.
+
+    Raises:
+        RuntimeError: It took no step, or too long; the message says why.
+    """
+    options = {
+        "data": workload.data_folder,
+        "model": workload.model_folder,
+        "out": out,
+        "ways": ways,
+        "shots": training.shots,
+        "queries": 1,
+        "episodes": 1,
+        "method": training.method.name,
+        "precision": training.runtime.precision,
+        "device": training.runtime.device,
+        "backend": training.runtime.backend,
+    }
+    command = [sys.executable, "-m", "bench.first_step", str(torch.get_num_threads()), "run"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    start = time.perf_counter()
+    try:
+        result = subprocess.run(
+            command, cwd=_ROOT, capture_output=True, text=True, timeout=_START_UP_LIMIT
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"no training step within {_START_UP_LIMIT} s") from error
+    seconds = time.perf_counter() - start
+    if result.returncode != 0:
+        lines = result.stderr.strip().splitlines() or ["no message"]
+        raise RuntimeError(f"tir-finetune ended with {result.returncode}: {lines[-1]}")
+    return seconds

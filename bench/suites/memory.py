@@ -1,29 +1,33 @@
-"""Peak extra memory of one call of each operator, and of fine-tuning steps."""
+"""Peak extra memory, outputs included, of a call of each operator and of fine-tuning steps."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Sequence
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.cases import Case, Implementation
-from bench.memory_probe import added_in_new_process, added_on_gpu
-from bench.operators import (
+from bench.settings import OURS, PUBLISHED, READABLE, STEP, Settings
+from bench.shapes import Point, points
+from bench.timing import Call, attempts
+from tir_kernels.files import MIB
+
+from .operators import (
     OPERATORS,
     REWEIGHTED_ATTENTION,
+    SECOND,
     TOKEN_WEIGHTS,
     WEIGHTED_ATTENTION,
     Operator,
+    operator_case,
 )
-from bench.peers.common import Peer
-from bench.problems import Forward
-from bench.settings import OURS, PUBLISHED, READABLE, STEP, Settings
-from bench.shapes import Point, points
-from bench.timing import Call, Measurement
-
-from .common import SECOND, operator_case
 
 _SMALL_LENGTH = 8
 
@@ -47,69 +51,57 @@ def _directions(operator: Operator, settings: Settings) -> list[str]:
 
 
 def _case(operator: Operator, point: Point, direction: str, settings: Settings) -> Case:
-    def prepare(peer: Peer, forward: Forward, problem: Any) -> Call:
-        rebuild = functools.partial(_rebuild, operator.name, peer.name, point, direction, settings)
-        return _probe(problem.call(forward, direction), rebuild, settings)
-
     peers = [p for p in operator.peers(settings) if p.is_weighted and not p.is_compiled]
-    case = operator_case(
-        "memory", operator, point, direction, settings, peers=peers, prepare=prepare
-    )
-    return replace(case, measure=_measure, cost=None)
+    case = operator_case("memory", operator, point, direction, settings, peers=peers)
+    rebuild = functools.partial(_rebuild, operator.name, point, direction, settings)
+    return _probed(case, rebuild, settings)
 
 
 def _step_cases(settings: Settings) -> list[Case]:
     """The memory that steps take beside the model and the images; ours, and the published one's."""
-    from bench.clip_model import load_sizes
-
     from . import step
 
-    sizes = load_sizes(settings.model)
-    steps = step.STEPS_OF_PEAK[settings.device]
-
-    def case(point: Point) -> Case:
-        def competing(each: step.StepImplementation) -> Implementation:
-            def prepare(problem: step.StepProblem) -> Call:
-                call = functools.partial(each.prepare(problem), steps)
-                rebuild = functools.partial(step.rebuild_step, each.name, point, sizes, settings)
-                return _probe(call, rebuild, settings)
-
-            return Implementation(each.name, prepare, each.unavailable)
-
-        chosen = [
-            competing(each)
+    cases = []
+    for point in step.smallest_step_points(settings):
+        competing = [
+            each
             for each in step.implementations(point, "tokens", settings)
             if each.name.startswith((OURS, PUBLISHED)) and each.name != READABLE
         ]
-        found = step.step_case(STEP, point, sizes, settings, chosen)
-        return replace(found, suite="memory", measure=_measure, cost=None, priority=SECOND)
-
-    return [case(point) for point in step.smallest_step_points(settings)]
-
-
-def _probe(call: Call, rebuild: Callable[[bool], Call], settings: Settings) -> Call:
-    """The memory of a call: on a GPU this one's, else that of the same call in a new process."""
-    if settings.device == "cuda":
-        return functools.partial(added_on_gpu, call)
-    return functools.partial(added_in_new_process, rebuild, settings.threads)
+        case = step.step_case(STEP, point, settings, competing)
+        rebuild = functools.partial(step.rebuild_step, point, settings)
+        probed = _probed(case, rebuild, settings, step.STEPS_OF_PEAK[settings.device])
+        cases.append(replace(probed, priority=SECOND))
+    return cases
 
 
-def _measure(probes: Sequence[Call], seconds: float) -> list[Measurement]:
-    def measured(probe: Call) -> Measurement:
-        try:
-            return {"mib": probe()}
-        except RuntimeError as error:
-            return {"skipped": str(error)}
+def _probed(case: Case, rebuild: Callable[..., Call], settings: Settings, *arguments: int) -> Case:
+    """A case with the memory of each call, at its arguments, in place of its time.
 
-    return [measured(probe) for probe in probes]
+    On a GPU the call itself is watched, else the same call in a process of its own: ``rebuild``
+    makes it of the implementation's name and whether its inputs are to be small.
+    """
+
+    def probed(each: Implementation) -> Implementation:
+        def prepare(problem: Any) -> Call:
+            call = functools.partial(each.prepare(problem), *arguments)
+            if settings.device == "cuda":
+                return lambda: {"mib": added_on_gpu(call)}
+            again = functools.partial(rebuild, each.name)
+            return lambda: {"mib": added_in_new_process(again, settings.threads)}
+
+        return Implementation(each.name, prepare, each.unavailable, each.scratch_bytes)
+
+    chosen = [probed(each) for each in case.implementations]
+    return replace(case, suite="memory", implementations=chosen, measure=attempts, cost=None)
 
 
 def _rebuild(
     operator_name: str,
-    peer_name: str,
     point: Point,
     direction: str,
     settings: Settings,
+    peer_name: str,
     is_small: bool,
 ) -> Call:
     """The call of a peer, built anew in another process."""
@@ -119,3 +111,54 @@ def _rebuild(
     (peer,) = (p for p in operator.peers(settings) if p.name == peer_name)
     problem = operator.problem(point, settings.device)
     return problem.call(peer.build(problem), direction)
+
+
+def added_on_gpu(call: Call) -> float:
+    """MiB that a call adds to the memory that tensors occupy on the GPU."""
+    call()  # libraries take their workspaces now
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    added = torch.cuda.max_memory_allocated() - before
+    del result
+    return added / MIB
+
+
+def added_in_new_process(prepare: Callable[[bool], Call], threads: int) -> float:
+    """MiB that a call adds to the resident memory of a process of its own.
+
+    Args:
+        prepare: A picklable function that allocates the inputs and returns the call; its argument
+            says whether they are to be small, for a first call after which everything is loaded
+            that is loaded once.
+        threads: For the process.
+
+    Raises:
+        RuntimeError: The process failed; the message says how.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_added, prepare, threads).result()
+        except Exception as error:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+def _added(prepare: Callable[[bool], Call], threads: int) -> float:
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    prepare(True)()
+    call = prepare(False)
+    # The peak starts again from what is held now.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _kibibytes("VmRSS")
+    result = call()
+    added = _kibibytes("VmHWM") - before
+    del result
+    return added / 1024
+
+
+def _kibibytes(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0])

@@ -7,23 +7,23 @@ import time
 from dataclasses import replace
 
 from bench.cases import Case
-from bench.clip_model import ClipSizes, load_sizes
+from bench.plain_clip import Training
 from bench.settings import OURS, STEP, Settings
 from bench.shapes import Point
-from bench.training import Training
 from bench.without import SAVINGS, without
 
-from .common import LAST
+from .operators import LAST
 from .step import (
     RunSteps,
     StepImplementation,
     StepProblem,
+    StepRun,
+    measure_on_cpu,
     own_training,
     smallest_step_points,
     step_case,
     train,
 )
-from .step_timing import StepRun, measure_for, measure_on_cpu
 
 _ON_GPU_ONLY = {"step_graph"}
 _OF_CLASSIFYING = {"shared_text_pass", "image_batches"}
@@ -31,37 +31,22 @@ _OF_BOTH = {"cut_prompts", "class_token_only"}
 
 
 def savings_cases(settings: Settings) -> list[Case]:
-    sizes = load_sizes(settings.model)
     left_out = _OF_CLASSIFYING | (_ON_GPU_ONLY if settings.device == "cpu" else set())
     queries = settings.ways * settings.queries
     cases = []
     for point in smallest_step_points(settings):
         if settings.wants("forward+backward"):
-            case = _case(STEP, train, set(SAVINGS) - left_out, point, sizes, settings)
-            cases.append(replace(case, measure=measure_for(settings)))
+            cases.append(_case(STEP, train, set(SAVINGS) - left_out, point, settings))
         if settings.wants("forward"):
             run, savings = functools.partial(_classify, queries), _OF_CLASSIFYING | _OF_BOTH
-            case = _case("classifying", run, savings, point, sizes, settings)
+            case = _case("classifying", run, savings, point, settings)
+            shape = {**case.shape, "Q": queries}
             # Results are on the CPU in the end, so that any device has finished.
-            cases.append(
-                replace(
-                    case,
-                    shape={**case.shape, "Q": queries},
-                    direction="forward",
-                    measure=measure_on_cpu(),
-                )
-            )
+            cases.append(replace(case, shape=shape, direction="forward", measure=measure_on_cpu()))
     return cases
 
 
-def _case(
-    name: str,
-    run: RunSteps,
-    savings: set[str],
-    point: Point,
-    sizes: ClipSizes,
-    settings: Settings,
-) -> Case:
+def _case(name: str, run: RunSteps, savings: set[str], point: Point, settings: Settings) -> Case:
     """A part of an episode, as it is and without one saving at a time."""
     training, reason = own_training(point, settings)
     chosen = {f"{OURS}{training.runtime.backend}": run}
@@ -69,7 +54,7 @@ def _case(
         if saving in savings:
             chosen[f"without {saving}"] = functools.partial(_without, saving, run)
     competing = [StepImplementation(name, training, run, reason) for name, run in chosen.items()]
-    case = step_case(name, point, sizes, settings, competing)
+    case = step_case(name, point, settings, competing)
     return replace(case, suite="savings", cost=None, priority=LAST)
 
 

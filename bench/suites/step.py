@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
+import itertools
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,21 +18,20 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from bench.cases import Case, Implementation, WrongResultError
+from bench.cases import Case, WrongResultError
 from bench.clip_model import ClipSizes, load_sizes, make_model, make_tokenizer
 from bench.counting import Cost, step_cost
-from bench.peers.common import EAGER
-from bench.plain_clip import PlainStep, fused_attention, materialised_attention, precision
+from bench.formulas import fused_attention, materialised_attention
+from bench.peers import EAGER
+from bench.plain_clip import PlainStep, Training, precision
 from bench.published import PublishedStep
 from bench.settings import OURS, PUBLISHED, STEP, Settings
 from bench.shapes import Point, points
-from bench.timing import Call
-from bench.training import Training, without_reweighting
+from bench.timing import Call, Clock, Measure, timed
 from tir_kernels.fewshot import Episode, Runtime, finetune_episodes
 from tir_kernels.fewshot.methods.tir import TIR
 
-from .common import SECOND, THIRD
-from .step_timing import StepRun, measure_for
+from .operators import SECOND, THIRD
 
 UNWEIGHTED = "sdpa unweighted"
 CLASS_NAMES = ("annual crop", "forest", "highway", "river", "sea or lake")
@@ -40,6 +42,7 @@ _CHECKED_SCALE = 100.0  # of the cosines; at the method's own all losses are nea
 _AT_ONCE = (1, 2, 4)  # episodes
 # What optimisers keep is there from the second step on; a CUDA graph is made after the third.
 STEPS_OF_PEAK = {"cpu": 2, "cuda": 5}
+_TIMED_ON_GPU = (6, 26)  # steps; both longer than what goes before a graph
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,20 @@ class StepProblem:
     images: Tensor
     labels: Tensor
     exact_losses: dict[tuple[str, str], float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepRun:
+    """The first loss of each episode, and when each step was over, by ``time.perf_counter()``."""
+
+    first_losses: list[float]
+    ends: list[float]
+
+    @property
+    def seconds(self) -> list[float]:
+        """Seconds of each step but the first, per episode."""
+        episodes = len(self.first_losses)
+        return [(end - start) / episodes for start, end in itertools.pairwise(self.ends)]
 
 
 RunSteps = Callable[[StepProblem, Training, int], StepRun]
@@ -87,18 +104,18 @@ class StepImplementation:
 def step_cases(settings: Settings) -> list[Case]:
     if not settings.wants("forward+backward"):
         return []
-    sizes, found = load_sizes(settings.model), points("step", settings)
+    found = points("step", settings)
     cases = []
     for point in found:
         for placement, priority in (("tokens", SECOND), ("attention", THIRD)):
             if placement == "tokens" or not settings.quick:
                 name = f"{STEP}, placement {placement}"
                 competing = implementations(point, placement, settings)
-                case = step_case(name, point, sizes, settings, competing)
+                case = step_case(name, point, settings, competing)
                 cases.append(replace(case, priority=priority))
     if settings.quick and settings.parallel_episodes is None:
         return cases
-    return cases + [_case_at_once(point, sizes, settings) for point in found]
+    return cases + [_case_at_once(point, settings) for point in found]
 
 
 def smallest_step_points(settings: Settings) -> list[Point]:
@@ -129,11 +146,11 @@ def implementations(point: Point, placement: str, settings: Settings) -> list[St
             add(PUBLISHED + dtype, PublishedStep, training.running(precision=dtype))
     add(EAGER, PlainStep, training)
     unweighted = functools.partial(PlainStep, attend=fused_attention)
-    add(UNWEIGHTED, unweighted, without_reweighting(training))
+    add(UNWEIGHTED, unweighted, training.of_method("lora"))
     return found
 
 
-def _case_at_once(point: Point, sizes: ClipSizes, settings: Settings) -> Case:
+def _case_at_once(point: Point, settings: Settings) -> Case:
     """The time of a step per episode, where some are trained at once."""
     numbers = settings.parallel_episodes or _AT_ONCE
     training, reason = own_training(point, settings)
@@ -146,7 +163,7 @@ def _case_at_once(point: Point, sizes: ClipSizes, settings: Settings) -> Case:
         )
         for number in numbers
     ]
-    case = step_case(f"{STEP} per episode", point, sizes, settings, competing)
+    case = step_case(f"{STEP} per episode", point, settings, competing)
     return replace(case, slowdown=case.slowdown * max(numbers))
 
 
@@ -165,11 +182,11 @@ def step_training(point: Point, settings: Settings, placement: str = "tokens") -
 def step_case(
     operator: str,
     point: Point,
-    sizes: ClipSizes,
     settings: Settings,
-    competing: Sequence[StepImplementation | Implementation],
+    competing: Sequence[StepImplementation],
 ) -> Case:
     """The case of implementations of a step, or of what goes with one."""
+    sizes = load_sizes(settings.model)
     return Case(
         suite="step",
         operator=operator,
@@ -247,14 +264,11 @@ def _run_plain(
     return StepRun(losses[:1], ends)
 
 
-def rebuild_step(
-    name: str, point: Point, sizes: ClipSizes, settings: Settings, is_small: bool
-) -> Call:
+def rebuild_step(point: Point, settings: Settings, name: str, is_small: bool) -> Call:
     """A few steps of an implementation of placement "tokens", built anew in another process."""
-    if is_small:
-        sizes = sizes.shrunk()
+    sizes = load_sizes(settings.model)
     (chosen,) = (each for each in implementations(point, "tokens", settings) if each.name == name)
-    problem = make_problem(point, sizes, settings.device)
+    problem = make_problem(point, sizes.shrunk() if is_small else sizes, settings.device)
     return functools.partial(chosen.run, problem, chosen.training, STEPS_OF_PEAK[settings.device])
 
 
@@ -288,3 +302,47 @@ def _exact_loss(problem: StepProblem, training: Training) -> float:
     model = copy.deepcopy(problem.model).double()
     arguments = (model, problem.tokenizer, problem.class_names, training, materialised_attention)
     return PlainStep(*arguments, trains=False).loss(problem.images.double(), problem.labels).item()
+
+
+def measure_for(settings: Settings) -> Measure:
+    if settings.device == "cuda":
+        return timed(functools.partial(_step_clock, _seconds_on_gpu), min_rounds=3)
+    return measure_on_cpu(2, 1) if settings.quick else measure_on_cpu()
+
+
+def measure_on_cpu(steps: int = 4, min_rounds: int = 2) -> Measure:
+    """Median time of a step, of runs of a few steps that take turns."""
+
+    def seconds(run: Callable[[int], StepRun]) -> float:
+        return statistics.median(run(steps).seconds)
+
+    return timed(functools.partial(_step_clock, seconds), min_rounds)
+
+
+def _step_clock(seconds: Callable[[Call], float], runs: Sequence[Call]) -> Clock:
+    """Time of a step, in runs of a few steps; none of them is there to warm up."""
+
+    def times() -> list[float]:
+        gc.collect()  # a run leaves cycles behind, and nobody else collects them meanwhile
+        return [1e3 * seconds(run) for run in runs]
+
+    return times
+
+
+def _seconds_on_gpu(run: Callable[[int], StepRun]) -> float:
+    """Seconds per episode that each further step adds to a run.
+
+    On a GPU losses come when they come and the first steps prepare a graph for the others, so that
+    single steps cannot be told apart.
+    """
+
+    def seconds(steps: int) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        episodes = len(run(steps).first_losses)
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / episodes
+
+    few, many = _TIMED_ON_GPU
+    short = seconds(few)
+    return (seconds(many) - short) / (many - few)

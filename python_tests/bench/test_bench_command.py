@@ -9,14 +9,13 @@ import pytest
 from click.testing import CliRunner
 from small_clip import write_small_clip
 
-from bench.clip_model import load_sizes
 from bench.command import INTERRUPTED, OUT_OF_TIME, main
-from bench.memory_probe import added_in_new_process
+from bench.formulas import materialised_attention
 from bench.records import KEYS
 from bench.settings import Settings
 from bench.shapes import Point, points
 from bench.suites import SUITES, memory
-from bench.suites.memory import _rebuild
+from bench.suites.memory import _rebuild, added_in_new_process
 from bench.suites.step import rebuild_step
 
 pytestmark = [pytest.mark.usefixtures("low_ceilings"), pytest.mark.slow]
@@ -96,7 +95,7 @@ def test_memory_suite(tmp_path, monkeypatch):
 def test_memory_of_a_process_of_its_own():
     point = Point(1024, 64, images=1, heads=4, num_classes=5, dtype="float32")
     prepare = functools.partial(
-        _rebuild, "weighted_attention", "eager", point, "forward", Settings(compiles=False)
+        _rebuild, "weighted_attention", point, "forward", Settings(compiles=False), "eager"
     )
     scores = 4 * 1024 * 1024 * 4 / 2**20  # MiB; softmax holds two of them
     assert scores <= added_in_new_process(prepare, 1) <= 4 * scores
@@ -104,10 +103,10 @@ def test_memory_of_a_process_of_its_own():
 
 def test_memory_of_steps_in_a_process_of_their_own(tmp_path):
     pytest.importorskip("open_clip")
-    sizes = load_sizes(str(write_small_clip(tmp_path)))
-    settings = Settings(heads=(36,), dtypes=("float32",), model="small")
+    model = str(write_small_clip(tmp_path))
+    settings = Settings(heads=(36,), dtypes=("float32",), model=model)
     (point,) = points("step", settings)
-    prepare = functools.partial(rebuild_step, "published float32", point, sizes, settings)
+    prepare = functools.partial(rebuild_step, point, settings, "published float32")
     assert 0 < added_in_new_process(prepare, 1) < 200
 
 
@@ -175,24 +174,24 @@ def test_unknown_model_suggests_others():
 
 
 def test_a_wrong_implementation_fails_the_run(monkeypatch):
-    from bench.peers import attention
+    from bench import peers
 
-    def unweighted(problem):
-        return attention._sdpa("", False, problem)
+    def unweighted(query, key, value, weights):
+        return materialised_attention(query, key, value, None)
 
-    monkeypatch.setattr(attention, "_eager", unweighted)
+    monkeypatch.setattr(peers, "plain_attention", unweighted)
     output = run("attention", *TINY, "--directions", "forward", status=1)
     assert "WRONG: eager" in output
     assert "1 results were wrong and not timed" in output
 
 
 def test_interrupt_ends_cleanly(tmp_path, monkeypatch):
-    from bench.peers import attention
+    from bench import peers
 
-    def interrupted(problem):
+    def interrupted(*inputs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(attention, "_eager", interrupted)
+    monkeypatch.setattr(peers, "plain_attention", interrupted)
     path = tmp_path / "records.json"
     output = run("relevance", "attention", *TINY, "--json", path, status=INTERRUPTED)
     assert f"Interrupted. Records are kept in {path}" in output.replace("\n", "")
@@ -237,10 +236,10 @@ def unusable(tmp_path, kind):
         return tmp_path / "missing" / "results", "its folder does not exist; make it first"
     if kind == "below a file":
         path.touch()
-        return path / "results", "choose another file"
+        return path / "results", "its folder does not exist"
     if kind == "too deep":
         path.write_text("[" * 100_000)
-        return path, "is no JSON file of records"
+        return path, "is nested too deeply; choose another file"
     if kind == "not text":
         path.write_bytes(b"\xff\xfe\x00")
         return path, "not UTF-8 text"
@@ -295,9 +294,9 @@ def test_records_of_another_environment_are_pointed_out(tmp_path):
     ("arguments", "message"),
     [
         (["attentoin"], "'attentoin' is not one of 'attention', 'relevance'"),
-        (["--lengths", "50,x"], "'x' is no whole number of at least 1"),
-        (["--heads", "0"], "'0' is no whole number of at least 1"),
-        (["--dtypes", "float8"], "'float8' is none of float32, float16, bfloat16"),
+        (["--lengths", "50,x"], "'x' is not a valid integer"),
+        (["--heads", "0"], "0 is not in the range x>=1"),
+        (["--dtypes", "float8"], "'float8' is not one of 'float32', 'float16', 'bfloat16'"),
         (["--device", "cpu", "--backends", "triton"], "triton is not measured on cpu"),
         (["--lenghts", "50"], "No such option"),
     ],

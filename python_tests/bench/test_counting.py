@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.bounds import bound_ms
+from bench import bounds
 from bench.counting import (
     Cost,
     Transformer,
@@ -76,7 +76,10 @@ def test_fused_memory():
     assert fused_memory(ATTENTION, "forward+backward") == 856 + 3 * 480 + 120
 
 
-def test_bound_is_the_longer_of_memory_and_arithmetic():
-    assert bound_ms(Cost(1000, 10), 1e6, 1e6) == 1.0
-    assert bound_ms(Cost(10, 1000), 1e6, 1e6) == 1.0
-    assert bound_ms(Cost(1000, 4000), 1e6, 2e6) == 2.0
+def test_bound_is_the_longer_of_memory_and_arithmetic(monkeypatch):
+    monkeypatch.setattr(bounds, "bytes_per_second", lambda device: 1e6)
+    rates = {"float32": 1e6, "bfloat16": 2e6}
+    monkeypatch.setattr(bounds, "flops_per_second", lambda device, dtype: rates[dtype])
+    assert bounds.bound_ms(Cost(1000, 10), "cpu", "float32") == 1.0
+    assert bounds.bound_ms(Cost(10, 1000), "cpu", "float32") == 1.0
+    assert bounds.bound_ms(Cost(1000, 4000), "cpu", "bfloat16") == 2.0

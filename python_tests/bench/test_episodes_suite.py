@@ -14,14 +14,20 @@ from small_clip import write_small_clip
 
 pytest.importorskip("open_clip")
 
-from bench import whole_runs, workload
+from bench import workload
 from bench.command import main
 from bench.counting import Cost, episode_cost
+from bench.plain_clip import Training
 from bench.settings import Settings
 from bench.suites import episodes
-from bench.suites.episodes import disagreement
-from bench.training import Training
-from bench.whole_runs import RunOutcome, run_ours, run_published, start_up_seconds
+from bench.suites.episodes import (
+    RunOutcome,
+    as_was_published,
+    disagreement,
+    ours,
+    run_episodes,
+    start_up_seconds,
+)
 from bench.workload import Workload
 from tir_kernels.demo import write_image_folder
 from tir_kernels.fewshot import NonFiniteLossError, Runtime
@@ -55,7 +61,7 @@ def drawn_once(drawings, monkeypatch) -> None:
 @pytest.fixture
 def no_start(monkeypatch) -> None:
     """The start-up, which takes seconds, takes none."""
-    monkeypatch.setattr(whole_runs, "start_up_seconds", lambda *_: 2.5)
+    monkeypatch.setattr(episodes, "start_up_seconds", lambda *_: 2.5)
 
 
 @pytest.mark.usefixtures("no_start")
@@ -117,10 +123,10 @@ def test_a_wrong_first_loss_is_refused(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("no_start")
 def test_results_unlike_the_published_ones_are_refused(tmp_path, monkeypatch):
     def guessing(*arguments):
-        outcome = run_ours(*arguments)
-        return replace(outcome, accuracies=[0.0 for _ in outcome.accuracies])
+        train = ours(*arguments)
+        return lambda numbers: ((loss, 0.0) for loss, _ in train(numbers))
 
-    monkeypatch.setattr(whole_runs, "run_ours", guessing)
+    monkeypatch.setattr(episodes, "ours", guessing)
     path = tmp_path / "records.json"
     many = ["--queries", "30", "--steps", "1"]
     output = run(*SMALL, *many, "--json", path, status=1)
@@ -136,12 +142,12 @@ def test_results_unlike_the_published_ones_are_refused(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("no_start")
 def test_a_run_that_breaks_off_is_left_out_with_its_reason(tmp_path, monkeypatch):
-    def diverging(workload, training, *rest):
+    def diverging(workload, training):
         if training.method.steps == 1:  # the check before
-            return run_ours(workload, training, *rest)
+            return ours(workload, training)
         raise NonFiniteLossError(2, [1.0, 1.5, float("inf")])
 
-    monkeypatch.setattr(whole_runs, "run_ours", diverging)
+    monkeypatch.setattr(episodes, "ours", diverging)
     path = tmp_path / "records.json"
     run(*SMALL, "--json", path)
     whole = [r for r in json.loads(path.read_text()) if "whole run" in r["operator"]]
@@ -163,7 +169,7 @@ def test_a_start_up_that_fails_is_left_out_with_its_reason(tmp_path, monkeypatch
             raise RuntimeError("no training step within 300 s")
         return 2.5
 
-    monkeypatch.setattr(whole_runs, "start_up_seconds", failing)
+    monkeypatch.setattr(episodes, "start_up_seconds", failing)
     path = tmp_path / "records.json"
     run(*SMALL, "--json", path)
     (record,) = (r for r in json.loads(path.read_text()) if "start-up" in r["operator"])
@@ -192,12 +198,14 @@ def test_disagreement():
 def test_the_same_episode_has_the_same_first_loss_in_both():
     workload = Workload(Settings(ways=3, queries=2), [2])
     training = Training(TIR(steps=1, logit_scale=100), Runtime(), shots=2)
-    ours = run_ours(workload, training, 3, 2, lambda line: None)
-    theirs = run_published(workload, training, 3, lambda line: None)
-    assert ours.first_losses == pytest.approx(theirs.first_losses, rel=1e-2)
-    assert statistics.pstdev(ours.first_losses) > 0.1, "episodes differ"
-    assert ours.queries == theirs.queries == 6
-    assert len(ours.accuracies) == len(theirs.accuracies) == 3
+    one, other = (
+        run_episodes(program(workload, training), 3, workload.queries, 2, lambda line: None)
+        for program in (ours, as_was_published)
+    )
+    assert one.first_losses == pytest.approx(other.first_losses, rel=1e-2)
+    assert statistics.pstdev(one.first_losses) > 0.1, "episodes differ"
+    assert one.queries == other.queries == 6
+    assert len(one.accuracies) == len(other.accuracies) == 3
 
 
 def test_start_up_ends_at_the_first_step(tmp_path):
@@ -231,16 +239,13 @@ def test_episodes_are_drawn_from_a_folder(tmp_path):
     workload = Workload(Settings(data=str(data), ways=3, queries=2), [3])
     drawn = [workload.files(index, 3) for index in range(4)]
     assert sorted(drawn[0].class_names) == ["annual crop", "highway", "sea lake"]
-    assert drawn[0].support_labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert drawn[0].query_labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert drawn[0].labels(drawn[0].support).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert drawn[0].labels(drawn[0].queries).tolist() == [0, 0, 1, 1, 2, 2]
     folders = {"annual crop": "AnnualCrop", "sea lake": "sea_lake", "highway": "x"}
     for episode in drawn:
         assert len({*episode.support, *episode.queries}) == 15
-        for files, labels in (
-            (episode.support, episode.support_labels),
-            (episode.queries, episode.query_labels),
-        ):
-            named = [folders[episode.class_names[label]] for label in labels]
+        for files in (episode.support, episode.queries):
+            named = [folders[episode.class_names[label]] for label in episode.labels(files)]
             assert [file.parent.name for file in files] == named
     assert workload.files(1, 3) == drawn[1]
     assert len({tuple(episode.support) for episode in drawn}) == 4

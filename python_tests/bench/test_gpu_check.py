@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import environment
+from bench import records
 
 pytestmark = pytest.mark.slow  # each starts a shell and programs
 
@@ -337,14 +337,14 @@ def test_an_interrupted_call_is_packed_too(check, tmp_path):
 
 def test_the_commit_is_told_where_git_did_not_come_along(tmp_path, monkeypatch):
     monkeypatch.delenv("TIR_COMMIT", raising=False)
-    assert environment._commit(tmp_path) == "unknown"
+    assert records._commit(tmp_path) == "unknown"
     (tmp_path / "COMMIT").write_text("abc1234+\n")
-    assert environment._commit(tmp_path) == "abc1234+"
+    assert records._commit(tmp_path) == "abc1234+"
     monkeypatch.setenv("TIR_COMMIT", "def5678")
-    assert environment._commit(tmp_path) == "def5678"
+    assert records._commit(tmp_path) == "def5678"
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b"]
     for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
         subprocess.run([*git, *command], check=True)
-    assert environment._commit(tmp_path) not in ("unknown", "def5678")
+    assert records._commit(tmp_path) not in ("unknown", "def5678")
     (tmp_path / "copy").mkdir()  # inside somebody else's repository
-    assert environment._commit(tmp_path / "copy") == "def5678"
+    assert records._commit(tmp_path / "copy") == "def5678"

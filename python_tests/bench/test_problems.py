@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from bench.cases import WrongResultError
-from bench.operators import OPERATORS, WEIGHTED_ATTENTION
-from bench.peers.attention import plain_attention
-from bench.peers.relevance import plain_token_weights, token_weights_arguments
+from bench.formulas import plain_attention, plain_token_weights
 from bench.problems import AttentionProblem, TokenWeightsProblem
 from bench.settings import Settings
 from bench.shapes import Point, points, split_heads
+from bench.suites.operators import OPERATORS, WEIGHTED_ATTENTION
 
 
 def attention_problem():
@@ -53,9 +52,7 @@ def test_attention_without_its_weights_is_wrong():
     problem = attention_problem()
     ones = torch.ones_like(problem.weights)
     with pytest.raises(WrongResultError, match="output is off"):
-        problem.verify(
-            lambda: plain_attention(*problem.leaves, ones, problem.scale), direction="forward"
-        )
+        problem.verify(lambda: plain_attention(*problem.leaves, ones), direction="forward")
 
 
 def test_a_wrong_gradient_is_found():
@@ -63,7 +60,7 @@ def test_a_wrong_gradient_is_found():
     query, key, value = problem.leaves
 
     def forward():
-        return plain_attention(query, key.detach() + 0 * key, value, problem.weights, problem.scale)
+        return plain_attention(query, key.detach() + 0 * key, value, problem.weights)
 
     problem.verify(forward, "forward")
     with pytest.raises(WrongResultError, match="gradient of k"):
@@ -72,7 +69,8 @@ def test_a_wrong_gradient_is_found():
 
 def test_nan_and_shapes_are_found():
     problem = attention_problem()
-    for wrong in (problem.query.detach() * float("nan"), problem.query.detach()[..., :4]):
+    query = problem.leaves[0].detach()
+    for wrong in (query * float("nan"), query[..., :4]):
         with pytest.raises(WrongResultError, match="output"):
             problem.verify(lambda wrong=wrong: wrong, "forward")
 
@@ -80,8 +78,7 @@ def test_nan_and_shapes_are_found():
 def test_wrong_weights_are_found():
     torch.manual_seed(0)
     problem = TokenWeightsProblem(Point(50, 4, 2, 4, 5, "float32"), "cpu")
-    *inputs, top_k, strength, center = token_weights_arguments(problem)
-    right = plain_token_weights(*inputs, top_k, strength, center)
+    right = plain_token_weights(*problem.arguments)
     problem.verify_counts(right)
     with pytest.raises(WrongResultError, match="selections"):
         problem.verify_counts(right.roll(1, 0))

@@ -14,10 +14,10 @@ open_clip = pytest.importorskip("open_clip")
 from fewshot.training_cases import StartingFrom  # noqa: E402
 
 from bench import published  # noqa: E402
-from bench.plain_clip import PlainStep, materialised_attention  # noqa: E402
+from bench.formulas import materialised_attention  # noqa: E402
+from bench.plain_clip import PlainStep, Training  # noqa: E402
 from bench.published import PublishedStep  # noqa: E402
 from bench.settings import Settings  # noqa: E402
-from bench.training import Training, without_reweighting  # noqa: E402
 from bench.workload import Workload  # noqa: E402
 from tir_kernels.fewshot import Episode, Runtime, finetune_episode  # noqa: E402
 from tir_kernels.fewshot.methods.tir import TIR  # noqa: E402
@@ -69,7 +69,7 @@ def start_of(step: PlainStep) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("method", ["tir", "lora"])
 def test_losses_and_logits_are_those_of_the_engine(model, tokenizer, images, method) -> None:
     support, labels, queries = images
-    training = TRAINING if method == "tir" else without_reweighting(TRAINING)
+    training = TRAINING if method == "tir" else TRAINING.of_method("lora")
     torch.manual_seed(1)
     step = PublishedStep(model, tokenizer, NAMES, training)
     start = StartingFrom(training.method, start_of(step))
@@ -88,7 +88,7 @@ def test_weights_and_factors_count(model, tokenizer, images) -> None:
         step = PublishedStep(model, tokenizer, NAMES, changes)
         return step.loss(support, labels).item()
 
-    assert abs(first_loss(TRAINING) - first_loss(without_reweighting(TRAINING))) > 1e-3
+    assert abs(first_loss(TRAINING) - first_loss(TRAINING.of_method("lora"))) > 1e-3
     step = PublishedStep(model, tokenizer, NAMES, TRAINING)
     before = step.loss(support, labels).item()
     for _, b in step.lora.values():
@@ -163,9 +163,10 @@ def test_each_episode_reads_its_model_and_images(monkeypatch) -> None:
     monkeypatch.setattr(published, "read_images", noting_read)
     training = replace(TRAINING.having(steps=2, lora_dropout=0.25), shots=1)
     for index in range(2):
-        episode = published.run_episode(workload.model_folder, workload.files(index, 1), training)
-        assert len(episode.losses) == 2
-        assert episode.accuracy in (0, 0.5, 1)
+        drawn = workload.files(index, 1)
+        losses, accuracy = published.run_episode(workload.model_folder, drawn, training)
+        assert len(losses) == 2
+        assert accuracy in (0, 0.5, 1)
     assert loads == [workload.model_folder] * 2
     assert len(files) == 2 * 4
     assert all(file.suffix == ".png" for file in files)

@@ -4,15 +4,12 @@ import pytest
 import torch
 
 from bench.cases import WrongResultError
+from bench.counting import statistics_cost
+from bench.formulas import plain_statistics
+from bench.problems import StatisticsProblem
 from bench.settings import Settings
 from bench.shapes import Point
-from bench.suites.statistics import (
-    StatisticsProblem,
-    materialised,
-    statistics_cases,
-    statistics_cost,
-    statistics_peers,
-)
+from bench.suites.operators import ATTENTION_STATISTICS, statistics_cases
 
 POINT = Point(9, 8, images=3, heads=2, num_classes=3, dtype="float32")
 
@@ -22,7 +19,7 @@ POINT = Point(9, 8, images=3, heads=2, num_classes=3, dtype="float32")
 def test_all_peers_are_right(images: int, dtype: str) -> None:
     torch.manual_seed(0)
     problem = StatisticsProblem(Point(9, 8, images, 2, 3, dtype), "cpu")
-    for peer in statistics_peers(Settings(compiles=False)):
+    for peer in ATTENTION_STATISTICS.peers(Settings(compiles=False)):
         if not peer.unavailable:
             problem.verify(peer.build(problem), "forward")
 
@@ -33,7 +30,7 @@ def test_all_peers_are_right(images: int, dtype: str) -> None:
 )
 def test_each_statistic_is_compared(place: int, name: str) -> None:
     problem = StatisticsProblem(POINT, "cpu")
-    found = list(materialised(problem.query, problem.key, problem.weights, problem.scale))
+    found = list(plain_statistics(*problem.arguments))
     problem.verify(lambda: found, "forward")
     found[place] = 1.1 * found[place]
     with pytest.raises(WrongResultError, match=f"{name} is off"):

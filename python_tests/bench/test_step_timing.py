@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bench.settings import Settings
-from bench.suites import step_timing
-from bench.suites.step_timing import StepRun, measure_for
+from bench.suites import step
+from bench.suites.step import StepRun, measure_for
 
 
 def test_seconds_are_per_episode_and_leave_out_the_first_step():
@@ -27,7 +27,7 @@ def test_steps_on_a_cpu_are_timed_one_by_one():
 
 def test_steps_on_a_gpu_are_what_more_of_them_take(monkeypatch):
     now = 0.0
-    monkeypatch.setattr(step_timing.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(step.time, "perf_counter", lambda: now)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
     def run(episodes, seconds):

@@ -4,9 +4,8 @@ import pytest
 from sample_records import ATTENTION_SHAPE, OPERATOR_SHAPE, case_of, records_of
 
 from bench.counting import fused_memory
-from bench.findings import Finding, findings, summary
 from bench.records import make_record
-from bench.report import report
+from bench.report import findings, report, summary
 from bench.shapes import Point
 from bench.targets import TARGETS
 
@@ -19,11 +18,7 @@ PEERS = {
 
 
 def found(records, device="cuda"):
-    return {
-        (f.target.what, f.implementation): f
-        for f in findings(records, device)
-        if isinstance(f, Finding)
-    }
+    return {(f.target.what, f.implementation): f for f in findings(records, device) if f.values}
 
 
 def test_attention_is_compared_with_the_fastest_peer_of_each_kind():

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from bench import sanitizer_cases, timing
 from bench.command import main
-from bench.timing import WallClock, clock_for, host_clock, median_times
+from bench.timing import clock_for, host_clock, median_times, wall_clock
 
 
 class ToldClock:
@@ -23,7 +23,7 @@ class ToldClock:
         self._sleep = sleep
         self.count = 0
 
-    def round(self):
+    def __call__(self):
         time.sleep(self._sleep)
         self.count += 1
         return next(self._rounds)
@@ -50,16 +50,16 @@ def test_slow_calls_take_fewer_rounds(monkeypatch):
 
 def test_calls_take_turns():
     order = []
-    clock = WallClock([lambda: order.append("a"), lambda: order.append("b")])
+    clock = wall_clock([lambda: order.append("a"), lambda: order.append("b")])
     order.clear()
-    clock.round()
-    clock.round()
+    clock()
+    clock()
     assert order == ["a", "b", "a", "b"]
 
 
 def test_host_time_is_per_call():
     calls = []
-    (milliseconds,) = host_clock([lambda: calls.append(1)], "cpu").round()
+    (milliseconds,) = host_clock([lambda: calls.append(1)], "cpu")()
     assert milliseconds > 0
     assert len(calls) == 200  # a burst to warm up, a burst to measure
 

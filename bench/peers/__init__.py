@@ -1,1 +1,0 @@
-"""The implementations that compete: ours through the public functions, and PyTorch's."""
