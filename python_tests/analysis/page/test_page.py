@@ -19,6 +19,8 @@ pytestmark = pytest.mark.slow
 def test_a_tracked_run_has_all_sections(page):
     assert sections(text_of(page)) == [
         "Accuracy",
+        "Arms compared",
+        "Arms compared in sinks",
         "What training changes",
         "Attention sinks",
         "Relevance of simple and hard tokens",

@@ -11,8 +11,14 @@ from markupsafe import Markup
 
 from tir_kernels.analysis.figures import Chart, Dots, Drawing, draw
 from tir_kernels.analysis.figures.styles import SHADES, dashes, shade
-from tir_kernels.analysis.page.accuracy import accuracy_table, field_tables, verdict
-from tir_kernels.analysis.page.curves import change_table, quantities
+from tir_kernels.analysis.page.accuracy import (
+    accuracy_table,
+    episodes_of,
+    field_tables,
+    verdict,
+)
+from tir_kernels.analysis.page.comparison import comparison_tables
+from tir_kernels.analysis.page.curves import change_table
 from tir_kernels.analysis.page.gallery import COLOURS
 from tir_kernels.analysis.page.runs import ReportedRun, load_runs
 from tir_kernels.analysis.page.sections import BY_BLOCK, Section, field_section, run_sections
@@ -94,8 +100,10 @@ def tables_text(folders: Sequence[str | Path], style: str, *, baseline: str | No
     if len(runs) > 1:
         return titled(field_tables(runs), style)
     (run,) = runs
-    changes = change_table(quantities(run.tracked), _styles(runs), run.baseline)
-    return titled([accuracy_table(run), *([] if changes is None else [changes])], style)
+    tables = [accuracy_table(run)]
+    tables += comparison_tables(run.ablation) if len(run.arms) > 1 else []
+    changes = change_table(run.found, _styles(runs), run.baseline)
+    return titled([*tables, *([] if changes is None else [changes])], style)
 
 
 def _refuse_others_file(path: Path) -> None:
@@ -124,12 +132,11 @@ def _fitting_page(runs: Sequence[ReportedRun]) -> tuple[bytes, dict[str, Drawing
         The page, and all drawings by their names, also those without room in it.
     """
     styles = _styles(runs)
-    found = [quantities(run.tracked) for run in runs]
     pictures = -(-_PICTURES // len(runs))
     parts = []
     for number, run in enumerate(runs):
         prefix = f"{number}-" if len(runs) > 1 else ""
-        sections = run_sections(run, found[number], styles, prefix, pictures)
+        sections = run_sections(run, styles, prefix, pictures)
         parts.append(Part(run.name, verdict(run), _facts(run), sections))
     charts = [chart for part in parts for section in part.sections for chart in section.charts]
     drawings = {chart.name: draw(chart) for chart in charts}
@@ -152,12 +159,15 @@ def _without_gallery(sections: Sequence[Section]) -> list[Section]:
 
 
 def _facts(run: ReportedRun) -> str:
-    finished = {record.episode for record in run.records}
-    sizes = [f"{run.settings[name]} {name}" for name in ("ways", "shots") if name in run.settings]
+    sizes = [
+        f"{run.settings[name]} {name.removesuffix('s') if run.settings[name] == 1 else name}"
+        for name in ("ways", "shots")
+        if name in run.settings
+    ]
     parts = [
         f"{run.about.get('data', 'unknown data')}, {run.about.get('model', 'unknown model')}",
         *sizes,
-        f"{len(finished)} of {run.episodes} episodes",
+        f"{episodes_of(run)} of {run.episodes} episodes",
     ]
     return " · ".join(parts)
 
