@@ -28,7 +28,7 @@ from tir_kernels.fewshot.run.folder import expanded_out, write_whole
 from tir_kernels.files import MIB, read_bytes
 from tir_kernels.text import printable, setting
 
-LARGEST = 2_000_000  # bytes of a page
+LARGEST = 4_000_000  # bytes of a page
 _PICTURES = 5  # images of a gallery, where there is room for them
 _MARK = b"<!doctype html>\n<!-- written by tir-finetune -->\n"
 _KINDS = {"csv": "text/csv", "markdown": "text/markdown", "latex": "application/x-tex"}
@@ -142,20 +142,33 @@ def _fitting_page(runs: Sequence[ReportedRun]) -> tuple[bytes, dict[str, Drawing
     drawings = {chart.name: draw(chart) for chart in charts}
     # Markup by our own drawing, in which names are escaped.
     drawn = {name: [Markup(panel) for panel in own.panels] for name, own in drawings.items()}
+    lean = {name: own for name, own in drawn.items() if not name.endswith(BY_BLOCK)}
+    beside = "lie in the folder beside this file alone"
     page = _rendered(runs, parts, styles, drawn, "")
-    if len(page) > LARGEST:
-        note = "Curves from block to block lie in the folder beside this file alone, for their size"
-        drawn = {name: own for name, own in drawn.items() if not name.endswith(BY_BLOCK)}
-        page = _rendered(runs, parts, styles, drawn, f"{note}.")
-    if len(page) > LARGEST:
-        note = "Figures lie in the folder beside this file alone, for their size"
-        parts = [part._replace(sections=_without_gallery(part.sections)) for part in parts]
-        page = _rendered(runs, parts, styles, {}, f"{note}, and pictures are left out.")
+    for least, figures, note in (
+        (pictures, lean, f"Curves from block to block {beside}, for their size."),
+        (1, lean, f"Curves from block to block {beside}, and pictures are fewer, for their size."),
+        (0, lean, f"Curves from block to block {beside}, and pictures are left out, for size."),
+        (0, {}, f"Figures {beside}, and pictures are left out, for their size."),
+    ):
+        if len(page) <= LARGEST:
+            break
+        fewer = [part._replace(sections=_with_pictures(part.sections, least)) for part in parts]
+        page = _rendered(runs, fewer, styles, figures, note)
     return page, drawings
 
 
-def _without_gallery(sections: Sequence[Section]) -> list[Section]:
-    return [section for section in sections if section.gallery is None]
+def _with_pictures(sections: Sequence[Section], count: int) -> list[Section]:
+    """Sections whose galleries have no more than so many pictures; none is left out."""
+    return [
+        section
+        if section.gallery is None
+        else section._replace(
+            gallery=section.gallery._replace(pictures=section.gallery.pictures[:count])
+        )
+        for section in sections
+        if section.gallery is None or count
+    ]
 
 
 def _facts(run: ReportedRun) -> str:
