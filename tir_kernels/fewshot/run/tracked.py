@@ -227,8 +227,10 @@ class _Place(NamedTuple):
 
 
 def _places(path: Path) -> dict[tuple[int, str], _Place]:
-    """The whole lines of a file, all of which are looked at; the last of a track is that of its
-    record."""
+    """Where the line of each track stands; of one that was run again, the last, which counts.
+
+    All lines are looked at, so that a damaged one is told of before any is used.
+    """
     found = {}
     start = 0
     try:
