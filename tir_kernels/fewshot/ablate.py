@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING
 
 from tir_kernels.fewshot.methods import DEFAULT_METHODS
@@ -45,25 +44,22 @@ def ablation_arms() -> tuple[str, ...]:
 
 
 def print_ablation(ablation: Ablation, console: Console) -> None:
-    """Print the table of accuracies, and for each quantity of sinks how the arms change it."""
-    from tir_kernels.fewshot.run.ablation import accuracy_rows, change_rows
-
-    title = "Ablation: mean ± 95 % confidence interval over episodes"
-    _print_table(title, accuracy_rows(ablation), console)
-    (_, *heading), *rows = change_rows(ablation)
-    for quantity, own in itertools.groupby(rows, key=lambda row: row[0]):
-        title = f"{quantity}: last step minus first, mean over blocks"
-        _print_table(title, [heading, *(row[1:] for row in own)], console)
-
-
-def _print_table(title: str, rows: list[list[str]], console: Console) -> None:
+    """Print the tables that the run's page has: accuracies, and how the arms change sinks."""
     from rich.table import Table
     from rich.text import Text
 
-    heading, *rest = rows
-    table = Table(title=Text(printable(title)))
-    for name in heading:
-        table.add_column(Text(printable(name)), overflow="fold")
-    for row in rest:
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    console.print(table)
+    from tir_kernels.analysis.page.comparison import comparison_tables
+    from tir_kernels.analysis.page.tables import shown
+
+    notes: dict[str, None] = {}
+    for own in comparison_tables(ablation):
+        table = Table(title=Text(printable(own.title)))
+        for name in own.columns:
+            table.add_column(Text(printable(name)), overflow="fold")
+        for row in own.rows:
+            table.add_row(*(Text(shown(cell)) for cell in row))
+        console.print(table)
+        for note in own.notes:
+            if note not in notes:  # what holds for all tables is said once
+                console.print(Text(printable(note)))
+        notes |= dict.fromkeys(own.notes)

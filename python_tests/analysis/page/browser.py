@@ -57,7 +57,7 @@ class Tab:
     def show(self, width, scheme):
         """Lay the page out for a screen, "light" or "dark"."""
         media = [{"name": "prefers-color-scheme", "value": scheme}]
-        self.ask("Emulation.setEmulatedMedia", features=media)
+        self.ask("Emulation.setEmulatedMedia", media="screen", features=media)
         self.ask(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -65,6 +65,18 @@ class Tab:
             deviceScaleFactor=1,
             mobile=width < 500,
         )
+
+    def lay_out_for_paper(self, width, scheme):
+        """As ``show``, but for paper of this many pixels between its margins."""
+        self.show(width, scheme)
+        media = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.ask("Emulation.setEmulatedMedia", media="print", features=media)
+
+    def printed(self):
+        """The page as PDF on A4."""
+        inches = {"paperWidth": 8.27, "paperHeight": 11.69}
+        answer = self.ask("Page.printToPDF", printBackground=False, **inches)
+        return base64.b64decode(answer["data"])
 
     def evaluate(self, expression):
         answer = self.ask("Runtime.evaluate", expression=expression, returnByValue=True)

@@ -9,8 +9,9 @@ from tir_kernels.analysis.page.curves import by_block, by_step, change_table, qu
 from tir_kernels.analysis.page.gallery import gallery
 from tir_kernels.analysis.page.similarity import similarity_panels
 from tir_kernels.analysis.similarity import linear_cka
-from tir_kernels.fewshot.run.maps import read_maps
-from tir_kernels.fewshot.run.tracked import Tracked
+from tir_kernels.fewshot.run.folder import read_run
+from tir_kernels.fewshot.run.maps import RunMaps
+from tir_kernels.fewshot.run.tracked import Series, Track
 
 STYLES = {"lora": 0, "tir": 1}
 # Arm -> episode -> step -> values of blocks 0 and 1; None: none found.
@@ -20,19 +21,22 @@ VALUES = {
 }
 
 
-def rows(chance=0.5):
+def tracks(values=VALUES, chance=(0.5, 1.0)):
     return [
-        Tracked(episode, arm, step, block, "m", "x", value, chance * (block + 1))
-        for arm, episodes in VALUES.items()
+        Track(
+            episode,
+            arm,
+            list(steps),
+            [Series("m", "x", [0, 1], [list(chance)], [list(each) for each in steps.values()])],
+        )
+        for arm, episodes in values.items()
         for episode, steps in episodes.items()
-        for step, values in steps.items()
-        for block, value in enumerate(values)
     ]
 
 
 @pytest.fixture
 def quantity():
-    (only,) = quantities(rows())
+    (only,) = quantities(tracks())
     return only
 
 
@@ -65,11 +69,27 @@ def test_changes_are_paired_by_episode(quantity):
 
 
 def test_without_a_second_step_nothing_has_changed():
-    assert change_table(quantities(rows()[:2]), STYLES, "lora") is None
+    once = {"lora": {0: {0: (1.0, 3.0)}}}
+    assert change_table(quantities(tracks(once)), STYLES, "lora") is None
+
+
+def test_a_change_is_over_the_blocks_that_both_ends_have():
+    values = {"lora": {0: {0: (1.0, None), 5: (None, 9.0), 10: (3.0, 7.0)}}}
+    (only,) = quantities(tracks(values))
+    assert only.change("lora") == {0: 2.0}
+    assert only.through_training("lora") == {0: {0: 1.0}, 5: {0: 9.0}, 10: {0: 5.0}}
+
+
+def test_chance_is_a_mean_over_what_was_read():
+    first, second = tracks({"lora": {0: {0: (1.0, 3.0)}, 1: {0: (1.0, 3.0)}}})
+    other = second.series[0]._replace(chance=[[1.5, None]])
+    (only,) = quantities([first, second._replace(series=[other])])
+    assert only.chance == {0: 1.0, 1: 1.0}
 
 
 def test_nothing_found_is_an_empty_panel():
-    (only,) = quantities([row._replace(value=None, chance=None) for row in rows()])
+    nothing = {"lora": {0: {0: (None, None), 10: (None, None)}}}
+    (only,) = quantities(tracks(nothing, chance=(None, None)))
     assert by_step(only, STYLES).is_empty
     assert by_block(only, STYLES).is_empty
 
@@ -77,28 +97,42 @@ def test_nothing_found_is_an_empty_panel():
 @pytest.fixture(scope="module")
 def maps(tmp_path_factory):
     folder = tmp_path_factory.mktemp("maps") / "run"
-    return read_maps(write_run(folder, episodes=2))
+    write_run(folder, episodes=2)
+    return RunMaps(folder, read_run(folder))
 
 
 def test_similarity_is_cka_in_each_block(maps):
     own, pair = similarity_panels(maps, {"zero-shot": 0, "lora": 1, "tir": 2}, "lora")
-    lora = {each.episode: each for each in maps if each.arm == "lora"}
-    tir = {each.episode: each for each in maps if each.arm == "tir"}
+    lora = {episode: own for (episode, arm), own in maps.items() if arm == "lora"}
+    tir = {episode: own for (episode, arm), own in maps.items() if arm == "tir"}
     expected = [linear_cka(each.tokens_before[2], each.tokens_after[2]) for each in lora.values()]
     assert own.lines[1].points[2].value.mean == pytest.approx(np.mean(expected))
     assert [line.label for line in pair.lines] == ["zero-shot", "tir"]
     expected = [linear_cka(tir[n].tokens_after[0], lora[n].tokens_after[0]) for n in (0, 1)]
     assert pair.lines[1].points[0].value.mean == pytest.approx(np.mean(expected))
-    assert similarity_panels([], STYLES, "lora") == ()
+    assert similarity_panels({}, STYLES, "lora") == ()
 
 
 def test_the_gallery_shows_images_of_all_classes_in_turn(maps):
     labels = np.array([1, 1, 0, 0, 2])
-    shown = gallery([each._replace(labels=labels) for each in maps], ["lora", "tir"], 4)
-    names = maps[0].class_names
+    changed = {key: own._replace(labels=labels) for key, own in maps.items()}
+    shown = gallery(changed, ["lora", "tir"], 4)
+    names = maps[0, "lora"].class_names
     assert [picture.label for picture in shown.pictures] == [names[n] for n in (0, 1, 2, 0)]
     assert [arm for arm, _ in shown.pictures[0].rows] == ["lora", "tir"]
     titles = [tile.title for tile in shown.pictures[0].rows[0][1]]
     assert titles[5:] == ["classes that pick it", "attention before", "attention after"]
     assert len(shown.count_colours) == 6
-    assert gallery([], ["lora"], 5) is None
+    assert gallery({}, ["lora"], 5) is None
+
+
+def test_the_gallery_reads_the_files_of_the_episode_that_it_shows(maps):
+    class Counted(dict):
+        def __getitem__(self, key):
+            read.append(key)
+            return super().__getitem__(key)
+
+    read = []
+    del (counted := Counted(maps))[0, "tir"]
+    assert gallery(counted, ["lora", "tir"], 4).episode == 1
+    assert read == [(1, "lora"), (1, "tir")]

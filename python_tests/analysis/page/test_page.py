@@ -19,6 +19,8 @@ pytestmark = pytest.mark.slow
 def test_a_tracked_run_has_all_sections(page):
     assert sections(text_of(page)) == [
         "Accuracy",
+        "Arms compared",
+        "Arms compared in sinks",
         "What training changes",
         "Attention sinks",
         "Relevance of simple and hard tokens",
@@ -91,6 +93,16 @@ def test_a_page_that_would_be_too_large_leaves_parts_out_and_says_so(
     smaller = text_of(write_page([run_folder], tmp_path / "smaller.html"))
     assert "Curves from block to block lie in the folder" in smaller
     assert "Pictures of episode" in smaller
+    smaller_size = (tmp_path / "smaller.html").stat().st_size
+    monkeypatch.setattr(writing, "LARGEST", smaller_size - 1)
+    fewer = text_of(write_page([run_folder], tmp_path / "fewer.html"))
+    assert "pictures are fewer" in fewer
+    assert fewer.count('class="picture"') == 1 < smaller.count('class="picture"')
+    monkeypatch.setattr(writing, "LARGEST", (tmp_path / "fewer.html").stat().st_size - 1)
+    without = text_of(write_page([run_folder], tmp_path / "without.html"))
+    assert "pictures are left out" in without
+    assert "Pictures of episode" not in without
+    assert "Through training" in without
     monkeypatch.setattr(writing, "LARGEST", 1)
     smallest = text_of(write_page([run_folder], tmp_path / "smallest.html"))
     assert "Figures lie in the folder" in smallest

@@ -17,10 +17,15 @@ def untracked(tmp_path_factory):
 
 def test_a_run_without_tracking_has_its_accuracy_and_says_how_to_get_the_rest(untracked):
     source = text_of(write_page([untracked], untracked / "report.html"))
-    assert sections(source) == ["Accuracy", "Inside the image tower", "Settings"]
+    assert sections(source) == [
+        "Accuracy",
+        "Arms compared",
+        "Inside the image tower",
+        "Settings",
+    ]
     assert "--track every=10" in source
-    assert "lora minus" not in source
-    assert "tir minus lora, in pairs: +12.0 ± 8.8 points, an interval that leaves out 0." in source
+    told = "tir is not separated from lora; with differences as they are, it would take at least"
+    assert f"{told} 4 episodes: for tir (+12.0 ± 8.8 points over 3 pairs, p = 0.055)." in source
 
 
 def test_several_runs_stand_side_by_side(untracked, tmp_path):
@@ -48,12 +53,19 @@ def test_a_file_that_is_no_page_is_kept(untracked, tmp_path):
 
 
 def test_the_baseline_is_chosen(untracked):
-    table = tables_text([untracked], "csv", baseline="tir").splitlines()
-    assert "minus tir, points" in table[0]
-    rows = {row[0]: row for row in csv.reader(table)}
-    assert float(rows["lora"][4]) == pytest.approx(-12.0, abs=0.05)
-    assert rows["lora"][7] == "0 of 3"
-    assert rows["tir"][4:7] == ["–", "", "–"]
+    first, second = tables_text([untracked], "csv", baseline="tir").split("\n\n")
+    assert first.startswith("Accuracy of each arm\narm,")
+    rows = {row[0]: row for row in csv.reader(first.splitlines())}
+    assert rows["lora"][4] == "0 of 3"
+    title, heads, *lines = csv.reader(second.splitlines())
+    assert title == ["Arms compared"]
+    rows = {row[0]: dict(zip(heads, row, strict=True)) for row in lines}
+    lora = rows["lora"]
+    assert float(lora["minus tir, points"]) == pytest.approx(-12.0, abs=0.05)
+    assert float(lora["p (Holm)"]) == pytest.approx(0.0276, abs=1e-4)
+    assert lora["pairs"] == "3"
+    assert int(lora["episodes needed"]) > 3
+    assert rows["tir"]["minus tir, points"] == rows["tir"]["p (Holm)"] == "–"
     with pytest.raises(FewShotError, match="baseline must be one of zero-shot, lora, tir; got 'x'"):
         tables_text([untracked], "csv", baseline="x")
-    assert list(ARMS) == list(rows)[1:4]
+    assert list(ARMS) == list(rows)

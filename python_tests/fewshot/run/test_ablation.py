@@ -1,6 +1,7 @@
 """The findings of an ablation, from a journal and its tracks."""
 
 import io
+import random
 
 import pytest
 from fewshot.run.test_journal import FAILED, record
@@ -15,8 +16,9 @@ from tir_kernels.fewshot.ablate import (
     print_ablation,
 )
 from tir_kernels.fewshot.arms import make_arms
-from tir_kernels.fewshot.run.ablation import accuracy_rows, change_rows, read_ablation
+from tir_kernels.fewshot.run.ablation import References, compare, read_ablation
 from tir_kernels.fewshot.run.journal import Journal
+from tir_kernels.fewshot.run.statistics import episodes_needed
 from tir_kernels.fewshot.run.tracked import Series, Track, TrackFile
 
 ARMS = ("lora", "tir", "random", "zero-shot")
@@ -58,7 +60,8 @@ def test_accuracy_is_compared_with_the_baseline(run):
     assert tir.p == pytest.approx(stats.ttest_rel(*pairs).pvalue)
     others = sorted(own.p for own in ablation.accuracy if own.p is not None)
     assert tir.holm == pytest.approx(max((3 - i) * p for i, p in enumerate(others) if p <= tir.p))
-    assert tir.episodes_needed > 1
+    assert tir.episodes_needed == episodes_needed(tir.difference, significance=0.05 / 3)
+    assert tir.episodes_needed > episodes_needed(tir.difference)
 
 
 def test_changes_are_last_minus_first_over_blocks_that_have_both(run):
@@ -73,21 +76,47 @@ def test_changes_are_last_minus_first_over_blocks_that_have_both(run):
     assert (random.difference.mean, random.p, random.holm) == (pytest.approx(0.0), 1.0, 1.0)
 
 
-def test_rows_and_tables(run):
-    ablation = read_ablation(run, ARMS, "lora")
-    heading, lora, tir, *_ = accuracy_rows(ablation)
-    assert heading[3] == "− lora, points"
-    assert lora[:2] == ["lora", "4"]
-    assert lora[3:] == ["", "", ""]
-    assert tir[2].startswith("68.75 ± ")
-    assert tir[3].startswith("+18.75 ± ")
-    assert len(change_rows(ablation)) == 4
-    assert len(change_rows(ablation, None)) == 7
+def test_tuned_arms_stand_beside_the_probe_on_the_episodes_that_both_have():
+    values = {
+        "lora": {0: 0.5, 1: 0.75, 2: 0.75},
+        "probe": {0: 0.25, 1: 0.25},
+        "zero": {0: 0.25, 2: 0.5},
+    }
+    methods = {"lora": "lora", "probe": "linear-probe", "zero": "zero-shot"}
+    references = References.among(methods, "lora")
+    assert references == References("lora", "probe", ("probe", "zero"))
+    lora, probe, zero = compare(values, references)
+    assert (lora.beyond_probe.mean, lora.beyond_probe.episodes) == (0.375, 2)
+    assert probe.beyond_probe is None
+    assert zero.beyond_probe is None
+    assert (zero.difference.mean, zero.difference.episodes) == (-0.25, 2)
+    alone = compare(values, References("lora"))
+    assert [own.beyond_probe for own in alone] == [None] * 3
+
+
+def test_what_a_corrected_test_does_not_separate_needs_more_episodes():
+    """Whatever the differences: else a page would ask for fewer episodes than there are."""
+    draw = random.Random(0)
+    undecided = 0
+    for _ in range(200):
+        size = draw.uniform(0, 0.1)
+        values = {"lora": dict.fromkeys(range(9), 0.5)}
+        for arm in "abcde":
+            values[arm] = {episode: draw.gauss(0.5 + size, 0.06) for episode in range(9)}
+        for own in compare(values, References("lora")):
+            if own.p is not None and not own.is_separated:
+                undecided += own.p < 0.05
+                assert own.episodes_needed is None or own.episodes_needed > 9
+    assert undecided > 20
+
+
+def test_the_tables_are_printed(run):
     text = io.StringIO()
-    print_ablation(ablation, Console(file=text, width=120))
-    assert "+18.75" in text.getvalue()
-    assert "ratio" in text.getvalue()
+    print_ablation(read_ablation(run, ARMS, "lora"), Console(file=text, width=120))
+    for part in ("+18.8 ± ", "ratio: last step minus first", "No tuned arm is separated"):
+        assert part in text.getvalue(), part
     assert "likeness" not in text.getvalue()
+    assert text.getvalue().count("Mean ± 95 %") == 1
 
 
 def test_a_run_without_tracks_has_accuracies_alone(tmp_path):

@@ -1,12 +1,17 @@
 """Arrays for pictures: written whole, read in the order of the run."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 from fewshot.run.test_journal import record
 
 from tir_kernels.errors import FewShotError
+from tir_kernels.fewshot.run import maps as reading
+from tir_kernels.fewshot.run.folder import read_run
 from tir_kernels.fewshot.run.journal import Journal
-from tir_kernels.fewshot.run.maps import Maps, read_maps, write_maps
+from tir_kernels.fewshot.run.maps import Maps, RunMaps, read_maps, write_maps
 
 
 def maps(episode, arm):
@@ -56,7 +61,7 @@ def run(tmp_path):
 
 
 def test_round_trip_in_the_order_of_the_run(run):
-    assert read_maps(run) == []
+    assert list(read_maps(run)) == []
     written = [maps(0, "lora"), maps(0, "tir"), maps(1, "lora")]
     for own in reversed(written):
         write_maps(run, ("tir", "lora").index(own.arm), own)
@@ -74,9 +79,37 @@ def test_the_last_ones_count_and_only_those_of_finished_episodes(run):
     assert_equal(read, changed)
 
 
-def test_damaged_file_is_named(run):
+def test_files_are_read_when_they_are_asked_for_and_kept_nowhere(run, monkeypatch):
+    for arm_index, arm in enumerate(("tir", "lora")):
+        write_maps(run, arm_index, maps(0, arm))
+    opened = []
+    read = reading._read
+    monkeypatch.setattr(reading, "_read", lambda path: opened.append(path.name) or read(path))
+    found = RunMaps(run, read_run(run))
+    assert list(found) == [(0, "lora"), (0, "tir")]
+    assert opened == []
+    first = weakref.ref(found[0, "tir"].images)
+    assert opened == ["0-0.npz"]
+    gc.collect()
+    assert first() is None
+    assert (1, "tir") not in found
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-100], lambda raw: b"", lambda raw: b"x" * 9])
+def test_damaged_file_is_named(run, damage):
     write_maps(run, 0, maps(0, "tir"))
     path = run / "maps" / "0-0.npz"
-    path.write_bytes(path.read_bytes()[:-100])
+    path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(FewShotError, match=r"0-0\.npz is damaged"):
-        read_maps(run)
+        list(read_maps(run))
+
+
+def test_damage_inside_a_file_is_named_too(run):
+    write_maps(run, 0, maps(0, "tir"))
+    path = run / "maps" / "0-0.npz"
+    raw = bytearray(path.read_bytes())
+    place = raw.index(b"images.npy") + 60
+    raw[place : place + 40] = bytes(40)
+    path.write_bytes(raw)
+    with pytest.raises(FewShotError, match=r"0-0\.npz is damaged"):
+        list(read_maps(run))

@@ -7,6 +7,8 @@ import pytest
 from fewshot.run.test_journal import record
 
 from tir_kernels.errors import FewShotError
+from tir_kernels.fewshot.run import journal, tracked
+from tir_kernels.fewshot.run.appended import read_from
 from tir_kernels.fewshot.run.journal import Journal
 from tir_kernels.fewshot.run.tracked import (
     Series,
@@ -80,6 +82,21 @@ def test_what_another_process_left_does_not_count(tmp_path):
     write(tmp_path, "episodes.2.jsonl", (track(1), False), (track(0, value=0.75), True))
     assert (tmp_path / "tracked.2.jsonl").exists()
     assert [each.series[0].values[0][0] for each in read_tracks(tmp_path)] == [0.75, 0.125]
+
+
+def test_journals_are_read_once_and_tracks_one_by_one(tmp_path, monkeypatch):
+    write(tmp_path, "episodes.jsonl", *((track(n), True) for n in range(3)))
+    read, parse = [], tracked._parsed
+    monkeypatch.setattr(
+        journal, "read_from", lambda path, start=0: read.append(path.name) or read_from(path, start)
+    )
+    parsed = []
+    monkeypatch.setattr(tracked, "_parsed", lambda *line: parsed.append(line[1]) or parse(*line))
+    tracks = read_tracks(tmp_path)
+    assert next(tracks).episode == 0
+    assert parsed == [1, 2, 3, 1], "all are looked at, and one is kept"
+    assert [each.episode for each in tracks] == [1, 2]
+    assert read == ["episodes.jsonl"]
 
 
 @pytest.mark.parametrize("cut", [1, 20, None])

@@ -41,7 +41,7 @@ def test_a_tracked_run_has_the_results_of_an_untracked_one(small, tmp_path):
     assert main(small(tracked, track)) == 0
     assert results(plain) == results(tracked)
     assert read_tracked(plain) == []
-    assert read_maps(plain) == []
+    assert list(read_maps(plain)) == []
     rows = read_tracked(tracked)
     assert {(row.episode, row.arm) for row in rows} == {
         (episode, arm) for episode in range(3) for arm in ("lora", "tir")

@@ -207,7 +207,7 @@ def _draw_lines(axes: Axes, chart: Chart, panel: Lines) -> None:
             [mean - half for _, mean, half in banded],
             [mean + half for _, mean, half in banded],
             color=style["color"],
-            alpha=0.14,
+            alpha=min(0.14, 0.6 / len(panel.lines)),  # the bands of many would hide their lines
             linewidth=0,
         )
     if panel.chance:

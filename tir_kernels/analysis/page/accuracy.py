@@ -6,21 +6,28 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from tir_kernels.analysis.figures import Chart, Dots
+from tir_kernels.analysis.page.comparison import ACCURACY, NOT_APPLICABLE, separation
 from tir_kernels.analysis.page.runs import ReportedRun
 from tir_kernels.analysis.page.tables import Cell, Table, Value
 from tir_kernels.fewshot.run.summary import Estimate
 
+UNEVEN = (
+    "Arms have different episodes, so that means and curves do not compare them; differences do, "
+    "which are over the episodes that both have."
+)
+_FEW = 4  # arms that a sentence names one by one
+
 
 def accuracy_table(run: ReportedRun) -> Table:
-    """Accuracy of each arm, its paired difference to the baseline, and its bad episodes."""
+    """Accuracy of each arm, and its bad episodes."""
     columns = ["arm", "episodes", "accuracy, %"]
-    if len(run.arms) > 1:
-        columns += [f"minus {run.baseline}, points", "pairs"]
     if run.zero_shot is not None:
         columns.append(f"episodes below {run.zero_shot}")
-    notes = ["Mean ± 95 % interval of Student's t over episodes; differences are paired."]
+    notes = ["Mean ± 95 % interval of Student's t over episodes."]
     if run.zero_shot is None:
         notes.append("Episodes below zero-shot: none found, since no arm is zero-shot.")
+    if run.is_uneven:
+        notes.append(UNEVEN)
     if run.summary.failures:
         notes.append(f"Without a result, and left out: {run.summary.failures}.")
     if run.summary.skipped_images:
@@ -36,15 +43,12 @@ def accuracy_table(run: ReportedRun) -> Table:
 def _row(run: ReportedRun, arm: str) -> tuple[Cell, ...]:
     own = run.accuracies[arm]
     row: list[Cell] = [arm, len(own), _percent(run.accuracy(arm))]
-    if len(run.arms) > 1:
-        pair = run.difference(arm)
-        is_baseline = arm == run.baseline
-        row += ["–", "–"] if is_baseline else [_points(pair), pair.episodes]
     if run.zero_shot is not None:
         floor = run.accuracies[run.zero_shot]
         common = own.keys() & floor.keys()
         below = sum(own[episode] < floor[episode] for episode in common)
-        row.append("–" if arm == run.zero_shot else f"{below} of {len(common)}")
+        is_compared = arm != run.zero_shot and common
+        row.append(f"{below} of {len(common)}" if is_compared else NOT_APPLICABLE)
     return tuple(row)
 
 
@@ -66,28 +70,35 @@ def _hundredfold(own: Mapping[int, float]) -> Estimate:
 
 def verdict(run: ReportedRun) -> str:
     """The findings of a run in a few sentences."""
-    count = max(len(own) for own in run.accuracies.values())
-    if count == 0:
+    if not any(run.accuracies.values()):
         return "No episode of this run has a result yet."
-    parts = [f"{arm} {_percent(run.accuracy(arm))} %" for arm in run.arms if run.accuracies[arm]]
-    episodes = "one episode" if count == 1 else f"{count} episodes"
-    sentences = [f"Mean accuracy over {episodes}: {', '.join(parts)}."]
-    for arm in run.arms:
-        if arm not in (run.baseline, run.zero_shot):
-            sentences.append(_compared(run, arm))
+    sentences = [_means(run)]
+    if run.is_uneven:
+        sentences.append(UNEVEN)
+    if len(run.arms) > 1:
+        ablation = run.ablation
+        sentences.append(separation(ablation.accuracy, ablation.references, ACCURACY))
     return " ".join(sentence for sentence in sentences if sentence)
 
 
-def _compared(run: ReportedRun, arm: str) -> str:
-    pair = run.difference(arm)
-    if pair.mean is None:
-        return ""
-    text = f"{arm} minus {run.baseline}, in pairs: {_points(pair)} points"
-    if pair.half_width is None:
-        return f"{text}; one episode gives no interval, and decides nothing."
-    if abs(pair.mean) <= pair.half_width:
-        return f"{text}, so {pair.episodes} episodes do not tell them apart."
-    return f"{text}, an interval that leaves out 0."
+def _means(run: ReportedRun) -> str:
+    """The accuracy of each arm, or of many the baseline's and the ends."""
+    own = {arm: run.accuracy(arm) for arm in run.arms if run.accuracies[arm]}
+    chosen = dict.fromkeys(own, "")
+    if len(own) > _FEW:
+        low, *_, high = sorted(own, key=lambda arm: own[arm].mean or 0.0)
+        chosen = {run.baseline: "", low: "lowest ", high: "highest "}
+    words = [f"{rank}{arm} {_percent(own[arm])} %" for arm, rank in chosen.items() if arm in own]
+    count = episodes_of(run)
+    episodes = "one episode" if count == "1" else f"{count} episodes"
+    return f"Mean accuracy over {episodes}: {', '.join(words)}."
+
+
+def episodes_of(run: ReportedRun) -> str:
+    """The number of an arm's episodes with a result; of two arms with unlike ones, both ends."""
+    counts = [len(own) for own in run.accuracies.values()]
+    least, most = min(counts), max(counts)
+    return str(most) if least == most else f"{least} to {most}"
 
 
 def field_tables(runs: Sequence[ReportedRun]) -> list[Table]:
@@ -158,7 +169,3 @@ def _setting(value: object) -> str:
 
 def _percent(estimate: Estimate) -> Value:
     return Value(estimate, scale=100, digits=1)
-
-
-def _points(estimate: Estimate) -> Value:
-    return Value(estimate, scale=100, digits=1, is_signed=True)

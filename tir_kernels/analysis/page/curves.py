@@ -2,17 +2,55 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from statistics import fmean
 from typing import NamedTuple
 
+import numpy as np
+
 from tir_kernels.analysis.figures import INK, Line, Lines, Point
-from tir_kernels.analysis.page.tables import Cell, Table, Value
+from tir_kernels.analysis.page.comparison import CHANGE
+from tir_kernels.analysis.page.tables import Cell, Table
+from tir_kernels.fewshot.run.ablation import last_minus_first
 from tir_kernels.fewshot.run.summary import Estimate, paired
-from tir_kernels.fewshot.run.tracked import Tracked
+from tir_kernels.fewshot.run.tracked import Track
 
 BEFORE = "before training"
+
+
+class Readings(NamedTuple):
+    """One quantity in one (episode, arm).
+
+    Attributes:
+        steps: Steps taken before each reading.
+        blocks: Its blocks.
+        values: (steps, blocks); NaN where none was found.
+        change: See ``last_minus_first``.
+    """
+
+    steps: tuple[int, ...]
+    blocks: tuple[int | None, ...]
+    values: np.ndarray
+    change: float | None
+
+    def means(self) -> dict[int, float]:
+        """Step -> mean over the blocks in which it was found."""
+        rows = (
+            (step, row[~np.isnan(row)]) for step, row in zip(self.steps, self.values, strict=True)
+        )
+        return {step: fmean(row) for step, row in rows if row.size}
+
+    def at(self, *, end: bool) -> dict[int, float]:
+        """Block -> value, at the first or at the last step at which any was found."""
+        (found,) = np.nonzero(~np.isnan(self.values).all(1))
+        if not found.size:
+            return {}
+        row = self.values[found[-1 if end else 0]]
+        return {
+            block: float(value)
+            for block, value in zip(self.blocks, row, strict=True)
+            if block is not None and not np.isnan(value)
+        }
 
 
 class Quantity(NamedTuple):
@@ -21,76 +59,71 @@ class Quantity(NamedTuple):
     Attributes:
         measure: Name of its measure in the registry.
         name: Its own name.
-        values: Arm -> (episode, step, block) -> value; what was not found is left out.
+        readings: Arm -> episode -> what was read.
         chance: Block -> mean chance level, where there is one.
         blocks: Its blocks; none if it is of the whole tower.
     """
 
     measure: str
     name: str
-    values: dict[str, dict[tuple[int, int, int | None], float]]
+    readings: dict[str, dict[int, Readings]]
     chance: dict[int | None, float]
     blocks: tuple[int, ...]
 
     def through_training(self, arm: str) -> dict[int, dict[int, float]]:
         """Step -> episode -> mean over the blocks in which it was found."""
-        own: dict[int, dict[int, list[float]]] = {}
-        for (episode, step, _), value in self.values.get(arm, {}).items():
-            own.setdefault(step, {}).setdefault(episode, []).append(value)
-        return {
-            step: {episode: fmean(each) for episode, each in episodes.items()}
-            for step, episodes in sorted(own.items())
-        }
+        found: dict[int, dict[int, float]] = {}
+        for episode, own in self.readings.get(arm, {}).items():
+            for step, value in own.means().items():
+                found.setdefault(step, {})[episode] = value
+        return dict(sorted(found.items()))
 
     def in_blocks(self, arm: str, *, at_end: bool) -> dict[int, dict[int, float]]:
         """Block -> episode -> value, at the first or at the last step that an episode has."""
-        own = self.values.get(arm, {})
-        wanted: dict[int, int] = {}
-        choose = max if at_end else min
-        for episode, step, _ in own:
-            wanted[episode] = choose(wanted.get(episode, step), step)
         found: dict[int, dict[int, float]] = {}
-        for (episode, step, block), value in own.items():
-            if block is not None and step == wanted[episode]:
+        for episode, own in self.readings.get(arm, {}).items():
+            for block, value in own.at(end=at_end).items():
                 found.setdefault(block, {})[episode] = value
         return dict(sorted(found.items()))
 
     def is_trained(self, arm: str) -> bool:
         """Whether an arm has values at more than one step."""
-        return len({step for _, step, _ in self.values.get(arm, {})}) > 1
+        return len(self.through_training(arm)) > 1
 
     def change(self, arm: str) -> dict[int, float]:
-        """Episode -> value at its last step minus that at its first."""
-        steps: dict[int, dict[int, float]] = {}
-        for step, episodes in self.through_training(arm).items():
-            for episode, value in episodes.items():
-                steps.setdefault(episode, {})[step] = value
+        """Episode -> change from its first step to its last."""
+        own = self.readings.get(arm, {})
         return {
-            episode: own[max(own)] - own[min(own)]
-            for episode, own in sorted(steps.items())
-            if len(own) > 1
+            episode: own[episode].change  # type: ignore[misc]
+            for episode in sorted(own)
+            if own[episode].change is not None
         }
 
 
-def quantities(rows: Iterable[Tracked]) -> list[Quantity]:
-    """The quantities that tracked rows tell of, in their order."""
+def quantities(tracks: Iterable[Track]) -> list[Quantity]:
+    """The quantities that tracks tell of, in their order."""
     found: dict[tuple[str, str], Quantity] = {}
-    chances: dict[tuple[str, str], dict[int | None, list[float]]] = {}
-    for row in rows:
-        key = row.measure, row.name
-        quantity = found.setdefault(key, Quantity(*key, {}, {}, ()))
-        own = quantity.values.setdefault(row.arm, {})
-        if row.value is not None:
-            own[row.episode, row.step, row.block] = row.value
-        levels = chances.setdefault(key, {}).setdefault(row.block, [])
-        if row.chance is not None:
-            levels.append(row.chance)
+    # Block -> sum and number of its chance levels.
+    levels: dict[tuple[str, str], dict[int | None, tuple[float, int]]] = {}
+    for track in tracks:
+        steps = tuple(track.steps)
+        for series in track.series:
+            key = series.measure, series.name
+            own = found.setdefault(key, Quantity(*key, {}, {}, ()))
+            values = np.array(series.values, float).reshape(len(steps), len(series.blocks))
+            readings = Readings(steps, tuple(series.blocks), values, last_minus_first(series))
+            own.readings.setdefault(track.arm, {})[track.episode] = readings
+            sums = levels.setdefault(key, {})
+            for row in series.chance:
+                for block, level in zip(series.blocks, row, strict=True):
+                    total, count = sums.get(block, (0.0, 0))
+                    sums[block] = (total, count) if level is None else (total + level, count + 1)
     return [
-        quantity._replace(
-            chance={block: fmean(own) for block, own in chances[key].items() if own},
-            blocks=tuple(sorted(block for block in chances[key] if block is not None)),
+        own._replace(
+            chance={block: total / count for block, (total, count) in levels[key].items() if count},
+            blocks=tuple(sorted(block for block in levels[key] if block is not None)),
         )
-        for key, quantity in found.items()
+        for key, own in found.items()
     ]
 
 
@@ -153,9 +186,10 @@ def change_table(
     rows: list[tuple[Cell, ...]] = []
     for quantity, own in changes:
         if any(own.values()):
-            alone = [_change(Estimate.of(list(own[arm].values()))) for arm in arms]
-            pairs = [_change(paired(own[arm], own[baseline])) for arm in others]
-            rows.append((quantity.name, *alone, *pairs))
+            alone = [Estimate.of(list(own[arm].values())) for arm in arms]
+            pairs = [paired(own[arm], own[baseline]) for arm in others]
+            cells = [CHANGE.of(each, is_signed=True) for each in (*alone, *pairs)]
+            rows.append((quantity.name, *cells))
     return Table(
         "Change of each measure from the first step to the last",
         ("measure", *arms, *(f"{arm} − {baseline}" for arm in others)),
@@ -165,12 +199,6 @@ def change_table(
             "Many rows are compared at once: of twenty intervals, one leaves out 0 by chance.",
         ),
     )
-
-
-def _change(estimate: Estimate) -> Value:
-    sizes = [abs(x) for x in (estimate.mean, estimate.half_width) if x]
-    digits = max(0, min(6, 2 - math.floor(math.log10(max(sizes))))) if sizes else 3
-    return Value(estimate, digits=digits, is_signed=True)
 
 
 def _points(found: Mapping[int, Mapping[int, float]]) -> tuple[Point, ...]:

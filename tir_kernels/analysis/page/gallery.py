@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import matplotlib
@@ -64,26 +65,24 @@ class Gallery(NamedTuple):
     count_colours: tuple[str, ...]
 
 
-def gallery(maps: Sequence[Maps], arms: Sequence[str], at_most: int) -> Gallery | None:
+def gallery(
+    maps: Mapping[tuple[int, str], Maps], arms: Sequence[str], at_most: int
+) -> Gallery | None:
     """The pictures of the first episode that most arms have maps of.
 
     Args:
-        maps: Maps of a run.
+        maps: Maps of a run by (episode, arm); those of the episode shown are read.
         arms: Its arms, in order.
         at_most: Images to show; of the classes in turn.
 
     Returns:
         ``None`` without maps.
     """
-    by_episode: dict[int, dict[str, Maps]] = {}
-    for each in maps:
-        by_episode.setdefault(each.episode, {})[each.arm] = each
-    if not by_episode or at_most < 1:
+    counts = Counter(episode for episode, arm in maps if arm in arms)
+    if not counts or at_most < 1:
         return None
-    episode = max(by_episode, key=lambda number: (len(by_episode[number]), -number))
-    own = [by_episode[episode][arm] for arm in arms if arm in by_episode[episode]]
-    if not own:
-        return None
+    episode = max(counts, key=lambda number: (counts[number], -number))
+    own = [maps[episode, arm] for arm in arms if (episode, arm) in maps]
     chosen = list(_in_turn(own[0].labels))[:at_most]
     colours = tuple(_count_colour(number, len(own[0].class_names)) for number in _counts(own[0]))
     return Gallery(episode, tuple(_picture(own, index) for index in chosen), colours)

@@ -11,8 +11,14 @@ from markupsafe import Markup
 
 from tir_kernels.analysis.figures import Chart, Dots, Drawing, draw
 from tir_kernels.analysis.figures.styles import SHADES, dashes, shade
-from tir_kernels.analysis.page.accuracy import accuracy_table, field_tables, verdict
-from tir_kernels.analysis.page.curves import change_table, quantities
+from tir_kernels.analysis.page.accuracy import (
+    accuracy_table,
+    episodes_of,
+    field_tables,
+    verdict,
+)
+from tir_kernels.analysis.page.comparison import comparison_tables
+from tir_kernels.analysis.page.curves import change_table
 from tir_kernels.analysis.page.gallery import COLOURS
 from tir_kernels.analysis.page.runs import ReportedRun, load_runs
 from tir_kernels.analysis.page.sections import BY_BLOCK, Section, field_section, run_sections
@@ -22,7 +28,7 @@ from tir_kernels.fewshot.run.folder import expanded_out, write_whole
 from tir_kernels.files import MIB, read_bytes
 from tir_kernels.text import printable, setting
 
-LARGEST = 2_000_000  # bytes of a page
+LARGEST = 4_000_000  # bytes of a page
 _PICTURES = 5  # images of a gallery, where there is room for them
 _MARK = b"<!doctype html>\n<!-- written by tir-finetune -->\n"
 _KINDS = {"csv": "text/csv", "markdown": "text/markdown", "latex": "application/x-tex"}
@@ -94,8 +100,10 @@ def tables_text(folders: Sequence[str | Path], style: str, *, baseline: str | No
     if len(runs) > 1:
         return titled(field_tables(runs), style)
     (run,) = runs
-    changes = change_table(quantities(run.tracked), _styles(runs), run.baseline)
-    return titled([accuracy_table(run), *([] if changes is None else [changes])], style)
+    tables = [accuracy_table(run)]
+    tables += comparison_tables(run.ablation) if len(run.arms) > 1 else []
+    changes = change_table(run.found, _styles(runs), run.baseline)
+    return titled([*tables, *([] if changes is None else [changes])], style)
 
 
 def _refuse_others_file(path: Path) -> None:
@@ -124,40 +132,55 @@ def _fitting_page(runs: Sequence[ReportedRun]) -> tuple[bytes, dict[str, Drawing
         The page, and all drawings by their names, also those without room in it.
     """
     styles = _styles(runs)
-    found = [quantities(run.tracked) for run in runs]
     pictures = -(-_PICTURES // len(runs))
     parts = []
     for number, run in enumerate(runs):
         prefix = f"{number}-" if len(runs) > 1 else ""
-        sections = run_sections(run, found[number], styles, prefix, pictures)
+        sections = run_sections(run, styles, prefix, pictures)
         parts.append(Part(run.name, verdict(run), _facts(run), sections))
     charts = [chart for part in parts for section in part.sections for chart in section.charts]
     drawings = {chart.name: draw(chart) for chart in charts}
     # Markup by our own drawing, in which names are escaped.
     drawn = {name: [Markup(panel) for panel in own.panels] for name, own in drawings.items()}
+    lean = {name: own for name, own in drawn.items() if not name.endswith(BY_BLOCK)}
+    beside = "lie in the folder beside this file alone"
     page = _rendered(runs, parts, styles, drawn, "")
-    if len(page) > LARGEST:
-        note = "Curves from block to block lie in the folder beside this file alone, for their size"
-        drawn = {name: own for name, own in drawn.items() if not name.endswith(BY_BLOCK)}
-        page = _rendered(runs, parts, styles, drawn, f"{note}.")
-    if len(page) > LARGEST:
-        note = "Figures lie in the folder beside this file alone, for their size"
-        parts = [part._replace(sections=_without_gallery(part.sections)) for part in parts]
-        page = _rendered(runs, parts, styles, {}, f"{note}, and pictures are left out.")
+    for least, figures, note in (
+        (pictures, lean, f"Curves from block to block {beside}, for their size."),
+        (1, lean, f"Curves from block to block {beside}, and pictures are fewer, for their size."),
+        (0, lean, f"Curves from block to block {beside}, and pictures are left out, for size."),
+        (0, {}, f"Figures {beside}, and pictures are left out, for their size."),
+    ):
+        if len(page) <= LARGEST:
+            break
+        fewer = [part._replace(sections=_with_pictures(part.sections, least)) for part in parts]
+        page = _rendered(runs, fewer, styles, figures, note)
     return page, drawings
 
 
-def _without_gallery(sections: Sequence[Section]) -> list[Section]:
-    return [section for section in sections if section.gallery is None]
+def _with_pictures(sections: Sequence[Section], count: int) -> list[Section]:
+    """Sections whose galleries have no more than so many pictures; none is left out."""
+    return [
+        section
+        if section.gallery is None
+        else section._replace(
+            gallery=section.gallery._replace(pictures=section.gallery.pictures[:count])
+        )
+        for section in sections
+        if section.gallery is None or count
+    ]
 
 
 def _facts(run: ReportedRun) -> str:
-    finished = {record.episode for record in run.records}
-    sizes = [f"{run.settings[name]} {name}" for name in ("ways", "shots") if name in run.settings]
+    sizes = [
+        f"{run.settings[name]} {name.removesuffix('s') if run.settings[name] == 1 else name}"
+        for name in ("ways", "shots")
+        if name in run.settings
+    ]
     parts = [
         f"{run.about.get('data', 'unknown data')}, {run.about.get('model', 'unknown model')}",
         *sizes,
-        f"{len(finished)} of {run.episodes} episodes",
+        f"{episodes_of(run)} of {run.episodes} episodes",
     ]
     return " · ".join(parts)
 

@@ -8,22 +8,28 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tir_kernels.analysis.page.curves import Quantity, quantities
 from tir_kernels.errors import FewShotError
-from tir_kernels.fewshot.run.folder import expanded_out, read_run, read_settings
-from tir_kernels.fewshot.run.maps import Maps, read_maps
+from tir_kernels.fewshot.run.ablation import (
+    LINEAR_PROBE,
+    ZERO_SHOT,
+    Ablation,
+    References,
+    ablation_of,
+)
+from tir_kernels.fewshot.run.folder import expanded_out, read_journals, read_settings
+from tir_kernels.fewshot.run.maps import RunMaps
 from tir_kernels.fewshot.run.records import Record
 from tir_kernels.fewshot.run.summary import (
     Estimate,
     Summary,
     accuracy_by_episode,
-    paired,
     summarise,
 )
-from tir_kernels.fewshot.run.tracked import Tracked, read_tracked
+from tir_kernels.fewshot.run.tracked import tracks_of
 from tir_kernels.text import setting
 
-ZERO_SHOT = "zero-shot"
-_COMPARED_WITH = ("lora", "linear-probe")  # the methods that others are usually compared with
+_COMPARED_WITH = ("lora", LINEAR_PROBE)  # the methods that others are usually compared with
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,8 @@ class ReportedRun:
         arms: Names of its arms, in order.
         baseline: The arm that the others are compared with.
         records: Its journal.
-        tracked: Measures through training; empty if it was not tracked.
-        maps: Arrays for pictures; empty if it was not tracked.
+        found: Measures through training; empty if it was not tracked.
+        maps: Arrays for pictures, in their files; empty if it was not tracked.
     """
 
     name: str
@@ -49,8 +55,8 @@ class ReportedRun:
     arms: tuple[str, ...]
     baseline: str
     records: list[Record]
-    tracked: list[Tracked]
-    maps: list[Maps]
+    found: list[Quantity]
+    maps: RunMaps
 
     @cached_property
     def accuracies(self) -> dict[str, dict[int, float]]:
@@ -66,9 +72,20 @@ class ReportedRun:
         """The mean accuracy of an arm."""
         return Estimate.of(list(self.accuracies[arm].values()))
 
-    def difference(self, arm: str) -> Estimate:
-        """Accuracy of an arm minus that of the baseline, in pairs."""
-        return paired(self.accuracies[arm], self.accuracies[self.baseline])
+    @cached_property
+    def ablation(self) -> Ablation:
+        """Each arm compared with the baseline, as ``ablate`` does it."""
+        changes = {
+            (own.measure, own.name): {arm: own.change(arm) for arm in self.arms}
+            for own in self.found
+        }
+        references = References.among(methods_of(self.settings, self.arms), self.baseline)
+        return ablation_of(self.accuracies, changes, references)
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether an arm has episodes that another has not, as in a run that was stopped."""
+        return len({frozenset(own) for own in self.accuracies.values()}) > 1
 
     @property
     def zero_shot(self) -> str | None:
@@ -109,7 +126,7 @@ def load_runs(folders: Sequence[str | Path], baseline: str | None = None) -> lis
 def _load(path: Path, baseline: str | None) -> ReportedRun:
     content = read_settings(path)
     settings = content["settings"]
-    records = read_run(path)
+    records, journals = read_journals(path)
     # Runs from before there were arms name methods; without either, the records tell.
     named = settings.get("arms", settings.get("method")) or [record.arm for record in records]
     arms = tuple(dict.fromkeys(named))
@@ -127,15 +144,18 @@ def _load(path: Path, baseline: str | None) -> ReportedRun:
         arms=arms,
         baseline=baseline,
         records=records,
-        tracked=read_tracked(path),
-        maps=read_maps(path),
+        found=quantities(tracks_of(records, journals)),
+        maps=RunMaps(path, records),
     )
 
 
 def _first_of_method(settings: dict[str, Any], arms: Sequence[str], method: str) -> str | None:
+    methods = methods_of(settings, arms)
+    return next((arm for arm in arms if methods[arm] == method), None)
+
+
+def methods_of(settings: dict[str, Any], arms: Sequence[str]) -> dict[str, str]:
+    """Arm -> name of its method; its own name in runs from before there were arms."""
     own = settings.get("arms")
-    for arm in arms:
-        options = own.get(arm) if isinstance(own, dict) else None
-        if (options.get("method") if isinstance(options, dict) else arm) == method:
-            return arm
-    return None
+    options = own if isinstance(own, dict) else {}
+    return {arm: options.get(arm, {}).get("method", arm) for arm in arms}

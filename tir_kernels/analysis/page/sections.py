@@ -14,6 +14,7 @@ from tir_kernels.analysis.page.accuracy import (
     field_tables,
     settings_table,
 )
+from tir_kernels.analysis.page.comparison import accuracy_comparison, sink_comparisons
 from tir_kernels.analysis.page.curves import (
     BEFORE,
     Quantity,
@@ -60,22 +61,18 @@ NOT_TRACKED = (
 
 
 def run_sections(
-    run: ReportedRun,
-    found: Sequence[Quantity],
-    styles: Mapping[str, int],
-    prefix: str,
-    pictures: int,
+    run: ReportedRun, styles: Mapping[str, int], prefix: str, pictures: int
 ) -> list[Section]:
     """The sections of one run.
 
     Args:
         run: The run.
-        found: Its tracked quantities.
         styles: Arm -> style of its lines.
         prefix: Of the names of its charts.
         pictures: Images in its gallery, at most.
     """
     own = {arm: styles[arm] for arm in run.arms}
+    found = run.found
     words = _words(run)
     sections = [
         Section(
@@ -85,6 +82,7 @@ def run_sections(
             charts=(accuracy_chart(run, own, f"{prefix}accuracy"),),
         )
     ]
+    sections += _comparison_sections(run, words)
     if not found:
         sections.append(Section("Inside the image tower", missing=NOT_TRACKED))
     changes = change_table(found, own, run.baseline)
@@ -118,6 +116,23 @@ def run_sections(
         sections.append(Section("Pictures", missing=missing))
     sections += [section for section in curves if not section.is_open]
     sections.append(Section("Settings", tables=(settings_table(run),), is_open=False))
+    return sections
+
+
+def _comparison_sections(run: ReportedRun, words: Mapping[str, str]) -> list[Section]:
+    """Arms compared in accuracy and in sinks; none of a single arm."""
+    if len(run.arms) < 2:
+        return []
+    caption = topics.COMPARISON_CAPTION.format(**words)
+    refuted = topics.COMPARISON_REFUTED.format(**words)
+    table = accuracy_comparison(run.ablation)
+    sections = [Section(table.title, caption, refuted, tables=(table,))]
+    sinks = tuple(sink_comparisons(run.ablation))
+    if sinks:
+        caption = topics.SINK_CHANGES_CAPTION.format(**words)
+        refuted = topics.SINK_CHANGES_REFUTED.format(**words)
+        title = "Arms compared in sinks"
+        sections.append(Section(title, caption, refuted, tables=sinks, is_open=False))
     return sections
 
 

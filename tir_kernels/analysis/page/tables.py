@@ -51,6 +51,18 @@ class Value(NamedTuple):
         return f"{mean} ± {half_width}" if half_width else f"{mean} (no interval)"
 
 
+class PValue(float):
+    """A p value, which readers need to three digits."""
+
+    @property
+    def relation(self) -> str:
+        """It as the end of "p …"."""
+        return "< 0.001" if self < 0.001 else f"= {self:.3f}"
+
+    def __str__(self) -> str:
+        return self.relation.removeprefix("= ")
+
+
 Cell = str | int | float | Value | None
 
 
@@ -74,7 +86,9 @@ def shown(cell: Cell) -> str:
     """A cell's text for readers."""
     if cell is None:
         return NONE_FOUND
-    return f"{cell:.4g}" if isinstance(cell, float) else printable(str(cell))
+    if isinstance(cell, float) and not isinstance(cell, PValue):
+        return f"{cell:.4g}"
+    return printable(str(cell))
 
 
 def written(table: Table, style: str) -> str:

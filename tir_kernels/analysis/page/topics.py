@@ -124,6 +124,22 @@ GALLERY_REFUTED = (
 
 ACCURACY_REFUTED = (
     "Dots are means, bars their 95 % intervals, ticks single episodes, and the dotted line is "
-    "chance; if {arm} helped, its difference to {baseline} would lie above 0 with its whole "
-    "interval."
+    "chance."
+)
+
+COMPARISON_CAPTION = (
+    "Each arm minus {baseline} on the same episodes, and how many episodes it would take to tell "
+    "such a difference from chance."
+)
+COMPARISON_REFUTED = (
+    "If {arm} helped, its difference would lie above 0 with p below 0.05; where p is larger, these "
+    "episodes do not tell the two apart."
+)
+SINK_CHANGES_CAPTION = (
+    "How training changes each measure of sinks under each arm, as a mean over blocks and images; "
+    "columns are those of the table of accuracies."
+)
+SINK_CHANGES_REFUTED = (
+    "If {arm} prevented sinks, its change in patches would lie below that of {baseline} with p "
+    "below 0.05. Each table is corrected for its arms, not for the number of tables."
 )

@@ -1,21 +1,24 @@
-"""The findings of an ablation: each arm against one of them, in accuracy and in measures."""
+"""The findings of a comparison: each arm against one of them, in accuracy and in measures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from tir_kernels.fewshot.run.folder import read_run
-from tir_kernels.fewshot.run.records import OK
-from tir_kernels.fewshot.run.statistics import episodes_needed, holm, p_value
-from tir_kernels.fewshot.run.summary import Estimate
-from tir_kernels.fewshot.run.tracked import Series, read_tracks
+from tir_kernels.fewshot.run.folder import read_journals
+from tir_kernels.fewshot.run.statistics import SIGNIFICANCE, episodes_needed, holm, p_value
+from tir_kernels.fewshot.run.summary import Estimate, accuracy_by_episode, paired
+from tir_kernels.fewshot.run.tracked import Series, tracks_of
 
-# Measures of sinks, which the table shows; ``changes`` has all.
+# Measures of sinks, which tables show; ``changes`` has all.
 SINK_MEASURES = ("sink-ratio", "received-mass", "top-patch", "norm-outliers")
+
+ZERO_SHOT, LINEAR_PROBE = FROZEN = ("zero-shot", "linear-probe")  # methods without a tuned tower
+
+ByEpisode = Mapping[str, Mapping[int, float]]  # arm -> episode -> value
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,10 @@ class Comparison:
         difference: To the other arm over the episodes that both have; ``None`` for that arm itself.
         p: Of a paired t test that there is no difference.
         holm: The same, corrected for the number of arms compared.
-        episodes_needed: For a difference of this size, at power 0.8 and significance 0.05.
+        episodes_needed: For a difference of this size to be separated whatever the other arms do,
+            at power 0.8 and significance 0.05 over the number of arms compared.
+        beyond_probe: Difference to the linear probe on the frozen tower over the episodes that
+            both have; ``None`` without a probe, and for the arms of frozen towers.
     """
 
     arm: str
@@ -37,6 +43,12 @@ class Comparison:
     p: float | None
     holm: float | None
     episodes_needed: int | None
+    beyond_probe: Estimate | None
+
+    @property
+    def is_separated(self) -> bool:
+        """Whether the corrected test finds a difference."""
+        return self.holm is not None and self.holm < SIGNIFICANCE
 
 
 @dataclass(frozen=True)
@@ -54,26 +66,54 @@ class Change:
 
 
 @dataclass(frozen=True)
+class References:
+    """The arms that others are held against.
+
+    Args:
+        baseline: The arm that all are compared with.
+        probe: The linear probe on the frozen tower, if there is one.
+        frozen: All arms whose tower is not tuned.
+    """
+
+    baseline: str
+    probe: str | None = None
+    frozen: tuple[str, ...] = ()
+
+    @classmethod
+    def among(cls, methods: Mapping[str, str], baseline: str) -> References:
+        """The references among a run's arms.
+
+        Args:
+            methods: Arm -> name of its method.
+            baseline: The arm that all are compared with.
+        """
+        probes = [arm for arm, method in methods.items() if method == LINEAR_PROBE]
+        frozen = tuple(arm for arm, method in methods.items() if method in FROZEN)
+        return cls(baseline, probes[0] if probes else None, frozen)
+
+
+@dataclass(frozen=True)
 class Ablation:
     """All comparisons of a run.
 
     Args:
-        baseline: The arm that all are compared with.
+        references: The arms that others are held against.
         accuracy: Each arm's accuracy, in [0, 1].
         changes: What was tracked.
     """
 
-    baseline: str
+    references: References
     accuracy: tuple[Comparison, ...]
     changes: tuple[Change, ...]
 
     def to_json(self) -> dict[str, Any]:
         """The ablation as JSON values."""
-        return asdict(self)
+        content = asdict(self)
+        return {**content.pop("references"), **content}
 
 
 def read_ablation(folder: str | Path, arms: Sequence[str], baseline: str) -> Ablation:
-    """Compare the arms of a run with one of them.
+    """Compare the arms of a run with one of them; arms of frozen towers have their method's name.
 
     Args:
         folder: The run's folder.
@@ -83,103 +123,76 @@ def read_ablation(folder: str | Path, arms: Sequence[str], baseline: str) -> Abl
     Raises:
         FewShotError: A file can't be read or is damaged.
     """
-    accuracies: dict[str, dict[int, float]] = {arm: {} for arm in arms}
-    for record in read_run(folder):
-        if record.status == OK and record.accuracy is not None and record.arm in accuracies:
-            accuracies[record.arm][record.episode] = record.accuracy
+    records, journals = read_journals(folder)
+    accuracies = {arm: accuracy_by_episode(records, arm) for arm in arms}
     changes: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
-    for track in read_tracks(folder):
+    for track in tracks_of(records, journals):
         for series in track.series:
-            change = _change(series)
-            if track.arm in accuracies and change is not None:
+            change = last_minus_first(series)
+            if change is not None:
                 own = changes.setdefault((series.measure, series.name), {})
                 own.setdefault(track.arm, {})[track.episode] = change
+    references = References.among({arm: arm for arm in arms}, baseline)
+    return ablation_of(accuracies, changes, references)
+
+
+def ablation_of(
+    accuracies: ByEpisode,
+    changes: Mapping[tuple[str, str], ByEpisode],
+    references: References,
+) -> Ablation:
+    """All comparisons of arms with one of them.
+
+    Args:
+        accuracies: Arm -> episode -> accuracy, in the order that arms are shown.
+        changes: (measure, quantity) -> arm -> episode -> ``last_minus_first``; what no arm of
+            ``accuracies`` has is left out.
+        references: The arms that others are held against.
+    """
+    own = {
+        key: {arm: values[arm] for arm in accuracies if values.get(arm)}
+        for key, values in changes.items()
+    }
     return Ablation(
-        baseline=baseline,
-        accuracy=compare(accuracies, baseline),
+        references=references,
+        accuracy=compare(accuracies, references),
         changes=tuple(
-            Change(measure, name, compare({arm: own[arm] for arm in arms if arm in own}, baseline))
-            for (measure, name), own in changes.items()
+            Change(*key, compare(values, references)) for key, values in own.items() if values
         ),
     )
 
 
-def compare(values: dict[str, dict[int, float]], baseline: str) -> tuple[Comparison, ...]:
-    """Compare arms with one of them.
+def compare(values: ByEpisode, references: References) -> tuple[Comparison, ...]:
+    """Compare arms with one of them, each pair over the episodes that both have.
 
     Args:
         values: Arm -> episode -> value.
-        baseline: The arm that the others are compared with; without it there are no differences.
+        references: The arms that others are held against; without values of the baseline there are
+            no differences.
     """
-    other = values.get(baseline, {})
+    other = values.get(references.baseline, {})
+    probe = values.get(references.probe, {}) if references.probe is not None else {}
+    differences = {
+        arm: paired(own, other) if other and arm != references.baseline else None
+        for arm, own in values.items()
+    }
+    tests = [None if each is None else p_value(each) for each in differences.values()]
+    level = SIGNIFICANCE / max(1, sum(p is not None for p in tests))
     found = []
-    for arm, own in values.items():
-        difference = None
-        if arm != baseline and other:
-            common = sorted(own.keys() & other.keys())
-            difference = Estimate.of([own[episode] - other[episode] for episode in common])
-        estimate = Estimate.of([own[episode] for episode in sorted(own)])
-        found.append((arm, estimate, difference))
-    tests = [None if each is None else p_value(each) for _, _, each in found]
-    needed = [None if each is None else episodes_needed(each) for _, _, each in found]
-    return tuple(
-        Comparison(*own, p, corrected, number)
-        for own, p, corrected, number in zip(found, tests, holm(tests), needed, strict=True)
-    )
+    for (arm, own), p, corrected in zip(values.items(), tests, holm(tests), strict=True):
+        difference = differences[arm]
+        needed = None if difference is None else episodes_needed(difference, significance=level)
+        is_tuned = arm not in references.frozen
+        beyond = paired(own, probe) if probe and is_tuned else None
+        mean = Estimate.of([own[episode] for episode in sorted(own)])
+        found.append(Comparison(arm, mean, difference, p, corrected, needed, beyond))
+    return tuple(found)
 
 
-def _change(series: Series) -> float | None:
-    """Last minus first reading, over the blocks that have both."""
+def last_minus_first(series: Series) -> float | None:
+    """The change from the first reading to the last, as a mean over the blocks that have both."""
     if len(series.values) < 2:
         return None
     pairs = zip(series.values[0], series.values[-1], strict=True)
     changes = [last - first for first, last in pairs if first is not None and last is not None]
     return fmean(changes) if changes else None
-
-
-def accuracy_rows(ablation: Ablation) -> list[list[str]]:
-    """The table of accuracies: a heading and a row an arm, in percent and points."""
-    heading = ["arm", "episodes", "accuracy %", f"− {ablation.baseline}, points", "p (Holm)"]
-    rows = [[*heading, "episodes needed"]]
-    for own in ablation.accuracy:
-        row = [own.arm, str(own.value.episodes), shown(own.value, 100, "", 2)]
-        rows.append([*row, *_difference(own, 100, 2)])
-    return rows
-
-
-def change_rows(
-    ablation: Ablation, measures: Sequence[str] | None = SINK_MEASURES
-) -> list[list[str]]:
-    """The table of changes from the first step to the last: a heading and a row an arm each.
-
-    Args:
-        ablation: The ablation.
-        measures: Measures to show; ``None``: all.
-    """
-    heading = ["quantity", "arm", "episodes", "change", f"− {ablation.baseline}", "p (Holm)"]
-    rows = [[*heading, "episodes needed"]]
-    for change in ablation.changes:
-        if measures is not None and change.measure not in measures:
-            continue
-        for own in change.arms:
-            row = [change.name, own.arm, str(own.value.episodes), shown(own.value, 1, "+", 4)]
-            rows.append([*row, *_difference(own, 1, 4)])
-    return rows
-
-
-def shown(estimate: Estimate, factor: float, sign: str, digits: int) -> str:
-    """An estimate times a factor, with its 95 % interval where there is one."""
-    if estimate.mean is None:
-        return "-"
-    mean = f"{factor * estimate.mean:{sign}.{digits}f}"
-    if estimate.half_width is None:
-        return mean
-    return f"{mean} ± {factor * estimate.half_width:.{digits}f}"
-
-
-def _difference(own: Comparison, factor: float, digits: int) -> list[str]:
-    if own.difference is None:
-        return ["", "", ""]
-    corrected = "-" if own.holm is None else f"{own.holm:.3f}"
-    needed = "-" if own.episodes_needed is None else str(own.episodes_needed)
-    return [shown(own.difference, factor, "+", digits), corrected, needed]

@@ -45,16 +45,21 @@ def read_run(folder: str | Path) -> list[Record]:
     Raises:
         FewShotError: A file can't be read or is damaged.
     """
+    return read_journals(folder)[0]
+
+
+def read_journals(folder: str | Path) -> tuple[list[Record], JournalReader]:
+    """What ``read_run`` gives, and the reader that knows which journal a record lies in."""
     folder = expanded_out(folder)
     reader = JournalReader(folder)
     records = reader.news()
     settings_path = folder / SETTINGS_NAME
     if not settings_path.exists():
-        return _sorted(records, ())
+        return _sorted(records, ()), reader
     # Read after the journals: a run may be continued with more episodes, never with fewer.
     shape = _shape(_read_settings(settings_path))
     reader.require(shape)
-    return _sorted(records, shape.arms or ())
+    return _sorted(records, shape.arms or ()), reader
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:

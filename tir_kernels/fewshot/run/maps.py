@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.fewshot.run.folder import expanded_out, read_run, write_whole
+from tir_kernels.fewshot.run.records import Record
 from tir_kernels.files import open_regular
 
 FOLDER = "maps"
@@ -70,20 +74,43 @@ def write_maps(folder: Path, arm_index: int, maps: Maps) -> None:
     write_whole(path, content.getvalue())
 
 
-def read_maps(folder: str | Path) -> list[Maps]:
+class RunMaps(Mapping[tuple[int, str], Maps]):
+    """The maps of finished (episode, arm)s, each read from its file when it is asked for.
+
+    Iteration is in the order of the records.
+
+    Args:
+        folder: The run's folder.
+        records: The run's records.
+
+    Raises:
+        FewShotError: A file can't be read or is damaged; also when maps are asked for.
+    """
+
+    def __init__(self, folder: str | Path, records: Iterable[Record]) -> None:
+        path = expanded_out(folder) / FOLDER
+        found = {_key(entry): entry for entry in _paths(path)} if path.exists() else {}
+        self._paths = {each.key: found[each.key] for each in records if each.key in found}
+
+    def __getitem__(self, key: tuple[int, str]) -> Maps:
+        return _read(self._paths[key])
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
+def read_maps(folder: str | Path) -> Iterator[Maps]:
     """The maps of a run's finished (episode, arm)s, by episode and in the order of its arms.
+
+    One is in memory at a time.
 
     Raises:
         FewShotError: A file can't be read or is damaged.
     """
-    path = expanded_out(folder) / FOLDER
-    if not path.exists():
-        return []
-    found = {}
-    for entry in _paths(path):
-        maps = _read(entry)
-        found[maps.episode, maps.arm] = maps
-    return [found[record.key] for record in read_run(folder) if record.key in found]
+    yield from RunMaps(folder, read_run(folder)).values()
 
 
 def _paths(folder: Path) -> list[Path]:
@@ -93,18 +120,30 @@ def _paths(folder: Path) -> list[Path]:
         raise FewShotError(f"can't read {folder}: {first_line(error)}") from error
 
 
+def _key(path: Path) -> tuple[int, str]:
+    with _opened(path) as arrays:
+        return int(arrays["episode"]), str(arrays["arm"])
+
+
 def _read(path: Path) -> Maps:
+    with _opened(path) as arrays:
+        values = {name: arrays[name] for name in Maps._fields}
+        values["episode"], values["arm"] = int(values["episode"]), str(values["arm"])
+        values["class_names"] = [str(name) for name in values["class_names"]]
+        rows, columns = values["grid"]
+        values["grid"] = int(rows), int(columns)
+        return Maps(**values)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The arrays of a file, of which only those that are asked for are read."""
     try:
         with open_regular(path) as file, np.load(file, allow_pickle=False) as arrays:
-            values = {name: arrays[name] for name in Maps._fields}
+            yield arrays
     except OSError as error:
         raise FewShotError(f"can't read {path}: {first_line(error)}") from error
-    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise FewShotError(
             f"{path} is damaged ({first_line(error)}); delete it, and the run has no pictures of it"
         ) from error
-    values["episode"], values["arm"] = int(values["episode"]), str(values["arm"])
-    values["class_names"] = [str(name) for name in values["class_names"]]
-    rows, columns = values["grid"]
-    values["grid"] = int(rows), int(columns)
-    return Maps(**values)

@@ -9,6 +9,7 @@ from scipy import stats
 
 from tir_kernels.fewshot.run.summary import Estimate
 
+SIGNIFICANCE = 0.05
 _MOST_EPISODES = 10**7
 _LARGE = 2000
 _CERTAIN_SHIFT = 100.0
@@ -45,7 +46,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def episodes_needed(
-    estimate: Estimate, power: float = 0.8, significance: float = 0.05
+    estimate: Estimate, power: float = 0.8, significance: float = SIGNIFICANCE
 ) -> int | None:
     """The least number of episodes at which a paired two-sided t test would see this difference.
 

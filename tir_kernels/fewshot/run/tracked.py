@@ -8,15 +8,17 @@ run again its new line takes the place of the old one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tir_kernels.errors import FewShotError, first_line
-from tir_kernels.fewshot.run.appended import AppendedLines, read_from, whole_lines
-from tir_kernels.fewshot.run.folder import expanded_out, read_run, tracked_name
+from tir_kernels.fewshot.run.appended import AppendedLines
+from tir_kernels.fewshot.run.folder import read_journals, tracked_name
 from tir_kernels.fewshot.run.journal import JournalReader
+from tir_kernels.fewshot.run.records import Record
 from tir_kernels.fewshot.strict_json import decode_json, encode_json
+from tir_kernels.files import open_regular
 
 Number = float | None  # None: none found
 Block = int | None  # None: of the whole tower
@@ -188,17 +190,28 @@ def read_tracks(folder: str | Path) -> Iterator[Track]:
     Raises:
         FewShotError: A file can't be read or is damaged.
     """
-    records = read_run(folder)
-    journals = JournalReader(expanded_out(folder))
-    journals.news()
-    lines: dict[Path, dict[tuple[int, str], Track]] = {}
+    yield from tracks_of(*read_journals(folder))
+
+
+def tracks_of(records: Iterable[Record], journals: JournalReader) -> Iterator[Track]:
+    """The tracks of records that were read, one in memory at a time.
+
+    Args:
+        records: Records, in the order in which their tracks are wanted.
+        journals: The reader that gave them.
+
+    Raises:
+        FewShotError: A file can't be read or is damaged.
+    """
+    places: dict[Path, dict[tuple[int, str], _Place]] = {}
     for record in records:
         # A process that was killed may have left a line in a file whose journal has no record.
         path = tracked_beside(journals.path_of(record.key))
-        if path not in lines:
-            lines[path] = _read(path) if path.exists() else {}
-        if record.key in lines[path]:
-            yield lines[path][record.key]
+        if path not in places:
+            places[path] = _places(path) if path.exists() else {}
+        place = places[path].get(record.key)
+        if place is not None:
+            yield _track_at(path, place)
 
 
 def read_tracked(folder: str | Path) -> list[Tracked]:
@@ -206,15 +219,46 @@ def read_tracked(folder: str | Path) -> list[Tracked]:
     return [row for track in read_tracks(folder) for row in track.rows()]
 
 
-def _read(path: Path) -> dict[tuple[int, str], Track]:
+class _Place(NamedTuple):
+    """Where a line stands in a file."""
+
+    number: int
+    start: int
+
+
+def _places(path: Path) -> dict[tuple[int, str], _Place]:
+    """Where the line of each track stands; of one that was run again, the last, which counts.
+
+    All lines are looked at, so that a damaged one is told of before any is used.
+    """
     found = {}
-    for number, line in enumerate(whole_lines(read_from(path)).split(b"\n")[:-1], start=1):
-        try:
-            track = Track.from_line(line)
-        except ValueError as error:
-            raise FewShotError(
-                f"line {number} of {path} is damaged ({first_line(error)}); delete that line, and "
-                "the run has no measures of its episode"
-            ) from error
-        found[track.episode, track.arm] = track  # the last is that of the record
+    start = 0
+    try:
+        with open_regular(path) as file:
+            for number, line in enumerate(file, start=1):
+                if line.endswith(b"\n"):
+                    track = _parsed(path, number, line)
+                    found[track.episode, track.arm] = _Place(number, start)
+                start += len(line)
+    except OSError as error:
+        raise FewShotError(f"can't read {path}: {first_line(error)}") from error
     return found
+
+
+def _track_at(path: Path, place: _Place) -> Track:
+    try:
+        with open_regular(path) as file:
+            file.seek(place.start)
+            return _parsed(path, place.number, file.readline())
+    except OSError as error:
+        raise FewShotError(f"can't read {path}: {first_line(error)}") from error
+
+
+def _parsed(path: Path, number: int, line: bytes) -> Track:
+    try:
+        return Track.from_line(line)
+    except ValueError as error:
+        raise FewShotError(
+            f"line {number} of {path} is damaged ({first_line(error)}); delete that line, and "
+            "the run has no measures of its episode"
+        ) from error
