@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import gzip
 import html
 import io
 import re
@@ -89,6 +90,15 @@ def test_a_page_that_would_be_too_large_leaves_parts_out_and_says_so(
     run_folder, tmp_path, monkeypatch, page
 ):
     size = page.stat().st_size
+    monkeypatch.setattr(writing, "LARGEST", size - 1)
+    packed = text_of(write_page([run_folder], tmp_path / "packed.html"))
+    assert packed.count("<svg") == text_of(page).count("<svg")
+    content = re.search(
+        r'download="[^"]*\.csv\.gz" href="data:application/gzip;base64,([^"]*)"', packed
+    )
+    assert gzip.decompress(base64.b64decode(content[1])).decode().startswith("panel,line,at,")
+    size = (tmp_path / "packed.html").stat().st_size
+    assert size < page.stat().st_size
     monkeypatch.setattr(writing, "LARGEST", size - 1)
     smaller = text_of(write_page([run_folder], tmp_path / "smaller.html"))
     assert "Curves from block to block lie in the folder" in smaller

@@ -21,6 +21,7 @@ _HREF = "{http://www.w3.org/1999/xlink}href"
 _PROPERTIES = {each.light: f"var(--{each.name}, {each.light})" for each in SHADES}
 _COLOUR = re.compile("|".join(_PROPERTIES))
 _DECIMALS = re.compile(r"-?\d+\.\d+")
+_CURVE = re.compile("[^MLz0-9. -]")
 
 
 def page_elements(source: bytes, chart: Chart, places: Sequence[Place]) -> list[str]:
@@ -99,7 +100,15 @@ def _tidy(element: Element, kept: set[str]) -> None:
     for key in ("d", "x", "y", "transform"):
         if key in element.attrib:
             element.set(key, _DECIMALS.sub(_rounded, element.attrib[key]))
+    if "d" in element.attrib:
+        element.set("d", _shorter(element.attrib["d"]))
+
+
+def _shorter(path: str) -> str:
+    """A path without what is understood: after a point, another one is a line to it."""
+    path = " ".join(path.split())
+    return path.replace(" L ", " ") if not _CURVE.search(path) else path
 
 
 def _rounded(match: re.Match[str]) -> str:
-    return f"{float(match[0]):.2f}".rstrip("0").rstrip(".")
+    return f"{float(match[0]):.1f}".removesuffix(".0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +29,7 @@ from tir_kernels.fewshot.run.folder import expanded_out, write_whole
 from tir_kernels.files import MIB, read_bytes
 from tir_kernels.text import printable, setting
 
-LARGEST = 4_000_000  # bytes of a page
+LARGEST = 2_000_000  # bytes of a page
 _PICTURES = 5  # images of a gallery, where there is room for them
 _MARK = b"<!doctype html>\n<!-- written by tir-finetune -->\n"
 _KINDS = {"csv": "text/csv", "markdown": "text/markdown", "latex": "application/x-tex"}
@@ -144,8 +145,9 @@ def _fitting_page(runs: Sequence[ReportedRun]) -> tuple[bytes, dict[str, Drawing
     drawn = {name: [Markup(panel) for panel in own.panels] for name, own in drawings.items()}
     lean = {name: own for name, own in drawn.items() if not name.endswith(BY_BLOCK)}
     beside = "lie in the folder beside this file alone"
-    page = _rendered(runs, parts, styles, drawn, "")
+    page = _rendered(runs, parts, styles, drawn, "", is_packed=False)
     for least, figures, note in (
+        (pictures, drawn, ""),  # with the figures' data packed
         (pictures, lean, f"Curves from block to block {beside}, for their size."),
         (1, lean, f"Curves from block to block {beside}, and pictures are fewer, for their size."),
         (0, lean, f"Curves from block to block {beside}, and pictures are left out, for size."),
@@ -154,7 +156,7 @@ def _fitting_page(runs: Sequence[ReportedRun]) -> tuple[bytes, dict[str, Drawing
         if len(page) <= LARGEST:
             break
         fewer = [part._replace(sections=_with_pictures(part.sections, least)) for part in parts]
-        page = _rendered(runs, fewer, styles, figures, note)
+        page = _rendered(runs, fewer, styles, figures, note, is_packed=True)
     return page, drawings
 
 
@@ -191,6 +193,7 @@ def _rendered(
     styles: dict[str, int],
     drawn: dict[str, list[Markup]],
     note: str,
+    is_packed: bool,
 ) -> bytes:
     title = runs[0].name
     if len(runs) > 1:
@@ -207,7 +210,8 @@ def _rendered(
     environment.globals.update(
         shown=shown,
         downloads=_downloads,
-        chart_download=lambda chart: download(written(_data(chart), "csv"), "text/csv"),
+        data_ending="csv.gz" if is_packed else "csv",
+        chart_download=lambda chart: _chart_download(chart, is_packed),
         stroke=_stroke,
         shade=shade,
         slug=lambda text: "".join(char if char.isalnum() else "-" for char in text).lower(),
@@ -235,6 +239,13 @@ def _downloads(table: Table) -> list[tuple[str, str, str]]:
         (style, ending, download(written(table, style), _KINDS[style]))
         for style, ending in FORMATS.items()
     ]
+
+
+def _chart_download(chart: Chart, is_packed: bool) -> str:
+    text = written(_data(chart), "csv")
+    if not is_packed:
+        return download(text, "text/csv")
+    return download(gzip.compress(text.encode(), mtime=0), "application/gzip")
 
 
 def _data(chart: Chart) -> Table:
