@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tir_kernels.adapters.lora import add_lora
@@ -33,26 +31,14 @@ def merged_lora(
         TypeError, ValueError: An unsuitable model, or factors that do not fit it.
         RuntimeError: The model has LoRA on it.
     """
-    originals: list[tuple[nn.Parameter, Tensor]] = []
-    changed: list[Tensor] = []
-    with add_lora(model, rank, alpha, 0.0) as lora, torch.no_grad():
+    with add_lora(model, rank, alpha, 0.0) as lora:
         lora.set_factors(a, b)
-        for owner in lora.owners():
-            low_rank: Any = owner.low_rank
-            weight = _weight(owner)
-            product = torch.matmul(low_rank.b, low_rank.a).flatten(0, 1)
-            originals.append((weight, weight.data))
-            changed.append(weight.data + (product * low_rank.scaling).to(weight.dtype))
-    try:
-        for (weight, _), value in zip(originals, changed, strict=True):
-            weight.data = value
-        yield
-    finally:
+        originals = [(weight, weight.data) for weight in lora.weights()]
         for weight, value in originals:
-            weight.data = value
-
-
-def _weight(owner: Any) -> nn.Parameter:
-    """The matrix whose product a module's low-rank change is added to."""
-    packed = getattr(owner, "in_proj_weight", None)
-    return owner.weight if packed is None else packed
+            weight.data = value.clone()
+        try:
+            lora.merge()
+            yield
+        finally:
+            for weight, value in originals:
+                weight.data = value
