@@ -84,6 +84,10 @@ class LoRA(Handle):
         """The modules that hold the low-rank changes, in the order of :meth:`factors`."""
         return [place.linear.owner for places in self._places.values() for place in places]
 
+    def weights(self) -> list[Tensor]:
+        """The model's own weights that are changed, in the order of :meth:`owners`."""
+        return [place.weight for places in self._places.values() for place in places]
+
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """``"{visual|text}.{layer}.{q|k|v}"`` -> A (rank, width) and B (width, rank), as views; of
         several episodes, with a leading dimension G.

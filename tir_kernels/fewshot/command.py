@@ -35,6 +35,7 @@ from tir_kernels.fewshot.options import (
     track_option,
     with_options,
 )
+from tir_kernels.fewshot.predict_command import predict
 from tir_kernels.fewshot.report_command import report, show_page
 from tir_kernels.fewshot.run.workers import Place
 from tir_kernels.fewshot.run_options import Inputs, Reading, RunOptions, settings_named
@@ -144,6 +145,7 @@ def _demo(out: str, options: dict[str, Any]) -> None:
 
 cli.add_command(report)
 cli.add_command(export)
+cli.add_command(predict)
 
 
 def _run(then: Callable[[], None] | None = None, **options: Any) -> None:

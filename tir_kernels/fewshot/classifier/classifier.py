@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from tir_kernels.adapters import loras_of
+from tir_kernels.adapters.merging import merged_lora
 from tir_kernels.errors import FewShotError
 from tir_kernels.fewshot.classifier.about import About
 from tir_kernels.fewshot.data.decoding import Decoding
@@ -44,9 +47,29 @@ class Scorer:
 
         Each image's are its own, up to rounding: no other image of the batch plays a part.
         """
+        return self.begin(images)()
+
+    def begin(self, images: Tensor) -> Callable[[], Tensor]:
+        """As ``logits``, of which the call of what is returned waits for the numbers.
+
+        A GPU works on them meanwhile; another batch may be begun before.
+        """
         with torch.no_grad():
-            inputs = self._learner.inputs(images.to(self._device)[None])
-            return self._learner.logits(inputs, self._classes)[0].float().cpu()
+            inputs = self._learner.inputs(images.to(self._device, non_blocking=True)[None])
+            logits = self._learner.logits(inputs, self._classes)[0].float()
+        if not logits.is_cuda:
+            found = logits.cpu()
+            return lambda: found
+        host = torch.empty(logits.shape, dtype=logits.dtype, device="cpu", pin_memory=True)
+        host.copy_(logits, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def wait() -> Tensor:
+            copied.synchronize()
+            return host
+
+        return wait
 
 
 class Classifier:
@@ -103,9 +126,29 @@ class Classifier:
 
     @contextmanager
     def open(self) -> Iterator[Scorer]:
-        """The classifier ready for many batches, on the model until the context ends."""
-        with self.learner() as learner:
+        """The classifier ready for many batches, on the model until the context ends.
+
+        LoRA's change is in the weights themselves, which costs nothing in each batch.
+        """
+        model = self.model.model
+        with self._merged_lora(), self.learner() as learner:
+            for lora in loras_of(model):
+                lora.remove()
             yield Scorer(learner, torch.device(self.runtime.device))
+
+    def _merged_lora(self) -> AbstractContextManager[object]:
+        """The changes that LoRA has learned, if any, in the base model's weights."""
+        factors: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
+        for name, each in self.learned.items():
+            place, _, letter = name.rpartition(".")
+            if place.startswith("lora."):
+                factors[letter][place.removeprefix("lora.")] = each
+        if not factors["A"]:
+            return nullcontext()
+        method: Any = self.about.method
+        return merged_lora(
+            self.model.model, method.lora_rank, method.lora_alpha, factors["A"], factors["B"]
+        )
 
     def predict(
         self,

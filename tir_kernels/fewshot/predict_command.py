@@ -1,0 +1,114 @@
+"""The command ``predict``: images of any number to a table of classes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tir_kernels.errors import FewShotError
+from tir_kernels.fewshot.interrupts import leaving_at_once
+from tir_kernels.fewshot.options import NAME, Count, with_options
+from tir_kernels.fewshot.run.workers import Place
+from tir_kernels.fewshot.run_options import settings_named
+from tir_kernels.fewshot.settings import AUTO, PRECISIONS, Runtime
+from tir_kernels.operators.choose import backend_names
+from tir_kernels.text import setting
+
+if TYPE_CHECKING:
+    from tir_kernels.fewshot.predict.running import Prediction
+
+
+@click.command()
+@click.argument("classifier", type=NAME, metavar="CLASSIFIER")
+@click.argument("images", type=NAME, nargs=-1, required=True, metavar="IMAGES...")
+@click.option(
+    "--out",
+    type=NAME,
+    metavar="FILE",
+    help="CSV or Parquet file to write, by its ending; by default CSV goes to standard output. The "
+    "same command continues one that was stopped.",
+)
+@click.option(
+    "--top",
+    type=Count(1, 10**6, "no classifier has as many classes"),
+    default=1,
+    help="Likeliest classes that are named.",
+)
+@click.option("--probabilities", is_flag=True, help="Add a column for each class.")
+@click.option(
+    "--batch-size",
+    type=Count(1, 10**6, "no memory holds as many"),
+    default=64,
+    help="Images that are classified at once; no result depends on it but for rounding.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    help="Type of products: float32, or that of an autocast region; by default as in training.",
+)
+@click.option(
+    "--device", default=AUTO, help="cpu, cuda, cuda:1, ...; auto is cuda if there is one."
+)
+@click.option(
+    "--backend",
+    default=AUTO,
+    metavar=f"[{AUTO}|{'|'.join(backend_names())}]",
+    help="Backend of the operators; auto serves what it lacks.",
+)
+@click.option(
+    "--model",
+    type=NAME,
+    metavar="ARCH_OR_DIR",
+    help="The base model, where it is not any more where the classifier was made with it.",
+)
+@click.option(
+    "--pretrained", type=NAME, metavar="TAG_OR_FILE", help="Weights of the architecture in --model."
+)
+@click.option(
+    "--max-pixels",
+    type=Count(1, 2**40, "no machine decodes such an image"),
+    help="Largest image that is decoded, in pixels; by default Pillow's limit, about 179 million.",
+)
+@click.option(
+    "--white-value",
+    type=float,
+    help="The value that is white in grey images of more than 8 bits, as for run.",
+)
+@click.option(
+    "--report",
+    is_flag=True,
+    help="Write a page beside the output with the predictions that are most and least sure.",
+)
+def predict(**options: Any) -> None:
+    """Classify IMAGES with a CLASSIFIER that fit has made.
+
+    IMAGES are files, folders (also deep in them), quoted patterns such as "x/**/*.jpg" or
+    "shard-{0000..0099}.tar", lists (.txt: a path on each line; .csv or .tsv: a column image, path
+    or file), shards of WebDataset (.tar), or - for paths on standard input.
+    """
+    from tir_kernels.fewshot.unforeseen import describe_unforeseen
+
+    try:
+        with leaving_at_once():
+            prediction = _prepared(options)
+        prediction.run()
+    except (FewShotError, click.ClickException, click.Abort):
+        raise
+    except Exception as error:
+        raise describe_unforeseen(error, None) from error
+
+
+def _prepared(options: dict[str, Any]) -> Prediction:
+    """All that can be checked before the model is loaded."""
+    from tir_kernels.fewshot.predict.running import Prediction, Request
+
+    place = Place.of_this_process()
+    if options["pretrained"] is not None and options["model"] is None:
+        raise FewShotError(f"{setting('pretrained')} needs {setting('model')} beside it")
+    with settings_named():
+        precision = options["precision"]
+        Runtime(options["device"], precision or "float32", options["backend"])
+    names = Request.__dataclass_fields__
+    request = Request(**{name: options[name] for name in names})
+    return Prediction(request, place, spelled=with_options)
