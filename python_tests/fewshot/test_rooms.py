@@ -8,7 +8,13 @@ from test_structure import PACKAGE, imports
 
 DRIVER = PACKAGE / "fewshot"
 # The files that know a command line.
-COMMAND_LINE = {"command.py", "report_command.py", "fit_command.py", "options.py"}
+COMMAND_LINE = {
+    "command.py",
+    "export_command.py",
+    "fit_command.py",
+    "options.py",
+    "report_command.py",
+}
 
 
 @pytest.mark.parametrize("room", ["data", "run"])

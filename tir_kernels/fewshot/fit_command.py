@@ -120,7 +120,8 @@ def _show(fitted: Fitted) -> None:
     for doubt in doubts(about.figures, about.support):
         _say(console, f"Warning: {doubt}.")
     if fitted.tracked is not None:
-        _say(console, f"Measures: {printable(str(fitted.tracked))}")
+        tracked = shlex.quote(str(fitted.tracked))
+        _say(console, f"Measures: {printable(tracked)} ({PROGRAM} report draws them)")
         if not fitted.was_finished:
             show_page([fitted.tracked], fitted.path)
     _say(console, f"Classifier: {printable(str(fitted.path))}")

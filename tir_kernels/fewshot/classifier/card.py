@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tir_kernels.fewshot.classifier.figures import all_figures
+from tir_kernels.fewshot.fields import as_settings
 from tir_kernels.text import printable
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def model_card(classifier: Classifier) -> str:
         figures=all_figures(about.figures, about.support),
         settings={
             name.replace("_", " "): value
-            for name, value in about.settings.items()
+            for name, value in {**about.settings, **as_settings(about.method)}.items()
             if value is not None
         },
     )
@@ -54,7 +55,7 @@ def model_card(classifier: Classifier) -> str:
 
 def literal(text: object) -> Markup:
     """Text that Markdown and HTML show as it is, in a table too."""
-    shown = html.escape(printable(str(text)), quote=True)
+    shown = html.escape(printable(str(text)), quote=False)
     return Markup(_MARKS.sub(r"\\\g<0>", shown))
 
 
