@@ -5,10 +5,12 @@ import json
 import os
 
 import pytest
+import torch
 from rich.console import Console
 from small_images import write_images
 
 from tir_kernels import fewshot
+from tir_kernels.fewshot.classifier import prepared_fit
 from tir_kernels.fewshot.classifier.fit_display import FitDisplay
 from tir_kernels.fewshot.command import main
 
@@ -70,3 +72,45 @@ def test_the_precision_is_the_classifiers_own(tmp_path, tiny_model_folder, preci
     about = fewshot.load_classifier(tmp_path / "out").about
     assert about.precision == precision
     assert f"- precision: {precision}" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_interrupted_while_it_is_saved_and_damaged_later(
+    tmp_path, tiny_model_folder, capsys, monkeypatch
+):
+    data, out = write_images(tmp_path / "images", {"ClassA": 2, "ClassB": 3}), tmp_path / "out"
+    more = ["--steps=2", "--folds=2"]
+    steps = []
+    note = FitDisplay._step
+    monkeypatch.setattr(
+        FitDisplay, "_step", lambda self, *step: (steps.append(step), note(self, *step))
+    )
+
+    def begin(classifier, path):
+        (path / "learned.safetensors").write_bytes(b"a beginning")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared_fit, "save_classifier", begin)
+        assert fit(data, out, tiny_model_folder, *more) == 130
+    assert len(steps) == 3 * 2
+    assert fit(data, out, tiny_model_folder, *more) == 0
+    assert len(steps) == 3 * 2, "all trainings were finished"
+    made = fewshot.load_classifier(out)
+    # Cloned, since what was read is a map of the file that is overwritten below.
+    learned = {name: each.clone() for name, each in made.learned.items()}
+    assert sorted(path.name for path in (out / ".fit").iterdir()) == [
+        ".lock",
+        "parts.json",
+        "settings.json",
+    ]
+    (out / "learned.safetensors").write_bytes(b"not as it was written")
+    capsys.readouterr()
+    assert fit(data, out, tiny_model_folder, *more) == 0
+    printed = capsys.readouterr()
+    assert "learned.safetensors is not as it was written" in printed.err
+    assert "it is made anew" in printed.err
+    assert "is finished" not in printed.out
+    assert len(steps) == 4 * 2, "the folds are kept"
+    again = fewshot.load_classifier(out)
+    assert again.about == made.about
+    assert all(torch.equal(each, learned[name]) for name, each in again.learned.items())
