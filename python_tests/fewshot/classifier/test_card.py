@@ -138,8 +138,9 @@ def test_doubts():
 
 def test_chance_and_imbalance():
     assert chance((6, 2, 2)) == 0.6
-    assert imbalance_note(["a", "b"], [6, 2]) is None
-    note = imbalance_note(["a", "b"], [7, 2])
+    assert imbalance_note(["a", "b"], [6, 2], True) is None
+    assert "balance" not in imbalance_note(["a", "b"], [7, 2], False)
+    note = imbalance_note(["a", "b"], [7, 2], True)
     assert "class 'a' has 7 images and 'b' has 2" in note
     assert "balance=loss" in note
     assert "shots=2" in note

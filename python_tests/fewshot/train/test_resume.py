@@ -65,7 +65,7 @@ def train(method, keeper=None, precision="float32", batch_size=None):
 
 
 @pytest.mark.parametrize("name", ["tir", "lora"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("batch_size", [None, 4])
 def test_stopped_is_as_never_stopped(name, precision, batch_size):
     method = (

@@ -105,16 +105,24 @@ def doubts(figures: Mapping[str, Any], support: Sequence[int]) -> list[str]:
     return found
 
 
-def imbalance_note(labels: Sequence[str], support: Sequence[int]) -> Notice | None:
-    """A line on classes of very unequal size; ``None`` where they are not."""
+def imbalance_note(
+    labels: Sequence[str], support: Sequence[int], takes_weights: bool
+) -> Notice | None:
+    """A line on classes of very unequal size; ``None`` where they are not.
+
+    Args:
+        labels: The classes.
+        support: Images of each.
+        takes_weights: Whether the method heeds weights of classes.
+    """
     largest, smallest = max(support), min(support)
     if largest <= _MOST_UNEVEN * smallest:
         return None
     named = labels[support.index(largest)], labels[support.index(smallest)]
+    weights = f"{setting('balance', 'loss')} lets all count alike, " if takes_weights else ""
     return Notice(
         f"class {named[0]!r} has {largest} images and {named[1]!r} has {smallest}, so that large "
-        f"classes count for more: {setting('balance', 'loss')} lets all count alike, "
-        f"{setting('shots', smallest)} takes as many of each"
+        f"classes count for more: {weights}{setting('shots', smallest)} takes as many of each"
     )
 
 

@@ -41,7 +41,7 @@ _SUPPORT = "support"
 
 
 class FitFolder:
-    """A classifier's folder while its fit goes on; a ``fitting.Keeper``.
+    """A classifier's folder while its fit goes on.
 
     Args:
         path: The classifier's folder; it is created if missing.
@@ -116,7 +116,7 @@ class FitFolder:
 
 
 class FitKeeper:
-    """Keeps what a fit has done; made by ``FitFolder.keeper``."""
+    """Keeps what a fit has done, as a ``fitting.Keeper``; made by ``FitFolder.keeper``."""
 
     def __init__(
         self,

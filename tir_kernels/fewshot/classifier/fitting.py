@@ -132,11 +132,16 @@ def require_balance(method: Method, settings: FitSettings) -> None:
         raise FewShotError(
             f"{balance} draws the images of each step, so it needs {setting('batch_size')}"
         )
-    if settings.balance == "loss" and not (method.steps or method.fit_takes_class_weights):
+    if settings.balance == "loss" and not takes_class_weights(method):
         raise FewShotError(
             f"{balance} weights a loss, and method {method.name} has none; leave it out, or take "
             f"as many images of each class with {setting('shots')}"
         )
+
+
+def takes_class_weights(method: Method) -> bool:
+    """Whether a method heeds weights of the classes."""
+    return method.steps > 0 or method.fit_takes_class_weights
 
 
 def balanced_weights(labels: Tensor, num_classes: int) -> Tensor:

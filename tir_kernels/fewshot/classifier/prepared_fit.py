@@ -17,7 +17,13 @@ from tir_kernels.fewshot.classifier.expected import expected_accuracy, number_of
 from tir_kernels.fewshot.classifier.figures import imbalance_note
 from tir_kernels.fewshot.classifier.fit_display import FitDisplay
 from tir_kernels.fewshot.classifier.fit_folder import FitFolder, room_asked_for
-from tir_kernels.fewshot.classifier.fitting import Fitter, Support, read_support, require_balance
+from tir_kernels.fewshot.classifier.fitting import (
+    Fitter,
+    Support,
+    read_support,
+    require_balance,
+    takes_class_weights,
+)
 from tir_kernels.fewshot.classifier.folder import load_classifier, save_classifier
 from tir_kernels.fewshot.data.dataset import load_data
 from tir_kernels.fewshot.devices import resolve_device
@@ -166,7 +172,7 @@ class PreparedFit:
                 f"unreadable images that were skipped: {', '.join(support.skipped)}"
             )
         labels = [entry.folder for entry in support.classes]
-        note = imbalance_note(labels, support.counts)
+        note = imbalance_note(labels, support.counts, takes_class_weights(self._options.method))
         if note is not None and settings.balance == "none":
             self._messages.tell(note)
         return support
