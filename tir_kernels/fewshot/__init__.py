@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tir_kernels.fewshot import methods
     from tir_kernels.fewshot.classifier.classifier import Classifier
-    from tir_kernels.fewshot.classifier.fitting import FitSettings
     from tir_kernels.fewshot.classifier.folder import load_classifier
     from tir_kernels.fewshot.classifier.making import fit
     from tir_kernels.fewshot.episode import Episode
     from tir_kernels.fewshot.run.folder import read_run
     from tir_kernels.fewshot.run.tracked import read_tracked
-    from tir_kernels.fewshot.settings import Arm, Protocol, Runtime
+    from tir_kernels.fewshot.settings import Arm, FitSettings, Protocol, Runtime
     from tir_kernels.fewshot.track.tracker import Tracker
     from tir_kernels.fewshot.train.batch import EpisodeResult, NonFiniteLossError
     from tir_kernels.fewshot.train.loop import (
@@ -26,7 +25,7 @@ _HOMES = {
     "Classifier": "classifier.classifier",
     "Episode": "episode",
     "EpisodeResult": "train.batch",
-    "FitSettings": "classifier.fitting",
+    "FitSettings": "settings",
     "NonFiniteLossError": "train.batch",
     "Protocol": "settings",
     "Runtime": "settings",

@@ -21,6 +21,7 @@ from tir_kernels.fewshot.ablate import (
 )
 from tir_kernels.fewshot.arms import make_arms
 from tir_kernels.fewshot.export_command import export
+from tir_kernels.fewshot.fit_command import fit
 from tir_kernels.fewshot.interrupts import INTERRUPTED, PROGRAM, leaving_at_once, terminable
 from tir_kernels.fewshot.methods import DEFAULT_METHODS, DEMO_METHODS
 from tir_kernels.fewshot.options import (
@@ -143,9 +144,8 @@ def _demo(out: str, options: dict[str, Any]) -> None:
     )
 
 
-cli.add_command(report)
-cli.add_command(export)
-cli.add_command(predict)
+for _command in (report, fit, predict, export):
+    cli.add_command(_command)
 
 
 def _run(then: Callable[[], None] | None = None, **options: Any) -> None:

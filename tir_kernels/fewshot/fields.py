@@ -163,5 +163,12 @@ def check_all(settings: Any) -> None:
             object.__setattr__(settings, field.name, field.metadata["check"](field.name, value))
 
 
+class Checked:
+    """A dataclass whose fields check what they are given."""
+
+    def __post_init__(self) -> None:
+        check_all(self)
+
+
 def _field(default: object, help: str, check: Callable[[str, Any], Any], **more: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "check": check, **more})

@@ -16,7 +16,7 @@ from tir_kernels.fewshot.arms import fields_of
 from tir_kernels.fewshot.data.known import KNOWN_SETS
 from tir_kernels.fewshot.fields import kinds_of
 from tir_kernels.fewshot.methods import DEFAULT_METHODS, METHODS, method_class
-from tir_kernels.fewshot.settings import AUTO, Protocol, Runtime
+from tir_kernels.fewshot.settings import AUTO, FitSettings, Protocol, Runtime
 from tir_kernels.text import Notice, printable
 
 # Options that are not called like their settings.
@@ -126,14 +126,23 @@ def settings_options(**defaults: Any) -> Callable[[Callable], Callable]:
     Args:
         defaults: Defaults that differ from the fields' own.
     """
+    return _adding(_options_of(Protocol, Runtime, parallel=1, **defaults))
+
+
+def fit_settings_options() -> Callable[[Callable], Callable]:
+    """An option for each field of ``FitSettings`` and ``Runtime``; there is one training a time."""
+    return _adding(_options_of(FitSettings, Runtime, without=("parallel",)))
+
+
+def _options_of(*kinds: type, without: Sequence[str] = (), **defaults: Any) -> list[Callable]:
     # A library's caller says where the model is; a command takes the GPU that is there.
-    defaults = {"device": AUTO, "parallel": 1, **defaults}
-    options = [
+    defaults = {"device": AUTO, **defaults}
+    return [
         _field_option(field, hint, default=defaults.get(field.name, field.default))
-        for kind in (Protocol, Runtime)
+        for kind in kinds
         for field, hint in _fields(kind)
+        if field.name not in without
     ]
-    return _adding(options)
 
 
 def method_options() -> Callable[[Callable], Callable]:
@@ -215,13 +224,6 @@ _SOURCE_OPTIONS = [
         metavar="TAG_OR_FILE",
         help="Weights of the architecture: a tag of open_clip, or a checkpoint file.",
     ),
-    click.option(
-        "--out",
-        type=NAME,
-        required=True,
-        metavar="RUN_DIR",
-        help="Folder of the run. The same command continues a run that was stopped.",
-    ),
 ]
 _READING_OPTIONS = [
     click.option(
@@ -264,9 +266,25 @@ _READING_OPTIONS = [
 ]
 
 
-def source_options() -> Callable[[Callable], Callable]:
-    """The options of data, model and folder."""
-    return _adding(_SOURCE_OPTIONS)
+def source_options(
+    metavar: str = "RUN_DIR",
+    out: str = "Folder of the run. The same command continues a run that was stopped.",
+) -> Callable[[Callable], Callable]:
+    """The options of data, model and folder.
+
+    Args:
+        metavar: What the folder is called.
+        out: Help on it.
+    """
+    folder = click.option("--out", type=NAME, required=True, metavar=metavar, help=out)
+    return _adding([*_SOURCE_OPTIONS, folder])
+
+
+def one_method_option() -> Callable[[Callable], Callable]:
+    """The option of a single method."""
+    return click.option(
+        "--method", type=_Choice(lambda: METHODS), default=DEFAULT_METHODS[0], help="Method."
+    )
 
 
 def reading_options() -> Callable[[Callable], Callable]:

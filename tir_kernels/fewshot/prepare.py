@@ -13,9 +13,9 @@ import torch
 
 import tir_kernels
 from tir_kernels.fewshot.data.cache import open_cache
-from tir_kernels.fewshot.data.dataset import load_data
+from tir_kernels.fewshot.data.dataset import ImageData, load_data
 from tir_kernels.fewshot.data.decoding import Decoding
-from tir_kernels.fewshot.data.reader import ImageReader
+from tir_kernels.fewshot.data.reader import ImageReader, Preprocess
 from tir_kernels.fewshot.devices import is_slow_at, resolve_device
 from tir_kernels.fewshot.episode import Episode
 from tir_kernels.fewshot.fields import as_settings
@@ -126,9 +126,8 @@ class PreparedRun:
         if note:
             messages.tell(note)
         self._given_device = device
-        with settings_named():
-            self._decoding = Decoding(reading.max_pixels, reading.white_value)
-        _require_backend(runtime.backend, device)
+        decoding_of(reading)
+        require_backend_here(runtime.backend, device)
         self._runtime = replace(runtime, device=place.own_device(device))
         parallel = 1 if runtime.parallel is None else runtime.parallel
         self.plan = RunPlan(
@@ -179,14 +178,14 @@ class PreparedRun:
         """
         with RunFolder(self._options.out, self._place) as folder:
             settings = self._settings()
-            self._note_slowness()
+            note_slowness(self._runtime.precision, self.plan.device, self._messages)
             if self.plan.device != self._given_device:
                 # For what takes the current device unasked, as the capture of CUDA graphs does.
                 torch.cuda.set_device(self.plan.device)
             about = {
                 "data": self._data.name,
                 "model": self._model.description,
-                **_versions(),
+                **versions(),
             }
             folder.claim(settings, self.plan.episodes, about)
             self._run_episodes(folder)
@@ -214,7 +213,7 @@ class PreparedRun:
                 finished=journal.records,
             )
             trainer = ModelTrainer(self._model, self._protocol.seed, self._runtime)
-            images = self._images()
+            images = image_reader(self._data, self._model.preprocess, self._reading, self._messages)
             with display, self._watcher(journal) as watcher:
                 for record in run_episodes(
                     self.plan,
@@ -245,20 +244,6 @@ class PreparedRun:
         finally:
             watcher.close()
 
-    def _images(self) -> ImageReader:
-        cache = None
-        if not self._reading.no_cache:
-            shape = self._model.preprocess.shape
-            cache = open_cache(self._reading.cache, shape, notify=self._messages.tell)
-        return ImageReader(
-            self._data,
-            self._model.preprocess,
-            cache=cache,
-            skip_unreadable=self._reading.skip_unreadable,
-            decoding=self._decoding,
-            notify=self._messages.tell,
-        )
-
     def _settings(self) -> dict[str, Any]:
         """All that decides an episode's numbers, as JSON values by the names of the settings."""
         settings = asdict(self._protocol) | {
@@ -282,16 +267,49 @@ class PreparedRun:
             settings["white_value"] = self._reading.white_value
         return settings
 
-    def _note_slowness(self) -> None:
-        precision = self._runtime.precision
-        if is_slow_at(precision, self.plan.device):
-            self._messages.tell(
-                f"this processor has no instructions for products of {precision} numbers: "
-                f"{setting('precision', 'float32')} would be faster"
-            )
+
+def note_slowness(precision: str, device: str, messages: Messages) -> None:
+    """Tell the user of a type that this processor multiplies slowly."""
+    if is_slow_at(precision, device):
+        messages.tell(
+            f"this processor has no instructions for products of {precision} numbers: "
+            f"{setting('precision', 'float32')} would be faster"
+        )
 
 
-def _require_backend(backend: str, device: str) -> None:
+def image_reader(
+    data: ImageData, preprocess: Preprocess, reading: Reading, messages: Messages
+) -> ImageReader:
+    """The reader of a data set's images for a model, with the cache on the disk."""
+    cache = None
+    if not reading.no_cache:
+        cache = open_cache(reading.cache, preprocess.shape, notify=messages.tell)
+    return ImageReader(
+        data,
+        preprocess,
+        cache=cache,
+        skip_unreadable=reading.skip_unreadable,
+        decoding=decoding_of(reading),
+        notify=messages.tell,
+    )
+
+
+def decoding_of(reading: Reading) -> Decoding:
+    """The settings of the decoder.
+
+    Raises:
+        FewShotError: There are no such settings.
+    """
+    with settings_named():
+        return Decoding(reading.max_pixels, reading.white_value)
+
+
+def require_backend_here(backend: str, device: str) -> None:
+    """Check that a backend runs on a device of this machine.
+
+    Raises:
+        FewShotError: It does not, and why.
+    """
     if backend == AUTO:
         return
     with settings_named():
@@ -300,7 +318,8 @@ def _require_backend(backend: str, device: str) -> None:
             raise error
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The versions of the packages that results depend on."""
     return {
         "tir_kernels": tir_kernels.__version__,
         "torch": torch.__version__,

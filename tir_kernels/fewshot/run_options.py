@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tir_kernels.errors import FewShotError
 from tir_kernels.fewshot.methods import METHODS, method_class
-from tir_kernels.fewshot.settings import Arm, Protocol, Runtime
+from tir_kernels.fewshot.settings import Arm, FitSettings, Protocol, Runtime
 from tir_kernels.fewshot.track.settings import Tracking
 from tir_kernels.text import setting
 
@@ -81,7 +81,7 @@ def settings_named() -> Iterator[None]:
 def _setting_first(message: str) -> str:
     match = re.match(r"(\w+)([ =:])", message)
     methods = map(method_class, METHODS)
-    kinds = (Protocol, Runtime, Inputs, Reading, RunOptions, *methods)
+    kinds = (Protocol, FitSettings, Runtime, Inputs, Reading, RunOptions, *methods)
     known = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     known |= {"arm", "method"}
     if match is None or match[1] not in known:

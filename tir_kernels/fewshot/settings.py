@@ -12,6 +12,7 @@ from tir_kernels.scalars import whole_number
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 AUTO = "auto"
+BALANCES = ("none", "loss", "sampling")
 _MOST_AT_ONCE = 4096  # episodes
 
 
@@ -38,15 +39,8 @@ def _count_or_auto(name: str, value: object) -> int | str:
     return number
 
 
-class Checked:
-    """A dataclass whose fields check what they are given."""
-
-    def __post_init__(self) -> None:
-        fields.check_all(self)
-
-
 @dataclass(frozen=True)
-class Protocol(Checked):
+class Protocol(fields.Checked):
     """The episodes of a run: N-way K-shot, and the seed that draws them."""
 
     ways: int = fields.whole(5, "Classes per episode.", least=2)
@@ -75,7 +69,62 @@ class Protocol(Checked):
 
 
 @dataclass(frozen=True)
-class Runtime(Checked):
+class FitSettings(fields.Checked):
+    """All that decides a fit besides its data, model, method and types."""
+
+    shots: int | None = fields.whole(
+        None,
+        "Labelled images per class, drawn by the seed; unset: all.",
+        least=1,
+        most=10**6,
+        reason="no class has as many images",
+    )
+    seed: int = fields.whole(
+        0,
+        "Seed of the choice of images, and of the method's initialisation and dropout.",
+        least=0,
+        most=2**63 - 1,
+        reason="generators take 63 bits",
+    )
+    augment: int = fields.whole(
+        0,
+        "Train on this many views of each image beside the image itself; 0 for none.",
+        least=0,
+        most=1000,
+        reason="so many views of one image are the same views again",
+    )
+    batch_size: int | None = fields.whole(
+        None,
+        "Images of each training step, every image once before any comes again; unset: all images "
+        "at every step, as the methods were published.",
+        least=1,
+        most=10**6,
+        reason="no step takes as many",
+    )
+    balance: str = fields.choice(
+        "none",
+        BALANCES,
+        "For classes of unequal size: none; loss weights each image by the inverse of its class's "
+        "size, so that all classes weigh alike; sampling draws the images of each step from all "
+        "classes alike, for which a batch size must be set.",
+    )
+    folds: int = fields.whole(
+        5,
+        "Parts of the labelled images that are held out in turn, each in a training without it, "
+        "to estimate the accuracy on images that were not trained on; 0 for no estimate.",
+        least=0,
+        most=1000,
+        reason="each is a training of its own",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.folds == 1:
+            raise ValueError("folds must be 0, or at least 2; got 1")
+
+
+@dataclass(frozen=True)
+class Runtime(fields.Checked):
     """The device and types that methods run in; results are the same up to rounding.
 
     Raises:

@@ -1,6 +1,7 @@
 """A training goes on where it was stopped, to the same bits; steps may see a part of the images."""
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from fewshot.training_cases import as_method, draw_episode, make_model, make_tok
 
 from tir_kernels.fewshot import Runtime
 from tir_kernels.fewshot.train.batch import Job, finetune_batch
-from tir_kernels.fewshot.train.resume import Batches
+from tir_kernels.fewshot.train.resume import Batches, batch_order
 
 NAMES = ["a cat", "a dog"]
 
@@ -64,7 +65,7 @@ def train(method, keeper=None, precision="float32", batch_size=None):
 
 
 @pytest.mark.parametrize("name", ["tir", "lora"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("batch_size", [None, 4])
 def test_stopped_is_as_never_stopped(name, precision, batch_size):
     method = (
@@ -100,7 +101,7 @@ def test_steps_of_a_part_of_the_images_differ_from_those_of_all():
 def test_every_image_comes_once_before_any_comes_again(count, size, steps):
     inputs = torch.arange(count, dtype=torch.float32)[None, :, None]
     labels = torch.arange(count)[None]
-    batches = Batches(inputs, labels, size, 3, steps)
+    batches = Batches(inputs, labels, batch_order(labels[0], size, 3, steps))
     tensors = batches.inputs, batches.labels
     seen = []
     for step in range(steps):
@@ -111,6 +112,40 @@ def test_every_image_comes_once_before_any_comes_again(count, size, steps):
     for first in range(0, len(seen), count):
         part = seen[first : first + count]
         assert len(set(part)) == len(part)
-    again = Batches(inputs, labels, size, 3, steps)
+    again = Batches(inputs, labels, batch_order(labels[0], size, 3, steps))
     again.show(steps - 1)
     assert torch.equal(again.labels, batches.labels)
+
+
+@pytest.mark.parametrize(("size", "steps"), [(4, 15), (40, 3), (1, 30)])
+def test_balanced_steps_see_all_classes_alike(size, steps):
+    labels = torch.tensor([0] * 9 + [1] * 2 + [2] * 4)
+    order = batch_order(labels, size, 3, steps, is_balanced=True)
+    assert order.shape == (steps, size)
+    seen = order.flatten()
+    counts = labels[seen].bincount()
+    assert counts.max() - counts.min() <= 1
+    for label in range(3):
+        rows = (labels == label).nonzero().flatten()
+        own = seen[labels[seen] == label]
+        for first in range(0, len(own), len(rows)):
+            part = own[first : first + len(rows)].tolist()
+            assert len(set(part)) == len(part)
+            assert set(part) <= set(rows.tolist())
+    assert torch.equal(order, batch_order(labels, size, 3, steps, is_balanced=True))
+    assert not torch.equal(order, batch_order(labels, size, 4, steps, is_balanced=True))
+
+
+def test_class_weights_are_those_of_the_loss():
+    method = as_method("lora", steps=1, lora_dropout=0.0)
+    episode = draw_episode(0, NAMES, shots=3)
+    episode = replace(episode, support_labels=torch.tensor([0, 0, 0, 0, 0, 1]))
+
+    def first_loss(weights):
+        job = Job(make_model(), make_tokenizer(), method, 0, Runtime(), class_weights=weights)
+        return finetune_batch(job, [episode], None)[0].losses[0]
+
+    zero, one = (first_loss(torch.eye(2)[label]) for label in (0, 1))
+    assert first_loss(None) == pytest.approx(zero + one)
+    assert first_loss(torch.tensor([0.6, 3.0])) == pytest.approx(0.6 * zero + 3 * one)
+    assert zero != pytest.approx(one)

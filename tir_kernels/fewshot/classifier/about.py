@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tir_kernels.fewshot.fields import as_settings
 from tir_kernels.fewshot.methods import Method, method_class
 from tir_kernels.fewshot.settings import PRECISIONS
+from tir_kernels.files import expand_user
+
+if TYPE_CHECKING:
+    from tir_kernels.towers.loading.models import LoadedModel
 
 FORMAT = 1
+
+
+def _whole_path(name: str) -> str:
+    return os.path.abspath(expand_user(name))
 
 
 @dataclass(frozen=True)
@@ -18,7 +28,7 @@ class BaseModel:
     """The model that a classifier was made with, and how to get it.
 
     Args:
-        name, pretrained: As for ``load_model``.
+        name, pretrained: As for ``load_model``; folders and files by their whole paths.
         description: The model in words.
         fingerprint: Digest of its configuration, preprocessing, weights and tokenizer.
     """
@@ -27,6 +37,17 @@ class BaseModel:
     pretrained: str | None
     description: str
     fingerprint: str
+
+    @classmethod
+    def of(cls, name: str, pretrained: str | None, loaded: LoadedModel) -> BaseModel:
+        """The model that ``load_model`` gave for these names, found from any current folder."""
+        if os.path.isdir(expand_user(name)):
+            name = _whole_path(name)
+        # No tag of weights has an ending.
+        has_ending = pretrained is not None and Path(pretrained).suffix
+        if pretrained is not None and has_ending and os.path.isfile(expand_user(pretrained)):
+            pretrained = _whole_path(pretrained)
+        return cls(name, pretrained, loaded.description, loaded.fingerprint)
 
 
 @dataclass(frozen=True)
@@ -44,6 +65,7 @@ class About:
         precision: Type of products in training, and by default in use.
         support: Support images of each class.
         figures: What was measured, by names that say what it is.
+        settings: The other settings of the fit.
         temperature: Divisor of the logits in front of the softmax.
         versions: Versions of the packages that it was made with.
     """
@@ -58,6 +80,7 @@ class About:
     precision: str
     support: tuple[int, ...]
     figures: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     temperature: float = 1.0
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -77,6 +100,7 @@ class About:
             "precision": self.precision,
             "temperature": self.temperature,
             "figures": dict(self.figures),
+            "settings": dict(self.settings),
             "versions": dict(self.versions),
         }
 
@@ -112,5 +136,6 @@ class About:
             precision=precision,
             temperature=temperature,
             figures=content["figures"],
+            settings=content["settings"],
             versions=content["versions"],
         )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,11 +10,25 @@ from torch import Tensor
 from tir_kernels.fewshot.classifier.fitting import Fitter, Support
 from tir_kernels.fewshot.methods.zero_shot import ZeroShot
 
-StepListener = Callable[[int, int, float], None]
+
+class FoldListener(Protocol):
+    """A listener that is told how the held-out trainings go."""
+
+    def step(self, fold: int, step: int, loss: float) -> None:
+        """A step, counted from 0, of the training that leaves out a fold."""
+
+    def finished(self, fold: int, correct: int, total: int) -> None:
+        """That training classified so many of the fold's images rightly."""
+
+
+def number_of_folds(fitter: Fitter, support: Support) -> int:
+    """Held-out trainings: as set, but at most the images of the smallest class; 0 for none."""
+    folds = min(fitter.settings.folds, *support.counts)
+    return folds if folds >= 2 else 0
 
 
 def expected_accuracy(
-    fitter: Fitter, support: Support, on_step: StepListener | None = None
+    fitter: Fitter, support: Support, listener: FoldListener | None = None
 ) -> dict[str, Any]:
     """Estimate the accuracy on images that were not trained on.
 
@@ -25,17 +38,17 @@ def expected_accuracy(
     Args:
         fitter: The fit.
         support: All labelled images.
-        on_step: Called with the fold, the step, from 0, and its loss.
+        listener: Told of steps and folds.
 
     Returns:
         "zero_shot_accuracy" on the same images, from the model as it is; and where the smallest
         class has two images or more, "held_out_accuracy" with the ends of its 95 % interval
         (Wilson), "held_out_images" and "held_out_folds".
     """
-    figures: dict[str, Any] = {"zero_shot_accuracy": _zero_shot(fitter, support)}
-    smallest = int(torch.bincount(support.labels).min())
-    folds = min(fitter.settings.folds, smallest)
-    if folds < 2:
+    count = len(support.labels)
+    figures: dict[str, Any] = {"zero_shot_accuracy": _zero_shot(fitter, support) / count}
+    folds = number_of_folds(fitter, support)
+    if not folds:
         return figures
     # Here, since they take seconds to import, which nothing else needs to wait for.
     from scipy.stats import binomtest
@@ -44,8 +57,10 @@ def expected_accuracy(
     splitter = StratifiedKFold(folds, shuffle=True, random_state=fitter.settings.seed % 2**32)
     correct = 0
     for fold, (kept, held_out) in enumerate(splitter.split(support.labels, support.labels)):
-        correct += _correct(fitter, support, fold, (kept, held_out), on_step)
-    count = len(support.labels)
+        own = _correct(fitter, support, fold, (kept, held_out), listener)
+        correct += own
+        if listener is not None:
+            listener.finished(fold, own, len(held_out))
     interval = binomtest(correct, count).proportion_ci(0.95, "wilson")
     return figures | {
         "held_out_accuracy": correct / count,
@@ -61,7 +76,7 @@ def _correct(
     support: Support,
     fold: int,
     rows: tuple[Any, Any],
-    on_step: StepListener | None,
+    listener: FoldListener | None,
 ) -> int:
     """How many images of a fold a training on the others classifies rightly."""
     part = f"fold{fold}"
@@ -69,19 +84,26 @@ def _correct(
     if known is not None:
         return int(known["correct"])
     kept, held_out = (support.part(torch.from_numpy(each)) for each in rows)
-    listener = None if on_step is None else lambda step, loss: on_step(fold, step, loss)
-    result = fitter.train(part, fitter.episode(kept, held_out), listener)
+    on_step = None if listener is None else lambda step, loss: listener.step(fold, step, loss)
+    result = fitter.train(part, fitter.episode(kept, held_out), on_step)
     correct = _matches(result.query_logits, held_out.labels)
     if fitter.keeper is not None:
         fitter.keeper.finish(part, {"correct": correct})
     return correct
 
 
-def _zero_shot(fitter: Fitter, support: Support) -> float:
+def _zero_shot(fitter: Fitter, support: Support) -> int:
+    """How many of the images the model as it is classifies rightly."""
+    known = None if fitter.keeper is None else fitter.keeper.known("zero-shot")
+    if known is not None:
+        return int(known["correct"])
     zero_shot = fitter.of_method(ZeroShot())
     first = support.part(torch.arange(1))  # it learns from none, and the engine asks for one
     result = zero_shot.train("zero-shot", zero_shot.episode(first, support))
-    return _matches(result.query_logits, support.labels) / len(support.labels)
+    correct = _matches(result.query_logits, support.labels)
+    if fitter.keeper is not None:
+        fitter.keeper.finish("zero-shot", {"correct": correct})
+    return correct
 
 
 def _matches(logits: Tensor, labels: Tensor) -> int:

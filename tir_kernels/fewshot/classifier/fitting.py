@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
+import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from typing import Any, NamedTuple, Protocol
 
@@ -13,7 +13,6 @@ from torch import Tensor
 
 import tir_kernels
 from tir_kernels.errors import FewShotError
-from tir_kernels.fewshot import fields
 from tir_kernels.fewshot.classifier.about import About, BaseModel
 from tir_kernels.fewshot.classifier.classifier import Classifier
 from tir_kernels.fewshot.data.dataset import ImageClass, ImageData
@@ -21,60 +20,12 @@ from tir_kernels.fewshot.data.reader import ImageReader
 from tir_kernels.fewshot.data.views import with_views
 from tir_kernels.fewshot.episode import Episode, random_state
 from tir_kernels.fewshot.methods import Method, Observer
-from tir_kernels.fewshot.settings import Checked, Runtime
+from tir_kernels.fewshot.settings import FitSettings, Runtime
 from tir_kernels.fewshot.train.batch import EpisodeResult, Job, finetune_batch
 from tir_kernels.fewshot.train.memory import with_one_memory_error
 from tir_kernels.fewshot.train.resume import SavedTraining
 from tir_kernels.text import setting
 from tir_kernels.towers.loading.models import LoadedModel
-
-
-@dataclass(frozen=True)
-class FitSettings(Checked):
-    """All that decides a fit besides its data, model, method and types."""
-
-    shots: int | None = fields.whole(
-        None,
-        "Labelled images per class, drawn by the seed; unset: all.",
-        least=1,
-        most=10**6,
-        reason="no class has as many images",
-    )
-    seed: int = fields.whole(
-        0,
-        "Seed of the choice of images, and of the method's initialisation and dropout.",
-        least=0,
-        most=2**63 - 1,
-        reason="generators take 63 bits",
-    )
-    augment: int = fields.whole(
-        0,
-        "Train on this many views of each image beside the image itself; 0 for none.",
-        least=0,
-        most=1000,
-        reason="so many views of one image are the same views again",
-    )
-    batch_size: int | None = fields.whole(
-        None,
-        "Images of each training step, every image once before any comes again; unset: all images "
-        "at every step, as the methods were published.",
-        least=1,
-        most=10**6,
-        reason="no step takes as many",
-    )
-    folds: int = fields.whole(
-        5,
-        "Parts of the labelled images that are held out in turn, each in a training without it, "
-        "to estimate the accuracy on images that were not trained on; 0 for no estimate.",
-        least=0,
-        most=1000,
-        reason="each is a training of its own",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.folds == 1:
-            raise ValueError("folds must be 0, or at least 2; got 1")
 
 
 class Keeper(Protocol):
@@ -104,6 +55,18 @@ class Support(NamedTuple):
     labels: Tensor
     classes: Sequence[ImageClass]
     skipped: tuple[str, ...]
+
+    @property
+    def counts(self) -> list[int]:
+        """Images of each class."""
+        return torch.bincount(self.labels, minlength=len(self.classes)).tolist()
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the pixels and labels."""
+        digest = hashlib.sha256(self.pixels.numpy().data)
+        digest.update(self.labels.numpy().data)
+        return digest.hexdigest()
 
     def part(self, rows: Tensor) -> Support:
         """Some of the images."""
@@ -153,6 +116,43 @@ def read_support(data: ImageData, images: ImageReader, shots: int | None, seed: 
     )
 
 
+def require_balance(method: Method, settings: FitSettings) -> None:
+    """Check that a method can be trained with the balance of the settings.
+
+    Raises:
+        FewShotError: It can't, or sampling has no batch size.
+    """
+    balance = setting("balance", settings.balance)
+    if settings.balance == "sampling" and not method.steps:
+        raise FewShotError(
+            f"{balance} draws the images of training steps, and method {method.name} has none; "
+            "leave it out"
+        )
+    if settings.balance == "sampling" and settings.batch_size is None:
+        raise FewShotError(
+            f"{balance} draws the images of each step, so it needs {setting('batch_size')}"
+        )
+    if settings.balance == "loss" and not takes_class_weights(method):
+        raise FewShotError(
+            f"{balance} weights a loss, and method {method.name} has none; leave it out, or take "
+            f"as many images of each class with {setting('shots')}"
+        )
+
+
+def takes_class_weights(method: Method) -> bool:
+    """Whether a method heeds weights of the classes."""
+    return method.steps > 0 or method.fit_takes_class_weights
+
+
+def balanced_weights(labels: Tensor, num_classes: int) -> Tensor:
+    """(C,) float32 weights n / (C n_c) of the classes of n labels, as "balanced" in scikit-learn.
+
+    Every class must be there.
+    """
+    counts = torch.bincount(labels, minlength=num_classes)
+    return len(labels) / (num_classes * counts.float())
+
+
 @dataclass(frozen=True)
 class Fitter:
     """All parts of a fit but its images.
@@ -164,6 +164,9 @@ class Fitter:
         settings: Settings of the fit.
         runtime: Device and types.
         keeper: Keeps what is done; ``None``: nothing is kept.
+
+    Raises:
+        FewShotError: The method can't be trained with the balance of the settings.
     """
 
     model: LoadedModel
@@ -172,6 +175,9 @@ class Fitter:
     settings: FitSettings
     runtime: Runtime
     keeper: Keeper | None = None
+
+    def __post_init__(self) -> None:
+        require_balance(self.method, self.settings)
 
     def fit(
         self,
@@ -194,16 +200,13 @@ class Fitter:
             NonFiniteLossError: The loss became NaN or infinite.
             torch.OutOfMemoryError: Memory does not suffice, on a CPU too.
         """
-        begun = time.monotonic()
         episode = self.episode(support)
         result = self.train("whole", episode, on_step, observers)
         own = {
             "support_accuracy": result.support_accuracy,
             "final_loss": result.losses[-1] if result.losses else None,
-            "training_seconds": round(time.monotonic() - begun, 1),
         }
         known = {name: each for name, each in own.items() if each is not None}
-        counts = torch.bincount(support.labels, minlength=len(support.classes)).tolist()
         about = About(
             labels=tuple(entry.folder for entry in support.classes),
             words=tuple(entry.words for entry in support.classes),
@@ -213,7 +216,8 @@ class Fitter:
             shots=episode.images_per_class,
             views=episode.views,
             precision=self.runtime.precision,
-            support=tuple(counts),
+            support=tuple(support.counts),
+            settings=asdict(self.settings),
             figures={**(figures or {}), **known},
             versions={
                 "tir_kernels": tir_kernels.__version__,
@@ -247,15 +251,21 @@ class Fitter:
     ) -> EpisodeResult:
         """Carry out one training, from where it was stopped if it was; raises as ``fit``."""
         episode.check()
+        settings, labels = self.settings, episode.support_labels
+        weights = None
+        if settings.balance == "loss":
+            weights = balanced_weights(labels, len(episode.class_names))
         job = Job(
             self.model.model,
             self.model.tokenizer,
             self.method,
-            self.settings.seed,
+            settings.seed,
             self.runtime,
             observers,
-            None if self.keeper is None else self.keeper.training(part),
-            self.settings.batch_size,
+            saved=None if self.keeper is None else self.keeper.training(part),
+            batch_size=settings.batch_size,
+            class_weights=weights,
+            is_balanced=settings.balance == "sampling",
         )
 
         def note_step(position: int, step: int, loss: float) -> None:
@@ -270,4 +280,5 @@ class Fitter:
 
     def of_method(self, method: Method) -> Fitter:
         """The same with another method, of which nothing is kept."""
-        return replace(self, method=method, keeper=None)
+        settings = replace(self.settings, balance="none")
+        return replace(self, method=method, settings=settings, keeper=None)

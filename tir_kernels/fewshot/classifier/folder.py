@@ -59,7 +59,7 @@ def save_classifier(
     folder = expanded_out(os.fspath(path))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _require_own(folder)
+        require_own(folder)
         (folder / ABOUT_FILE).unlink(missing_ok=True)
         for name in (CONFIG_FILE, WEIGHTS_FILE, LEARNED_FILE, CARD_FILE):
             (folder / name).unlink(missing_ok=True)
@@ -98,7 +98,7 @@ def load_classifier(
             model can't be had or is another one.
     """
     folder = expanded_out(os.fspath(path))
-    about, digests = _read_about(folder)
+    about, digests = read_about(folder)
     _check_files(folder, digests)
     has_base = any(Path(name).parts[0] == BASE_FOLDER for name in digests)
     if loaded is None and model is None and has_base:
@@ -156,7 +156,7 @@ def _save_lora(classifier: Classifier, folder: Path) -> dict[str, Tensor]:
     return {name: each for name, each in learned.items() if name not in factors}
 
 
-def _require_own(folder: Path) -> None:
+def require_own(folder: Path) -> None:
     """Refuse to mix a classifier with what is in a folder of something else."""
     if (folder / ABOUT_FILE).exists():
         return
@@ -181,7 +181,7 @@ def _digest(path: Path) -> str:
         return digest.hexdigest()
 
 
-def _read_about(folder: Path) -> tuple[About, dict[str, str]]:
+def read_about(folder: Path) -> tuple[About, dict[str, str]]:
     """A folder's description, and the digests of its files."""
     place = folder / ABOUT_FILE
     if not folder.is_dir():

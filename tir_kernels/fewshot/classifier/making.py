@@ -10,7 +10,7 @@ from dataclasses import replace
 from tir_kernels.fewshot.classifier.about import BaseModel
 from tir_kernels.fewshot.classifier.classifier import Classifier
 from tir_kernels.fewshot.classifier.expected import expected_accuracy
-from tir_kernels.fewshot.classifier.fitting import FitSettings, Fitter, read_support
+from tir_kernels.fewshot.classifier.fitting import Fitter, read_support, require_balance
 from tir_kernels.fewshot.data.dataset import load_data
 from tir_kernels.fewshot.data.decoding import Decoding
 from tir_kernels.fewshot.data.reader import ImageReader
@@ -18,7 +18,7 @@ from tir_kernels.fewshot.devices import resolve_device
 from tir_kernels.fewshot.methods import DEFAULT_METHODS, Method, method_class
 from tir_kernels.fewshot.run.runner import require_distinct_prompts
 from tir_kernels.fewshot.run_options import Inputs
-from tir_kernels.fewshot.settings import Runtime
+from tir_kernels.fewshot.settings import FitSettings, Runtime
 from tir_kernels.towers.loading.models import load_model
 
 _DEFAULT_SETTINGS, _DEFAULT_RUNTIME = FitSettings(), Runtime()
@@ -57,6 +57,7 @@ def fit(
         torch.OutOfMemoryError: Memory does not suffice: set ``batch_size``, or fewer ``shots``.
     """
     method = method_class(DEFAULT_METHODS[0])() if method is None else method
+    require_balance(method, settings)
     runtime = replace(runtime, device=resolve_device(runtime.device)[0])
     inputs = Inputs(os.fspath(data), model, None, class_names, pretrained)
     listed = load_data(inputs.data, class_names=inputs.class_names)
@@ -71,7 +72,7 @@ def fit(
         notify=lambda text: warnings.warn(text, stacklevel=2),
     )
     support = read_support(listed, images, settings.shots, settings.seed)
-    base = BaseModel(model, pretrained, loaded.description, loaded.fingerprint)
+    base = BaseModel.of(model, pretrained, loaded)
     fitter = Fitter(loaded, base, method, settings, runtime)
     figures = expected_accuracy(fitter, support)
     return fitter.fit(support, figures=figures, on_step=on_step)

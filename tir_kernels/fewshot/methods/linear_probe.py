@@ -26,6 +26,8 @@ class LinearProbe(Method):
     source = "arXiv 2103.00020"
     family = "frozen features"
 
+    fit_takes_class_weights = True
+
     inverse_penalty: float = fields.real(
         100.0, "C of scikit-learn's LogisticRegression (L2, L-BFGS).", least=0
     )
@@ -60,12 +62,16 @@ class _Probe(Learner):
         import torch
         from sklearn.linear_model import LogisticRegression
 
-        probe = LogisticRegression(C=self._method.inverse_penalty, max_iter=1000)
+        weights = self.class_weights
+        class_weight = None if weights is None else dict(enumerate(weights.tolist()))
+        probe = LogisticRegression(
+            C=self._method.inverse_penalty, max_iter=1000, class_weight=class_weight
+        )
         probe.fit(features.double().numpy(), labels.numpy())
-        weights, bias = (torch.from_numpy(each).float() for each in (probe.coef_, probe.intercept_))
+        rows, bias = (torch.from_numpy(each).float() for each in (probe.coef_, probe.intercept_))
         if self._num_classes == 2:  # one row, whose sign says which of the two
-            weights, bias = torch.cat([-weights, weights]) / 2, torch.cat([-bias, bias]) / 2
-        return weights, bias
+            rows, bias = torch.cat([-rows, rows]) / 2, torch.cat([-bias, bias]) / 2
+        return rows, bias
 
     def logits(self, inputs: Tensor, classes: Any) -> Tensor:
         return inputs @ self._weights.mT + self._bias[:, None]

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from tir_kernels.fewshot.fields import check_all
+from tir_kernels.fewshot.fields import Checked
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,6 +39,8 @@ class ParameterGroup(NamedTuple):
 class Learner:
     """A model with a method's parts for G episodes. Images come as (G, S, 3, H, W)."""
 
+    class_weights: Tensor | None = None  # (C,) of the classes' images; None: all 1
+
     def inputs(self, images: Tensor) -> Tensor:
         """The images' way as far as it is frozen: tokens (G, S, L, D), or features (G, S, E)."""
         raise NotImplementedError
@@ -58,10 +60,11 @@ class Learner:
         """Learn in closed form from inputs (G, S, ...) and labels (G, S), before any step."""
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """(G,) losses of logits (G, S, C) and labels (G, S): mean cross entropy."""
+        """(G,) losses of logits (G, S, C) and labels (G, S): mean weighted cross entropy."""
         from torch.nn.functional import cross_entropy
 
-        losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        weights = self.class_weights
+        losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), weights, reduction="none")
         return losses.unflatten(0, labels.shape).mean(1)
 
     def parameters(self) -> Sequence[ParameterGroup]:
@@ -83,16 +86,14 @@ class Learner:
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Checked):
     """A method's options: its fields, made and checked by ``tir_kernels.fewshot.fields``."""
 
     name: ClassVar[str]  # in the registry
     source: ClassVar[str]  # where it was published
     family: ClassVar[str]  # "frozen features", "tuned towers", "inference only", "source-trained"
     steps = 0  # of training; a field where they can be chosen
-
-    def __post_init__(self) -> None:
-        check_all(self)
+    fit_takes_class_weights = False  # whether a learner's fit heeds them; steps do
 
     def start(self, kit: Kit) -> AbstractContextManager[Learner]:
         """A learner, whose parts are taken off the model again at the end of the context."""

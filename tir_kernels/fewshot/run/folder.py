@@ -135,6 +135,7 @@ class RunFolder:
     Args:
         path: The folder; it is created if missing.
         place: Place of this process among the run's; ``None``: it is the only one.
+        kind: What the folder holds, in words.
 
     Attributes:
         path: The folder.
@@ -145,8 +146,9 @@ class RunFolder:
             one of a run's files was not written by one.
     """
 
-    def __init__(self, path: str | Path, place: Place | None = None) -> None:
+    def __init__(self, path: str | Path, place: Place | None = None, kind: str = "run") -> None:
         self.path = expanded_out(path)
+        self._kind = kind
         self.place = place or Place.of_this_process()
         self._shape: RunShape | None = None
         _refuse_others_files(self.path)
@@ -193,7 +195,7 @@ class RunFolder:
         path = self.path / SETTINGS_NAME
         if path.exists():
             old = _read_settings(path)
-            _refuse_changes(self.path, old, new)
+            _refuse_changes(self.path, old, new, self._kind)
             if old["episodes"] == new["episodes"]:
                 return
             about = old.get("about", about)
@@ -308,7 +310,9 @@ def _shape(settings: Any) -> RunShape:
     return RunShape(episodes, None if arms is None else tuple(arms), *counts)
 
 
-def _refuse_changes(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def _refuse_changes(
+    folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], kind: str = "run"
+) -> None:
     before, now = _flat(old["settings"]), _flat(new["settings"])
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if changed:
@@ -316,7 +320,7 @@ def _refuse_changes(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]
             f"{key} was {_shown(before.get(key))}, is {_shown(now.get(key))}" for key in changed
         )
         raise FewShotError(
-            f"{_OUT}: {folder} holds a run with other settings: {words}; give the old values to "
+            f"{_OUT}: {folder} holds a {kind} with other settings: {words}; give the old values to "
             "continue it, or choose another folder"
         )
     if new["episodes"] < old["episodes"]:

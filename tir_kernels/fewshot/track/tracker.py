@@ -73,6 +73,16 @@ class Tracker(Observer):
                 for readings, average in zip(own, averages, strict=True):
                     readings.add(key, average.value, average.chance)
 
+    def resume(self, track: Track) -> None:
+        """Go on behind what was read of an episode's training before it was stopped."""
+        readings = _Readings()
+        for step in track.steps:
+            readings.begin(step)
+            for row in track.rows():
+                if row.step == step:
+                    readings.add((row.measure, row.name, row.block), row.value, row.chance)
+        self._readings[track.episode] = readings
+
     def track(self, episode: int, arm: str = "") -> Track | None:
         """All that was read of an episode, under the name of an arm; ``None``: nothing.
 

@@ -20,7 +20,7 @@ from tir_kernels.fewshot.methods import Kit, Learner, Method, Observer
 from tir_kernels.fewshot.settings import Runtime
 from tir_kernels.fewshot.train.graph import LossLog, RepeatedStep
 from tir_kernels.fewshot.train.memory import count_saved_bytes
-from tir_kernels.fewshot.train.resume import Batches, SavedTraining, TrainingState
+from tir_kernels.fewshot.train.resume import Batches, SavedTraining, TrainingState, batch_order
 
 CLASSIFIED_AT_ONCE = 64  # images
 EMBEDDED_AT_ONCE = 1024
@@ -70,6 +70,8 @@ class Job:
     Args:
         saved: Keeper of an unfinished training's state, from which it goes on.
         batch_size: Support images of each step, drawn in turn; ``None``: all of them.
+        class_weights: (C,) weights of the classes' images in the loss; ``None``: all are 1.
+        is_balanced: Whether the images of a step are of all classes alike; needs ``batch_size``.
     """
 
     model: nn.Module
@@ -80,6 +82,8 @@ class Job:
     observers: Sequence[Observer] = ()
     saved: SavedTraining | None = None
     batch_size: int | None = None
+    class_weights: Tensor | None = None
+    is_balanced: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -118,6 +122,8 @@ def finetune_batch(
             job.stacked(episodes, name) for name in ("support_images", "query_images")
         )
         support_labels = job.stacked(episodes, "support_labels").long()
+        if job.class_weights is not None:
+            learner.class_weights = job.class_weights.to(job.device)
         losses = _train(job, learner, support_images, support_labels, on_step)
         num_classes = len(episodes[0].class_names)
         support_logits, query_logits = _classify(learner, num_classes, support_images, query_images)
@@ -175,7 +181,8 @@ def _train(
     is_scaled = job.runtime.precision == "float16"
     scaler = torch.amp.GradScaler(job.device.type, enabled=is_scaled)
 
-    batches = Batches(inputs, labels, job.batch_size, job.seed, job.method.steps)
+    order = batch_order(labels[0], job.batch_size, job.seed, job.method.steps, job.is_balanced)
+    batches = Batches(inputs, labels, order)
 
     def take_step() -> Tensor:
         losses = _losses(learner, batches.inputs, batches.labels)
@@ -202,7 +209,8 @@ def _train(
         batches.show(taken)
         log.add(step())
         taken += 1
-        if job.saved is not None and job.saved.is_due():
+        is_end = taken == job.method.steps
+        if job.saved is not None and (is_end or job.saved.is_due()):
             job.saved.keep(state.take(taken))
     learner.train(False)
     _observe(job.observers, taken, learner, inputs, is_last=True)

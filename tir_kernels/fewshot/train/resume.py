@@ -21,7 +21,7 @@ class SavedTraining(Protocol):
         """The state that was kept last, if there is one."""
 
     def is_due(self) -> bool:
-        """Whether the state is to be kept now."""
+        """Whether the state is to be kept now; behind the last step it is in any case."""
 
     def keep(self, state: dict[str, Any]) -> None:
         """Keep a state in place of the one before."""
@@ -69,35 +69,61 @@ class TrainingState:
         return step
 
 
+def batch_order(
+    labels: Tensor, size: int | None, seed: int, steps: int, is_balanced: bool = False
+) -> Tensor | None:
+    """The positions (steps, B) of the images that each step sees.
+
+    Args:
+        labels: (S,) of all images.
+        size: B images of each step, in an order drawn from the seed; ``None``, or S and more where
+            no classes are balanced: all at every step, for which there is no order.
+        seed: Seed of the run.
+        steps: Steps of the training.
+        is_balanced: Draw from the classes in turn, whatever their sizes, so that over the steps
+            each is seen as often as any other, up to one image; within a class every image comes
+            once before any comes again. Otherwise that holds for all images together.
+    """
+    count = len(labels)
+    if size is None or (size >= count and not is_balanced):
+        return None
+    random = random_state(seed, 0, stream=3)
+    owners = labels.cpu().numpy()
+    if not is_balanced:
+        order = _rounds(random, np.arange(count), steps * size)
+    else:
+        classes = _rounds(random, np.unique(owners), steps * size)
+        order = np.empty_like(classes)
+        for label in np.unique(owners):
+            places = np.flatnonzero(classes == label)
+            order[places] = _rounds(random, np.flatnonzero(owners == label), len(places))
+    return torch.from_numpy(order.reshape(steps, size)).to(labels.device)
+
+
+def _rounds(random: np.random.RandomState, items: np.ndarray, length: int) -> np.ndarray:
+    """So many items, each once in an order of its own before any comes again."""
+    rounds = [random.permutation(len(items)) for _ in range(-(-length // len(items)))]
+    return items[np.concatenate([*rounds, np.empty(0, np.int64)])[:length]]
+
+
 class Batches:
     """The part of the support images that a step sees, always in the same two tensors.
 
     Args:
         inputs: (G, S, ...) of all images.
         labels: (G, S).
-        size: B images of each step, every image once before any comes again, in an order drawn from
-            the seed; ``None``, or S and more: all of them at every step.
-        seed: Seed of the run.
-        steps: Steps of the training.
+        order: (steps, B) positions of the images of each step; ``None``: all at every step.
 
     Attributes:
         inputs, labels: (G, B, ...) and (G, B) of the step that was shown last.
     """
 
-    def __init__(
-        self, inputs: Tensor, labels: Tensor, size: int | None, seed: int, steps: int
-    ) -> None:
+    def __init__(self, inputs: Tensor, labels: Tensor, order: Tensor | None) -> None:
         self.inputs, self.labels = inputs, labels
-        count = labels.shape[1]
-        self._order: Tensor | None = None
-        if size is None or size >= count:
-            return
-        random = random_state(seed, 0, stream=3)
-        rounds = [random.permutation(count) for _ in range(-(-steps * size // count))]
-        order = np.concatenate(rounds)[: steps * size].reshape(steps, size)
-        self._order = torch.from_numpy(order).to(labels.device)
-        self._all_inputs, self._all_labels = inputs, labels
-        self.inputs, self.labels = (each[:, :size].clone() for each in (inputs, labels))
+        self._order = order
+        if order is not None:
+            self._all_inputs, self._all_labels = inputs, labels
+            self.inputs, self.labels = (each[:, order[0]] for each in (inputs, labels))
 
     def show(self, step: int) -> None:
         """Let the tensors hold the images of a step, counted from 0."""
