@@ -26,6 +26,7 @@ from tir_kernels.fewshot.methods import DEFAULT_METHODS, DEMO_METHODS
 from tir_kernels.fewshot.options import (
     NAME,
     arm_options,
+    drawing_options,
     episodes_option,
     method_fields,
     method_options,
@@ -64,6 +65,7 @@ def cli() -> None:
 
 @cli.command()
 @source_options()
+@drawing_options()
 @arm_options()
 @reading_options()
 @episodes_option(20)
@@ -78,6 +80,7 @@ def run(**options: Any) -> None:
 
 @cli.command()
 @source_options()
+@drawing_options()
 @reading_options()
 @episodes_option(20)
 @settings_options()

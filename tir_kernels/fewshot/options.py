@@ -264,6 +264,23 @@ _READING_OPTIONS = [
 ]
 
 
+_DRAWING_OPTIONS = [
+    click.option(
+        "--group-column",
+        metavar="COLUMN",
+        help="Column of a table whose values are the subjects that images show, such as patients "
+        "or lesions: no subject is on both sides of an episode, as support and as queries. Known "
+        "by itself for HAM10000 (lesion_id) and ChestX-ray8 (Patient ID); none draws without "
+        "regard to subjects.",
+    ),
+]
+
+
+def drawing_options() -> Callable[[Callable], Callable]:
+    """The options of how episodes are drawn from the data."""
+    return _adding(_DRAWING_OPTIONS)
+
+
 def source_options() -> Callable[[Callable], Callable]:
     """The options of data, model and folder."""
     return _adding(_SOURCE_OPTIONS)

@@ -15,6 +15,7 @@ import tir_kernels
 from tir_kernels.fewshot.data.cache import open_cache
 from tir_kernels.fewshot.data.dataset import load_data
 from tir_kernels.fewshot.data.decoding import Decoding
+from tir_kernels.fewshot.data.draw import require_groups
 from tir_kernels.fewshot.data.reader import ImageReader
 from tir_kernels.fewshot.devices import is_slow_at, resolve_device
 from tir_kernels.fewshot.episode import Episode
@@ -136,11 +137,16 @@ class PreparedRun:
         )
         with messages.status("listing the images"):
             self._data = load_data(
-                inputs.data, class_names=inputs.class_names, images=inputs.images
+                inputs.data,
+                class_names=inputs.class_names,
+                images=inputs.images,
+                group_column=inputs.group_column,
             )
         for note in self._data.notes:
             messages.tell(note)
         self._data.require(ways=protocol.ways, shots=protocol.shots, queries=protocol.queries)
+        with messages.status("drawing the episodes"):
+            require_groups(self._data, protocol, options.episodes)
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -276,6 +282,8 @@ class PreparedRun:
         # Runs from before there were these have none, and no word on them.
         if not self._protocol.augment:
             del settings["augment"]
+        if self._data.group_column:
+            settings["group_column"] = self._data.group_column
         if self._options.track is not None:
             settings["track"] = str(self._options.track)
         if self._reading.white_value is not None:

@@ -25,6 +25,7 @@ class Inputs:
         images: Folder of the images that a list names.
         class_names: Words of the classes, see ``class_words``.
         pretrained: Weights, see ``load_model``.
+        group_column: Column of the subjects that the images of a table show, see ``load_data``.
     """
 
     data: str
@@ -32,6 +33,7 @@ class Inputs:
     images: str | None = None
     class_names: str | None = None
     pretrained: str | None = None
+    group_column: str | None = None
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tir_kernels.errors import FewShotError, first_line
+from tir_kernels.fewshot.data.groups import NO_GROUPS
 from tir_kernels.fewshot.data.names import class_name, shown_name
-from tir_kernels.fewshot.data.protocol import ImageSource, Stamp
+from tir_kernels.fewshot.data.protocol import GroupedSource, ImageSource, Stamp
 from tir_kernels.fewshot.data.sources import data_sources, list_endings
 from tir_kernels.fewshot.data.words import class_words
 from tir_kernels.files import expand_user
@@ -31,6 +32,7 @@ class ImageClass:
         files: Its images' names in the data's source.
         stamps: Size and time of each, when the data was listed.
         left_out: Other content of its folder, in words.
+        groups: For each image the subject that it shows; empty where none are known.
     """
 
     folder: str
@@ -38,6 +40,7 @@ class ImageClass:
     files: tuple[str, ...]
     stamps: tuple[Stamp, ...]
     left_out: str = ""
+    groups: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,14 @@ class ImageData:
         classes: The classes.
         fingerprint: Digest of class words, and of the names, sizes and times of images.
         notes: Lines for the user on how the data was understood.
+        group_column: Name of the column that the classes' groups come from; empty without groups.
     """
 
     source: ImageSource
     classes: tuple[ImageClass, ...]
     fingerprint: str
     notes: tuple[str, ...] = ()
+    group_column: str = ""
 
     @property
     def name(self) -> str:
@@ -90,6 +95,7 @@ def load_data(
     *,
     class_names: Mapping[str, str] | str | Path | None = None,
     images: str | Path | None = None,
+    group_column: str | None = None,
 ) -> ImageData:
     """List the classes and images of a data set; no image is decoded.
 
@@ -100,11 +106,19 @@ def load_data(
             folder into which such a data set was saved.
         class_names: Words of each class, see ``class_words``.
         images: Folder of the images that a file lists; ``None``: the file's own.
+        group_column: Column of a table whose values are the subjects that images show, such as
+            patients; ``None``: that of a known data set; "none": none.
 
     Raises:
         FewShotError: The data or the class names can't be used.
     """
-    for name, value in (("data", data), ("images", images), ("class_names", class_names)):
+    given = {
+        "data": data,
+        "images": images,
+        "class_names": class_names,
+        "group_column": group_column,
+    }
+    for name, value in given.items():
         if value == "":
             raise FewShotError(f"{setting(name)} is empty; name what it should be, or leave it out")
     place = _expanded("data", data)
@@ -115,9 +129,16 @@ def load_data(
         raise FewShotError(
             f"{setting('images')} goes with a JSON or CSV file; {setting('data', data)} is none"
         )
-    source, listing = kind.read(
-        place, None if images is None else Path(_expanded("images", images))
-    )
+    folder = None if images is None else Path(_expanded("images", images))
+    if isinstance(kind, GroupedSource):
+        source, listing = kind.read_grouped(place, folder, group_column)
+    elif group_column in (None, NO_GROUPS):
+        source, listing = kind.read(place, folder)
+    else:
+        raise FewShotError(
+            f"{setting('group_column')} names a column of a CSV or TSV table; "
+            f"{setting('data', data)} is none"
+        )
     words, note = class_words(list(listing.files), class_names)
     classes = tuple(
         ImageClass(
@@ -126,13 +147,14 @@ def load_data(
             tuple(names),
             _stamps(source, names),
             listing.left_out.get(name, ""),
+            tuple(listing.groups.get(name, ())),
         )
         for name, names in listing.files.items()
     )
     notes = (*listing.notes, note) if note else listing.notes
     # What they quote may come from file names and other programs.
     notes = tuple(Notice(line) for line in notes)
-    return ImageData(source, classes, _fingerprint(classes), notes)
+    return ImageData(source, classes, _fingerprint(classes), notes, listing.group_column)
 
 
 def _expanded(name: str, value: str | Path) -> str:
@@ -180,7 +202,9 @@ def _fingerprint(classes: Sequence[ImageClass]) -> str:
             (class_name(name), *stamp)
             for name, stamp in zip(entry.files, entry.stamps, strict=True)
         ]
-        digest.update(json.dumps([entry.folder, entry.words, images]).encode())
+        # Groups only where there are some: data without them is what it was before there were any.
+        groups = [entry.groups] if entry.groups else []
+        digest.update(json.dumps([entry.folder, entry.words, images, *groups]).encode())
     return digest.hexdigest()
 
 

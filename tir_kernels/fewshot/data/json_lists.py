@@ -59,7 +59,7 @@ def read_json_list(path: Path, images: ImageFolder) -> Listing:
                 f"label_names are counted from 0 to {len(classes) - 1}"
             )
     pairs = [(name, classes[label]) for name, label in zip(names, labels, strict=True)]
-    return Listing(images.resolve(pairs))
+    return images.resolve(pairs)
 
 
 def _entry(path: Path, content: Any, key: str, kind: type) -> list[Any]:

@@ -98,7 +98,7 @@ def class_words(
         FewShotError: A class has no words, or the same words as another.
     """
     if given is None:
-        known = next((key for key in KNOWN_SETS if len(_known(key, names)) == len(names)), None)
+        known = known_name(names)
         if known is None:
             return _default_words(names)
         note = f"class names are those of {known}: {_examples(_known(known, names))}"
@@ -152,6 +152,11 @@ def _in_one_form(given: Mapping[str, str]) -> dict[str, str]:
                 f"{_CLASS_NAMES}: {key!r} is there twice, in different forms of Unicode; keep one"
             )
     return words
+
+
+def known_name(names: Sequence[str]) -> str | None:
+    """The first of the known data sets that has all of these classes, if there is one."""
+    return next((key for key in KNOWN_SETS if len(_known(key, names)) == len(names)), None)
 
 
 def _known(key: str, names: Iterable[str]) -> dict[str, str]:

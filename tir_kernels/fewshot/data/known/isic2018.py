@@ -13,4 +13,5 @@ ISIC2018 = KnownSet(
         "VASC": "vascular lesion",
     },
     table=KnownTable(one_hot=("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")),
+    group_column="lesion_id",  # in HAM10000_metadata, which lists the same images
 )

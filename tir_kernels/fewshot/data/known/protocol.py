@@ -36,7 +36,10 @@ class KnownSet:
         words: Class, as the data set's folders or labels call it -> words of a prompt. Copies may
             spell the classes with other cases, spaces and signs.
         table: The table in which it is published, if there is one.
+        group_column: Name of the column, in any table of its images, whose values are the subjects
+            that images show: of a patient or a lesion there are several images.
     """
 
     words: Mapping[str, str]
     table: KnownTable | None = None
+    group_column: str = ""
