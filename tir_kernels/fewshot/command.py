@@ -64,7 +64,7 @@ def cli() -> None:
 
 
 @cli.command()
-@source_options()
+@source_options(data_required=False)
 @drawing_options()
 @arm_options()
 @reading_options()
@@ -79,7 +79,7 @@ def run(**options: Any) -> None:
 
 
 @cli.command()
-@source_options()
+@source_options(data_required=False)
 @drawing_options()
 @reading_options()
 @episodes_option(20)
@@ -158,6 +158,7 @@ def _run(then: Callable[[], None] | None = None, **options: Any) -> None:
         names = [field.name for field in dataclasses.fields(kind) if field.name in options]
         return kind(**{name: options[name] for name in names})
 
+    options["data"] = options["data"] or ""
     place = Place.of_this_process()
     console = Console(stderr=True, quiet=not place.is_first)
     with settings_named():

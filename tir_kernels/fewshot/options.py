@@ -187,16 +187,6 @@ def arm_options() -> Callable[[Callable], Callable]:
 
 _SOURCE_OPTIONS = [
     click.option(
-        "--data",
-        type=NAME,
-        required=True,
-        metavar="SOURCE",
-        help="Folder with a sub-folder of images per class; a list of images: JSON with "
-        "image_names, image_labels and label_names, or CSV or TSV with columns for file and "
-        "label, or with a column of 0 and 1 per class; or hf:NAME[:SPLIT] from Hugging Face, or "
-        "a folder of its save_to_disk.",
-    ),
-    click.option(
         "--images",
         type=NAME,
         metavar="DIR",
@@ -266,6 +256,18 @@ _READING_OPTIONS = [
 
 _DRAWING_OPTIONS = [
     click.option(
+        "--train",
+        type=NAME,
+        metavar="SOURCE",
+        help="In place of --data, with --test: data, of any kind, that support comes from.",
+    ),
+    click.option(
+        "--test",
+        type=NAME,
+        metavar="SOURCE",
+        help="Data with the same classes that queries come from, in which no image of --train is.",
+    ),
+    click.option(
         "--group-column",
         metavar="COLUMN",
         help="Column of a table whose values are the subjects that images show, such as patients "
@@ -281,9 +283,19 @@ def drawing_options() -> Callable[[Callable], Callable]:
     return _adding(_DRAWING_OPTIONS)
 
 
-def source_options() -> Callable[[Callable], Callable]:
+def source_options(*, data_required: bool = True) -> Callable[[Callable], Callable]:
     """The options of data, model and folder."""
-    return _adding(_SOURCE_OPTIONS)
+    data = click.option(
+        "--data",
+        type=NAME,
+        required=data_required,
+        metavar="SOURCE",
+        help="Folder with a sub-folder of images per class, or with parts such as train and test "
+        "that have them; a list of images: JSON with image_names, image_labels and label_names, or "
+        "a split of CoOp, or CSV or TSV with columns for file and label, or with a column of 0 and "
+        "1 per class; or hf:NAME[:SPLIT] from Hugging Face, or a folder of its save_to_disk.",
+    )
+    return _adding([data, *_SOURCE_OPTIONS])
 
 
 def reading_options() -> Callable[[Callable], Callable]:

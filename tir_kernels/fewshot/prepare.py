@@ -13,10 +13,11 @@ import torch
 
 import tir_kernels
 from tir_kernels.fewshot.data.cache import open_cache
-from tir_kernels.fewshot.data.dataset import load_data
+from tir_kernels.fewshot.data.dataset import ImageData, load_data
 from tir_kernels.fewshot.data.decoding import Decoding
 from tir_kernels.fewshot.data.draw import require_groups
 from tir_kernels.fewshot.data.reader import ImageReader
+from tir_kernels.fewshot.data.split import load_split
 from tir_kernels.fewshot.devices import is_slow_at, resolve_device
 from tir_kernels.fewshot.episode import Episode
 from tir_kernels.fewshot.fields import as_settings
@@ -136,12 +137,7 @@ class PreparedRun:
             protocol, options.episodes, options.arms, self._runtime.device, parallel
         )
         with messages.status("listing the images"):
-            self._data = load_data(
-                inputs.data,
-                class_names=inputs.class_names,
-                images=inputs.images,
-                group_column=inputs.group_column,
-            )
+            self._data = _listed(inputs)
         for note in self._data.notes:
             messages.tell(note)
         self._data.require(ways=protocol.ways, shots=protocol.shots, queries=protocol.queries)
@@ -297,6 +293,18 @@ class PreparedRun:
                 f"this processor has no instructions for products of {precision} numbers: "
                 f"{setting('precision', 'float32')} would be faster"
             )
+
+
+def _listed(inputs: Inputs) -> ImageData:
+    """The data of a run: of one place, or support of one and queries of another."""
+    options = {
+        "class_names": inputs.class_names,
+        "images": inputs.images,
+        "group_column": inputs.group_column,
+    }
+    if inputs.train is None or inputs.test is None:
+        return load_data(inputs.data, **options)
+    return load_split(inputs.train, inputs.test, **options)
 
 
 def _require_backend(backend: str, device: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.fewshot.data.groups import NO_GROUPS
 from tir_kernels.fewshot.data.names import class_name, shown_name
-from tir_kernels.fewshot.data.protocol import GroupedSource, ImageSource, Stamp
+from tir_kernels.fewshot.data.protocol import GroupedSource, ImageSource, Listing, Stamp
 from tir_kernels.fewshot.data.sources import data_sources, list_endings
 from tir_kernels.fewshot.data.words import class_words
 from tir_kernels.files import expand_user
@@ -53,13 +53,16 @@ class ImageData:
         fingerprint: Digest of class words, and of the names, sizes and times of images.
         notes: Lines for the user on how the data was understood.
         group_column: Name of the column that the classes' groups come from; empty without groups.
+        queries: The same classes with the images that serve as queries, where those of ``classes``
+            serve as support alone; empty: both are drawn from ``classes``.
     """
 
     source: ImageSource
     classes: tuple[ImageClass, ...]
     fingerprint: str
-    notes: tuple[str, ...] = ()
+    notes: tuple[Notice, ...] = ()
     group_column: str = ""
+    queries: tuple[ImageClass, ...] = ()
 
     @property
     def name(self) -> str:
@@ -78,16 +81,34 @@ class ImageData:
                 f"{self.name} "
                 f"({_some([entry.folder for entry in self.classes])}); lower {setting('ways')}"
             )
+        if self.queries:
+            self._require_parts(shots, queries)
+            return
         needed = shots + queries
         small = [entry for entry in self.classes if len(entry.files) < needed]
         if small:
-            others = f" ({len(small) - 1} more classes have too few)" if len(small) > 1 else ""
+            others = _others(len(small) - 1)
             left_out = f" (left out: {small[0].left_out})" if small[0].left_out else ""
             raise FewShotError(
                 f"class {small[0].folder!r} in {self.name} has {len(small[0].files)} images"
                 f"{left_out} but {needed} are needed ({shots} shots + {queries} queries){others}; "
                 f"add images, remove the class, or lower {setting('shots')} or {setting('queries')}"
             )
+
+    def _require_parts(self, shots: int, queries: int) -> None:
+        for entries, name, needed in (
+            (self.classes, "shots", shots),
+            (self.queries, "queries", queries),
+        ):
+            small = [entry for entry in entries if len(entry.files) < needed]
+            if small:
+                place = "support" if name == "shots" else "queries"
+                raise FewShotError(
+                    f"class {small[0].folder!r} in {self.name} has {len(small[0].files)} images "
+                    f"for {place} but {setting(name, needed)} are needed"
+                    f"{_others(len(small) - 1)}; add images, remove the class, or lower "
+                    f"{setting(name)}"
+                )
 
 
 def load_data(
@@ -140,7 +161,28 @@ def load_data(
             f"{setting('data', data)} is none"
         )
     words, note = class_words(list(listing.files), class_names)
-    classes = tuple(
+    classes = _classes(source, listing, listing.files, words)
+    queries = _classes(source, listing, listing.queries, words)
+    notes = (*listing.notes, note) if note else listing.notes
+    return ImageData(
+        source,
+        classes,
+        data_fingerprint((*classes, *queries)),
+        # What they quote may come from file names and other programs.
+        tuple(Notice(line) for line in notes),
+        listing.group_column,
+        queries,
+    )
+
+
+def _classes(
+    source: ImageSource,
+    listing: Listing,
+    files: Mapping[str, Sequence[str]],
+    words: Mapping[str, str],
+) -> tuple[ImageClass, ...]:
+    """The classes of a listing with some of their images."""
+    return tuple(
         ImageClass(
             shown_name(name),
             words[name],
@@ -149,12 +191,12 @@ def load_data(
             listing.left_out.get(name, ""),
             tuple(listing.groups.get(name, ())),
         )
-        for name, names in listing.files.items()
+        for name, names in files.items()
     )
-    notes = (*listing.notes, note) if note else listing.notes
-    # What they quote may come from file names and other programs.
-    notes = tuple(Notice(line) for line in notes)
-    return ImageData(source, classes, _fingerprint(classes), notes, listing.group_column)
+
+
+def _others(count: int) -> str:
+    return f" ({count} more classes have too few)" if count else ""
 
 
 def _expanded(name: str, value: str | Path) -> str:
@@ -195,7 +237,8 @@ def _stamps(source: ImageSource, names: Sequence[str]) -> tuple[Stamp, ...]:
         raise FewShotError(f"{_DATA}: {first_line(error)}") from error
 
 
-def _fingerprint(classes: Sequence[ImageClass]) -> str:
+def data_fingerprint(classes: Sequence[ImageClass]) -> str:
+    """The digest of classes: of their words, and of their images' names, sizes and times."""
     digest = hashlib.sha256()
     for entry in classes:
         images = [

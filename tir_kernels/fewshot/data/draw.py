@@ -24,13 +24,15 @@ def draw_episode(data: ImageData, protocol: Protocol, index: int) -> EpisodePlan
         FewShotError: The data has groups, of which a class has too few.
     """
     sizes = [len(entry.files) for entry in data.classes]
-    plan = plan_episode(protocol.seed, index, sizes, protocol.ways)
+    query_sizes = [len(entry.files) for entry in data.queries]
+    plan = plan_episode(protocol.seed, index, sizes, protocol.ways, query_sizes)
     if not data.group_column:
         return plan
     classes = [data.classes[c] for c in plan.classes]
     groups = [entry.groups for entry in classes]
+    pools = [(data.queries or data.classes)[c].groups for c in plan.classes]
     try:
-        chosen = choose_support(plan.orders, groups, groups, protocol.shots, protocol.queries)
+        chosen = choose_support(plan.orders, groups, pools, protocol.shots, protocol.queries)
     except TooFewGroupsError as error:
         entry = classes[error.position]
         raise FewShotError(

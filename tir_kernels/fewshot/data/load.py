@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Set
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ def load_episode(
         FewShotError: An image can't be read, or too few of a class can.
     """
     classes = [data.classes[c] for c in plan.classes]
-    drawing = _Drawing(data.name, classes, plan.orders, images, shots, queries)
+    drawing = _Drawing(plan, data, images, shots, queries)
     support = [drawing.support(c) for c in range(len(classes))]
     query = [drawing.queries(c) for c in range(len(classes))]
     support_pixels, query_pixels = (
@@ -72,9 +72,8 @@ class _Drawing:
     """Reads an episode's images in drawing order, past those that can't be read.
 
     Args:
-        name: Name of the data, for messages.
-        classes: Classes of the episode.
-        orders: Per class, all its images in drawing order.
+        plan: Plan of the episode.
+        data: Data that it draws from.
         images: Reader of the images.
         shots, queries: Images per class.
 
@@ -83,75 +82,78 @@ class _Drawing:
     """
 
     def __init__(
-        self,
-        name: str,
-        classes: Sequence[ImageClass],
-        orders: Sequence[Sequence[int]],
-        images: ImageReader,
-        shots: int,
-        queries: int,
+        self, plan: EpisodePlan, data: ImageData, images: ImageReader, shots: int, queries: int
     ) -> None:
-        self._name, self._classes, self._images = name, classes, images
+        if bool(data.queries) != bool(plan.query_orders):
+            raise ValueError("plan must have query_orders for data with a part for queries")
+        self._name, self._images = data.name, images
         self._shots, self._queries = shots, queries
-        self._waiting = [iter(order) for order in orders]
+        self._support = [data.classes[c] for c in plan.classes]
+        self._asked = [(data.queries or data.classes)[c] for c in plan.classes]
+        support_orders = [iter(order) for order in plan.orders]
+        # Without a part of their own, queries are what the support leaves.
+        self._orders = {
+            "support": support_orders,
+            "queries": [iter(order) for order in plan.query_orders] or support_orders,
+        }
         self._support_groups: set[str] = set()
-        self.skipped: list[list[str]] = [[] for _ in classes]
-        self._read = self._expected(orders)
+        self.skipped: list[list[str]] = [[] for _ in plan.classes]
+        self._read = self._expected(plan)
 
     def support(self, c: int) -> list[Tensor]:
         """The support images of a class, (3, H, W) each; to be asked for before any queries."""
-        found = list(itertools.islice(self._readable(c), self._shots))
+        entry = self._support[c]
+        readable = self._readable(c, entry, self._orders["support"][c])
+        found = list(itertools.islice(readable, self._shots))
         self._require(c, len(found), self._shots)
-        groups = self._classes[c].groups
-        self._support_groups.update(groups[position] for position, _ in found if groups)
+        self._support_groups.update(entry.groups[position] for position, _ in found if entry.groups)
         return [image for _, image in found]
 
     def queries(self, c: int) -> list[Tensor]:
         """The query images of a class, of other groups than the support of all classes."""
-        readable = self._readable(c, self._support_groups)
-        found = list(itertools.islice(readable, self._queries))
+        entry = self._asked[c]
+        left = _without(entry, self._orders["queries"][c], self._support_groups)
+        found = list(itertools.islice(self._readable(c, entry, left), self._queries))
         self._require(c, self._shots + len(found), self._shots + self._queries)
         return [image for _, image in found]
 
-    def _readable(self, c: int, without: Set[str] = frozenset()) -> Iterator[tuple[int, Tensor]]:
-        """The images of a class that are left, but for those of some groups."""
-        entry = self._classes[c]
-        for position in self._waiting[c]:
-            if entry.groups and entry.groups[position] in without:
-                continue
-            if (c, position) in self._read:
-                image = self._read.pop((c, position))
-            else:
-                image = self._images.read(entry, position)
+    def _readable(
+        self, c: int, entry: ImageClass, positions: Iterable[int]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Those of some images of a class that can be read, with their positions."""
+        for position in positions:
+            name = entry.files[position]
+            image = (
+                self._read.pop(name) if name in self._read else self._images.read(entry, position)
+            )
             if image is None:
-                self.skipped[c].append(entry.files[position])
+                self.skipped[c].append(name)
             else:
                 yield position, image
 
-    def _expected(self, orders: Sequence[Sequence[int]]) -> dict[tuple[int, int], Tensor | None]:
+    def _expected(self, plan: EpisodePlan) -> dict[str, Tensor | None]:
         """All that are needed if all are readable, at once, so they are decoded side by side."""
-        support_groups = {
+        support = [order[: self._shots] for order in plan.orders]
+        groups = {
             entry.groups[position]
-            for entry, order in zip(self._classes, orders, strict=True)
-            for position in order[: self._shots]
+            for entry, positions in zip(self._support, support, strict=True)
+            for position in positions
             if entry.groups
         }
-        wanted = []
-        for c, (entry, order) in enumerate(zip(self._classes, orders, strict=True)):
-            wanted += [(c, position) for position in order[: self._shots]]
-            others = (
-                position
-                for position in order[self._shots :]
-                if not entry.groups or entry.groups[position] not in support_groups
-            )
-            wanted += [(c, position) for position in itertools.islice(others, self._queries)]
-        found = self._images.read_many([(self._classes[c], position) for c, position in wanted])
-        return dict(zip(wanted, found, strict=True))
+        asked = plan.query_orders or [order[self._shots :] for order in plan.orders]
+        wanted: list[tuple[ImageClass, int]] = []
+        for c, positions in enumerate(support):
+            wanted += [(self._support[c], position) for position in positions]
+            others = _without(self._asked[c], asked[c], groups)
+            wanted += [(self._asked[c], each) for each in itertools.islice(others, self._queries)]
+        found = self._images.read_many(wanted)
+        names = [entry.files[position] for entry, position in wanted]
+        return dict(zip(names, found, strict=True))
 
     def _require(self, c: int, found: int, needed: int) -> None:
         if found >= needed:
             return
-        entry = self._classes[c]
+        entry = self._support[c]
         others = " of other subjects than its support" if entry.groups else ""
         raise FewShotError(
             f"class {entry.folder!r} in {self._name} has {found} readable images but "
@@ -159,3 +161,8 @@ class _Drawing:
             f"{self._queries} queries); add images, or lower {setting('shots')} or "
             f"{setting('queries')}"
         )
+
+
+def _without(entry: ImageClass, positions: Iterable[int], groups: Set[str]) -> Iterator[int]:
+    """Those of some images of a class that are of none of these groups."""
+    return (each for each in positions if not entry.groups or entry.groups[each] not in groups)

@@ -27,6 +27,8 @@ class Listing(NamedTuple):
         groups: Class -> for each of its images the subject that it shows, such as a patient; empty
             where none are known.
         group_column: Name of the column that they come from.
+        queries: The same classes with images that serve as queries, where ``files`` are for support
+            alone; empty: both come from ``files``.
     """
 
     files: Files
@@ -34,6 +36,7 @@ class Listing(NamedTuple):
     left_out: Mapping[str, str] = MappingProxyType({})
     groups: Mapping[str, Sequence[str]] = MappingProxyType({})
     group_column: str = ""
+    queries: Mapping[str, Sequence[str]] = MappingProxyType({})
 
 
 class ImageSource(Protocol):
