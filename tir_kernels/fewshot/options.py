@@ -314,6 +314,15 @@ def _field_option(
     help_text = field.metadata["help"] + note
     if hint is bool:
         return click.option(option_name(field.name), field.name, is_flag=True, help=help_text)
+    if field.metadata.get("is_text_list"):
+        # Without it, unset; click would give an empty list.
+        return click.option(
+            option_name(field.name),
+            field.name,
+            multiple=True,
+            callback=lambda context, option, value: value or None,
+            help=help_text,
+        )
     return click.option(
         option_name(field.name),
         field.name,

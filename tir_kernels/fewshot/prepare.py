@@ -21,6 +21,7 @@ from tir_kernels.fewshot.data.split import load_split
 from tir_kernels.fewshot.devices import is_slow_at, resolve_device
 from tir_kernels.fewshot.episode import Episode
 from tir_kernels.fewshot.fields import as_settings
+from tir_kernels.fewshot.known_template import with_known_template
 from tir_kernels.fewshot.methods import Method, Observer
 from tir_kernels.fewshot.run.folder import (
     SUMMARY_NAME,
@@ -132,12 +133,11 @@ class PreparedRun:
             self._decoding = Decoding(reading.max_pixels, reading.white_value)
         _require_backend(runtime.backend, device)
         self._runtime = replace(runtime, device=place.own_device(device))
-        parallel = 1 if runtime.parallel is None else runtime.parallel
-        self.plan = RunPlan(
-            protocol, options.episodes, options.arms, self._runtime.device, parallel
-        )
         with messages.status("listing the images"):
             self._data = _listed(inputs)
+        parallel = 1 if runtime.parallel is None else runtime.parallel
+        arms = with_known_template(options.arms, self._data)
+        self.plan = RunPlan(protocol, options.episodes, arms, self._runtime.device, parallel)
         for note in self._data.notes:
             messages.tell(note)
         self._data.require(ways=protocol.ways, shots=protocol.shots, queries=protocol.queries)

@@ -14,5 +14,7 @@ EUROSAT = KnownSet(
         "Residential": "residential buildings",
         "River": "river",
         "SeaLake": "sea or lake",
-    }
+    },
+    # The first of CLIP's prompts for it, and the one of CoOp and Tip-Adapter.
+    template="a centered satellite photo of {}.",
 )

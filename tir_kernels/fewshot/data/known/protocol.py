@@ -38,8 +38,10 @@ class KnownSet:
         table: The table in which it is published, if there is one.
         group_column: Name of the column, in any table of its images, whose values are the subjects
             that images show: of a patient or a lesion there are several images.
+        template: Published template of prompts for its classes, with "{}" for the words.
     """
 
     words: Mapping[str, str]
     table: KnownTable | None = None
     group_column: str = ""
+    template: str = ""
