@@ -15,7 +15,7 @@ from tir_kernels.fewshot.data.groups import NO_GROUPS
 from tir_kernels.fewshot.data.names import class_name, shown_name
 from tir_kernels.fewshot.data.protocol import GroupedSource, ImageSource, Listing, Stamp
 from tir_kernels.fewshot.data.sources import data_sources, list_endings
-from tir_kernels.fewshot.data.words import class_words
+from tir_kernels.fewshot.data.words import class_words, published_note
 from tir_kernels.files import expand_user
 from tir_kernels.text import Notice, setting
 
@@ -163,7 +163,11 @@ def load_data(
     words, note = class_words(list(listing.files), class_names)
     classes = _classes(source, listing, listing.files, words)
     queries = _classes(source, listing, listing.queries, words)
-    notes = (*listing.notes, note) if note else listing.notes
+    counts = {name: len(own) for name, own in listing.files.items()}
+    for name, own in listing.queries.items():
+        counts[name] += len(own)
+    published = published_note(source.describe(""), counts, class_names)
+    notes = (*listing.notes, *filter(None, (note, published)))
     return ImageData(
         source,
         classes,
