@@ -127,12 +127,20 @@ def _require_as_many(
     tokenizer: Callable[[list[str]], Tensor], template: str, words: str, num_vectors: int
 ) -> None:
     """Refuse words in front of the name that are not as many tokens as there are vectors."""
-    with_words, without = (_tokenize(tokenizer, [words, ""]) != 0).sum(1).tolist()
-    if with_words - without != num_vectors:
+    rest = f"{_PLACEHOLDER}{template.partition('{}')[2]}"
+
+    def is_as_long_as(count: int) -> bool:
+        """Whether behind so many tokens the prompt is as it is behind so many placeholders."""
+        kept = " ".join([_PLACEHOLDER] * count)
+        given, same = _tokenize(tokenizer, [f"{words}{rest}", f"{kept} {rest}"])[:, 1 + count :]
+        return torch.equal(given, same)
+
+    if not is_as_long_as(num_vectors):
+        most = _tokenize(tokenizer, [words]).shape[1] - 4
+        count = next((each for each in range(most) if is_as_long_as(each)), most)
         raise ValueError(
-            f"template {template!r} has {with_words - without} tokens in front of {{}}, but the "
-            f"learned context has {num_vectors}; set context_tokens to "
-            f"{with_words - without}, or choose other words"
+            f"template {template!r} has {count} tokens in front of {{}}, but the learned context "
+            f"has {num_vectors}; set context_tokens to {count}, or choose other words"
         )
 
 
