@@ -47,8 +47,8 @@ def _formed_products(learner: Any) -> None:
 class _Uncut(adapters.PromptContext):
     """Prompts that fill the whole context, and do not end with the longest one's end of text."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments, cut=False)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, cut=False, **options)
 
 
 @contextmanager

@@ -103,6 +103,8 @@ class Workload:
         settings = self._settings
         try:
             data = load_data(self.data_folder, class_names=words if words.exists() else None)
+            if data.queries:
+                raise FewShotError(f"{self.data_folder} is divided into parts; pass one of them")
             data.require(ways=settings.ways, shots=self._most_shots, queries=settings.queries)
         except FewShotError as error:
             raise click.ClickException(str(error)) from error

@@ -70,6 +70,11 @@ class Notice(str):
         return _spelled(self.marked, spelling, assign)
 
 
+def renamed(notice: Notice, old: str, new: str) -> Notice:
+    """A line that names one setting where it named another."""
+    return Notice(re.sub(f"{_NAME}{old}(?!\\w)", f"{_NAME}{new}", notice.marked))
+
+
 def _spelled(marked: str, spelling: Callable[[str], str], assign: str) -> str:
     def spell(match: re.Match[str]) -> str:
         return spelling(match[1]) + (assign if match[2] else "")

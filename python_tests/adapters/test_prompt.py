@@ -208,3 +208,37 @@ def test_autocast() -> None:
     assert torch.cosine_similarity(found.float(), exact, dim=1).min() > 0.999
     found.float().square().sum().backward()
     assert prompt.vectors.grad.any()
+
+
+SATELLITE = "a centered satellite photo of {}."
+
+
+@pytest.mark.parametrize(("template", "num_vectors"), [(SATELLITE, 0), (SATELLITE, 5), ("{}!", 0)])
+@torch.no_grad()
+def test_a_template_puts_its_words_around_the_names(template: str, num_vectors: int) -> None:
+    model = make_text_clip()
+    prompt = PromptContext(model, TOKENIZER, NAMES, num_vectors, template=template)
+    expected = model.encode_text(TOKENIZER([template.replace("{}", name) for name in NAMES]))
+    torch.testing.assert_close(prompt()[0], expected)
+    assert prompt.vectors.shape[0] == num_vectors
+
+
+@pytest.mark.parametrize("num_vectors", [0, 4])
+@torch.no_grad()
+def test_the_usual_words_as_a_template_change_nothing(num_vectors: int) -> None:
+    model = make_text_clip()
+    plain = PromptContext(model, TOKENIZER, NAMES, num_vectors)
+    given = PromptContext(model, TOKENIZER, NAMES, num_vectors, template="a photo of a {}.")
+    assert torch.equal(plain()[0], given()[0])
+    assert torch.equal(plain.vectors, given.vectors)
+
+
+def test_a_template_that_does_not_fit_is_refused() -> None:
+    model = make_text_clip()
+    with pytest.raises(ValueError, match=r"has 5 tokens .* context has 4; set context_tokens to 5"):
+        PromptContext(model, TOKENIZER, NAMES, 4, template=SATELLITE)
+    with pytest.raises(ValueError, match=r"template .* has 0 tokens in front"):
+        PromptContext(model, TOKENIZER, NAMES, 4, template="{}, a pet.")
+    for wrong in ("a photo", "{} and {}"):
+        with pytest.raises(ValueError, match=r"template must hold one \{\}"):
+            PromptContext(model, TOKENIZER, NAMES, 0, template=wrong)

@@ -19,15 +19,18 @@ class PromptContext(nn.Module):
     """Prompts "{context} {name}." with one trained context for all classes.
 
     The context starts as the embeddings of "a photo of a". With fewer than four vectors it starts
-    as the last of these words; with more, the vectors in front are drawn from N(0, 0.02²).
+    as the last of these words; with more, the vectors in front are drawn from N(0, 0.02²). A
+    template puts its own words around the names; the context starts as those in front, whose number
+    of tokens must be that of the vectors.
 
     Args:
         model: A model with a text tower, or that tower opened; it is read, never changed.
         tokenizer: Its tokenizer: list of strings -> (C, T) token ids.
         class_names: C names, in words; at least one.
-        num_vectors: Trained vectors; 0 leaves "a photo of a" as it is.
+        num_vectors: Trained vectors; 0 leaves the words in front of the names as they are.
         generator: Draws the vectors in front; ``None``: PyTorch's own.
         cut: Leave out what no prompt needs, in towers that are causal; off to measure it.
+        template: Text with one "{}" for the name; ``None``: "a photo of a {}.".
 
     Attributes:
         vectors: (num_vectors, W) parameter.
@@ -51,14 +54,21 @@ class PromptContext(nn.Module):
         num_vectors: int = 4,
         generator: torch.Generator | None = None,
         cut: bool = True,
+        template: str | None = None,
     ) -> None:
         super().__init__()
         num_vectors = _check_arguments(class_names, num_vectors)
         self.tower = text_tower(model)
-        context = CONTEXT_WORDS if num_vectors == 0 else " ".join([_PLACEHOLDER] * num_vectors)
-        prompts = [f"{context} {name}." for name in class_names]
+        words, rest = (f"{CONTEXT_WORDS} ", ".") if template is None else _around_name(template)
+        if num_vectors:
+            kept = " ".join([_PLACEHOLDER] * num_vectors)
+            prompts = [f"{kept} {name}{rest}" for name in class_names]
+        else:
+            prompts = [f"{words}{name}{rest}" for name in class_names]
         # Everything here lasts: made as inference tensors, none of it could take part in training.
         with torch.inference_mode(False), torch.no_grad():
+            if num_vectors and template is not None:
+                _require_as_many(tokenizer, template, words, num_vectors)
             token_ids = _tokenize(tokenizer, prompts)
             _require_room(tokenizer, token_ids, prompts, class_names, num_vectors)
             last_position = self.tower.last_position(token_ids)
@@ -69,7 +79,7 @@ class PromptContext(nn.Module):
             self.last_position = last_position.to(embeddings.device)
             self.register_buffer("embeddings", embeddings, persistent=False)
             self.vectors = nn.Parameter(
-                _round(_start(tokenizer, self.tower, num_vectors, generator))
+                _round(_start(tokenizer, self.tower, words, num_vectors, generator))
             )
 
     @property
@@ -105,6 +115,35 @@ def _check_arguments(class_names: Sequence[str], num_vectors: int) -> int:
     return num_vectors
 
 
+def _around_name(template: str) -> tuple[str, str]:
+    """The text of a template in front of the name, and behind it."""
+    if template.count("{}") != 1:
+        raise ValueError(f"template must hold one {{}} for the class's name; got {template!r}")
+    front, _, rest = template.partition("{}")
+    return front, rest
+
+
+def _require_as_many(
+    tokenizer: Callable[[list[str]], Tensor], template: str, words: str, num_vectors: int
+) -> None:
+    """Refuse words in front of the name that are not as many tokens as there are vectors."""
+    rest = f"{_PLACEHOLDER}{template.partition('{}')[2]}"
+
+    def is_as_long_as(count: int) -> bool:
+        """Whether behind so many tokens the prompt is as it is behind so many placeholders."""
+        kept = " ".join([_PLACEHOLDER] * count)
+        given, same = _tokenize(tokenizer, [f"{words}{rest}", f"{kept} {rest}"])[:, 1 + count :]
+        return torch.equal(given, same)
+
+    if not is_as_long_as(num_vectors):
+        most = _tokenize(tokenizer, [words]).shape[1] - 4
+        count = next((each for each in range(most) if is_as_long_as(each)), most)
+        raise ValueError(
+            f"template {template!r} has {count} tokens in front of {{}}, but the learned context "
+            f"has {num_vectors}; set context_tokens to {count}, or choose other words"
+        )
+
+
 def _tokenize(tokenizer: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:
     """(C, T) token ids on the CPU; tokenizers put them on the process's default device."""
     with torch.device("cpu"):
@@ -122,11 +161,13 @@ def _round(embeddings: Tensor) -> Tensor:
 def _start(
     tokenizer: Callable[[list[str]], Tensor],
     tower: EncodesText,
+    text: str,
     num_vectors: int,
     generator: torch.Generator | None,
 ) -> Tensor:
-    words = tower.embed(_tokenize(tokenizer, [CONTEXT_WORDS]))[0]
-    words = words[1 : 1 + len(CONTEXT_WORDS.split())]  # the token in front is start-of-text
+    words = tower.embed(_tokenize(tokenizer, [text.strip()]))[0]
+    known = len(CONTEXT_WORDS.split()) if text.strip() == CONTEXT_WORDS else num_vectors
+    words = words[1 : 1 + known]  # the token in front is start-of-text
     if num_vectors <= len(words):
         return words[len(words) - num_vectors :].clone()
     device = "cpu" if generator is None else generator.device

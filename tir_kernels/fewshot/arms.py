@@ -20,7 +20,7 @@ def make_arms(
     Args:
         methods: Names of methods, each an arm of its own name.
         arms: Texts ``NAME=METHOD,field=value,…``; a list's numbers are joined by commas, as in
-            ``tir@late=tir,layers=8,10``.
+            ``tir@late=tir,layers=8,10``, and texts by ``|``.
         shared: Field -> value, for each arm that has the field and does not set it itself.
 
     Raises:
@@ -51,7 +51,7 @@ def fields_of(method: type[Method]) -> dict[str, dataclasses.Field]:
 
 
 def value_type(method: type[Method], field: str) -> type:
-    """``int``, ``float``, ``str``, or ``tuple`` for several whole numbers, of a method's option."""
+    """``int``, ``float``, ``str``, or ``tuple`` for several numbers or texts, of an option."""
     (kind,) = kinds_of(typing.get_type_hints(method)[field])
     return kind
 
@@ -86,7 +86,7 @@ def _parse(text: str) -> tuple[str, type[Method], dict[str, Any]]:
                 raise ValueError(f"arm {name!r}: {method.name} has no {field!r}; it has {known}")
             given[field] = value.strip()
         elif field:  # a list goes on
-            given[field] += f",{setting.strip()}"
+            given[field] += f",{setting}"
         else:
             raise ValueError(f"arm {name!r}: {setting.strip()!r} is no field=value")
     options = {field: _value(name, method, field, value) for field, value in given.items()}
@@ -97,6 +97,8 @@ def _value(arm: str, method: type[Method], field: str, text: str) -> Any:
     kind = value_type(method, field)
     try:
         if kind is tuple:
+            if fields_of(method)[field].metadata.get("is_text_list"):
+                return tuple(text.split("|"))
             return tuple(int(part) for part in text.split(","))
         return kind(text)
     except ValueError as error:

@@ -27,6 +27,7 @@ from tir_kernels.fewshot.methods import DEFAULT_METHODS, DEMO_METHODS
 from tir_kernels.fewshot.options import (
     NAME,
     arm_options,
+    drawing_options,
     episodes_option,
     method_fields,
     method_options,
@@ -65,7 +66,8 @@ def cli() -> None:
 
 
 @cli.command()
-@source_options()
+@source_options(data_required=False)
+@drawing_options()
 @arm_options()
 @reading_options()
 @episodes_option(20)
@@ -79,7 +81,8 @@ def run(**options: Any) -> None:
 
 
 @cli.command()
-@source_options()
+@source_options(data_required=False)
+@drawing_options()
 @reading_options()
 @episodes_option(20)
 @settings_options()
@@ -157,6 +160,7 @@ def _run(then: Callable[[], None] | None = None, **options: Any) -> None:
         names = [field.name for field in dataclasses.fields(kind) if field.name in options]
         return kind(**{name: options[name] for name in names})
 
+    options["data"] = options["data"] or ""
     place = Place.of_this_process()
     console = Console(stderr=True, quiet=not place.is_first)
     with settings_named():

@@ -19,11 +19,14 @@ class EpisodePlan:
         classes: Its classes, as positions in the data's list.
         orders: Per class, all its images in drawing order: the first serve as support, the next as
             queries, and the rest replace those that turn out to be unreadable.
+        query_orders: Per class, the images of the part for queries in drawing order; empty: queries
+            follow support in ``orders``.
     """
 
     index: int
     classes: tuple[int, ...]
     orders: tuple[tuple[int, ...], ...]
+    query_orders: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,13 @@ class Episode:
             )
 
 
-def plan_episode(seed: int, index: int, class_sizes: Sequence[int], ways: int) -> EpisodePlan:
+def plan_episode(
+    seed: int,
+    index: int,
+    class_sizes: Sequence[int],
+    ways: int,
+    query_sizes: Sequence[int] = (),
+) -> EpisodePlan:
     """Draw the classes and the order of their images.
 
     The result depends on the arguments only, so that any process can draw any episode.
@@ -128,11 +137,15 @@ def plan_episode(seed: int, index: int, class_sizes: Sequence[int], ways: int) -
         index: The episode's number, at least 0.
         class_sizes: Images per class.
         ways: Classes per episode.
+        query_sizes: Images per class in the part for queries, where there is one.
     """
     random = random_state(seed, index, stream=0)
     classes = random.permutation(len(class_sizes))[:ways]
     orders = tuple(tuple(random.permutation(class_sizes[c]).tolist()) for c in classes)
-    return EpisodePlan(index, tuple(classes.tolist()), orders)
+    query_orders: tuple[tuple[int, ...], ...] = ()
+    if query_sizes:
+        query_orders = tuple(tuple(random.permutation(query_sizes[c]).tolist()) for c in classes)
+    return EpisodePlan(index, tuple(classes.tolist()), orders, query_orders)
 
 
 def episode_seed(seed: int, index: int) -> int:

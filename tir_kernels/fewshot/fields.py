@@ -92,6 +92,25 @@ def whole_list(default: tuple[int, ...] | None, help: str) -> Any:
     return _field(default, help, check)
 
 
+def text_list(
+    default: tuple[str, ...] | None, help: str, check_entry: Callable[[str, str], str]
+) -> Any:
+    """Several texts, at least one, each with a check (name, text) -> text."""
+
+    def check(name: str, value: object) -> tuple[str, ...]:
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise TypeError(f"{name} must be a list of str; got {value!r}")
+        entries = tuple(value)
+        for entry in entries:
+            if not isinstance(entry, str):
+                raise TypeError(f"{name} must be a list of str; got {value!r}")
+        if not entries:
+            raise ValueError(f"{name} must hold at least one text")
+        return tuple(check_entry(name, entry) for entry in entries)
+
+    return _field(default, help, check, is_text_list=True)
+
+
 def text(default: str, help: str) -> Any:
     """Any text."""
 

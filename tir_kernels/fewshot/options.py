@@ -196,16 +196,6 @@ def arm_options() -> Callable[[Callable], Callable]:
 
 _SOURCE_OPTIONS = [
     click.option(
-        "--data",
-        type=NAME,
-        required=True,
-        metavar="SOURCE",
-        help="Folder with a sub-folder of images per class; a list of images: JSON with "
-        "image_names, image_labels and label_names, or CSV or TSV with columns for file and "
-        "label, or with a column of 0 and 1 per class; or hf:NAME[:SPLIT] from Hugging Face, or "
-        "a folder of its save_to_disk.",
-    ),
-    click.option(
         "--images",
         type=NAME,
         metavar="DIR",
@@ -266,18 +256,60 @@ _READING_OPTIONS = [
 ]
 
 
+_DRAWING_OPTIONS = [
+    click.option(
+        "--train",
+        type=NAME,
+        metavar="SOURCE",
+        help="In place of --data, with --test: data, of any kind, that support comes from.",
+    ),
+    click.option(
+        "--test",
+        type=NAME,
+        metavar="SOURCE",
+        help="Data with the same classes that queries come from, in which no image of --train is.",
+    ),
+    click.option(
+        "--group-column",
+        metavar="COLUMN",
+        help="Column of a table whose values are the subjects that images show, such as patients "
+        "or lesions: no subject is on both sides of an episode, as support and as queries. Known "
+        "by itself for HAM10000 (lesion_id) and ChestX-ray8 (Patient ID); none draws without "
+        "regard to subjects.",
+    ),
+]
+
+
+def drawing_options() -> Callable[[Callable], Callable]:
+    """The options of how episodes are drawn from the data."""
+    return _adding(_DRAWING_OPTIONS)
+
+
 def source_options(
     metavar: str = "RUN_DIR",
     out: str = "Folder of the run. The same command continues a run that was stopped.",
+    *,
+    data_required: bool = True,
 ) -> Callable[[Callable], Callable]:
     """The options of data, model and folder.
 
     Args:
         metavar: What the folder is called.
         out: Help on it.
+        data_required: Whether nothing else may name the data.
     """
+    data = click.option(
+        "--data",
+        type=NAME,
+        required=data_required,
+        metavar="SOURCE",
+        help="Folder with a sub-folder of images per class, or with parts such as train and test "
+        "that have them; a list of images: JSON with image_names, image_labels and label_names, or "
+        "a split of CoOp, or CSV or TSV with columns for file and label, or with a column of 0 and "
+        "1 per class; or hf:NAME[:SPLIT] from Hugging Face, or a folder of its save_to_disk.",
+    )
     folder = click.option("--out", type=NAME, required=True, metavar=metavar, help=out)
-    return _adding([*_SOURCE_OPTIONS, folder])
+    return _adding([data, *_SOURCE_OPTIONS, folder])
 
 
 def one_method_option() -> Callable[[Callable], Callable]:
@@ -303,6 +335,15 @@ def _field_option(
     help_text = field.metadata["help"] + note
     if hint is bool:
         return click.option(option_name(field.name), field.name, is_flag=True, help=help_text)
+    if field.metadata.get("is_text_list"):
+        # Without it, unset; click would give an empty list.
+        return click.option(
+            option_name(field.name),
+            field.name,
+            multiple=True,
+            callback=lambda context, option, value: value or None,
+            help=help_text,
+        )
     return click.option(
         option_name(field.name),
         field.name,

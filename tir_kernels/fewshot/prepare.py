@@ -15,10 +15,13 @@ import tir_kernels
 from tir_kernels.fewshot.data.cache import open_cache
 from tir_kernels.fewshot.data.dataset import ImageData, load_data
 from tir_kernels.fewshot.data.decoding import Decoding
+from tir_kernels.fewshot.data.draw import require_groups
 from tir_kernels.fewshot.data.reader import ImageReader, Preprocess
+from tir_kernels.fewshot.data.split import load_split
 from tir_kernels.fewshot.devices import is_slow_at, resolve_device
 from tir_kernels.fewshot.episode import Episode
 from tir_kernels.fewshot.fields import as_settings
+from tir_kernels.fewshot.known_template import with_known_template
 from tir_kernels.fewshot.methods import Method, Observer
 from tir_kernels.fewshot.run.folder import (
     SUMMARY_NAME,
@@ -129,17 +132,16 @@ class PreparedRun:
         decoding_of(reading)
         require_backend_here(runtime.backend, device)
         self._runtime = replace(runtime, device=place.own_device(device))
-        parallel = 1 if runtime.parallel is None else runtime.parallel
-        self.plan = RunPlan(
-            protocol, options.episodes, options.arms, self._runtime.device, parallel
-        )
         with messages.status("listing the images"):
-            self._data = load_data(
-                inputs.data, class_names=inputs.class_names, images=inputs.images
-            )
+            self._data = _listed(inputs)
+        parallel = 1 if runtime.parallel is None else runtime.parallel
+        arms = with_known_template(options.arms, self._data)
+        self.plan = RunPlan(protocol, options.episodes, arms, self._runtime.device, parallel)
         for note in self._data.notes:
             messages.tell(note)
         self._data.require(ways=protocol.ways, shots=protocol.shots, queries=protocol.queries)
+        with messages.status("drawing the episodes"):
+            require_groups(self._data, protocol, options.episodes)
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -261,6 +263,8 @@ class PreparedRun:
         # Runs from before there were these have none, and no word on them.
         if not self._protocol.augment:
             del settings["augment"]
+        if self._data.group_column:
+            settings["group_column"] = self._data.group_column
         if self._options.track is not None:
             settings["track"] = str(self._options.track)
         if self._reading.white_value is not None:
@@ -275,6 +279,18 @@ def note_slowness(precision: str, device: str, messages: Messages) -> None:
             f"this processor has no instructions for products of {precision} numbers: "
             f"{setting('precision', 'float32')} would be faster"
         )
+
+
+def _listed(inputs: Inputs) -> ImageData:
+    """The data of a run: of one place, or support of one and queries of another."""
+    options = {
+        "class_names": inputs.class_names,
+        "images": inputs.images,
+        "group_column": inputs.group_column,
+    }
+    if inputs.train is None or inputs.test is None:
+        return load_data(inputs.data, **options)
+    return load_split(inputs.train, inputs.test, **options)
 
 
 def image_reader(

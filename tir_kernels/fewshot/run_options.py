@@ -25,6 +25,11 @@ class Inputs:
         images: Folder of the images that a list names.
         class_names: Words of the classes, see ``class_words``.
         pretrained: Weights, see ``load_model``.
+        train, test: Data that support and queries come from; ``data`` then is "".
+        group_column: Column of the subjects that the images of a table show, see ``load_data``.
+
+    Raises:
+        FewShotError: No data is named, or in both ways.
     """
 
     data: str
@@ -32,6 +37,22 @@ class Inputs:
     images: str | None = None
     class_names: str | None = None
     pretrained: str | None = None
+    group_column: str | None = None
+    train: str | None = None
+    test: str | None = None
+
+    def __post_init__(self) -> None:
+        parts = [self.train, self.test]
+        if parts == [None, None] and not self.data:
+            raise FewShotError(
+                f"{setting('data')} is missing; pass it, or {setting('train')} and "
+                f"{setting('test')}"
+            )
+        if parts != [None, None] and (self.data or None in parts):
+            raise FewShotError(
+                f"{setting('train')} and {setting('test')} go together, in place of "
+                f"{setting('data')}"
+            )
 
 
 @dataclass(frozen=True)

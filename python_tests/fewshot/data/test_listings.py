@@ -170,9 +170,10 @@ def test_isic_ground_truth(folder):
     data = load_data(folder / "truth.csv", images=folder / "in")
     assert found(data) == {"MEL": ("ISIC_1.jpg",), "NV": ("ISIC_0.jpg", "ISIC_2.jpg")}
     assert [entry.words for entry in data.classes] == ["melanoma", "melanocytic nevus"]
-    columns, words = data.notes
+    columns, words, published = data.notes
     assert columns.endswith("of columns MEL, NV, BCC, AKIEC, BKL, DF, VASC")
     assert "isic2018" in words
+    assert "has 3 images, ISIC 2018 task 3 as published 10,015; without its classes" in published
 
 
 @pytest.mark.parametrize("end", ["", ","])

@@ -7,10 +7,11 @@ import pytest
 
 from tir_kernels.errors import FewShotError
 from tir_kernels.fewshot.data.dataset import load_data
-from tir_kernels.fewshot.data.known import known_sets
+from tir_kernels.fewshot.data.known import known_set, known_sets
 from tir_kernels.fewshot.data.words import (
     class_words,
     default_words,
+    published_note,
     read_class_names,
 )
 
@@ -134,10 +135,42 @@ def test_a_set_is_taken_only_if_it_has_all_classes(make_images):
     root = make_images({"SeaLake": 1, "River": 1})
     assert load_data(root).notes == (
         "class names are those of eurosat: River is 'river', SeaLake is 'sea or lake'",
+        f"{root} has 2 images, EuroSAT as published 27,000; without its classes AnnualCrop, "
+        "Forest, HerbaceousVegetation, Highway, ... (8 of 10); by class: River 1 of 2,500, SeaLake "
+        "1 of 3,000",
     )
     given = load_data(root, class_names={"SeaLake": "water", "River": "stream"})
     assert [entry.words for entry in given.classes] == ["stream", "water"]
     assert given.notes == ()
+
+
+def test_whole_sets_have_the_published_numbers():
+    for name, total in (("eurosat", 27_000), ("isic2018", 10_015)):
+        published = known_set(name).class_images
+        assert published.keys() == known_set(name).words.keys()
+        assert sum(published.values()) == total == known_set(name).images
+        # As copies spell them.
+        counts = {each.lower(): count for each, count in published.items()}
+        assert published_note("here", counts, None) == ""
+        assert published_note("here", counts, name) == ""
+    assert known_set("plantvillage").images == 54_306
+    assert len(known_set("plantvillage").words) == 38
+
+
+def test_what_differs_from_the_published_numbers_is_said():
+    counts = {**known_set("isic2018").class_images, "NV": 6700, "DF": 120}
+    note = "here has 10,015 images, ISIC 2018 task 3 as published 10,015"
+    by_class = "; by class: DF 120 of 115, NV 6,700 of 6,705"  # with the same total
+    assert published_note("here", counts, None) == note + by_class
+    counts["DF"] = 0
+    assert published_note("here", counts, None) == (
+        note.replace("10,015 images", "9,895 images")
+        + "; without its classes DF (1 of 7); by class: NV 6,700 of 6,705"
+    )
+    # Words of the user's own, classes of no set, and a set whose numbers nobody is sure of.
+    assert published_note("here", counts, {"NV": "mole"}) == ""
+    assert published_note("here", {"cat": 3}, None) == ""
+    assert published_note("here", {"Mass": 3, "Nodule": 2}, None) == ""
 
 
 def test_words_of_known_sets_are_words_and_differ():
@@ -151,8 +184,9 @@ def test_words_of_known_sets_are_words_and_differ():
 
 def test_real_folders_have_known_names(real_data):
     for key, folder in (("plantvillage",) * 2, ("eurosat",) * 2, ("isic2018",) * 2):
-        (note,) = load_data(real_data / folder).notes
+        note, published = load_data(real_data / folder).notes
         assert f"those of {key}" in note
+        assert " as published " in published
     (note,) = load_data(real_data / "chestx_64").notes
     assert "those of chestx" in note
     (note,) = load_data(real_data / "tinyimagenet").notes

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tir_kernels.errors import FewShotError, first_line
+from tir_kernels.fewshot.data.groups import NO_GROUPS
 from tir_kernels.fewshot.data.names import class_name, shown_name
-from tir_kernels.fewshot.data.protocol import ImageSource, Stamp
+from tir_kernels.fewshot.data.protocol import GroupedSource, ImageSource, Listing, Stamp
 from tir_kernels.fewshot.data.sources import data_sources, list_endings
-from tir_kernels.fewshot.data.words import class_words
+from tir_kernels.fewshot.data.words import class_words, published_note
 from tir_kernels.files import expand_user
 from tir_kernels.text import Notice, setting
 
@@ -31,6 +32,7 @@ class ImageClass:
         files: Its images' names in the data's source.
         stamps: Size and time of each, when the data was listed.
         left_out: Other content of its folder, in words.
+        groups: For each image the subject that it shows; empty where none are known.
     """
 
     folder: str
@@ -38,6 +40,7 @@ class ImageClass:
     files: tuple[str, ...]
     stamps: tuple[Stamp, ...]
     left_out: str = ""
+    groups: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,17 @@ class ImageData:
         classes: The classes.
         fingerprint: Digest of class words, and of the names, sizes and times of images.
         notes: Lines for the user on how the data was understood.
+        group_column: Name of the column that the classes' groups come from; empty without groups.
+        queries: The same classes with the images that serve as queries, where those of ``classes``
+            serve as support alone; empty: both are drawn from ``classes``.
     """
 
     source: ImageSource
     classes: tuple[ImageClass, ...]
     fingerprint: str
-    notes: tuple[str, ...] = ()
+    notes: tuple[Notice, ...] = ()
+    group_column: str = ""
+    queries: tuple[ImageClass, ...] = ()
 
     @property
     def name(self) -> str:
@@ -73,10 +81,13 @@ class ImageData:
                 f"{self.name} "
                 f"({_some([entry.folder for entry in self.classes])}); lower {setting('ways')}"
             )
+        if self.queries:
+            self._require_parts(shots, queries)
+            return
         needed = shots + queries
         small = [entry for entry in self.classes if len(entry.files) < needed]
         if small:
-            others = f" ({len(small) - 1} more classes have too few)" if len(small) > 1 else ""
+            others = _others(len(small) - 1)
             left_out = f" (left out: {small[0].left_out})" if small[0].left_out else ""
             raise FewShotError(
                 f"class {small[0].folder!r} in {self.name} has {len(small[0].files)} images"
@@ -84,12 +95,28 @@ class ImageData:
                 f"add images, remove the class, or lower {setting('shots')} or {setting('queries')}"
             )
 
+    def _require_parts(self, shots: int, queries: int) -> None:
+        for entries, name, needed in (
+            (self.classes, "shots", shots),
+            (self.queries, "queries", queries),
+        ):
+            small = [entry for entry in entries if len(entry.files) < needed]
+            if small:
+                place = "support" if name == "shots" else "queries"
+                raise FewShotError(
+                    f"class {small[0].folder!r} in {self.name} has {len(small[0].files)} images "
+                    f"for {place} but {setting(name, needed)} are needed"
+                    f"{_others(len(small) - 1)}; add images, remove the class, or lower "
+                    f"{setting(name)}"
+                )
+
 
 def load_data(
     data: str | Path,
     *,
     class_names: Mapping[str, str] | str | Path | None = None,
     images: str | Path | None = None,
+    group_column: str | None = None,
 ) -> ImageData:
     """List the classes and images of a data set; no image is decoded.
 
@@ -100,11 +127,19 @@ def load_data(
             folder into which such a data set was saved.
         class_names: Words of each class, see ``class_words``.
         images: Folder of the images that a file lists; ``None``: the file's own.
+        group_column: Column of a table whose values are the subjects that images show, such as
+            patients; ``None``: that of a known data set; "none": none.
 
     Raises:
         FewShotError: The data or the class names can't be used.
     """
-    for name, value in (("data", data), ("images", images), ("class_names", class_names)):
+    given = {
+        "data": data,
+        "images": images,
+        "class_names": class_names,
+        "group_column": group_column,
+    }
+    for name, value in given.items():
         if value == "":
             raise FewShotError(f"{setting(name)} is empty; name what it should be, or leave it out")
     place = _expanded("data", data)
@@ -115,24 +150,57 @@ def load_data(
         raise FewShotError(
             f"{setting('images')} goes with a JSON or CSV file; {setting('data', data)} is none"
         )
-    source, listing = kind.read(
-        place, None if images is None else Path(_expanded("images", images))
-    )
+    folder = None if images is None else Path(_expanded("images", images))
+    if isinstance(kind, GroupedSource):
+        source, listing = kind.read_grouped(place, folder, group_column)
+    elif group_column in (None, NO_GROUPS):
+        source, listing = kind.read(place, folder)
+    else:
+        raise FewShotError(
+            f"{setting('group_column')} names a column of a CSV or TSV table; "
+            f"{setting('data', data)} is none"
+        )
     words, note = class_words(list(listing.files), class_names)
-    classes = tuple(
+    classes = _classes(source, listing, listing.files, words)
+    queries = _classes(source, listing, listing.queries, words)
+    counts = {name: len(own) for name, own in listing.files.items()}
+    for name, own in listing.queries.items():
+        counts[name] += len(own)
+    published = published_note(source.describe(""), counts, class_names)
+    notes = (*listing.notes, *filter(None, (note, published)))
+    return ImageData(
+        source,
+        classes,
+        data_fingerprint((*classes, *queries)),
+        # What they quote may come from file names and other programs.
+        tuple(Notice(line) for line in notes),
+        listing.group_column,
+        queries,
+    )
+
+
+def _classes(
+    source: ImageSource,
+    listing: Listing,
+    files: Mapping[str, Sequence[str]],
+    words: Mapping[str, str],
+) -> tuple[ImageClass, ...]:
+    """The classes of a listing with some of their images."""
+    return tuple(
         ImageClass(
             shown_name(name),
             words[name],
             tuple(names),
             _stamps(source, names),
             listing.left_out.get(name, ""),
+            tuple(listing.groups.get(name, ())),
         )
-        for name, names in listing.files.items()
+        for name, names in files.items()
     )
-    notes = (*listing.notes, note) if note else listing.notes
-    # What they quote may come from file names and other programs.
-    notes = tuple(Notice(line) for line in notes)
-    return ImageData(source, classes, _fingerprint(classes), notes)
+
+
+def _others(count: int) -> str:
+    return f" ({count} more classes have too few)" if count else ""
 
 
 def _expanded(name: str, value: str | Path) -> str:
@@ -173,14 +241,17 @@ def _stamps(source: ImageSource, names: Sequence[str]) -> tuple[Stamp, ...]:
         raise FewShotError(f"{_DATA}: {first_line(error)}") from error
 
 
-def _fingerprint(classes: Sequence[ImageClass]) -> str:
+def data_fingerprint(classes: Sequence[ImageClass]) -> str:
+    """The digest of classes: of their words, and of their images' names, sizes and times."""
     digest = hashlib.sha256()
     for entry in classes:
         images = [
             (class_name(name), *stamp)
             for name, stamp in zip(entry.files, entry.stamps, strict=True)
         ]
-        digest.update(json.dumps([entry.folder, entry.words, images]).encode())
+        # Groups only where there are some: data without them is what it was before there were any.
+        groups = [entry.groups] if entry.groups else []
+        digest.update(json.dumps([entry.folder, entry.words, images, *groups]).encode())
     return digest.hexdigest()
 
 

@@ -11,6 +11,7 @@ from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.fewshot.data.formats import image_endings, is_image_name
 from tir_kernels.fewshot.data.image_files import ImageFiles
 from tir_kernels.fewshot.data.names import class_name, shown_name, sort_key
+from tir_kernels.fewshot.data.parts import choose_parts, parts_note
 from tir_kernels.fewshot.data.protocol import Files, Listing
 from tir_kernels.fewshot.data.sources import list_endings
 from tir_kernels.fewshot.data.walk import (
@@ -56,10 +57,13 @@ def list_folders(root: Path) -> Listing:
     Left out are hidden files and folders, what other programs leave in folders, and files that are
     no images by their ending. Links are followed; a file counts once, however many names it has.
 
+    Where the sub-folders are parts of a data set with the same classes, support comes from the
+    part for training, and queries from the one for tests, or else for validation.
+
     Raises:
         FewShotError: The folder can't be read, has no images in sub-folders, or its sub-folders
-            are parts of a data set that have the classes in them; two classes reach one file, or
-            have one name.
+            are other parts of a data set that have the classes in them; two classes or parts reach
+            one file, or have one name.
     """
     try:
         folders, left_out = _class_folders(root)
@@ -78,6 +82,8 @@ def list_folders(root: Path) -> Listing:
             f"{_DATA}: no images in the sub-folders of {root}{others}; "
             f"files with these endings are read: {' '.join(sorted(image_endings()))}"
         )
+    if parts := _parts_inside(found):
+        return _list_parts(root, *parts, folders)
     files = {class_name(name): sorted(found[name].names.values(), key=sort_key) for name in folders}
     notes = _about_parts(root, files)
     if left_out:
@@ -128,10 +134,34 @@ def _refuse_shared_files(root: Path, found: Mapping[str, FoundImages]) -> None:
         for file, name in images.names.items():
             other, other_name = owners.setdefault(file, (folder, name))
             if other != folder:
+                kind = "parts" if _is_part(other) and _is_part(folder) else "classes"
                 raise FewShotError(
-                    f"{_DATA}: classes {other!r} and {folder!r} of {root} share a file: "
+                    f"{_DATA}: {kind} {other!r} and {folder!r} of {root} share a file: "
                     f"{other_name} and {name} are links to it or the same; keep one of them"
                 )
+
+
+def _parts_inside(found: Mapping[str, FoundImages]) -> tuple[str, str] | None:
+    """The folders that hold the support and the queries of the same classes, if there are two."""
+    inside = {
+        name: _folders_inside(list(images.names.values()))
+        for name, images in found.items()
+        if _is_part(name)
+    }
+    return choose_parts({name: own for name, own in inside.items() if len(own) > 1})
+
+
+def _list_parts(root: Path, train: str, queries: str, folders: Sequence[str]) -> Listing:
+    """The listing of two parts: of the one for support, with the images of the other as queries."""
+    support, asked = list_folders(root / train), list_folders(root / queries)
+    others = [name for name in folders if name not in (train, queries)]
+    both = [name for name in support.files if name in asked.files]
+    return Listing(
+        {name: [f"{train}/{file}" for file in support.files[name]] for name in both},
+        (parts_note(root, train, queries, others), *support.notes, *asked.notes),
+        support.left_out,
+        queries={name: [f"{queries}/{file}" for file in asked.files[name]] for name in both},
+    )
 
 
 def _about_parts(root: Path, files: Files) -> tuple[str, ...]:

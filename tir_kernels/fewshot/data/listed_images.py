@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.fewshot.data.image_files import ImageFiles
 from tir_kernels.fewshot.data.names import class_name, sort_key
-from tir_kernels.fewshot.data.protocol import Files, Listing
+from tir_kernels.fewshot.data.protocol import Listing
 from tir_kernels.fewshot.data.walk import FileId, file_id, find_images
 from tir_kernels.text import setting
 
@@ -37,13 +37,17 @@ class ImageList(ABC):
 
     def read(self, data: str, images: Path | None) -> tuple[ImageFiles, Listing]:
         """Read the list and look its images up."""
+        source, folder = self.lookup(data, images)
+        return source, self.listing(Path(data), folder)
+
+    def lookup(self, data: str, images: Path | None) -> tuple[ImageFiles, ImageFolder]:
+        """The folder of a list's images; the arguments are those of ``read``."""
         path = Path(data)
         root = path.parent if images is None else images
         if not os.path.isdir(root):
             raise FewShotError(f"{_IMAGES}: there is no folder {root}")
         # Where the user named a folder, absolute paths too are looked up in it.
-        folder = ImageFolder(path, root, takes_absolute=images is None)
-        return ImageFiles(root), self.listing(path, folder)
+        return ImageFiles(root), ImageFolder(path, root, takes_absolute=images is None)
 
     @abstractmethod
     def listing(self, path: Path, images: ImageFolder) -> Listing:
@@ -72,16 +76,20 @@ class ImageFolder:
         self._root = root
         self._takes_absolute = takes_absolute
 
-    def resolve(self, pairs: Sequence[Pair]) -> Files:
+    def resolve(self, pairs: Sequence[Pair], groups: Sequence[str] = ()) -> Listing:
         """The images of each class as names relative to the root, where they are found.
+
+        Args:
+            pairs: The listed images with their classes.
+            groups: The subject that each shows; empty where none are known.
 
         Raises:
             FewShotError: An image is missing, ambiguous, or listed twice; or there are none.
         """
-        files: defaultdict[str, list[str]] = defaultdict(list)
+        found: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
         owners: dict[FileId, Pair] = {}
         folders = {_as_path(listed).parent.name for listed, _ in pairs}
-        for listed, label in pairs:
+        for (listed, label), group in zip(pairs, groups or [""] * len(pairs), strict=True):
             name = self._find(listed, folders)
             file = self._id(listed, name)
             if file in owners:  # links and detours give one file several names
@@ -94,10 +102,18 @@ class ImageFolder:
                     f"folder with {_IMAGES}"
                 )
             owners[file] = listed, label
-            files[label].append(name)
-        if not files:
+            found[label].append((name, group))
+        if not found:
             raise FewShotError(f"{_DATA}: {self._listing} lists no images")
-        return {label: sorted(files[label], key=sort_key) for label in sorted(files)}
+        rows = {
+            label: sorted(found[label], key=lambda row: sort_key(row[0])) for label in sorted(found)
+        }
+        files = {label: [name for name, _ in own] for label, own in rows.items()}
+        if not groups:
+            return Listing(files)
+        return Listing(
+            files, groups={label: [group for _, group in own] for label, own in rows.items()}
+        )
 
     def has(self, listed: str) -> bool:
         """Whether there is such an image, or several that may be meant."""

@@ -5,10 +5,10 @@ A source is one class in a file of its own and one line in ``SOURCES`` of ``sour
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, NamedTuple, Protocol
+from typing import IO, NamedTuple, Protocol, runtime_checkable
 
 # A file's size in bytes, and a number that changes when it is written: nanoseconds since 1970.
 Stamp = tuple[int, int]
@@ -24,11 +24,19 @@ class Listing(NamedTuple):
         files: Class -> names of its images, both in the order of ``names.sort_key``.
         notes: Lines for the user on what was understood, and on what was left out.
         left_out: Class -> other content of its folder, in words.
+        groups: Class -> for each of its images the subject that it shows, such as a patient; empty
+            where none are known.
+        group_column: Name of the column that they come from.
+        queries: The same classes with images that serve as queries, where ``files`` are for support
+            alone; empty: both come from ``files``.
     """
 
     files: Files
     notes: tuple[str, ...] = ()
     left_out: Mapping[str, str] = MappingProxyType({})
+    groups: Mapping[str, Sequence[str]] = MappingProxyType({})
+    group_column: str = ""
+    queries: Mapping[str, Sequence[str]] = MappingProxyType({})
 
 
 class ImageSource(Protocol):
@@ -79,3 +87,13 @@ class DataSource(Protocol):
         Raises:
             FewShotError: The data can't be used; its text starts with ``setting("data")``.
         """
+
+
+@runtime_checkable
+class GroupedSource(DataSource, Protocol):
+    """A kind of data that may say which images show the same subject."""
+
+    def read_grouped(
+        self, data: str, images: Path | None, group_column: str | None
+    ) -> tuple[ImageSource, Listing]:
+        """List the images as ``read``, with their groups; the setting names a column of them."""

@@ -16,6 +16,14 @@ from tir_kernels.fewshot.data.documents import (
     parse_rows,
     read_document,
 )
+from tir_kernels.fewshot.data.groups import (
+    MISSING,
+    choose_group_column,
+    plain_column,
+    read_groups,
+    subjects_note,
+)
+from tir_kernels.fewshot.data.image_files import ImageFiles
 from tir_kernels.fewshot.data.known import known_sets
 from tir_kernels.fewshot.data.known.protocol import KnownTable
 from tir_kernels.fewshot.data.listed_images import ImageFolder, ImageList, Pair
@@ -36,8 +44,6 @@ _LABEL_COLUMNS = (
     "labelname", "categoryname", "categories", "target", "diagnosis", "species", "classid",
     "labelid", "categoryid",
 )  # fmt: skip
-# What programs write where there is no value.
-_MISSING = {"nan", "na", "n/a", "#n/a", "<na>", "none", "null"}
 # Between several labels of one image.
 _JOINT = "|"
 # Rows whose files are looked up to tell a column of files from others.
@@ -65,7 +71,7 @@ class _Table:
 
     def positions(self, known: Sequence[str]) -> list[int]:
         """The columns with one of these names, in the names' order."""
-        names = [_plain(name) for name in self.header]
+        names = [plain_column(name) for name in self.header]
         found = [[at for at, name in enumerate(names) if name == each] for each in known]
         for several in found:
             if len(several) > 1:
@@ -86,8 +92,15 @@ class TableList(ImageList):
         """The images that the file lists; see ``read_table``."""
         return read_table(path, images)
 
+    def read_grouped(
+        self, data: str, images: Path | None, group_column: str | None
+    ) -> tuple[ImageFiles, Listing]:
+        """Read the table, with the groups of its images."""
+        source, folder = self.lookup(data, images)
+        return source, read_table(Path(data), folder, group_column)
 
-def read_table(path: Path, images: ImageFolder) -> Listing:
+
+def read_table(path: Path, images: ImageFolder, group_column: str | None = None) -> Listing:
     """The images of a table with a header line, of comma, semicolon or tab.
 
     Two kinds are understood, by their columns: a file and a label, and a file and a column of 0 and
@@ -99,10 +112,11 @@ def read_table(path: Path, images: ImageFolder) -> Listing:
     Args:
         path: The file, whose ending is .csv or .tsv.
         images: Folder in which its images are looked up.
+        group_column: Column of the subjects that images show, see ``choose_group_column``.
 
     Raises:
-        FewShotError: The file is not such a table, a row has no label, or images are missing or
-            ambiguous.
+        FewShotError: The file is not such a table, a row has no label, images are missing or
+            ambiguous, or there is no such column of groups.
     """
     table = _read(path)
     file = _file_column(table, images)
@@ -114,18 +128,37 @@ def read_table(path: Path, images: ImageFolder) -> Listing:
     if classes:
         pairs = [(cells[file], _one_hot(table, line, cells, classes)) for line, cells in table.rows]
         note = _columns_note(table, file, [table.header[at] for at in classes])
-        return Listing(images.resolve(pairs), note)
+        return _grouped(table, (file, *classes), images, (pairs, table.rows, note), group_column)
     if not labels:
         raise _no_column(table, _label_columns(), "label")
     label = _label_column(table, file, labels)
-    pairs, note = _labelled(table, file, label)
+    pairs, rows, note = _labelled(table, file, label)
     note = _columns_note(table, file, [table.header[label]]) + note
-    return Listing(images.resolve(pairs), note)
+    return _grouped(table, (file, label), images, (pairs, rows, note), group_column)
 
 
-def _plain(column: str) -> str:
-    """A column's name in lower case without spaces and underscores."""
-    return re.sub(r"[\s_-]", "", column).lower()
+def _grouped(
+    table: _Table,
+    taken: Sequence[int],
+    images: ImageFolder,
+    listed: tuple[list[Pair], list[Row], tuple[str, ...]],
+    group_column: str | None,
+) -> Listing:
+    """The listing with the groups of its images; ``listed`` are they, their rows, and notes."""
+    pairs, rows, notes = listed
+    labels = [label for _, label in pairs]
+    at = choose_group_column(table.path, table.header, labels, group_column)
+    if at is None:
+        if group_column is None:
+            notes += subjects_note(
+                table.path, table.header, taken, lambda at: [cells[at] for _, cells in rows]
+            )
+        return images.resolve(pairs)._replace(notes=notes)
+    names = [name for name, _ in pairs]
+    values = [cells[at] for _, cells in rows]
+    groups, note = read_groups(table.path, table.header[at], names, values)
+    listing = images.resolve(pairs, groups)
+    return listing._replace(notes=(*notes, note), group_column=table.header[at])
 
 
 def _known_tables() -> list[KnownTable]:
@@ -134,13 +167,13 @@ def _known_tables() -> list[KnownTable]:
 
 def _file_columns() -> list[str]:
     """The names of columns of files, the likelier first."""
-    own = [_plain(each.file) for each in _known_tables() if each.file]
+    own = [plain_column(each.file) for each in _known_tables() if each.file]
     return list(dict.fromkeys((*_FILE_COLUMNS, *own)))
 
 
 def _label_columns() -> list[str]:
     """The names of columns of labels, the likelier first."""
-    own = [_plain(each.label) for each in _known_tables() if each.label]
+    own = [plain_column(each.label) for each in _known_tables() if each.label]
     return list(dict.fromkeys((*_LABEL_COLUMNS, *own)))
 
 
@@ -156,7 +189,7 @@ def _known_labels(table: _Table, label: int) -> tuple[str, ...]:
     """The labels that are kept of a known data set's table; none where all are."""
     for each in _known_tables():
         is_label = table.header[label].lower() == each.label.lower()
-        if each.kept and is_label and table.positions([_plain(each.file)]):
+        if each.kept and is_label and table.positions([plain_column(each.file)]):
             return each.kept
     return ()
 
@@ -233,14 +266,18 @@ def _are_numbers(values: Sequence[str]) -> bool:
     return all(re.fullmatch(r"[+-]?\d+([.,]0*)?", value) for value in values)
 
 
-def _labelled(table: _Table, file: int, label: int) -> tuple[list[Pair], tuple[str, ...]]:
-    """Each image and its class, of the rows that have one, and how many have several."""
-    pairs, joint = [], 0
+def _labelled(
+    table: _Table, file: int, label: int
+) -> tuple[list[Pair], list[Row], tuple[str, ...]]:
+    """Each image and its class, of the rows that have one, these rows, and a note on the others."""
+    pairs: list[Pair] = []
+    rows: list[Row] = []
+    joint = 0
     for line, cells in table.rows:
         name, given = cells[file], cells[label]
         if not name or not given:
             raise FewShotError(f"{_DATA}: line {line} of {table.path} lacks a file or a label")
-        if given.lower() in _MISSING:
+        if given.lower() in MISSING:
             raise FewShotError(
                 f"{_DATA}: line {line} of {table.path} has the label {given!r}, which stands for "
                 "none; delete the line, or rename the class if it is one"
@@ -249,11 +286,17 @@ def _labelled(table: _Table, file: int, label: int) -> tuple[list[Pair], tuple[s
             joint += 1
         else:
             pairs.append((name, class_name(given)))
+            rows.append((line, cells))
     if known := _known_labels(table, label):
+        rows = [row for row, pair in zip(rows, pairs, strict=True) if pair[1] in known]
         kept = [pair for pair in pairs if pair[1] in known]
-        return kept, (
-            f"{table.path}: {len(kept)} of {len(table.rows)} images kept, those with a single "
-            f"label that is one of {', '.join(known)}",
+        return (
+            kept,
+            rows,
+            (
+                f"{table.path}: {len(kept)} of {len(table.rows)} images kept, those with a single "
+                f"label that is one of {', '.join(known)}",
+            ),
         )
     if joint and not pairs:
         raise FewShotError(
@@ -262,8 +305,8 @@ def _labelled(table: _Table, file: int, label: int) -> tuple[list[Pair], tuple[s
         )
     if joint:
         several = f"{joint} of {len(table.rows)} rows with several labels, joined by {_JOINT}"
-        return pairs, (f"left out of {table.path}: {several}",)
-    return pairs, ()
+        return pairs, rows, (f"left out of {table.path}: {several}",)
+    return pairs, rows, ()
 
 
 def _one_hot_columns(table: _Table, file: int) -> list[int]:

@@ -70,7 +70,7 @@ def _have_indices(names: Sequence[str]) -> bool:
     )
 
 
-def _spelling(name: str) -> str:
+def spelling(name: str) -> str:
     """The spelling that copies of a data set share, whatever their case and spaces."""
     return re.sub(r"[\W_]+", " ", class_name(name)).strip().lower()
 
@@ -98,7 +98,7 @@ def class_words(
         FewShotError: A class has no words, or the same words as another.
     """
     if given is None:
-        known = next((key for key in KNOWN_SETS if len(_known(key, names)) == len(names)), None)
+        known = known_name(names)
         if known is None:
             return _default_words(names)
         note = f"class names are those of {known}: {_examples(_known(known, names))}"
@@ -154,9 +154,46 @@ def _in_one_form(given: Mapping[str, str]) -> dict[str, str]:
     return words
 
 
+def known_name(names: Sequence[str]) -> str | None:
+    """The first of the known data sets that has all of these classes, if there is one."""
+    return next((key for key in KNOWN_SETS if len(_known(key, names)) == len(names)), None)
+
+
 def _known(key: str, names: Iterable[str]) -> dict[str, str]:
-    spellings = {_spelling(name): words for name, words in known_set(key).words.items()}
-    return {name: spellings[_spelling(name)] for name in names if _spelling(name) in spellings}
+    spellings = {spelling(name): words for name, words in known_set(key).words.items()}
+    return {name: spellings[spelling(name)] for name in names if spelling(name) in spellings}
+
+
+def published_note(place: str, counts: Mapping[str, int], given: object) -> str:
+    """A note where data that is taken for a known set has other numbers of images than published.
+
+    Args:
+        place: The data, for the note.
+        counts: Class -> number of its images.
+        given: As for ``class_words``; where the user gave words, the data is taken for no set.
+    """
+    name = known_name(list(counts)) if given is None else given
+    if not isinstance(name, str) or name not in KNOWN_SETS:
+        return ""
+    known, total = known_set(name), sum(counts.values())
+    found = {spelling(each): count for each, count in counts.items() if count}
+    missing = [each for each in known.words if spelling(each) not in found]
+    differing = [
+        f"{each} {found[spelling(each)]:,} of {published:,}"
+        for each, published in known.class_images.items()
+        if found.get(spelling(each), published) != published
+    ]
+    if not known.images or not (total != known.images or missing or differing):
+        return ""
+    title = known.title or name
+    note = f"{place} has {total:,} images, {title} as published {known.images:,}"
+    if missing:
+        note += f"; without its classes {_some(missing)} ({len(missing)} of {len(known.words)})"
+    return note + (f"; by class: {_some(differing)}" if differing else "")
+
+
+def _some(texts: Sequence[str], limit: int = 4) -> str:
+    return ", ".join(texts[:limit]) + (", ..." if len(texts) > limit else "")
 
 
 def _examples(words: Mapping[str, str], limit: int = 2) -> str:

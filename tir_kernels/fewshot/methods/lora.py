@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from tir_kernels.fewshot import fields
 from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method, ParameterGroup
-from tir_kernels.fewshot.methods.zero_shot import LOGIT_SCALE_HELP
+from tir_kernels.fewshot.methods.templates import single_template, templates
+from tir_kernels.fewshot.methods.zero_shot import LOGIT_SCALE_HELP, TEMPLATE_HELP
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +61,11 @@ class LoRA(Method):
         least=0,
     )
     logit_scale: float | None = fields.real(None, LOGIT_SCALE_HELP)
+    template: tuple[str, ...] | None = templates(TEMPLATE_HELP)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        single_template(self.template)
 
     @contextmanager
     def start(self, kit: Kit) -> Iterator[Learner]:
@@ -96,7 +102,7 @@ class TunedTowers(Learner):
         from tir_kernels.fewshot.methods.prompts import Prompts, default_logit_scale
 
         self.lora = lora
-        self.prompts = Prompts.of_kit(kit, method.context_tokens)
+        self.prompts = Prompts.of_kit(kit, method.context_tokens, single_template(method.template))
         self._method = method
         self._encoder = kit.encoder
         self._logit_scale = default_logit_scale(method.logit_scale, kit.shots)

@@ -34,12 +34,14 @@ class Prompts(nn.Module):
         self.vectors = nn.Parameter(torch.stack([context.vectors.detach() for context in contexts]))
 
     @classmethod
-    def of_kit(cls, kit: Kit, num_vectors: int) -> Prompts:
+    def of_kit(cls, kit: Kit, num_vectors: int, template: str | None = None) -> Prompts:
         """Prompts with contexts of so many vectors, drawn by the episodes' seeds where drawn."""
         generators = [torch.Generator().manual_seed(seed) for seed in kit.seeds]
         return cls(
             [
-                PromptContext(kit.model, kit.tokenizer, names, num_vectors, generator)
+                PromptContext(
+                    kit.model, kit.tokenizer, names, num_vectors, generator, template=template
+                )
                 for names, generator in zip(kit.class_names, generators, strict=True)
             ]
         )

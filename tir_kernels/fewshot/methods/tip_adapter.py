@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from tir_kernels.fewshot import fields
 from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method
-from tir_kernels.fewshot.methods.zero_shot import FrozenFeatures
+from tir_kernels.fewshot.methods.templates import templates
+from tir_kernels.fewshot.methods.zero_shot import TEMPLATE_HELP, FrozenFeatures
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +32,7 @@ class TipAdapter(Method):
     alpha: float = fields.real(1.0, "Weight of the cache beside the text.", least=0)
     beta: float = fields.real(5.5, "Sharpness of the cache.", least=0)
     logit_scale: float = fields.real(100.0, "Factor of the cosine with the text.", least=0)
+    template: tuple[str, ...] | None = templates(TEMPLATE_HELP)
 
     @contextmanager
     def start(self, kit: Kit) -> Iterator[Learner]:
@@ -39,7 +41,7 @@ class TipAdapter(Method):
 
 class _Cache(FrozenFeatures):
     def __init__(self, method: TipAdapter, kit: Kit) -> None:
-        super().__init__(kit, method.logit_scale)
+        super().__init__(kit, method.logit_scale, method.template)
         self._method = method
         self._views = kit.views
         self._num_classes = len(kit.class_names[0])

@@ -1,4 +1,4 @@
-"""Zero-shot classification: the model as it is, with the prompt "a photo of a {}."."""
+"""Zero-shot classification: the model as it is, with prompts such as "a photo of a {}."."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from tir_kernels.fewshot import fields
 from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method
+from tir_kernels.fewshot.methods.templates import templates
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LOGIT_SCALE_HELP = "Factor of the cosine in the logits; unset: 4, or 2 for one shot."
+TEMPLATE_HELP = (
+    'Prompt, with {} for the class\'s words, in place of "a photo of a {}."; known: that of the '
+    "known data set. Several, for methods that train no prompt: a class is the mean of its "
+    "prompts' embeddings of unit length. A learned context starts as the words in front of {}, "
+    "which must be context_tokens tokens."
+)
 
 
 @dataclass(frozen=True)
@@ -25,10 +32,11 @@ class ZeroShot(Method):
     family = "frozen features"
 
     logit_scale: float | None = fields.real(None, LOGIT_SCALE_HELP)
+    template: tuple[str, ...] | None = templates(TEMPLATE_HELP)
 
     @contextmanager
     def start(self, kit: Kit) -> Iterator[Learner]:
-        yield FrozenFeatures(kit, self.logit_scale)
+        yield FrozenFeatures(kit, self.logit_scale, self.template)
 
 
 class FrozenFeatures(Learner):
@@ -37,11 +45,13 @@ class FrozenFeatures(Learner):
     The base of all learners that leave both towers alone: their inputs are features (G, S, E).
     """
 
-    def __init__(self, kit: Kit, logit_scale: float | None) -> None:
+    def __init__(
+        self, kit: Kit, logit_scale: float | None, template: tuple[str, ...] | None = None
+    ) -> None:
         from tir_kernels.fewshot.methods.prompts import Prompts, default_logit_scale
 
         self._encoder = kit.encoder
-        self._prompts = Prompts.of_kit(kit, num_vectors=0)
+        self._prompts = [Prompts.of_kit(kit, 0, each) for each in template or (None,)]
         self._logit_scale = default_logit_scale(logit_scale, kit.shots)
 
     def inputs(self, images: Tensor) -> Tensor:
@@ -50,9 +60,13 @@ class FrozenFeatures(Learner):
 
     def classes(self) -> Tensor:
         """(G, C, E) class embeddings of unit length."""
+        import torch
         from torch.nn.functional import normalize
 
-        return normalize(self._prompts()[0].float(), dim=-1)
+        embeddings = [normalize(each()[0].float(), dim=-1) for each in self._prompts]
+        if len(embeddings) == 1:
+            return embeddings[0]
+        return normalize(torch.stack(embeddings).mean(0), dim=-1)
 
     def show_classes(self, classes: Any) -> Tensor:
         return classes

@@ -15,9 +15,10 @@ from torch import Tensor
 from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.fewshot import settings
 from tir_kernels.fewshot.data.dataset import ImageClass, ImageData
+from tir_kernels.fewshot.data.draw import draw_episode
 from tir_kernels.fewshot.data.load import load_episode
 from tir_kernels.fewshot.data.reader import ImageReader
-from tir_kernels.fewshot.episode import Episode, plan_episode
+from tir_kernels.fewshot.episode import Episode
 from tir_kernels.fewshot.methods import Method, Observer
 from tir_kernels.fewshot.run.folder import RunFolder
 from tir_kernels.fewshot.run.journal import Journal
@@ -142,12 +143,11 @@ def run_episodes(
             the journal can't be read or written.
     """
     protocol = plan.protocol
-    sizes = [len(entry.files) for entry in data.classes]
 
     def load(index: int) -> Episode:
         with _explained(f"episode {index}", plan.device):
             return load_episode(
-                plan_episode(protocol.seed, index, sizes, protocol.ways),
+                draw_episode(data, protocol, index),
                 data,
                 images,
                 shots=protocol.shots,

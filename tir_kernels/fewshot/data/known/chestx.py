@@ -34,4 +34,5 @@ CHESTX = KnownSet(
             "Pneumothorax",
         ),
     ),
+    group_column="Patient ID",
 )

@@ -13,4 +13,16 @@ ISIC2018 = KnownSet(
         "VASC": "vascular lesion",
     },
     table=KnownTable(one_hot=("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")),
+    title="ISIC 2018 task 3",
+    images=10_015,
+    class_images={
+        "AKIEC": 327,
+        "BCC": 514,
+        "BKL": 1099,
+        "DF": 115,
+        "MEL": 1113,
+        "NV": 6705,
+        "VASC": 142,
+    },
+    group_column="lesion_id",  # in HAM10000_metadata, which lists the same images
 )

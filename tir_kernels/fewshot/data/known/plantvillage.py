@@ -66,4 +66,8 @@ def _words(folder: str) -> str:
     return f"{plant} leaf with {disease.removeprefix(f'{plant} ')}"
 
 
-PLANTVILLAGE = KnownSet(words={name: _words(name) for name in _FOLDERS.strip().splitlines()})
+PLANTVILLAGE = KnownSet(
+    words={name: _words(name) for name in _FOLDERS.strip().splitlines()},
+    title="PlantVillage",
+    images=54_306,
+)

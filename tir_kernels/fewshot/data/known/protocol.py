@@ -7,7 +7,7 @@ A known data set is one ``KnownSet`` in a file of its own and one line in ``KNOW
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,18 @@ class KnownSet:
         words: Class, as the data set's folders or labels call it -> words of a prompt. Copies may
             spell the classes with other cases, spaces and signs.
         table: The table in which it is published, if there is one.
+        group_column: Name of the column, in any table of its images, whose values are the subjects
+            that images show: of a patient or a lesion there are several images.
+        template: Published template of prompts for its classes, with "{}" for the words.
+        title: Name by which people know it; empty: that of the registry.
+        images: Number of its images as published; 0 where there are several or none is known.
+        class_images: Class -> number of its images, where they are known.
     """
 
     words: Mapping[str, str]
     table: KnownTable | None = None
+    group_column: str = ""
+    template: str = ""
+    title: str = ""
+    images: int = 0
+    class_images: Mapping[str, int] = field(default_factory=dict)
