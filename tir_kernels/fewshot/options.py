@@ -269,20 +269,24 @@ _DRAWING_OPTIONS = [
         metavar="SOURCE",
         help="Data with the same classes that queries come from, in which no image of --train is.",
     ),
-    click.option(
-        "--group-column",
-        metavar="COLUMN",
-        help="Column of a table whose values are the subjects that images show, such as patients "
-        "or lesions: no subject is on both sides of an episode, as support and as queries. Known "
-        "by itself for HAM10000 (lesion_id) and ChestX-ray8 (Patient ID); none draws without "
-        "regard to subjects.",
-    ),
 ]
 
 
 def drawing_options() -> Callable[[Callable], Callable]:
     """The options of how episodes are drawn from the data."""
-    return _adding(_DRAWING_OPTIONS)
+    return _adding([*_DRAWING_OPTIONS, group_option()])
+
+
+def group_option() -> Callable[[Callable], Callable]:
+    """The option of the subjects that images show."""
+    return click.option(
+        "--group-column",
+        metavar="COLUMN",
+        help="Column of a table whose values are the subjects that images show, such as patients "
+        "or lesions: no subject is on both sides, among images that are trained on and images that "
+        "are classified to see how well. Known by itself for HAM10000 (lesion_id) and ChestX-ray8 "
+        "(Patient ID); none pays no regard to subjects.",
+    )
 
 
 def source_options(

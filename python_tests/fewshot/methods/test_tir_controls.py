@@ -51,7 +51,9 @@ def test_the_neutral_setting_changes_nothing(options) -> None:
         method = replace(METHOD, steps=3, **neutral)
         plain = finetune_episode(model, make_tokenizer(), EPISODES[0], method)
         control = replace(method, **options)
-        assert_same(finetune_episode(model, make_tokenizer(), EPISODES[0], control), plain)
+        found = finetune_episode(model, make_tokenizer(), EPISODES[0], control)
+        trained = {name: each for name, each in found.trained.items() if name != "centroids"}
+        assert_same(replace(found, trained=trained), plain)
 
 
 class Embeddings(Observer):

@@ -22,8 +22,12 @@ class FoldListener(Protocol):
 
 
 def number_of_folds(fitter: Fitter, support: Support) -> int:
-    """Held-out trainings: as set, but at most the images of the smallest class; 0 for none."""
-    folds = min(fitter.settings.folds, *support.counts)
+    """Held-out trainings: as set, but at most the subjects of the smallest class; 0 for none."""
+    counts = support.counts
+    if support.groups:
+        shown = set(zip(support.labels.tolist(), support.groups, strict=True))
+        counts = [sum(own == label for own, _ in shown) for label in range(len(counts))]
+    folds = min(fitter.settings.folds, *counts)
     return folds if folds >= 2 else 0
 
 
@@ -33,7 +37,8 @@ def expected_accuracy(
     """Estimate the accuracy on images that were not trained on.
 
     The labelled images are held out in stratified folds, each classified by a training on the
-    others: k-fold cross-validation, whose trainings see fewer images than the classifier does.
+    others: k-fold cross-validation, whose trainings see fewer images than the classifier does. All
+    images of a subject are in one fold.
 
     Args:
         fitter: The fit.
@@ -52,11 +57,13 @@ def expected_accuracy(
         return figures
     # Here, since they take seconds to import, which nothing else needs to wait for.
     from scipy.stats import binomtest
-    from sklearn.model_selection import StratifiedKFold
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-    splitter = StratifiedKFold(folds, shuffle=True, random_state=fitter.settings.seed % 2**32)
+    kind = StratifiedGroupKFold if support.groups else StratifiedKFold
+    splitter = kind(folds, shuffle=True, random_state=fitter.settings.seed % 2**32)
     correct = 0
-    for fold, (kept, held_out) in enumerate(splitter.split(support.labels, support.labels)):
+    rows = splitter.split(support.labels, support.labels, support.groups or None)
+    for fold, (kept, held_out) in enumerate(rows):
         own = _correct(fitter, support, fold, (kept, held_out), listener)
         correct += own
         if listener is not None:

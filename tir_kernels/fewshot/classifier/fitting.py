@@ -49,12 +49,14 @@ class Support(NamedTuple):
         labels: (S,) int64.
         classes: Their classes, in the order of the labels.
         skipped: Images that could not be read.
+        groups: The subject that each image shows, such as a patient; empty where none is known.
     """
 
     pixels: Tensor
     labels: Tensor
     classes: Sequence[ImageClass]
     skipped: tuple[str, ...]
+    groups: tuple[str, ...] = ()
 
     @property
     def counts(self) -> list[int]:
@@ -70,7 +72,8 @@ class Support(NamedTuple):
 
     def part(self, rows: Tensor) -> Support:
         """Some of the images."""
-        return self._replace(pixels=self.pixels[rows], labels=self.labels[rows])
+        groups = tuple(self.groups[row] for row in rows.tolist()) if self.groups else ()
+        return self._replace(pixels=self.pixels[rows], labels=self.labels[rows], groups=groups)
 
 
 def read_support(data: ImageData, images: ImageReader, shots: int | None, seed: int) -> Support:
@@ -91,6 +94,7 @@ def read_support(data: ImageData, images: ImageReader, shots: int | None, seed: 
         )
     random = random_state(seed, 0, stream=0)
     pixels, labels, skipped = [], [], []
+    groups: list[str] = []
     for label, entry in enumerate(data.classes):
         order = random.permutation(len(entry.files)).tolist()
         wanted = len(order) if shots is None else shots
@@ -111,8 +115,13 @@ def read_support(data: ImageData, images: ImageReader, shots: int | None, seed: 
                 "take all"
             )
         labels += [label] * len(rows)
+        groups += [entry.groups[row] for row in rows] if entry.groups else []
     return Support(
-        torch.stack(pixels), torch.tensor(labels, device="cpu"), data.classes, tuple(skipped)
+        torch.stack(pixels),
+        torch.tensor(labels, device="cpu"),
+        data.classes,
+        tuple(skipped),
+        tuple(groups),
     )
 
 

@@ -120,7 +120,10 @@ class PreparedFit:
         self._runtime = replace(runtime, device=device)
         with messages.status("listing the images"):
             self._data = load_data(
-                inputs.data, class_names=inputs.class_names, images=inputs.images
+                inputs.data,
+                class_names=inputs.class_names,
+                images=inputs.images,
+                group_column=inputs.group_column,
             )
         for note in self._data.notes:
             messages.tell(note)
