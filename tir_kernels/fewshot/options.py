@@ -215,6 +215,21 @@ _SOURCE_OPTIONS = [
         help="Weights of the architecture: a tag of open_clip, or a checkpoint file.",
     ),
 ]
+DECODING_OPTIONS = [
+    click.option(
+        "--max-pixels",
+        type=Count(1, 2**40, "no machine decodes such an image"),
+        help="Largest image that is decoded, in pixels; by default Pillow's limit against "
+        "decompression bombs, about 179 million.",
+    ),
+    click.option(
+        "--white-value",
+        type=float,
+        help="The value that is white in grey images of more than 8 bits, such as 4095 for 12 "
+        "bits in files of 16; 0 is black. By default the type's largest, and 1 for "
+        "floating-point values.",
+    ),
+]
 _READING_OPTIONS = [
     click.option(
         "--class-names",
@@ -234,19 +249,7 @@ _READING_OPTIONS = [
         "time. Without room in it, the run goes on without.",
     ),
     click.option("--no-cache", is_flag=True, help="Decode images in each run, and keep none."),
-    click.option(
-        "--max-pixels",
-        type=Count(1, 2**40, "no machine decodes such an image"),
-        help="Largest image that is decoded, in pixels; by default Pillow's limit against "
-        "decompression bombs, about 179 million.",
-    ),
-    click.option(
-        "--white-value",
-        type=float,
-        help="The value that is white in grey images of more than 8 bits, such as 4095 for 12 "
-        "bits in files of 16; 0 is black. By default the type's largest, and 1 for "
-        "floating-point values.",
-    ),
+    *DECODING_OPTIONS,
     click.option(
         "--skip-unreadable",
         is_flag=True,
