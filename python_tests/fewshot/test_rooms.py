@@ -8,7 +8,11 @@ from test_structure import PACKAGE, imports
 
 DRIVER = PACKAGE / "fewshot"
 # The files that know a command line: a command has a file of its own.
-COMMAND_LINE = {"options.py", *(path.name for path in DRIVER.glob("*command.py"))}
+COMMAND_LINE = {
+    "options.py",
+    "option_kinds.py",
+    *(path.name for path in DRIVER.glob("*command.py")),
+}
 
 
 @pytest.mark.parametrize("room", ["data", "run"])

@@ -194,8 +194,8 @@ def attention_backward(inputs: AttentionInputs, backward: BackwardInputs) -> Gra
         is_negative = (weights < 0)[:, None, :, None]
         keys, values = keys.masked_fill(is_negative, 0.0), values.masked_fill(is_negative, 0.0)
         # A probability divided by a huge or tiny weight would leave float32's range.
-        powers = _powers_of_weights(weights.to(dtype))
-        scaled = torch.ldexp(weights.to(dtype).clamp(min=0), -powers)
+        powers = _powers_of_weights(weights.to(dtype)).to(dtype)
+        scaled = weights.to(dtype).clamp(min=0) * torch.exp2(-powers)
         shift = (powers * math.log(2))[:, None, None, :]
 
     exponents = (queries @ keys.mT * scale - log_sums + shift).clamp(max=MAX_EXPONENT)
@@ -212,7 +212,7 @@ def attention_backward(inputs: AttentionInputs, backward: BackwardInputs) -> Gra
         grad_scores = (grad_per_weight * factor).masked_fill(ignored, 0.0)
         if backward.needs_weights_grad:
             of_weights = grad_per_weight.sum((1, 2)).masked_fill(weights < 0, 0.0)
-            grad_weights = torch.ldexp(of_weights, -powers).to(weights.dtype)
+            grad_weights = (of_weights * torch.exp2(-powers)).to(weights.dtype)
     grad_query = grad_scores @ _masked(key, weights, dtype) * scale
     grad_key = grad_scores.mT @ queries * scale
     grad_value = probabilities.mT @ grads

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from tir_kernels.fewshot.classifier.folder import load_classifier
     from tir_kernels.fewshot.classifier.making import fit
     from tir_kernels.fewshot.episode import Episode
+    from tir_kernels.fewshot.evaluation.evaluating import evaluate
+    from tir_kernels.fewshot.evaluation.evaluation import Evaluation
+    from tir_kernels.fewshot.evaluation.settings import EvaluateSettings
     from tir_kernels.fewshot.run.folder import read_run
     from tir_kernels.fewshot.run.tracked import read_tracked
     from tir_kernels.fewshot.settings import Arm, FitSettings, Protocol, Runtime
@@ -25,12 +28,15 @@ _HOMES = {
     "Classifier": "classifier.classifier",
     "Episode": "episode",
     "EpisodeResult": "train.batch",
+    "EvaluateSettings": "evaluation.settings",
+    "Evaluation": "evaluation.evaluation",
     "FitSettings": "settings",
     "NonFiniteLossError": "train.batch",
     "Protocol": "settings",
     "Runtime": "settings",
     "Tracker": "track.tracker",
     "episodes_that_fit": "train.loop",
+    "evaluate": "evaluation.evaluating",
     "finetune_episode": "train.loop",
     "finetune_episodes": "train.loop",
     "fit": "classifier.making",
@@ -44,12 +50,15 @@ __all__ = [
     "Classifier",
     "Episode",
     "EpisodeResult",
+    "EvaluateSettings",
+    "Evaluation",
     "FitSettings",
     "NonFiniteLossError",
     "Protocol",
     "Runtime",
     "Tracker",
     "episodes_that_fit",
+    "evaluate",
     "finetune_episode",
     "finetune_episodes",
     "fit",

@@ -20,6 +20,7 @@ from tir_kernels.fewshot.ablate import (
     print_ablation,
 )
 from tir_kernels.fewshot.arms import make_arms
+from tir_kernels.fewshot.evaluate_command import evaluate
 from tir_kernels.fewshot.export_command import export
 from tir_kernels.fewshot.fit_command import fit
 from tir_kernels.fewshot.interrupts import INTERRUPTED, PROGRAM, leaving_at_once, terminable
@@ -147,7 +148,7 @@ def _demo(out: str, options: dict[str, Any]) -> None:
     )
 
 
-for _command in (report, fit, predict, export):
+for _command in (report, fit, predict, evaluate, export):
     cli.add_command(_command)
 
 

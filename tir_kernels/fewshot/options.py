@@ -1,12 +1,10 @@
-"""The kinds of options that the commands take, and the options that several of them share."""
+"""The options that several commands share."""
 
 from __future__ import annotations
 
 import dataclasses
-import errno
-import os
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -16,6 +14,7 @@ from tir_kernels.fewshot.arms import fields_of
 from tir_kernels.fewshot.data.known import KNOWN_SETS
 from tir_kernels.fewshot.fields import kinds_of
 from tir_kernels.fewshot.methods import DEFAULT_METHODS, METHODS, method_class
+from tir_kernels.fewshot.option_kinds import NAME, Choice, Count, Parallel, WholeNumbers
 from tir_kernels.fewshot.settings import AUTO, FitSettings, Protocol, Runtime
 from tir_kernels.text import Notice, printable
 
@@ -33,91 +32,6 @@ def with_options(text: str) -> str:
     if isinstance(text, Notice):
         return text.spelled(option_name, " ")
     return printable(text)
-
-
-class Count(click.IntRange):
-    """A whole number with an upper bound, which is told with its reason."""
-
-    def __init__(self, least: int, most: int, reason: str) -> None:
-        super().__init__(least)
-        self._most, self._reason = most, reason
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        number = super().convert(value, param, ctx)
-        if number > self._most:
-            self.fail(f"{number} is more than {self._most}: {self._reason}", param, ctx)
-        return number
-
-
-class _Parallel(click.ParamType):
-    """A number of episodes, or "auto"."""
-
-    name = "integer|auto"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return value if value == AUTO else click.INT.convert(value, param, ctx)
-
-
-class Name(click.ParamType):
-    """The name of a file, a folder or something else, which can't be empty.
-
-    An empty one is what a shell makes of a variable that is not set, and would otherwise stand for
-    the current folder.
-    """
-
-    name = "text"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if not value.strip():
-            self.fail("it is empty; is a shell variable not set?", param, ctx)
-        if "\0" in value:
-            self.fail("a name can't hold a NUL byte", param, ctx)
-        try:
-            os.stat(value)
-        except OSError as error:
-            if error.errno == errno.ENAMETOOLONG:
-                self.fail(f"a name of {len(value)} characters is too long for files", param, ctx)
-        return value
-
-
-NAME = Name()
-
-
-class _WholeNumbers(click.ParamType):
-    """A comma list of whole numbers."""
-
-    name = "list"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(int(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of whole numbers such as 8,10", param, ctx)
-
-
-class _Choice(click.ParamType):
-    """One of the names in a registry, as it is when the command runs."""
-
-    name = "name"
-
-    def __init__(self, names: Callable[[], Collection[str]]) -> None:
-        self._registered = names
-
-    @property
-    def _names(self) -> Collection[str]:
-        return self._registered()
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        return f"[{'|'.join(self._names)}]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value not in self._names:
-            self.fail(f"{value!r} is not one of {', '.join(map(repr, self._names))}.", param, ctx)
-        return value
 
 
 def settings_options(**defaults: Any) -> Callable[[Callable], Callable]:
@@ -177,7 +91,7 @@ def arm_options() -> Callable[[Callable], Callable]:
             click.option(
                 "--method",
                 "methods",
-                type=_Choice(lambda: METHODS),
+                type=Choice(lambda: METHODS),
                 multiple=True,
                 help="Method; give it several times to compare methods on the same episodes. "
                 f"Without it and --arm: {', '.join(DEFAULT_METHODS)}.",
@@ -215,6 +129,21 @@ _SOURCE_OPTIONS = [
         help="Weights of the architecture: a tag of open_clip, or a checkpoint file.",
     ),
 ]
+DECODING_OPTIONS = [
+    click.option(
+        "--max-pixels",
+        type=Count(1, 2**40, "no machine decodes such an image"),
+        help="Largest image that is decoded, in pixels; by default Pillow's limit against "
+        "decompression bombs, about 179 million.",
+    ),
+    click.option(
+        "--white-value",
+        type=float,
+        help="The value that is white in grey images of more than 8 bits, such as 4095 for 12 "
+        "bits in files of 16; 0 is black. By default the type's largest, and 1 for "
+        "floating-point values.",
+    ),
+]
 _READING_OPTIONS = [
     click.option(
         "--class-names",
@@ -234,19 +163,7 @@ _READING_OPTIONS = [
         "time. Without room in it, the run goes on without.",
     ),
     click.option("--no-cache", is_flag=True, help="Decode images in each run, and keep none."),
-    click.option(
-        "--max-pixels",
-        type=Count(1, 2**40, "no machine decodes such an image"),
-        help="Largest image that is decoded, in pixels; by default Pillow's limit against "
-        "decompression bombs, about 179 million.",
-    ),
-    click.option(
-        "--white-value",
-        type=float,
-        help="The value that is white in grey images of more than 8 bits, such as 4095 for 12 "
-        "bits in files of 16; 0 is black. By default the type's largest, and 1 for "
-        "floating-point values.",
-    ),
+    *DECODING_OPTIONS,
     click.option(
         "--skip-unreadable",
         is_flag=True,
@@ -319,7 +236,7 @@ def source_options(
 def one_method_option() -> Callable[[Callable], Callable]:
     """The option of a single method."""
     return click.option(
-        "--method", type=_Choice(lambda: METHODS), default=DEFAULT_METHODS[0], help="Method."
+        "--method", type=Choice(lambda: METHODS), default=DEFAULT_METHODS[0], help="Method."
     )
 
 
@@ -360,11 +277,11 @@ def _field_option(
 
 def _option_type(field: dataclasses.Field, hint: Any) -> Any:
     if "choices" in field.metadata:
-        return _Choice(field.metadata["choices"])
+        return Choice(field.metadata["choices"])
     kind, *others = kinds_of(hint)
     if others:
-        return _Parallel()
-    return _WholeNumbers() if kind is tuple else kind
+        return Parallel()
+    return WholeNumbers() if kind is tuple else kind
 
 
 def track_option(default: str | None = None) -> Callable[[Callable], Callable]:

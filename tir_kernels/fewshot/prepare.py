@@ -283,7 +283,7 @@ def note_slowness(precision: str, device: str, messages: Messages) -> None:
 
 def _listed(inputs: Inputs) -> ImageData:
     """The data of a run: of one place, or support of one and queries of another."""
-    options = {
+    options: dict[str, Any] = {
         "class_names": inputs.class_names,
         "images": inputs.images,
         "group_column": inputs.group_column,

@@ -117,6 +117,7 @@ def load_data(
     class_names: Mapping[str, str] | str | Path | None = None,
     images: str | Path | None = None,
     group_column: str | None = None,
+    needs_words: bool = True,
 ) -> ImageData:
     """List the classes and images of a data set; no image is decoded.
 
@@ -129,6 +130,8 @@ def load_data(
         images: Folder of the images that a file lists; ``None``: the file's own.
         group_column: Column of a table whose values are the subjects that images show, such as
             patients; ``None``: that of a known data set; "none": none.
+        needs_words: Whether prompts will need words of the classes; without, the words are their
+            names, whatever these are.
 
     Raises:
         FewShotError: The data or the class names can't be used.
@@ -160,7 +163,10 @@ def load_data(
             f"{setting('group_column')} names a column of a CSV or TSV table; "
             f"{setting('data', data)} is none"
         )
-    words, note = class_words(list(listing.files), class_names)
+    if needs_words:
+        words, note = class_words(list(listing.files), class_names)
+    else:
+        words, note = {name: shown_name(name) for name in listing.files}, ""
     classes = _classes(source, listing, listing.files, words)
     queries = _classes(source, listing, listing.queries, words)
     counts = {name: len(own) for name, own in listing.files.items()}

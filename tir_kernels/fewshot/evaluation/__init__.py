@@ -1,0 +1,1 @@
+"""Evaluation of classifiers on labelled images: numbers, their intervals, and files of them."""

@@ -1,0 +1,80 @@
+"""Images that a classifier was made from, known by their pixels."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torch import Tensor
+
+from tir_kernels.errors import FewShotError
+from tir_kernels.fewshot.classifier.classifier import Classifier
+from tir_kernels.fewshot.classifier.fitting import Support, read_support
+from tir_kernels.fewshot.data.dataset import load_data
+from tir_kernels.fewshot.data.decoding import Decoding
+from tir_kernels.fewshot.data.reader import ImageReader
+from tir_kernels.fewshot.evaluation.matching import some
+from tir_kernels.text import setting
+
+_SUPPORT = setting("support")
+
+
+def pixel_digest(pixels: Tensor) -> str:
+    """Digest of an image's (3, H, W) uint8 pixels: the same for its copies in any place."""
+    return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()[:32]
+
+
+def digests_of(images: Iterable[Tensor]) -> frozenset[str]:
+    """The digests of images."""
+    return frozenset(map(pixel_digest, images))
+
+
+def support_of(
+    classifier: Classifier, source: str, decoding: Decoding, *, skip_unreadable: bool = False
+) -> Support:
+    """Read the images that a classifier was made from.
+
+    Args:
+        classifier: The classifier.
+        source: Its labelled images, as they were given to ``fit``.
+        decoding: Settings of the decoder.
+        skip_unreadable: As for ``ImageReader``.
+
+    Raises:
+        FewShotError: They can't be read, or are not as many of each class as the classifier was
+            made from.
+    """
+    about = classifier.about
+    try:
+        data = load_data(source, needs_words=False)
+    except FewShotError as error:
+        raise FewShotError(f"{_SUPPORT}: {error.notice.marked}") from error
+    entries = {entry.folder: entry for entry in data.classes if entry.files}
+    if entries.keys() != set(about.labels):
+        differing = sorted(entries.keys() ^ set(about.labels))
+        raise _other(source, f"only one of the two has {some(list(map(repr, differing)))}")
+    classes = tuple(
+        replace(entries[label], words=words)
+        for label, words in zip(about.labels, about.words, strict=True)
+    )
+    images = ImageReader(
+        data,
+        classifier.model.preprocess,
+        skip_unreadable=skip_unreadable,
+        decoding=decoding,
+        memory_bytes=0,
+    )
+    shots = about.settings["shots"]
+    support = read_support(replace(data, classes=classes), images, shots, about.seed)
+    for label, found, expected in zip(about.labels, support.counts, about.support, strict=True):
+        if found != expected:
+            raise _other(source, f"it has {found} images of {label!r}, not {expected}")
+    return support
+
+
+def _other(source: str, why: str) -> FewShotError:
+    return FewShotError(
+        f"{_SUPPORT}: {source} is not what the classifier was made from: {why}; pass the data that "
+        "fit was given"
+    )
