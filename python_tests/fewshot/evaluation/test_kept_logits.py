@@ -118,7 +118,6 @@ def lines(out):
 SLOW = """
 import sys, time
 from tir_kernels.fewshot.classifier.classifier import Scorer
-from tir_kernels.fewshot.classifier.folder import with_figures
 from tir_kernels.fewshot.command import main
 plain = Scorer.logits
 def slowly(self, images):

@@ -64,6 +64,7 @@ class About:
         views: Support images in a row that were views of one, itself included.
         precision: Type of products in training, and by default in use.
         support: Support images of each class.
+        support_digests: Digest of each of them, by which copies are known: see ``pixel_digest``.
         figures: What was measured, by names that say what it is.
         settings: The other settings of the fit.
         temperature: Divisor of the logits in front of the softmax.
@@ -79,6 +80,7 @@ class About:
     views: int
     precision: str
     support: tuple[int, ...]
+    support_digests: tuple[str, ...] = ()
     figures: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     temperature: float = 1.0
@@ -99,6 +101,7 @@ class About:
             "views": self.views,
             "precision": self.precision,
             "temperature": self.temperature,
+            "support_digests": list(self.support_digests),
             "figures": dict(self.figures),
             "settings": dict(self.settings),
             "versions": dict(self.versions),
@@ -128,6 +131,7 @@ class About:
             labels=tuple(str(each["label"]) for each in classes),
             words=tuple(str(each["words"]) for each in classes),
             support=tuple(int(each["support"]) for each in classes),
+            support_digests=tuple(map(str, content["support_digests"])),
             method=method_class(name)(**options),
             base=BaseModel(**content["base"]),
             seed=int(content["seed"]),

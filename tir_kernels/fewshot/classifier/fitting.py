@@ -64,6 +64,11 @@ class Support(NamedTuple):
         return torch.bincount(self.labels, minlength=len(self.classes)).tolist()
 
     @property
+    def digests(self) -> list[str]:
+        """The digests of the images, sorted."""
+        return sorted(map(pixel_digest, self.pixels))
+
+    @property
     def fingerprint(self) -> str:
         """Digest of the pixels and labels."""
         digest = hashlib.sha256(self.pixels.numpy().data)
@@ -74,6 +79,11 @@ class Support(NamedTuple):
         """Some of the images."""
         groups = tuple(self.groups[row] for row in rows.tolist()) if self.groups else ()
         return self._replace(pixels=self.pixels[rows], labels=self.labels[rows], groups=groups)
+
+
+def pixel_digest(pixels: Tensor) -> str:
+    """Digest of an image's (3, H, W) uint8 pixels: the same for its copies in any place."""
+    return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()[:32]
 
 
 def read_support(data: ImageData, images: ImageReader, shots: int | None, seed: int) -> Support:
@@ -226,6 +236,7 @@ class Fitter:
             views=episode.views,
             precision=self.runtime.precision,
             support=tuple(support.counts),
+            support_digests=tuple(support.digests),
             settings=asdict(self.settings),
             figures={**(figures or {}), **known},
             versions={

@@ -216,9 +216,3 @@ def _damaged(folder: Path, why: str) -> FewShotError:
     return FewShotError(
         f"the classifier {folder} is damaged: {why}; copy it again, or make it anew with fit"
     )
-
-
-def with_figures(classifier: Classifier, **figures: Any) -> Classifier:
-    """The same classifier with more findings in its description."""
-    about = replace(classifier.about, figures={**classifier.about.figures, **figures})
-    return Classifier(about, classifier.model, classifier.learned, classifier.runtime)

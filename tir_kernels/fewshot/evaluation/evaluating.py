@@ -15,6 +15,7 @@ import torch
 
 from tir_kernels.errors import FewShotError
 from tir_kernels.fewshot.classifier.classifier import Classifier
+from tir_kernels.fewshot.classifier.fitting import pixel_digest
 from tir_kernels.fewshot.classifier.folder import load_classifier
 from tir_kernels.fewshot.data.dataset import ImageClass, ImageData, load_data
 from tir_kernels.fewshot.data.decoding import Decoding
@@ -25,7 +26,7 @@ from tir_kernels.fewshot.evaluation.kept import Answer, KeptLogits
 from tir_kernels.fewshot.evaluation.matching import Matched, match_classes
 from tir_kernels.fewshot.evaluation.notes import notes_on
 from tir_kernels.fewshot.evaluation.scores import Scores, compute_scores
-from tir_kernels.fewshot.evaluation.seen import digests_of, pixel_digest, support_of
+from tir_kernels.fewshot.evaluation.seen import support_of
 from tir_kernels.fewshot.evaluation.settings import FIT, EvaluateSettings
 from tir_kernels.fewshot.evaluation.temperature import fit_temperature, held_out_logits
 from tir_kernels.fewshot.run_options import settings_named
@@ -132,13 +133,13 @@ class Evaluator:
     ) -> Evaluation:
         """Evaluate; the arguments, and what is raised, are those of ``evaluate``."""
         settings, about = self._settings, self._classifier.about
-        known = about.figures.get("support_digests")
+        known = about.support_digests
         if settings.temperature == FIT and support is None:
             raise FewShotError(
                 f"{setting('temperature', FIT)} needs the labelled images that the classifier was "
                 f"made from, and never the evaluated ones: pass {setting('support')}"
             )
-        if settings.exclude_support and support is None and known is None:
+        if settings.exclude_support and support is None and not known:
             raise FewShotError(
                 f"{setting('exclude_support')} needs the images that the classifier was made from: "
                 f"pass {setting('support')}"
@@ -152,7 +153,7 @@ class Evaluator:
             self._tell(f"of {listed.name}, images of the part for queries are evaluated")
         matched = match_classes(about, listed, leave_out_unknown=settings.leave_out_unknown)
         temperature = settings.temperature or about.temperature
-        seen = None if known is None else frozenset(map(str, known))
+        seen = frozenset(known) if known else None
         if support is not None:
             own = support_of(
                 self._classifier,
@@ -160,7 +161,7 @@ class Evaluator:
                 self._decoding,
                 skip_unreadable=settings.skip_unreadable,
             )
-            seen = digests_of(own.pixels)
+            seen = frozenset(own.digests)
             if temperature == FIT:
                 temperature = fit_temperature(*held_out_logits(self._classifier, own))
         wanted = [

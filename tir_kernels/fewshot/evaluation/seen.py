@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
 from dataclasses import replace
-
-from torch import Tensor
 
 from tir_kernels.errors import FewShotError
 from tir_kernels.fewshot.classifier.classifier import Classifier
@@ -18,16 +14,6 @@ from tir_kernels.fewshot.evaluation.matching import some
 from tir_kernels.text import setting
 
 _SUPPORT = setting("support")
-
-
-def pixel_digest(pixels: Tensor) -> str:
-    """Digest of an image's (3, H, W) uint8 pixels: the same for its copies in any place."""
-    return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()[:32]
-
-
-def digests_of(images: Iterable[Tensor]) -> frozenset[str]:
-    """The digests of images."""
-    return frozenset(map(pixel_digest, images))
 
 
 def support_of(
