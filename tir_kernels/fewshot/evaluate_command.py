@@ -11,7 +11,8 @@ import click
 from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.fewshot.evaluation.settings import FIT, EvaluateSettings
 from tir_kernels.fewshot.interrupts import leaving_at_once
-from tir_kernels.fewshot.options import DECODING_OPTIONS, NAME, with_options
+from tir_kernels.fewshot.option_kinds import NAME
+from tir_kernels.fewshot.options import DECODING_OPTIONS, base_options, with_options
 from tir_kernels.fewshot.report_command import FORMATS
 from tir_kernels.fewshot.settings import AUTO, PRECISIONS, Runtime
 from tir_kernels.text import printable, setting
@@ -89,13 +90,7 @@ def _help(name: str) -> str:
     type=click.Choice(PRECISIONS),
     help="Type of products; by default that of the classifier's training.",
 )
-@click.option(
-    "--model",
-    type=NAME,
-    metavar="ARCH_OR_DIR",
-    help="The classifier's base model, where it has moved.",
-)
-@click.option("--pretrained", type=NAME, metavar="TAG_OR_FILE", help="Weights of that model.")
+@base_options()
 def evaluate(classifier: str, **options: Any) -> None:
     """Tell how good a CLASSIFIER of ``fit`` is on labelled images."""
     taken = {name: options[name] for name in _FIELDS}
@@ -162,24 +157,12 @@ def _loaded(classifier: str, options: dict[str, Any], tell: Any) -> Classifier:
 @contextlib.contextmanager
 def _bar(console: Console) -> Iterator[Any]:
     """A bar on a terminal, moved by the number of images that are done and of all."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import TimeRemainingColumn
 
-    bars = Progress(
-        TextColumn("images"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    task = bars.add_task("", total=None)
+    from tir_kernels.fewshot.run.progress import progress_bars
+
+    bars = progress_bars(console, TimeRemainingColumn())
+    task = bars.add_task("images", total=None)
     with bars:
         yield lambda done, total: bars.update(task, completed=done, total=total)
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from tir_kernels.errors import FewShotError
-from tir_kernels.fewshot.options import NAME
+from tir_kernels.fewshot.option_kinds import NAME
+from tir_kernels.fewshot.options import base_options
 from tir_kernels.text import setting
 
 if TYPE_CHECKING:
@@ -38,13 +39,7 @@ if TYPE_CHECKING:
     metavar="FOLDER",
     help="Write the classifier with a copy of its base model, for machines that can't get it.",
 )
-@click.option(
-    "--model",
-    type=NAME,
-    metavar="ARCH_OR_DIR",
-    help="The classifier's base model, where it has moved.",
-)
-@click.option("--pretrained", type=NAME, metavar="TAG_OR_FILE", help="Weights of that model.")
+@base_options()
 def export(
     classifier: str,
     merged: str | None,

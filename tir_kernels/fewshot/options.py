@@ -194,6 +194,26 @@ def drawing_options() -> Callable[[Callable], Callable]:
     return _adding([*_DRAWING_OPTIONS, group_option()])
 
 
+def base_options() -> Callable[[Callable], Callable]:
+    """The options of a classifier's base model, for commands that use a classifier."""
+    return _adding(
+        [
+            click.option(
+                "--model",
+                type=NAME,
+                metavar="ARCH_OR_DIR",
+                help="The classifier's base model, where it has moved.",
+            ),
+            click.option(
+                "--pretrained",
+                type=NAME,
+                metavar="TAG_OR_FILE",
+                help="Weights of that model.",
+            ),
+        ]
+    )
+
+
 def group_option() -> Callable[[Callable], Callable]:
     """The option of the subjects that images show."""
     return click.option(

@@ -8,7 +8,8 @@ import click
 
 from tir_kernels.errors import FewShotError
 from tir_kernels.fewshot.interrupts import leaving_at_once
-from tir_kernels.fewshot.options import NAME, Count, with_options
+from tir_kernels.fewshot.option_kinds import NAME, Count
+from tir_kernels.fewshot.options import base_options, with_options
 from tir_kernels.fewshot.run.workers import Place
 from tir_kernels.fewshot.run_options import settings_named
 from tir_kernels.fewshot.settings import AUTO, PRECISIONS, Runtime
@@ -56,15 +57,7 @@ if TYPE_CHECKING:
     metavar=f"[{AUTO}|{'|'.join(backend_names())}]",
     help="Backend of the operators; auto serves what it lacks.",
 )
-@click.option(
-    "--model",
-    type=NAME,
-    metavar="ARCH_OR_DIR",
-    help="The base model, where it is not any more where the classifier was made with it.",
-)
-@click.option(
-    "--pretrained", type=NAME, metavar="TAG_OR_FILE", help="Weights of the architecture in --model."
-)
+@base_options()
 @click.option(
     "--max-pixels",
     type=Count(1, 2**40, "no machine decodes such an image"),

@@ -27,7 +27,7 @@ _TITLE = 0.22  # inches for one above a panel
 _COLUMNS = 3
 _DPI = 160
 
-_SETTINGS: dict[Any, Any] = {
+SETTINGS: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": [FONT],
     "font.size": 8,
@@ -96,7 +96,7 @@ def _drawing(salt: str) -> Iterator[None]:
         # The font of PNG files has not all the world's letters; in SVG, the browser's are used.
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update({**_SETTINGS, "svg.hashsalt": salt})
+        matplotlib.rcParams.update({**SETTINGS, "svg.hashsalt": salt})
         yield
 
 

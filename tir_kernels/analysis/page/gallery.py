@@ -126,7 +126,7 @@ def _picture(own: Sequence[Maps], index: int) -> Picture:
     first = own[0]
     return Picture(
         label=first.class_names[int(first.labels[index])],
-        source=_photo(first.images[index]),
+        source=photo(first.images[index], _SIDE),
         scales=(
             f"Relevance: cosine from {relevance[0]:.3f} to {relevance[1]:.3f}.",
             f"Attention received: from 0 to {top:.1f} times an even share.",
@@ -166,9 +166,10 @@ def _overlay(levels: np.ndarray, grid: tuple[int, int], colours: Sequence[str]) 
     return download(file.getvalue(), "image/png")
 
 
-def _photo(pixels: np.ndarray) -> str:
+def photo(pixels: np.ndarray, side: int) -> str:
+    """The ``data:`` address of an image (H, W, 3) uint8, of at most so many pixels a side."""
     image = Image.fromarray(pixels)
-    image.thumbnail((_SIDE, _SIDE))
+    image.thumbnail((side, side))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=82)
     return download(file.getvalue(), "image/jpeg")

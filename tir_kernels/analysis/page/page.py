@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
 from markupsafe import Markup
 
 from tir_kernels.analysis.figures import Chart, Dots, Drawing, draw
@@ -20,6 +19,7 @@ from tir_kernels.analysis.page.accuracy import (
 )
 from tir_kernels.analysis.page.comparison import comparison_tables
 from tir_kernels.analysis.page.curves import change_table
+from tir_kernels.analysis.page.environment import environment
 from tir_kernels.analysis.page.gallery import COLOURS
 from tir_kernels.analysis.page.runs import ReportedRun, load_runs
 from tir_kernels.analysis.page.sections import BY_BLOCK, Section, field_section, run_sections
@@ -27,7 +27,7 @@ from tir_kernels.analysis.page.tables import FORMATS, Cell, Table, download, sho
 from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.fewshot.run.folder import expanded_out, write_whole
 from tir_kernels.files import MIB, read_bytes
-from tir_kernels.text import printable, setting
+from tir_kernels.text import setting
 
 LARGEST = 2_000_000  # bytes of a page
 _PICTURES = 5  # images of a gallery, where there is room for them
@@ -199,15 +199,7 @@ def _rendered(
     if len(runs) > 1:
         title = f"{len(runs)} runs"
         parts = [Part("", "", "", [field_section(runs)]), *parts]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_finalised,
-    )
-    environment.globals.update(
+    templates = environment(
         shown=shown,
         downloads=_downloads,
         data_ending="csv.gz" if is_packed else "csv",
@@ -216,7 +208,7 @@ def _rendered(
         shade=shade,
         slug=lambda text: "".join(char if char.isalnum() else "-" for char in text).lower(),
     )
-    text = environment.get_template("page.html.j2").render(
+    text = templates.get_template("page.html.j2").render(
         title=title,
         parts=parts,
         styles=styles,
@@ -226,11 +218,6 @@ def _rendered(
         map_colours=COLOURS,
     )
     return _MARK + text.encode()
-
-
-def _finalised(value: object) -> object:
-    """A value as it is shown: names come from files, and nothing in them may hide."""
-    return printable(value) if type(value) is str else value
 
 
 def _downloads(table: Table) -> list[tuple[str, str, str]]:

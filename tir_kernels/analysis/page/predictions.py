@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
 import numpy as np
 from PIL import Image
 
 from tir_kernels.analysis.figures.styles import SCALE, SHADES
-from tir_kernels.analysis.page.gallery import COLOURS
+from tir_kernels.analysis.page.environment import environment
+from tir_kernels.analysis.page.gallery import COLOURS, photo
 from tir_kernels.analysis.page.tables import download
 from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.fewshot.run.folder import write_whole
 from tir_kernels.files import MIB, read_bytes
-from tir_kernels.text import printable, setting
+from tir_kernels.text import setting
 
 _MARK = b"<!doctype html>\n<!-- predictions, written by tir-finetune -->\n"
 _SIDE = 200  # pixels of an image
@@ -103,16 +103,10 @@ def write_predictions_page(
         FewShotError: It can't be written, or the file is no such page.
     """
     require_own_page(path)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,
+    templates = environment(
+        photo=lambda pixels: photo(pixels, _SIDE), relevance=_relevance, counts=_counts
     )
-    environment.globals.update(photo=_photo, relevance=_relevance, counts=_counts)
-    text = environment.get_template("predictions.html.j2").render(
+    text = templates.get_template("predictions.html.j2").render(
         title=title,
         shares=shares,
         total=sum(each.images for each in shares),
@@ -121,14 +115,6 @@ def write_predictions_page(
         map_colours=COLOURS,
     )
     write_whole(path, _MARK + text.encode())
-
-
-def _photo(pixels: np.ndarray) -> str:
-    image = Image.fromarray(pixels)
-    image.thumbnail((_SIDE, _SIDE))
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=82)
-    return download(file.getvalue(), "image/jpeg")
 
 
 def _relevance(seen: Seen) -> str:

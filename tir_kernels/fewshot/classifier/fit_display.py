@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TimeElapsedColumn
+
+from tir_kernels.fewshot.run.progress import progress_bars
 
 
 class FitDisplay:
@@ -19,15 +21,7 @@ class FitDisplay:
         self._console = console
         self._folds = folds
         self._total_steps = steps or None
-        self._bars = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        self._bars = progress_bars(console, TimeElapsedColumn())
         self._trainings = self._bars.add_task("trainings", total=folds + 1)
         self._steps = self._bars.add_task("", total=None)
 

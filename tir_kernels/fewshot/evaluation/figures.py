@@ -17,8 +17,9 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from tir_kernels.analysis.figures import Chart, Drawing, Lines
-from tir_kernels.analysis.figures.elements import FONT, PANEL, page_elements
-from tir_kernels.analysis.figures.styles import ARMS, GRID, MUTED, TEXT
+from tir_kernels.analysis.figures.drawing import SETTINGS
+from tir_kernels.analysis.figures.elements import PANEL, page_elements
+from tir_kernels.analysis.figures.styles import ARMS, MUTED
 from tir_kernels.fewshot.evaluation.evaluation import Evaluation
 from tir_kernels.text import printable
 
@@ -27,25 +28,7 @@ _WITH_NUMBERS = 12  # classes
 _WITH_NAMES = 40
 _SHORT = 20  # characters of a name
 
-_SETTINGS: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.sans-serif": [FONT],
-    "font.size": 8,
-    "figure.facecolor": "none",
-    "svg.fonttype": "none",
-    "axes.facecolor": "none",
-    "axes.edgecolor": MUTED.light,
-    "axes.labelcolor": MUTED.light,
-    "axes.linewidth": 0.6,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "grid.color": GRID.light,
-    "grid.linewidth": 0.6,
-    "text.color": TEXT.light,
-    "text.parse_math": False,  # names are shown as they are
-    "xtick.color": MUTED.light,
-    "ytick.color": MUTED.light,
-}
+_SETTINGS: dict[Any, Any] = {**SETTINGS, "axes.grid": False}
 
 
 def confusion_figure(found: Evaluation) -> Drawing:

@@ -10,6 +10,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
 )
@@ -40,6 +41,24 @@ class Messages:
         return self.console.status(what)
 
 
+def progress_bars(console: Console, time: ProgressColumn) -> Progress:
+    """Bars of things that are counted, where the console is a terminal.
+
+    Args:
+        console: Where they are shown, until they stop.
+        time: The column of the time that is spent or left.
+    """
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        time,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
 class RunDisplay:
     """Shows finished results with the running accuracy of each arm, and the steps of a training.
 
@@ -65,15 +84,7 @@ class RunDisplay:
         self._done = 0
         for record in finished:
             self._count(record)
-        self._bars = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        self._bars = progress_bars(console, TimeElapsedColumn())
         self._results = self._bars.add_task(
             self._running(), total=self._total, completed=self._done
         )
