@@ -22,6 +22,7 @@ from tir_kernels.fewshot.data.decoding import Decoding
 from tir_kernels.fewshot.data.rgb import UnreadableImageError
 from tir_kernels.fewshot.episode import Episode
 from tir_kernels.fewshot.methods import Learner
+from tir_kernels.fewshot.methods.lora import factors_in
 from tir_kernels.fewshot.settings import Runtime
 from tir_kernels.fewshot.train.batch import Job
 from tir_kernels.towers.loading.models import LoadedModel
@@ -131,24 +132,18 @@ class Classifier:
         LoRA's change is in the weights themselves, which costs nothing in each batch.
         """
         model = self.model.model
-        with self._merged_lora(), self.learner() as learner:
+        with self.merged_lora(), self.learner() as learner:
             for lora in loras_of(model):
                 lora.remove()
             yield Scorer(learner, torch.device(self.runtime.device))
 
-    def _merged_lora(self) -> AbstractContextManager[object]:
-        """The changes that LoRA has learned, if any, in the base model's weights."""
-        factors: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
-        for name, each in self.learned.items():
-            place, _, letter = name.rpartition(".")
-            if place.startswith("lora."):
-                factors[letter][place.removeprefix("lora.")] = each
-        if not factors["A"]:
+    def merged_lora(self) -> AbstractContextManager[object]:
+        """The changes that LoRA has learned, if any, in the base model's weights for a while."""
+        a, b = factors_in(self.learned)
+        if not a:
             return nullcontext()
         method: Any = self.about.method
-        return merged_lora(
-            self.model.model, method.lora_rank, method.lora_alpha, factors["A"], factors["B"]
-        )
+        return merged_lora(self.model.model, method.lora_rank, method.lora_alpha, a, b)
 
     def predict(
         self,

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
-from tir_kernels.adapters import LoRA, add_lora, reweighting_of
+from tir_kernels.adapters import reweighting_of
 from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.fewshot.classifier.classifier import Classifier
+from tir_kernels.fewshot.methods.lora import factors_in
 from tir_kernels.fewshot.methods.prompts import default_logit_scale
 from tir_kernels.fewshot.run.folder import expanded_out, write_json, write_whole
 from tir_kernels.text import setting
@@ -23,8 +22,6 @@ from tir_kernels.towers.loading.saving import save_model
 
 CLASSES_FILE = "classes.json"
 EMBEDDINGS_FILE = "classes/embeddings.safetensors"  # not beside weights, to be none of them
-
-_LORA = "lora."
 
 
 def export_merged(classifier: Classifier, path: str | os.PathLike[str]) -> None:
@@ -44,15 +41,13 @@ def export_merged(classifier: Classifier, path: str | os.PathLike[str]) -> None:
     """
     about = classifier.about
     method: Any = about.method
-    factors = _factors(classifier, "merged")
+    _factors(classifier, "merged")
     if getattr(method, "selection", "relevance") != "relevance":
         raise FewShotError(
             f"{setting('merged')}: a control with selection={method.selection} has no exported "
             "form; predict with the classifier itself"
         )
     folder = _empty(path, "merged")
-    model = copy.deepcopy(classifier.model.model)
-    _with_factors(model, method, factors).merge()
     embeddings, reweighting = _classes(classifier)
     classes = {
         "labels": list(about.labels),
@@ -67,7 +62,8 @@ def export_merged(classifier: Classifier, path: str | os.PathLike[str]) -> None:
     )  # fmt: skip
     readme = environment.get_template("merged.md.jinja").render(is_reweighted=bool(reweighting))
     try:
-        save_model(classifier.model, folder, model)
+        with classifier.merged_lora():
+            save_model(classifier.model, folder)
         (folder / EMBEDDINGS_FILE).parent.mkdir()
         write_whole(folder / EMBEDDINGS_FILE, safetensors.torch.save(embeddings))
         write_json(folder / CLASSES_FILE, classes)
@@ -98,11 +94,11 @@ def export_transformers(classifier: Classifier, path: str | os.PathLike[str]) ->
         raise FewShotError(f"{setting('transformers')}: {first_line(error)}") from error
     folder = _empty(path, "transformers")
     tensors = {}
-    for name, each in factors.items():
-        place, _, letter = name.rpartition(".")
-        block, _, projection = place.rpartition(".")
-        module = f"base_model.model.{modules[block]}.{projection}_proj"
-        tensors[f"{module}.lora_{letter}.weight"] = each.contiguous()
+    for letter, by_place in zip("AB", factors, strict=True):
+        for place, each in by_place.items():
+            block, _, projection = place.rpartition(".")
+            module = f"base_model.model.{modules[block]}.{projection}_proj"
+            tensors[f"{module}.lora_{letter}.weight"] = each.contiguous()
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -121,26 +117,14 @@ def export_transformers(classifier: Classifier, path: str | os.PathLike[str]) ->
     write_json(folder / "adapter_config.json", config)
 
 
-def _factors(classifier: Classifier, name: str) -> dict[str, Tensor]:
-    """LoRA's factors by "{visual|text}.{layer}.{q|k|v}.{A|B}"."""
-    found = {
-        key.removeprefix(_LORA): each
-        for key, each in classifier.learned.items()
-        if key.startswith(_LORA)
-    }
-    if not found:
+def _factors(classifier: Classifier, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """LoRA's A and B, by the names of ``LoRA.factors``."""
+    a, b = factors_in(classifier.learned)
+    if not a:
         raise FewShotError(
             f"{setting(name)}: method {classifier.about.method.name} has no LoRA to write"
         )
-    return found
-
-
-def _with_factors(model: torch.nn.Module, method: Any, factors: dict[str, Tensor]) -> LoRA:
-    lora = add_lora(model, method.lora_rank, method.lora_alpha)
-    a = {key.removesuffix(".A"): each for key, each in factors.items() if key.endswith(".A")}
-    b = {key.removesuffix(".B"): each for key, each in factors.items() if key.endswith(".B")}
-    lora.set_factors(a, b)
-    return lora
+    return a, b
 
 
 def _classes(classifier: Classifier) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

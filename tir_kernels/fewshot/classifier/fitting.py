@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-import tir_kernels
 from tir_kernels.errors import FewShotError
 from tir_kernels.fewshot.classifier.about import About, BaseModel
 from tir_kernels.fewshot.classifier.classifier import Classifier
@@ -20,6 +18,7 @@ from tir_kernels.fewshot.data.reader import ImageReader
 from tir_kernels.fewshot.data.views import with_views
 from tir_kernels.fewshot.episode import Episode, random_state
 from tir_kernels.fewshot.methods import Method, Observer
+from tir_kernels.fewshot.prepare import versions
 from tir_kernels.fewshot.settings import FitSettings, Runtime
 from tir_kernels.fewshot.train.batch import EpisodeResult, Job, finetune_batch
 from tir_kernels.fewshot.train.memory import with_one_memory_error
@@ -239,11 +238,7 @@ class Fitter:
             support_digests=tuple(support.digests),
             settings=asdict(self.settings),
             figures={**(figures or {}), **known},
-            versions={
-                "tir_kernels": tir_kernels.__version__,
-                "torch": torch.__version__,
-                "open_clip": metadata.version("open_clip_torch"),
-            },
+            versions=versions(),
         )
         return Classifier(about, self.model, result.trained, self.runtime)
 

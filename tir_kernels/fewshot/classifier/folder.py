@@ -22,6 +22,7 @@ from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.fewshot.classifier.about import About
 from tir_kernels.fewshot.classifier.card import model_card
 from tir_kernels.fewshot.classifier.classifier import Classifier
+from tir_kernels.fewshot.methods.lora import FACTOR_PREFIX, factors_in, named_factors
 from tir_kernels.fewshot.run.folder import expanded_out, write_json, write_whole
 from tir_kernels.fewshot.settings import Runtime
 from tir_kernels.fewshot.strict_json import decode_json
@@ -36,7 +37,6 @@ CARD_FILE = "README.md"
 BASE_FOLDER = "base"
 
 _MOST_ABOUT_BYTES = 64 * MIB
-_LORA = "lora."
 _DEFAULT_RUNTIME = Runtime()
 
 
@@ -119,11 +119,8 @@ def load_classifier(
         learned: dict[str, Tensor] = safetensors.torch.load_file(folder / LEARNED_FILE)
         if WEIGHTS_FILE in digests:
             with load_lora(loaded.model, folder, 0.0) as lora:
-                learned |= {
-                    f"{_LORA}{name}.{letter}": factor.detach().cpu().clone()
-                    for name, pair in lora.factors().items()
-                    for letter, factor in zip("AB", pair, strict=True)
-                }
+                factors = named_factors(lora.factors())
+                learned |= {name: each.detach().cpu().clone() for name, each in factors.items()}
         classifier = Classifier(about, loaded, learned, runtime)
         with classifier.learner():
             pass  # what it holds fits the model and the method
@@ -137,23 +134,19 @@ def load_classifier(
 def _save_lora(classifier: Classifier, folder: Path) -> dict[str, Tensor]:
     """Write LoRA in PEFT's format if there is any; gives what is left to be written."""
     learned = {name: each.contiguous() for name, each in classifier.learned.items()}
-    factors = {name: each for name, each in learned.items() if name.startswith(_LORA)}
-    if not factors:
+    a, b = factors_in(learned)
+    if not a:
         return learned
     method: Any = classifier.about.method
     with add_lora(
         classifier.model.model, method.lora_rank, method.lora_alpha, method.lora_dropout
     ) as lora:
-        by_letter: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
-        for name, each in factors.items():
-            place, _, letter = name.removeprefix(_LORA).rpartition(".")
-            by_letter[letter][place] = each
-        lora.set_factors(by_letter["A"], by_letter["B"])
+        lora.set_factors(a, b)
         try:
             save_lora(lora, folder)
         except TypeError:  # PEFT has no format for this tower's attention
             return learned
-    return {name: each for name, each in learned.items() if name not in factors}
+    return {name: each for name, each in learned.items() if not name.startswith(FACTOR_PREFIX)}
 
 
 def require_own(folder: Path) -> None:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from tir_kernels.adapters import LoRA as Adapter
 
 
+FACTOR_PREFIX = "lora."  # of the names of its factors among all that was trained
+
+
 @dataclass(frozen=True)
 class LoRA(Method):
     """LoRA on query, key and value of both towers, AdamW; a prompt context, SGD.
@@ -141,21 +144,30 @@ class TunedTowers(Learner):
 
     def trained(self) -> dict[str, Tensor]:
         """ "context" (G, context_tokens, W), and "lora.{visual|text}.{layer}.{q|k|v}.{A|B}"."""
-        factors = {
-            f"lora.{name}.{letter}": factor
-            for name, pair in self.lora.factors().items()
-            for letter, factor in zip("AB", pair, strict=True)
-        }
-        return {"context": self.prompts.vectors, **factors}
+        return {"context": self.prompts.vectors, **named_factors(self.lora.factors())}
 
     def restore(self, trained: Mapping[str, Tensor]) -> None:
         import torch
 
-        factors: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
-        for name, tensor in trained.items():
-            if name.startswith("lora."):
-                place, _, letter = name.removeprefix("lora.").rpartition(".")
-                factors[letter][place] = tensor
-        self.lora.set_factors(factors["A"], factors["B"])
+        self.lora.set_factors(*factors_in(trained))
         with torch.no_grad():
             self.prompts.vectors.copy_(trained["context"])
+
+
+def named_factors(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """LoRA's factors by the names that ``trained`` gives them."""
+    return {
+        f"{FACTOR_PREFIX}{name}.{letter}": factor
+        for name, pair in factors.items()
+        for letter, factor in zip("AB", pair, strict=True)
+    }
+
+
+def factors_in(trained: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The A and the B in what was trained, if any, by the names of ``LoRA.factors``."""
+    factors: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
+    for name, tensor in trained.items():
+        if name.startswith(FACTOR_PREFIX):
+            place, _, letter = name.removeprefix(FACTOR_PREFIX).rpartition(".")
+            factors[letter][place] = tensor
+    return factors["A"], factors["B"]

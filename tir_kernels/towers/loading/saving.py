@@ -13,20 +13,17 @@ import torch
 from tir_kernels.towers.loading.model_config import CONFIG_NAME
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from tir_kernels.towers.loading.models import LoadedModel
 
 WEIGHTS_NAME = "open_clip_model.safetensors"
 
 
-def save_model(loaded: LoadedModel, folder: Path, model: nn.Module | None = None) -> list[Path]:
+def save_model(loaded: LoadedModel, folder: Path) -> list[Path]:
     """Write a model as a local model of open_clip: configuration, weights and tokenizer.
 
     Args:
-        loaded: The model as it was loaded.
+        loaded: The model, with the weights that it has now.
         folder: Made if it is missing; files of these names in it are replaced.
-        model: Model of the same kind whose weights are written; ``None``: the loaded one.
 
     Returns:
         The files that were written.
@@ -34,13 +31,12 @@ def save_model(loaded: LoadedModel, folder: Path, model: nn.Module | None = None
     Raises:
         OSError: The folder can't be written.
     """
-    model = loaded.model if model is None else model
     folder.mkdir(parents=True, exist_ok=True)
     config: dict[str, Any] = {
         "model_cfg": loaded.config,
         "preprocess_cfg": open_clip.get_model_preprocess_cfg(loaded.model),
     }
-    weights = {name: each.detach().cpu() for name, each in model.state_dict().items()}
+    weights = {name: each.detach().cpu() for name, each in loaded.model.state_dict().items()}
     before = set(folder.iterdir())
     # Weights that share memory, which the format refuses, are written once each.
     tensors = {
