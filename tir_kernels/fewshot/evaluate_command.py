@@ -12,7 +12,7 @@ from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.fewshot.evaluation.settings import FIT, EvaluateSettings
 from tir_kernels.fewshot.interrupts import leaving_at_once
 from tir_kernels.fewshot.option_kinds import NAME
-from tir_kernels.fewshot.options import DECODING_OPTIONS, base_options, with_options
+from tir_kernels.fewshot.options import base_options, decoding_options, with_options
 from tir_kernels.fewshot.report_command import FORMATS
 from tir_kernels.fewshot.settings import AUTO, PRECISIONS, Runtime
 from tir_kernels.text import printable, setting
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from tir_kernels.fewshot.evaluation.evaluation import Evaluation
 
 _MOST_CLASSES = 40  # in the terminal
-_max_pixels, _white_value = DECODING_OPTIONS
 _FIELDS = {field.name: field for field in dataclasses.fields(EvaluateSettings)}
 
 
@@ -78,8 +77,7 @@ def _help(name: str) -> str:
     type=click.Choice(FORMATS),
     help="Print the tables in this format.",
 )
-@_max_pixels
-@_white_value
+@decoding_options()
 @click.option("--skip-unreadable", is_flag=True, help=_help("skip_unreadable"))
 @click.option(
     "--batch-size", type=int, default=_FIELDS["batch_size"].default, help=_help("batch_size")

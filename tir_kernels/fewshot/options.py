@@ -129,7 +129,7 @@ _SOURCE_OPTIONS = [
         help="Weights of the architecture: a tag of open_clip, or a checkpoint file.",
     ),
 ]
-DECODING_OPTIONS = [
+_DECODING_OPTIONS = [
     click.option(
         "--max-pixels",
         type=Count(1, 2**40, "no machine decodes such an image"),
@@ -163,7 +163,7 @@ _READING_OPTIONS = [
         "time. Without room in it, the run goes on without.",
     ),
     click.option("--no-cache", is_flag=True, help="Decode images in each run, and keep none."),
-    *DECODING_OPTIONS,
+    *_DECODING_OPTIONS,
     click.option(
         "--skip-unreadable",
         is_flag=True,
@@ -258,6 +258,11 @@ def one_method_option() -> Callable[[Callable], Callable]:
     return click.option(
         "--method", type=Choice(lambda: METHODS), default=DEFAULT_METHODS[0], help="Method."
     )
+
+
+def decoding_options() -> Callable[[Callable], Callable]:
+    """The options of decoding images."""
+    return _adding(_DECODING_OPTIONS)
 
 
 def reading_options() -> Callable[[Callable], Callable]:

@@ -9,7 +9,7 @@ import click
 from tir_kernels.errors import FewShotError
 from tir_kernels.fewshot.interrupts import leaving_at_once
 from tir_kernels.fewshot.option_kinds import NAME, Count
-from tir_kernels.fewshot.options import base_options, with_options
+from tir_kernels.fewshot.options import base_options, decoding_options, with_options
 from tir_kernels.fewshot.run.workers import Place
 from tir_kernels.fewshot.run_options import settings_named
 from tir_kernels.fewshot.settings import AUTO, PRECISIONS, Runtime
@@ -58,16 +58,7 @@ if TYPE_CHECKING:
     help="Backend of the operators; auto serves what it lacks.",
 )
 @base_options()
-@click.option(
-    "--max-pixels",
-    type=Count(1, 2**40, "no machine decodes such an image"),
-    help="Largest image that is decoded, in pixels; by default Pillow's limit, about 179 million.",
-)
-@click.option(
-    "--white-value",
-    type=float,
-    help="The value that is white in grey images of more than 8 bits, as for run.",
-)
+@decoding_options()
 @click.option(
     "--report",
     is_flag=True,

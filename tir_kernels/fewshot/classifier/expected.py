@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +32,23 @@ def number_of_folds(fitter: Fitter, support: Support) -> int:
     return folds if folds >= 2 else 0
 
 
+def held_out_parts(fitter: Fitter, support: Support) -> Iterator[tuple[Support, Support]]:
+    """For each fold, the images of its training and those that it holds out; as many folds as
+    ``number_of_folds`` says, and all images of a subject in one of them.
+    """
+    folds = number_of_folds(fitter, support)
+    if not folds:
+        return
+    # Here, since it takes seconds to import, which nothing else needs to wait for.
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+    kind = StratifiedGroupKFold if support.groups else StratifiedKFold
+    splitter = kind(folds, shuffle=True, random_state=fitter.settings.seed % 2**32)
+    for rows in splitter.split(support.labels, support.labels, support.groups or None):
+        kept, held_out = (support.part(torch.from_numpy(each)) for each in rows)
+        yield kept, held_out
+
+
 def expected_accuracy(
     fitter: Fitter, support: Support, listener: FoldListener | None = None
 ) -> dict[str, Any]:
@@ -55,19 +73,15 @@ def expected_accuracy(
     folds = number_of_folds(fitter, support)
     if not folds:
         return figures
-    # Here, since they take seconds to import, which nothing else needs to wait for.
+    # Here, since it takes seconds to import, which nothing else needs to wait for.
     from scipy.stats import binomtest
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-    kind = StratifiedGroupKFold if support.groups else StratifiedKFold
-    splitter = kind(folds, shuffle=True, random_state=fitter.settings.seed % 2**32)
     correct = 0
-    rows = splitter.split(support.labels, support.labels, support.groups or None)
-    for fold, (kept, held_out) in enumerate(rows):
-        own = _correct(fitter, support, fold, (kept, held_out), listener)
+    for fold, (kept, held_out) in enumerate(held_out_parts(fitter, support)):
+        own = _correct(fitter, fold, kept, held_out, listener)
         correct += own
         if listener is not None:
-            listener.finished(fold, own, len(held_out))
+            listener.finished(fold, own, len(held_out.labels))
     interval = binomtest(correct, count).proportion_ci(0.95, "wilson")
     return figures | {
         "held_out_accuracy": correct / count,
@@ -79,18 +93,13 @@ def expected_accuracy(
 
 
 def _correct(
-    fitter: Fitter,
-    support: Support,
-    fold: int,
-    rows: tuple[Any, Any],
-    listener: FoldListener | None,
+    fitter: Fitter, fold: int, kept: Support, held_out: Support, listener: FoldListener | None
 ) -> int:
     """How many images of a fold a training on the others classifies rightly."""
     part = f"fold{fold}"
     known = None if fitter.keeper is None else fitter.keeper.known(part)
     if known is not None:
         return int(known["correct"])
-    kept, held_out = (support.part(torch.from_numpy(each)) for each in rows)
     on_step = None if listener is None else lambda step, loss: listener.step(fold, step, loss)
     result = fitter.train(part, fitter.episode(kept, held_out), on_step)
     correct = _matches(result.query_logits, held_out.labels)

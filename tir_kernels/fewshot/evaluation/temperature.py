@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.fewshot.classifier.classifier import Classifier
-from tir_kernels.fewshot.classifier.expected import number_of_folds
+from tir_kernels.fewshot.classifier.expected import held_out_parts, number_of_folds
 from tir_kernels.fewshot.classifier.fitting import Fitter, Support
 from tir_kernels.fewshot.classifier.folder import ABOUT_FILE
 from tir_kernels.fewshot.run.folder import expanded_out, write_json
@@ -42,34 +42,27 @@ def held_out_logits(
     Raises:
         FewShotError: A class has one image only, a training failed, or as ``Fitter.fit``.
     """
-    # Here, since it takes seconds to import, which nothing else needs to wait for.
-    from sklearn.model_selection import StratifiedKFold
-
     about = classifier.about
     settings = FitSettings(**about.settings)
     settings = replace(settings, folds=settings.folds or _FOLDS)
     runtime = replace(classifier.runtime, precision=about.precision)
     fitter = Fitter(classifier.model, about.base, about.method, settings, runtime)
-    folds = number_of_folds(fitter, support)
-    if not folds:
+    if not number_of_folds(fitter, support):
         raise FewShotError(
             f"{_TEMPERATURE}: can't be fitted, since a class was learned from one image, which "
             "can't be held out; pass a number"
         )
     logits, labels = [], []
-    splitter = StratifiedKFold(folds, shuffle=True, random_state=about.seed % 2**32)
-    for fold, (kept, held_out) in enumerate(splitter.split(support.labels, support.labels)):
-        query = support.part(torch.from_numpy(held_out))
-        episode = fitter.episode(support.part(torch.from_numpy(kept)), query)
+    for fold, (kept, held_out) in enumerate(held_out_parts(fitter, support)):
         try:
-            result = fitter.train(f"fold{fold}", episode)
+            result = fitter.train(f"fold{fold}", fitter.episode(kept, held_out))
         except NonFiniteLossError as error:
             raise FewShotError(
                 f"{_TEMPERATURE}: can't be fitted, since a training without some of the images "
                 f"failed: {first_line(error)}; pass a number"
             ) from error
         logits.append(result.query_logits.float().cpu())
-        labels.append(query.labels)
+        labels.append(held_out.labels)
     return torch.cat(logits).numpy(), torch.cat(labels).numpy()
 
 
