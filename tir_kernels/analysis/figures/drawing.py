@@ -6,7 +6,7 @@ import contextlib
 import io
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -27,7 +27,8 @@ _TITLE = 0.22  # inches for one above a panel
 _COLUMNS = 3
 _DPI = 160
 
-SETTINGS: dict[Any, Any] = {
+_NO_CHANGES: Mapping[Any, Any] = {}
+_SETTINGS: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": [FONT],
     "font.size": 8,
@@ -72,31 +73,43 @@ class Drawing(NamedTuple):
 
 def draw(chart: Chart) -> Drawing:
     """Draw a chart, once for all forms of it: Matplotlib takes most of a report's time."""
-    with _drawing(chart.name):
+    with own_settings(chart.name):
         figure, places = _whole(chart)
-        file = io.BytesIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        FigureCanvasSVG(figure).print_svg(file, metadata=nothing)
-        source = file.getvalue()
-        figure.set_facecolor("white")
-        figure.set_dpi(_DPI)
-        file = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
+        return drawn(figure, chart, places)
+
+
+def drawn(figure: Figure, chart: Chart, places: Sequence[Place]) -> Drawing:
+    """All forms of a figure; to be called within ``own_settings``.
+
+    Args:
+        figure: The figure, whose axes have the identifiers of panels.
+        chart: Name and title, and what the panels show.
+        places: Left, top, width and height of each panel in points.
+    """
+    file = io.BytesIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    FigureCanvasSVG(figure).print_svg(file, metadata=nothing)
+    source = file.getvalue()
+    figure.set_facecolor("white")
+    figure.set_dpi(_DPI)
+    file = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
     return Drawing(source, file.getvalue(), tuple(page_elements(source, chart, places)))
 
 
 @contextlib.contextmanager
-def _drawing(salt: str) -> Iterator[None]:
+def own_settings(salt: str, changes: Mapping[Any, Any] = _NO_CHANGES) -> Iterator[None]:
     """Matplotlib's defaults and ours, whatever the user has set; the same content, the same bytes.
 
     Args:
         salt: Tells the identifiers of figures apart that stand in one page.
+        changes: Settings that differ, by Matplotlib's names.
     """
     with matplotlib.rc_context(), warnings.catch_warnings():
         # The font of PNG files has not all the world's letters; in SVG, the browser's are used.
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update({**SETTINGS, "svg.hashsalt": salt})
+        matplotlib.rcParams.update({**_SETTINGS, "svg.hashsalt": salt, **changes})
         yield
 
 

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from tir_kernels.analysis.figures import Chart, Drawing, Lines
-from tir_kernels.analysis.figures.drawing import SETTINGS
-from tir_kernels.analysis.figures.elements import PANEL, page_elements
+from tir_kernels.analysis.figures.drawing import drawn, own_settings
+from tir_kernels.analysis.figures.elements import PANEL
 from tir_kernels.analysis.figures.styles import ARMS, MUTED
 from tir_kernels.fewshot.evaluation.evaluation import Evaluation
 from tir_kernels.text import printable
 
-_DPI = 160
 _WITH_NUMBERS = 12  # classes
 _WITH_NAMES = 40
 _SHORT = 20  # characters of a name
 
-_SETTINGS: dict[Any, Any] = {**SETTINGS, "axes.grid": False}
+_WITHOUT_GRID = {"axes.grid": False}
 
 
 def confusion_figure(found: Evaluation) -> Drawing:
@@ -109,7 +102,7 @@ def _drawn(
         margin: Inches to the left and below.
         fill: Draws into the axes.
     """
-    with _own_settings(name):
+    with own_settings(name, _WITHOUT_GRID):
         figure = Figure(figsize=size)
         width, height = size
         place = (
@@ -121,28 +114,8 @@ def _drawn(
         axes = figure.add_axes(place)
         axes.set_gid(PANEL.format(0))
         fill(axes)
-        file = io.BytesIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        FigureCanvasSVG(figure).print_svg(file, metadata=nothing)
-        source = file.getvalue()
-        figure.set_facecolor("white")
-        figure.set_dpi(_DPI)
-        file = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
-    chart = Chart(name, title, (Lines(title, "", ()),))
-    whole = (0.0, 0.0, 72 * width, 72 * height)
-    return Drawing(source, file.getvalue(), tuple(page_elements(source, chart, [whole])))
-
-
-@contextlib.contextmanager
-def _own_settings(salt: str) -> Iterator[None]:
-    """Matplotlib's defaults and ours, so that the same content gives the same bytes."""
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        # The font of PNG files has not all the world's letters; in SVG, the browser's are used.
-        warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update({**_SETTINGS, "svg.hashsalt": salt})
-        yield
+        chart = Chart(name, title, (Lines(title, "", ()),))
+        return drawn(figure, chart, [(0.0, 0.0, 72 * width, 72 * height)])
 
 
 def _short(name: str) -> str:
