@@ -40,6 +40,18 @@ def whole(
     return _field(default, help, check)
 
 
+def seed(help: str) -> Any:
+    """A seed of random numbers, 0 by default."""
+    return whole(0, help, least=0, most=2**63 - 1, reason="generators take 63 bits")
+
+
+def views(help: str) -> Any:
+    """The number of further views of each image to train on."""
+    return whole(
+        0, help, least=0, most=1000, reason="so many views of one image are the same views again"
+    )
+
+
 def real(
     default: float | None, help: str, *, least: float | None = None, below: float | None = None
 ) -> Any:

@@ -108,12 +108,16 @@ def arm_options() -> Callable[[Callable], Callable]:
     )
 
 
+def _name_option(name: str, metavar: str, help: str) -> Callable[[Callable], Callable]:
+    """An option that takes the name of a file, a folder or the like."""
+    return click.option(name, type=NAME, metavar=metavar, help=help)
+
+
 _SOURCE_OPTIONS = [
-    click.option(
+    _name_option(
         "--images",
-        type=NAME,
-        metavar="DIR",
-        help="Folder of the images that a list names, also deep in it; by default the list's own.",
+        "DIR",
+        "Folder of the images that a list names, also deep in it; by default the list's own.",
     ),
     click.option(
         "--model",
@@ -122,11 +126,10 @@ _SOURCE_OPTIONS = [
         metavar="ARCH_OR_DIR",
         help="An open_clip architecture, or a folder with open_clip_config.json and weights.",
     ),
-    click.option(
+    _name_option(
         "--pretrained",
-        type=NAME,
-        metavar="TAG_OR_FILE",
-        help="Weights of the architecture: a tag of open_clip, or a checkpoint file.",
+        "TAG_OR_FILE",
+        "Weights of the architecture: a tag of open_clip, or a checkpoint file.",
     ),
 ]
 _DECODING_OPTIONS = [
@@ -145,19 +148,17 @@ _DECODING_OPTIONS = [
     ),
 ]
 _READING_OPTIONS = [
-    click.option(
+    _name_option(
         "--class-names",
-        type=NAME,
-        metavar="FILE_OR_SET",
-        help="JSON or CSV file: class -> words, or the names of a data set: "
+        "FILE_OR_SET",
+        "JSON or CSV file: class -> words, or the names of a data set: "
         f"{', '.join(KNOWN_SETS)}. Without it, the words are those of such a set if it has all "
         "classes, or else come from the names of folders or labels.",
     ),
-    click.option(
+    _name_option(
         "--cache",
-        type=NAME,
-        metavar="DIR",
-        help="Folder in which images are kept, decoded and resized, once they were needed; by "
+        "DIR",
+        "Folder in which images are kept, decoded and resized, once they were needed; by "
         "default tir_kernels/images in $XDG_CACHE_HOME or ~/.cache. Each user has a sub-folder "
         "of their own in it, which any number of runs may share, and which may be deleted at any "
         "time. Without room in it, the run goes on without.",
@@ -174,17 +175,15 @@ _READING_OPTIONS = [
 
 
 _DRAWING_OPTIONS = [
-    click.option(
+    _name_option(
         "--train",
-        type=NAME,
-        metavar="SOURCE",
-        help="In place of --data, with --test: data, of any kind, that support comes from.",
+        "SOURCE",
+        "In place of --data, with --test: data, of any kind, that support comes from.",
     ),
-    click.option(
+    _name_option(
         "--test",
-        type=NAME,
-        metavar="SOURCE",
-        help="Data with the same classes that queries come from, in which no image of --train is.",
+        "SOURCE",
+        "Data with the same classes that queries come from, in which no image of --train is.",
     ),
 ]
 
@@ -198,17 +197,15 @@ def base_options() -> Callable[[Callable], Callable]:
     """The options of a classifier's base model, for commands that use a classifier."""
     return _adding(
         [
-            click.option(
+            _name_option(
                 "--model",
-                type=NAME,
-                metavar="ARCH_OR_DIR",
-                help="The classifier's base model, where it has moved.",
+                "ARCH_OR_DIR",
+                "The classifier's base model, where it has moved.",
             ),
-            click.option(
+            _name_option(
                 "--pretrained",
-                type=NAME,
-                metavar="TAG_OR_FILE",
-                help="Weights of that model.",
+                "TAG_OR_FILE",
+                "Weights of that model.",
             ),
         ]
     )

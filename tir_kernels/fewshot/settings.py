@@ -48,23 +48,15 @@ class Protocol(fields.Checked):
         5, "Support images per class.", least=1, most=10**6, reason="no class has as many images"
     )
     queries: int = fields.whole(15, "Query images per class.", least=1)
-    seed: int = fields.whole(
-        0,
-        "Seed of the choice of episodes, and of each method's initialisation and dropout.",
-        least=0,
-        most=2**63 - 1,
-        reason="generators take 63 bits",
+    seed: int = fields.seed(
+        "Seed of the choice of episodes, and of each method's initialisation and dropout."
     )
-    augment: int = fields.whole(
-        0,
+    augment: int = fields.views(
         "Train on this many views of each support image beside the image itself; 0 for none. The "
         "cross-domain few-shot benchmark takes 4. A view is a part of the image of 8 to 100 % of "
         "its area and a ratio of sides of 3/4 to 4/3, scaled up to the model's size, flipped half "
         "of the time, with brightness, contrast and saturation times a random number from 0.6 to "
-        "1.4. Views are drawn once per episode, from the seed and its number alone.",
-        least=0,
-        most=1000,
-        reason="so many views of one image are the same views again",
+        "1.4. Views are drawn once per episode, from the seed and its number alone."
     )
 
 
@@ -79,19 +71,11 @@ class FitSettings(fields.Checked):
         most=10**6,
         reason="no class has as many images",
     )
-    seed: int = fields.whole(
-        0,
-        "Seed of the choice of images, and of the method's initialisation and dropout.",
-        least=0,
-        most=2**63 - 1,
-        reason="generators take 63 bits",
+    seed: int = fields.seed(
+        "Seed of the choice of images, and of the method's initialisation and dropout."
     )
-    augment: int = fields.whole(
-        0,
-        "Train on this many views of each image beside the image itself; 0 for none.",
-        least=0,
-        most=1000,
-        reason="so many views of one image are the same views again",
+    augment: int = fields.views(
+        "Train on this many views of each image beside the image itself; 0 for none."
     )
     batch_size: int | None = fields.whole(
         None,

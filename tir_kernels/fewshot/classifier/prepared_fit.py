@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tir_kernels.errors import FewShotError, first_line
+from tir_kernels.errors import FewShotError
 from tir_kernels.fewshot.classifier.about import About, BaseModel
 from tir_kernels.fewshot.classifier.expected import expected_accuracy, number_of_folds
 from tir_kernels.fewshot.classifier.figures import imbalance_note
@@ -26,16 +26,9 @@ from tir_kernels.fewshot.classifier.fitting import (
 )
 from tir_kernels.fewshot.classifier.folder import load_classifier, save_classifier
 from tir_kernels.fewshot.data.dataset import load_data
-from tir_kernels.fewshot.devices import resolve_device
 from tir_kernels.fewshot.fields import as_settings
 from tir_kernels.fewshot.methods import Method
-from tir_kernels.fewshot.prepare import (
-    decoding_of,
-    image_reader,
-    note_slowness,
-    require_backend_here,
-    versions,
-)
+from tir_kernels.fewshot.prepare import image_reader, note_slowness, usable_device, versions
 from tir_kernels.fewshot.run.progress import Messages
 from tir_kernels.fewshot.run.records import OK, Record
 from tir_kernels.fewshot.run.runner import require_distinct_prompts
@@ -45,7 +38,7 @@ from tir_kernels.fewshot.settings import FitSettings, Runtime
 from tir_kernels.fewshot.track.settings import Tracking
 from tir_kernels.fewshot.track.tracker import Tracker
 from tir_kernels.fewshot.train.batch import NonFiniteLossError
-from tir_kernels.fewshot.train.memory import with_one_memory_error
+from tir_kernels.fewshot.train.memory import engine_errors_explained
 from tir_kernels.text import setting
 from tir_kernels.towers.loading import models
 from tir_kernels.towers.loading.models import LoadedModel
@@ -112,11 +105,7 @@ class PreparedFit:
         require_balance(options.method, settings)
         self._options, self._inputs, self._reading = options, inputs, reading
         self._fit_settings, self._messages = settings, messages
-        device, note = resolve_device(runtime.device)
-        if note:
-            messages.tell(note)
-        decoding_of(reading)
-        require_backend_here(runtime.backend, device)
+        device = usable_device(runtime, reading, messages)
         self._runtime = replace(runtime, device=device)
         with messages.status("listing the images"):
             self._data = load_data(
@@ -285,7 +274,7 @@ class _KeptTracker:
 @contextmanager
 def _explained(device: str, settings: FitSettings) -> Iterator[None]:
     try:
-        with with_one_memory_error():
+        with engine_errors_explained():
             yield
     except torch.OutOfMemoryError as error:
         step = "lower" if settings.batch_size else "set"
@@ -301,6 +290,3 @@ def _explained(device: str, settings: FitSettings) -> Iterator[None]:
             f"{setting('lora_lr')} or {setting('context_lr')}, or use "
             f"{setting('precision', 'float32')}, with another {setting('out')}"
         ) from error
-    except (ValueError, TypeError) as error:
-        # The engine's own checks: a layer the model does not have, a class name that is too long.
-        raise FewShotError(first_line(error)) from error
