@@ -219,10 +219,10 @@ def group_option() -> Callable[[Callable], Callable]:
     return click.option(
         "--group-column",
         metavar="COLUMN",
-        help="Column of a table whose values are the subjects that images show, such as patients "
-        "or lesions: no subject is on both sides, among images that are trained on and images that "
-        "are classified to see how well. Known by itself for HAM10000 (lesion_id) and ChestX-ray8 "
-        "(Patient ID); none pays no regard to subjects.",
+        help="Column of a table, or of a data set of Hugging Face, whose values are the subjects "
+        "that images show, such as patients or lesions: no subject is on both sides, among images "
+        "that are trained on and images that are classified to see how well. Known by itself for "
+        "HAM10000 (lesion_id) and ChestX-ray8 (Patient ID); none pays no regard to subjects.",
     )
 
 

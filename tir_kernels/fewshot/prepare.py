@@ -23,6 +23,7 @@ from tir_kernels.fewshot.episode import Episode
 from tir_kernels.fewshot.fields import as_settings
 from tir_kernels.fewshot.known_template import with_known_template
 from tir_kernels.fewshot.methods import Method, Observer
+from tir_kernels.fewshot.prompt_check import check_prompts, cut_names_are_known
 from tir_kernels.fewshot.run.folder import (
     SUMMARY_NAME,
     RunFolder,
@@ -36,7 +37,6 @@ from tir_kernels.fewshot.run.records import Record
 from tir_kernels.fewshot.run.runner import (
     RunPlan,
     StepFunction,
-    require_distinct_prompts,
     run_episodes,
 )
 from tir_kernels.fewshot.run.workers import Place
@@ -154,9 +154,9 @@ class PreparedRun:
             loaded = models.load_model(
                 self._inputs.model, self._inputs.pretrained, device=self.plan.device
             )
-        for note in loaded.notes:
+        methods = [arm.method for arm in self.plan.arms]
+        for note in (*loaded.notes, *check_prompts(self._data, loaded.tokenizer, methods)):
             self._messages.tell(note)
-        require_distinct_prompts(self._data, loaded.tokenizer)
         return loaded
 
     def finished(self) -> Summary | None:
@@ -216,7 +216,7 @@ class PreparedRun:
             )
             trainer = ModelTrainer(self._model, self._protocol.seed, self._runtime)
             images = image_reader(self._data, self._model.preprocess, self._reading, self._messages)
-            with display, self._watcher(journal) as watcher:
+            with display, cut_names_are_known(), self._watcher(journal) as watcher:
                 for record in run_episodes(
                     self.plan,
                     self._data,

@@ -128,8 +128,9 @@ def load_data(
             folder into which such a data set was saved.
         class_names: Words of each class, see ``class_words``.
         images: Folder of the images that a file lists; ``None``: the file's own.
-        group_column: Column of a table whose values are the subjects that images show, such as
-            patients; ``None``: that of a known data set; "none": none.
+        group_column: Column of a table, or of a data set of Hugging Face, whose values are the
+            subjects that images show, such as patients; ``None``: that of a known data set; "none":
+            none.
         needs_words: Whether prompts will need words of the classes; without, the words are their
             names, whatever these are.
 
@@ -160,7 +161,8 @@ def load_data(
         source, listing = kind.read(place, folder)
     else:
         raise FewShotError(
-            f"{setting('group_column')} names a column of a CSV or TSV table; "
+            f"{setting('group_column')} names a column of a CSV or TSV table, or of a data set of "
+            "Hugging Face; "
             f"{setting('data', data)} is none"
         )
     if needs_words:
