@@ -14,7 +14,7 @@ from tir_kernels.fewshot.arms import fields_of
 from tir_kernels.fewshot.data.known import KNOWN_SETS
 from tir_kernels.fewshot.fields import kinds_of
 from tir_kernels.fewshot.methods import DEFAULT_METHODS, METHODS, method_class
-from tir_kernels.fewshot.option_kinds import NAME, Choice, Count, Parallel, WholeNumbers
+from tir_kernels.fewshot.option_kinds import NAME, Choice, Count, NumberOr, WholeNumbers
 from tir_kernels.fewshot.settings import AUTO, FitSettings, Protocol, Runtime
 from tir_kernels.text import Notice, printable
 
@@ -303,9 +303,9 @@ def _field_option(
 def _option_type(field: dataclasses.Field, hint: Any) -> Any:
     if "choices" in field.metadata:
         return Choice(field.metadata["choices"])
-    kind, *others = kinds_of(hint)
-    if others:
-        return Parallel()
+    if "word" in field.metadata:
+        return NumberOr(field.metadata["word"])
+    kind = kinds_of(hint)[0]
     return WholeNumbers() if kind is tuple else kind
 
 
@@ -328,7 +328,9 @@ def episodes_option(default: int) -> Callable[[Callable], Callable]:
         "--episodes",
         type=Count(1, 10**6, "the interval of a mean does not get narrower in any sense"),
         default=default,
-        help="Episodes; a run may be continued with more.",
+        help="Episodes: draws of classes and images, each by the seed and its own number, on which "
+        "every method is trained anew. With all ways, 3 episodes are what programs mean that train "
+        "with seeds 1, 2 and 3. A run may be continued with more.",
     )
 
 

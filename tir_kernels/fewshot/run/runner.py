@@ -150,7 +150,7 @@ def run_episodes(
                 data,
                 images,
                 shots=protocol.shots,
-                queries=protocol.queries,
+                queries=protocol.queries_per_class,
                 device=plan.device,
                 augment=protocol.augment,
                 seed=protocol.seed,
