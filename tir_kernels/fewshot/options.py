@@ -14,7 +14,7 @@ from tir_kernels.fewshot.arms import fields_of
 from tir_kernels.fewshot.data.known import KNOWN_SETS
 from tir_kernels.fewshot.fields import kinds_of
 from tir_kernels.fewshot.methods import DEFAULT_METHODS, METHODS, method_class
-from tir_kernels.fewshot.option_kinds import NAME, Choice, Count, Parallel, WholeNumbers
+from tir_kernels.fewshot.option_kinds import NAME, Choice, Count, NumberOr, WholeNumbers
 from tir_kernels.fewshot.settings import AUTO, FitSettings, Protocol, Runtime
 from tir_kernels.text import Notice, printable
 
@@ -124,9 +124,9 @@ _SOURCE_OPTIONS = [
         type=NAME,
         required=True,
         metavar="ARCH_OR_DIR",
-        help="An open_clip architecture, a folder with open_clip_config.json and weights, or a repository "
-        "of such a folder in Hugging Face's cache, as hf-hub:OWNER/NAME; the command models lists "
-        "those that are here.",
+        help="An open_clip architecture, a folder with open_clip_config.json and weights, or a "
+        "repository of such a folder in Hugging Face's cache, as hf-hub:OWNER/NAME; the command "
+        "models lists those that are here.",
     ),
     _name_option(
         "--pretrained",
@@ -218,10 +218,10 @@ def group_option() -> Callable[[Callable], Callable]:
     return click.option(
         "--group-column",
         metavar="COLUMN",
-        help="Column of a table whose values are the subjects that images show, such as patients "
-        "or lesions: no subject is on both sides, among images that are trained on and images that "
-        "are classified to see how well. Known by itself for HAM10000 (lesion_id) and ChestX-ray8 "
-        "(Patient ID); none pays no regard to subjects.",
+        help="Column of a table, or of a data set of Hugging Face, whose values are the subjects "
+        "that images show, such as patients or lesions: no subject is on both sides, among images "
+        "that are trained on and images that are classified to see how well. Known by itself for "
+        "HAM10000 (lesion_id) and ChestX-ray8 (Patient ID); none pays no regard to subjects.",
     )
 
 
@@ -302,9 +302,9 @@ def _field_option(
 def _option_type(field: dataclasses.Field, hint: Any) -> Any:
     if "choices" in field.metadata:
         return Choice(field.metadata["choices"])
-    kind, *others = kinds_of(hint)
-    if others:
-        return Parallel()
+    if "word" in field.metadata:
+        return NumberOr(field.metadata["word"])
+    kind = kinds_of(hint)[0]
     return WholeNumbers() if kind is tuple else kind
 
 
@@ -327,7 +327,9 @@ def episodes_option(default: int) -> Callable[[Callable], Callable]:
         "--episodes",
         type=Count(1, 10**6, "the interval of a mean does not get narrower in any sense"),
         default=default,
-        help="Episodes; a run may be continued with more.",
+        help="Episodes: draws of classes and images, each by the seed and its own number, on which "
+        "every method is trained anew. With all ways, 3 episodes are what programs mean that train "
+        "with seeds 1, 2 and 3. A run may be continued with more.",
     )
 
 

@@ -27,11 +27,12 @@ from tir_kernels.fewshot.classifier.fitting import (
 from tir_kernels.fewshot.classifier.folder import load_classifier, save_classifier
 from tir_kernels.fewshot.data.dataset import load_data
 from tir_kernels.fewshot.fields import as_settings
+from tir_kernels.fewshot.known_template import method_with_known_template
 from tir_kernels.fewshot.methods import Method
 from tir_kernels.fewshot.prepare import image_reader, note_slowness, usable_device, versions
+from tir_kernels.fewshot.prompt_check import check_prompts
 from tir_kernels.fewshot.run.progress import Messages
 from tir_kernels.fewshot.run.records import OK, Record
-from tir_kernels.fewshot.run.runner import require_distinct_prompts
 from tir_kernels.fewshot.run.tracked import Track, TrackFile
 from tir_kernels.fewshot.run_options import Inputs, Reading
 from tir_kernels.fewshot.settings import FitSettings, Runtime
@@ -103,7 +104,7 @@ class PreparedFit:
         messages: Messages,
     ) -> None:
         require_balance(options.method, settings)
-        self._options, self._inputs, self._reading = options, inputs, reading
+        self._inputs, self._reading = inputs, reading
         self._fit_settings, self._messages = settings, messages
         device = usable_device(runtime, reading, messages)
         self._runtime = replace(runtime, device=device)
@@ -114,6 +115,8 @@ class PreparedFit:
                 images=inputs.images,
                 group_column=inputs.group_column,
             )
+        method = method_with_known_template(options.method, self._data)
+        self._options = replace(options, method=method)
         for note in self._data.notes:
             messages.tell(note)
 
@@ -149,9 +152,9 @@ class PreparedFit:
             loaded = models.load_model(
                 self._inputs.model, self._inputs.pretrained, device=self._runtime.device
             )
-        for note in loaded.notes:
+        cut = check_prompts(self._data, loaded.tokenizer, [self._options.method])
+        for note in (*loaded.notes, *cut):
             self._messages.tell(note)
-        require_distinct_prompts(self._data, loaded.tokenizer)
         return loaded
 
     def _read_support(self, loaded: LoadedModel) -> Support:

@@ -18,6 +18,7 @@ from tir_kernels.fewshot.run.journal import Journal, JournalReader, journal_name
 from tir_kernels.fewshot.run.lock import GROUP_KINDS, RunLock
 from tir_kernels.fewshot.run.records import Record, RunShape
 from tir_kernels.fewshot.run.workers import Place
+from tir_kernels.fewshot.settings import ALL
 from tir_kernels.fewshot.strict_json import decode_json, encode_json
 from tir_kernels.files import MIB, expand_user, read_bytes
 from tir_kernels.text import setting
@@ -304,7 +305,7 @@ def _shape(settings: Any) -> RunShape:
         isinstance(arms, list) and all(isinstance(arm, str) for arm in arms)
     ):
         raise TypeError(f"'arms' is {arms!r}")
-    counts = [own.get(name) for name in ("ways", "queries")]
+    counts = [None if own.get(name) == ALL else own.get(name) for name in ("ways", "queries")]
     for count in counts:
         if count is not None and (type(count) is not int or count < 1):
             raise ValueError(f"'ways' or 'queries' is {count!r}")

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from tir_kernels.errors import FewShotError
 from tir_kernels.fewshot import settings
-from tir_kernels.fewshot.data.dataset import ImageClass, ImageData
+from tir_kernels.fewshot.data.dataset import ImageData
 from tir_kernels.fewshot.data.draw import draw_episode
 from tir_kernels.fewshot.data.load import load_episode
 from tir_kernels.fewshot.data.reader import ImageReader
@@ -115,7 +114,7 @@ def run_episodes(
                 data,
                 images,
                 shots=protocol.shots,
-                queries=protocol.queries,
+                queries=protocol.queries_per_class,
                 device=plan.device,
                 augment=protocol.augment,
                 seed=protocol.seed,
@@ -164,24 +163,6 @@ def _episodes_at_once(
         most = plan.parallel
     rounds = math.ceil(len(unfinished) / (most * processes))
     return math.ceil(len(unfinished) / (rounds * processes))
-
-
-def require_distinct_prompts(data: ImageData, tokenizer: Callable[[list[str]], Tensor]) -> None:
-    """Check that a model's tokenizer tells the words of all classes apart.
-
-    Raises:
-        FewShotError: Two classes have the same tokens, as words have that differ in case only, or
-            in characters that the tokenizer leaves out.
-    """
-    owners: dict[tuple[int, ...], ImageClass] = {}
-    for entry, tokens in zip(data.classes, tokenizer([c.words for c in data.classes]), strict=True):
-        other = owners.setdefault(tuple(tokens.tolist()), entry)
-        if other is not entry:
-            raise FewShotError(
-                f"classes {other.folder!r} and {entry.folder!r} have the words {other.words!r} and "
-                f"{entry.words!r}, which the model's tokenizer does not tell apart; give them "
-                f"others with {setting('class_names', 'FILE')}"
-            )
 
 
 def _is_unfinished(plan: RunPlan, journal: Journal, index: int) -> bool:
