@@ -9,7 +9,6 @@ from open_clip.transformer import TextTransformer
 from tiny_clip import (
     END_OF_TEXT,
     TEXT,
-    VISION,
     Untouched,
     make_clip,
     make_images,
@@ -96,10 +95,6 @@ def test_other_image_towers_are_refused() -> None:
         vision_tower(CLIP(16, resnet, TEXT))
     with pytest.raises(TypeError, match="its tower is Linear"):
         vision_tower(nn.Linear(2, 2))
-    for pool in (True, "parallel"):
-        pooled = {**VISION, "attentional_pool": pool, "attn_pooler_heads": 2}
-        with pytest.raises(ValueError, match="pools its image tokens by attention"):
-            vision_tower(CLIP(16, pooled, TEXT))
 
 
 @pytest.mark.parametrize("variant", TEXT_VARIANTS)

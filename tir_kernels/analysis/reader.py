@@ -86,6 +86,7 @@ def measure_tokens(
             labels,
             class_embeddings,
             tower.joint_space,
+            tower.compared_tokens,
             top_ratio,
         )
         for each in measures:

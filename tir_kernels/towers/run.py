@@ -103,9 +103,20 @@ def joint_space_of(norm: nn.Module, projection: Tensor | None) -> JointSpace:
     return JointSpace(norm_eps=None, proj=projection)
 
 
+def unchanged_tokens(tower: VisionTower, hidden: Tensor) -> Tensor:
+    """(B, L, D) tokens of a block as they are, where the joint space is all that follows them.
+
+    It is the ``compared_tokens`` of towers that pool without parameters. A tower that pools by
+    attention gives (B, L, K): what its pool makes of each token alone, up to the part of it that is
+    a joint space. A softmax over one key is 1, so that is the pool's value and output projections.
+    """
+    return hidden
+
+
 def features_of_patches(tower: VisionTower, hidden: Tensor) -> Tensor:
     """(B, L, D) tokens of a block -> (B, patches, E) in the tower's joint space."""
-    space, patches = tower.joint_space, hidden[:, tower.num_prefix_tokens :]
+    space = tower.joint_space
+    patches = tower.compared_tokens(hidden[:, tower.num_prefix_tokens :])
     if space.norm_eps is not None:
         width = patches.shape[-1:]
         patches = F.layer_norm(patches, width, space.norm_weight, space.norm_bias, space.norm_eps)
