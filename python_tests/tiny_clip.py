@@ -41,11 +41,12 @@ def make_clip(
     return _varied(kind(16, {**VISION, **(vision or {})}, {**TEXT, **(text or {})}, **options))
 
 
-def make_coca() -> nn.Module:
+def make_coca(words: dict[str, int] | None = None) -> nn.Module:
     """As ``make_clip``, with attentional pool, a class token behind each text, and a decoder."""
     torch.manual_seed(0)
+    text = {**TEXT, **(words or {})}
     vision = {**VISION, **ATTENTION_POOL, "output_tokens": True}
-    model = CoCa(16, TEXT, {**TEXT, "embed_cls": True, "output_tokens": True}, vision)
+    model = CoCa(16, text, {**text, "embed_cls": True, "output_tokens": True}, vision)
     nn.init.normal_(model.text_decoder.text_projection)  # which open_clip leaves uninitialised
     return _varied(model)
 
