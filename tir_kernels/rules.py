@@ -157,7 +157,8 @@ def _ramp(count: int, strength: float, center: float) -> float:
 class JointSpace:
     """The map from a block's tokens (width D) to the joint image-text space (width E).
 
-    It is the image tower's final LayerNorm followed by its projection. Every part may be ``None``:
+    It is the image tower's final LayerNorm followed by its projection; where the tower pools by
+    attention, it follows what the pool makes of each token. Every part may be ``None``:
 
     Args:
         norm_weight: (D,) LayerNorm gain; ``None`` means 1.

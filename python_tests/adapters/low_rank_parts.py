@@ -4,7 +4,7 @@ from tiny_clip import make_images, make_token_ids
 from torch import Tensor, nn
 
 from tir_kernels.adapters.low_rank import LowRank, LowRankSettings
-from tir_kernels.towers.open_clip import OpenClipBlock
+from tir_kernels.towers.open_clip.blocks import OpenClipBlock
 from tir_kernels.towers.opening import put_on
 
 

@@ -13,7 +13,7 @@ from tir_kernels.towers.attention import OpenedAttention, OpenedLinear, attend, 
 from tir_kernels.towers.blocks import BlockBase
 from tir_kernels.towers.opening import Opened
 from tir_kernels.towers.protocol import Linear, Modifier
-from tir_kernels.towers.run import features_of_patches, joint_space_of
+from tir_kernels.towers.run import features_of_patches, joint_space_of, unchanged_tokens
 
 
 class SmallAttention(nn.Module):
@@ -108,6 +108,7 @@ class _Block(BlockBase):
 class _Vision:
     num_prefix_tokens = 0
     reads = None
+    compared_tokens = unchanged_tokens
     patch_features = features_of_patches
 
     def __init__(self, module: Any) -> None:

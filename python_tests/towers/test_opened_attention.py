@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tir_kernels import adapters
 from tir_kernels.towers import vision_tower
 from tir_kernels.towers.attention import attend, attention_matrix
-from tir_kernels.towers.open_clip import OpenClipBlock
+from tir_kernels.towers.open_clip.blocks import OpenClipBlock
 from tir_kernels.towers.opening import put_on, take_off
 from tir_kernels.towers.protocol import AttentionCall, Modifier
 

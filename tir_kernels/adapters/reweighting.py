@@ -100,7 +100,7 @@ class Reweighting(Handle):
 
         With an order of the patches, both are handed out in it.
         """
-        weights, counts = token_weights(tokens, **self._inputs(tokens))
+        weights, counts = token_weights(**self._inputs(tokens))
         if self._order is None:
             return TokenWeights(weights, counts)
         block = next(block for block, adapter in self._places if adapter.layer == layer)
@@ -136,15 +136,18 @@ class Reweighting(Handle):
         self._places = []
 
     def _inputs(self, tokens: Tensor) -> dict[str, Any]:
-        """The operators' arguments besides the tokens (B, L, D)."""
+        """The operators' arguments for tokens (B, L, D) that enter a block."""
         class_embeddings = self.class_embeddings
         space, table = self._tower.joint_space, self.table
+        with torch.no_grad():  # none flows through counts
+            compared = self._tower.compared_tokens(tokens)
         parts = [part for part in (space.norm_weight, space.proj) if part is not None]
         if parts and parts[0].device != tokens.device:  # in a replica of nn.DataParallel
             class_embeddings = class_embeddings.to(tokens.device)
             table = None if table is None else table.to(tokens.device)
             space = _moved(space, tokens.device)
         return {
+            "tokens": compared,
             "class_embeddings": class_embeddings,
             "joint_space": space,
             "rule": self._rule,
@@ -181,7 +184,6 @@ class _DerivedKeyWeights:
             query,
             key,
             value,
-            self.tokens,
             **self.handle._inputs(self.tokens),
             scale=scale,
             return_counts=True,
@@ -191,7 +193,7 @@ class _DerivedKeyWeights:
         return attended
 
     def form(self) -> Tensor:
-        return token_weights(self.tokens, **self.handle._inputs(self.tokens)).weights
+        return token_weights(**self.handle._inputs(self.tokens)).weights
 
 
 class _ReweightedBlock:

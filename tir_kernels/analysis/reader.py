@@ -72,6 +72,7 @@ def measure(
             labels,
             class_embeddings,
             tower.joint_space,
+            tower.compared_tokens,
             top_ratio,
         )
         for each in measures:

@@ -5,7 +5,7 @@ B images or texts, L tokens, D model width, H heads, d head width, E joint width
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -32,10 +32,8 @@ class AttentionCall(NamedTuple):
     backend: str = "auto"
 
 
-class Modifier(Protocol):
-    """A change of an attention call, given the tokens (B, L, D) that entered the block."""
-
-    def __call__(self, call: AttentionCall, hidden: Tensor) -> AttentionCall: ...
+# A change of an attention call, given the tokens (B, L, D) that entered the block.
+Modifier = Callable[[AttentionCall, Tensor], AttentionCall]
 
 
 class BlockAdapter(Protocol):
@@ -80,7 +78,8 @@ class VisionTower(Protocol):
     @property
     def blocks(self) -> Sequence[Block]: ...
     @property
-    def joint_space(self) -> JointSpace: ...
+    def joint_space(self) -> JointSpace: ...  # takes compared_tokens the rest of the way
+    def compared_tokens(self, hidden: Tensor) -> Tensor: ...  # (B, L, D) -> (B, L, K)
     def embed(self, images: Tensor) -> Tensor: ...  # (B, 3, H, W) -> (B, L, D)
     def pool(self, hidden: Tensor) -> Tensor: ...  # (B, L, D) -> (B, E)
     def patch_features(self, hidden: Tensor) -> Tensor: ...  # (B, L, D) -> (B, patches, E)
@@ -95,6 +94,7 @@ class TextTower(Protocol):
     def blocks(self) -> Sequence[Block]: ...
     def embed(self, token_ids: Tensor) -> Tensor: ...  # (C, T) -> (C, T, W), without positions
     def last_position(self, token_ids: Tensor) -> Tensor: ...  # (C,), what pool reads
-    def start(self, embeddings: Tensor) -> Tensor: ...  # (C, T, W), what enters the first block
-    def mask(self, length: int) -> Tensor | None: ...  # of the attention to ``length`` tokens
+    def key_mask(self, token_ids: Tensor) -> Tensor | None: ...  # (C, L) bool; None: all are keys
+    def start(self, embeddings: Tensor) -> Tensor: ...  # -> (C, L, W), what enters the first block
+    def mask(self, length: int, key_mask: Tensor | None) -> Tensor | None: ...  # as blocks take it
     def pool(self, hidden: Tensor, last_position: Tensor) -> Tensor: ...  # -> (C, E)

@@ -65,7 +65,11 @@ class EncodesText(TextTower, Protocol):
     """The run through a text tower's blocks, for a family's tower to inherit."""
 
     def encode(
-        self, embeddings: Tensor, last_position: Tensor, layer: int | None = None
+        self,
+        embeddings: Tensor,
+        last_position: Tensor,
+        layer: int | None = None,
+        key_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run the tower on token embeddings.
 
@@ -73,20 +77,22 @@ class EncodesText(TextTower, Protocol):
             embeddings: (C, T, W), without positional embeddings, T at most the context length.
             last_position: (C,) position that stands for the text.
             layer: Also embed the output of this block; ``None``: of the last one.
+            key_mask: The tower's ``key_mask`` of the token ids.
 
         Returns:
             (C, E) class embeddings of the last block and (C, E) of block ``layer``.
 
         Raises:
-            ValueError: There is no block ``layer``.
+            ValueError: There is no block ``layer``, or the tower masks keys and ``key_mask`` is
+                ``None``.
         """
         blocks = self.blocks
         if layer is not None:
             layer = whole_number("layer", layer, "a whole number or None")
             if not 0 <= layer < len(blocks):
                 raise ValueError(f"layer must lie between 0 and {len(blocks) - 1}; got {layer}")
-        mask = self.mask(embeddings.shape[1])
         hidden = self.start(embeddings)
+        mask = self.mask(hidden.shape[1], key_mask)
         intermediate = None
         for index, block in enumerate(blocks):
             hidden = block(hidden, mask)
@@ -103,9 +109,20 @@ def joint_space_of(norm: nn.Module, projection: Tensor | None) -> JointSpace:
     return JointSpace(norm_eps=None, proj=projection)
 
 
+def unchanged_tokens(tower: VisionTower, hidden: Tensor) -> Tensor:
+    """(B, L, D) tokens of a block as they are, where the joint space is all that follows them.
+
+    It is the ``compared_tokens`` of towers that pool without parameters. A tower that pools by
+    attention gives (B, L, K): what its pool makes of each token alone, up to the part of it that is
+    a joint space. A softmax over one key is 1, so that is the pool's value and output projections.
+    """
+    return hidden
+
+
 def features_of_patches(tower: VisionTower, hidden: Tensor) -> Tensor:
     """(B, L, D) tokens of a block -> (B, patches, E) in the tower's joint space."""
-    space, patches = tower.joint_space, hidden[:, tower.num_prefix_tokens :]
+    space = tower.joint_space
+    patches = tower.compared_tokens(hidden[:, tower.num_prefix_tokens :])
     if space.norm_eps is not None:
         width = patches.shape[-1:]
         patches = F.layer_norm(patches, width, space.norm_weight, space.norm_bias, space.norm_eps)

@@ -27,7 +27,7 @@ from tir_kernels.towers.opening import (
     take_off,
 )
 from tir_kernels.towers.protocol import Linear, Modifier
-from tir_kernels.towers.run import features_of_patches, joint_space_of
+from tir_kernels.towers.run import features_of_patches, joint_space_of, unchanged_tokens
 
 
 class _OpenedAttention(OpenedAttention, Attention):
@@ -141,6 +141,7 @@ class TimmBlock(BlockBase):
 class TimmVision:
     """timm's VisionTransformer; its features are those before the classifier."""
 
+    compared_tokens = unchanged_tokens
     patch_features = features_of_patches
 
     def __init__(self, module: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,7 +29,9 @@ class BlockView:
         labels: (B,) int64, the class of each image; ``None``: unknown.
         class_embeddings: (C, E), or (G, C, E) for G groups of B / G images each, of which one after
             the other fills the batch; ``None``: unknown.
-        joint_space: The map from tokens to the classes' space; ``None``: none is needed.
+        joint_space: The map from compared tokens to the classes' space; ``None``: none is needed.
+        compared_tokens: The tower's own: (B, L, D) tokens -> what is compared, (B, L, K), for the
+            joint space; ``None``: the tokens themselves.
         top_ratio: Each class selects its ``int(N * top_ratio)`` most relevant patches.
     """
 
@@ -41,6 +44,7 @@ class BlockView:
     labels: Tensor | None = None
     class_embeddings: Tensor | None = None
     joint_space: JointSpace | None = None
+    compared_tokens: Callable[[Tensor], Tensor] | None = None
     top_ratio: float = 0.3
 
     @property
@@ -93,8 +97,11 @@ class BlockView:
         """(B, C, N) float32, cosine of each patch that entered with each class."""
         if self.class_embeddings is None:
             raise ValueError("relevance needs class_embeddings")
+        compared = (
+            self.hidden if self.compared_tokens is None else self.compared_tokens(self.hidden)
+        )
         return token_relevance(
-            self.hidden,
+            compared,
             self.class_embeddings,
             joint_space=self.joint_space,
             num_prefix_tokens=self.num_prefix_tokens,

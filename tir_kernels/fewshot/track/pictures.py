@@ -76,21 +76,20 @@ class MapMaker(Observer):
         measure(tower, tokens, [seen])
         view = seen.view
         assert view is not None
-        prefix = view.num_prefix_tokens
+        space, prefix = tower.joint_space, view.num_prefix_tokens
+        compared = tower.compared_tokens(view.hidden)
         if reweighting is not None:
             classes = reweighting.class_embeddings
             weights, counts = reweighting.weights(view.hidden, layer)
         else:
             weights, counts = token_weights(
-                view.hidden,
+                compared,
                 classes,
-                joint_space=tower.joint_space,
+                joint_space=space,
                 rule=WeightRule("none"),
                 num_prefix_tokens=prefix,
             )
-        relevance = token_relevance(
-            view.hidden, classes, joint_space=tower.joint_space, num_prefix_tokens=prefix
-        )
+        relevance = token_relevance(compared, classes, joint_space=space, num_prefix_tokens=prefix)
         return Seen(
             relevance,
             counts,

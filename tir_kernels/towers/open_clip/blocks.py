@@ -1,0 +1,157 @@
+"""Blocks of open_clip's own transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from open_clip.transformer import (
+    Attention,
+    CustomResidualAttentionBlock,
+    ResidualAttentionBlock,
+)
+from torch import Tensor, nn
+
+from tir_kernels.towers.blocks import BlockBase
+from tir_kernels.towers.open_clip.attention import (
+    OpenedCustomAttention,
+    OpenedMultiheadAttention,
+)
+from tir_kernels.towers.opening import Opened, require_own_forward
+from tir_kernels.towers.protocol import Linear
+
+
+class _OpenedBlock(Opened, ResidualAttentionBlock):
+    """open_clip's usual block, with adapters on it."""
+
+    plain = ResidualAttentionBlock
+
+    def forward(
+        self,
+        q_x: Tensor,
+        k_x: Tensor | None = None,
+        v_x: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+    ) -> Tensor:
+        batch_first = self.attn.batch_first
+        entered = q_x if batch_first else q_x.transpose(0, 1)
+        changed, modifiers = self.enter(entered)
+        hidden = changed if batch_first else changed.transpose(0, 1)
+        if not modifiers:
+            return self.plain_forward(hidden, k_x, v_x, attn_mask=attn_mask)
+        tokens = self.ln_1(hidden)
+        mask = None if attn_mask is None else attn_mask.to(tokens.dtype)
+        attended, _ = self.attn(
+            tokens,
+            tokens,
+            tokens,
+            need_weights=False,
+            attn_mask=mask,
+            modifiers=modifiers,
+            hidden=entered,
+        )
+        return _after_attention(self, hidden, attended)
+
+
+class _OpenedCustomBlock(Opened, CustomResidualAttentionBlock):
+    """open_clip's block with further norms and scales, with adapters on it."""
+
+    plain = CustomResidualAttentionBlock
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        hidden, modifiers = self.enter(x)
+        if not modifiers:
+            return self.plain_forward(hidden, attn_mask=attn_mask)
+        attended = self.attn(self.ln_1(hidden), attn_mask, modifiers, x)
+        return _after_attention(self, hidden, attended)
+
+
+def _after_attention(block: Any, hidden: Tensor, attended: Tensor) -> Tensor:
+    if isinstance(block, CustomResidualAttentionBlock):
+        attended = block.ln_attn(attended)
+    hidden = hidden + block.ls_1(attended)
+    return hidden + block.ls_2(block.mlp(block.ln_2(hidden)))
+
+
+class OpenClipBlock(BlockBase):
+    """A block of one of open_clip's transformers."""
+
+    opened: ClassVar[Mapping[type, type[Opened]]] = {
+        ResidualAttentionBlock: _OpenedBlock,
+        CustomResidualAttentionBlock: _OpenedCustomBlock,
+        nn.MultiheadAttention: OpenedMultiheadAttention,
+        Attention: OpenedCustomAttention,
+    }
+
+    def __init__(self, module: Any, path: str, batch_first: bool) -> None:
+        super().__init__(module, path)
+        self._batch_first = batch_first
+
+    @property
+    def linears(self) -> dict[str, Linear]:
+        self.check_attention()
+        width = self.attention.in_proj_weight.shape[1]
+        return {name: Linear(self.attention, (3, width, width)) for name in ("q", "k", "v")}
+
+    def norm_first(self, hidden: Tensor) -> Tensor:
+        return self.module.ln_1(hidden)
+
+    def check_attention(self) -> None:
+        attention = self.attention
+        if isinstance(attention, (OpenedMultiheadAttention, OpenedCustomAttention)):
+            return
+        if type(attention) is Attention:
+            is_known = attention.attn_drop.p == 0.0
+        else:
+            is_known = (
+                type(attention) is nn.MultiheadAttention
+                and attention._qkv_same_embed_dim
+                and attention.bias_k is None
+                and not attention.add_zero_attn
+                and attention.dropout == 0.0
+            )
+        if not is_known:
+            raise TypeError(
+                "model's blocks must use nn.MultiheadAttention with packed projections, or "
+                "open_clip's Attention, and no dropout to take LoRA or placement 'attention'; got "
+                f"{type(attention).__name__}. Choose a standard CLIP architecture, or placement "
+                "'tokens' without LoRA"
+            )
+        require_own_forward(attention)
+
+    def __call__(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self._batch_first:
+            return self.module(hidden, attn_mask=mask)
+        return self.module(hidden.transpose(0, 1), attn_mask=mask).transpose(0, 1)
+
+    def first_tokens(self, hidden: Tensor, count: int) -> Tensor | None:
+        block = self.module
+        if not (
+            self._batch_first
+            # An adapter on the block needs all its tokens.
+            and type(block) in (ResidualAttentionBlock, CustomResidualAttentionBlock)
+            and isinstance(block.attn, (OpenedMultiheadAttention, OpenedCustomAttention))
+        ):
+            return None
+        attended = block.attn.first_tokens(block.ln_1(hidden), count)
+        return _after_attention(block, hidden[:, :count], attended)
+
+
+def require_runnable(transformer: Any) -> None:
+    """Refuse blocks whose forward pass open_clip itself can't compute.
+
+    Raises:
+        ValueError: Their attention is a scaled cosine.
+    """
+    if any(getattr(block.attn, "scaled_cosine", False) for block in transformer.resblocks):
+        raise ValueError(
+            "model has scaled cosine attention (scaled_cosine_attn), whose forward pass fails in "
+            "open_clip itself: torch.bmm takes no heads; choose qk_norm or the usual attention"
+        )
+
+
+def blocks_of(transformer: Any, path: str) -> list[OpenClipBlock]:
+    return [
+        OpenClipBlock(block, f"{path}.resblocks.{layer}", transformer.batch_first)
+        for layer, block in enumerate(transformer.resblocks)
+    ]
