@@ -135,7 +135,7 @@ def _print_table(about: About, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from tir_kernels.fewshot.classifier.figures import accuracy_figures
+    from tir_kernels.fewshot.classifier.figures import accuracy_figures, why_no_estimate
 
     few, many = min(about.support), max(about.support)
     each = f"{few} of each class" if few == many else f"{few} to {many} of a class"
@@ -151,7 +151,7 @@ def _print_table(about: About, console: Console) -> None:
         table.add_row(*map(Text, row))
     console.print(table)
     if "held_out_accuracy" not in about.figures:
-        why = "a class has one image" if few == 1 else "none was asked for"
+        why = why_no_estimate(about.settings["folds"], about.support)
         _say(console, f"No held-out estimate: {why}. Only other labelled images tell the accuracy.")
 
 
