@@ -141,6 +141,7 @@ class PreparedFit:
                     made = load_classifier(folder.path, runtime=self._runtime, loaded=loaded)
                     return Fitted(made.about, folder.path, tracked, was_finished=True)
                 except FewShotError as error:
+                    folder.finish()
                     self._messages.tell(f"{error.notice.marked}: it is made anew")
             note_slowness(self._runtime.precision, self._runtime.device, self._messages)
             with _explained(self._runtime.device, self._fit_settings):
