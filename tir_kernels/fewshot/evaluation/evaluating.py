@@ -187,7 +187,7 @@ class Evaluator:
         """All that decides the logits besides the images' stamps."""
         about = self._classifier.about
         content = about.to_json()
-        for name in ("figures", "temperature", "versions"):
+        for name in ("figures", "temperature", "versions", "white_value"):
             del content[name]
         content["base"] = about.base.fingerprint
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
