@@ -15,7 +15,7 @@ from tir_kernels.fewshot.data.known import KNOWN_SETS
 from tir_kernels.fewshot.fields import kinds_of
 from tir_kernels.fewshot.methods import DEFAULT_METHODS, METHODS, method_class
 from tir_kernels.fewshot.option_kinds import NAME, Choice, Count, NumberOr, WholeNumbers
-from tir_kernels.fewshot.settings import AUTO, FitSettings, Protocol, Runtime
+from tir_kernels.fewshot.settings import AUTO, GROUP_COLUMN_HELP, FitSettings, Protocol, Runtime
 from tir_kernels.text import Notice, printable
 
 # Options that are not called like their settings.
@@ -218,10 +218,7 @@ def group_option() -> Callable[[Callable], Callable]:
     return click.option(
         "--group-column",
         metavar="COLUMN",
-        help="Column of a table, or of a data set of Hugging Face, whose values are the subjects "
-        "that images show, such as patients or lesions: no subject is on both sides, among images "
-        "that are trained on and images that are classified to see how well. Known by itself for "
-        "HAM10000 (lesion_id) and ChestX-ray8 (Patient ID); none pays no regard to subjects.",
+        help=GROUP_COLUMN_HELP,
     )
 
 
