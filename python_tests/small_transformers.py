@@ -66,9 +66,9 @@ MODELS: dict[str, Callable[..., Any]] = {
 WIDTHS = {"clip": 16, "siglip": 32, "siglip2": 32}
 
 
-def inputs_of(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+def inputs_of(model: Any, images: Tensor) -> dict[str, Tensor]:
     """What the model itself takes for square images."""
-    if "Siglip2" not in type(model).__name__:
+    if "Siglip2" not in type(model.vision_model).__name__:  # of a model that PEFT wraps too
         return {"pixel_values": images}
     from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
 
