@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import Transformer
 from torch import Tensor, nn
@@ -13,6 +14,15 @@ from torch import Tensor, nn
 VISION = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 6}
 TEXT = {"context_length": 12, "vocab_size": 50, "width": 24, "heads": 2, "layers": 3}
 END_OF_TEXT = 49
+# Everything that open_clip's block of its own may have, but the attention that it can't compute.
+OWN_BLOCKS = {
+    "qk_norm": True,
+    "scale_heads": True,
+    "scale_attn_inner": True,
+    "scale_attn": True,
+    "scale_fc": True,
+}
+ATTENTION_POOL = {"attentional_pool": True, "attn_pooler_queries": 3, "attn_pooler_heads": 2}
 
 
 def make_clip(
@@ -28,7 +38,20 @@ def make_clip(
     """
     torch.manual_seed(0)
     kind = CustomTextCLIP if custom_text else CLIP
-    model = kind(16, {**VISION, **(vision or {})}, {**TEXT, **(text or {})}, **options)
+    return _varied(kind(16, {**VISION, **(vision or {})}, {**TEXT, **(text or {})}, **options))
+
+
+def make_coca(words: dict[str, int] | None = None) -> nn.Module:
+    """As ``make_clip``, with attentional pool, a class token behind each text, and a decoder."""
+    torch.manual_seed(0)
+    text = {**TEXT, **(words or {})}
+    vision = {**VISION, **ATTENTION_POOL, "output_tokens": True}
+    model = CoCa(16, text, {**text, "embed_cls": True, "output_tokens": True}, vision)
+    nn.init.normal_(model.text_decoder.text_projection)  # which open_clip leaves uninitialised
+    return _varied(model)
+
+
+def _varied(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -44,6 +67,13 @@ def swap_token_order(model: nn.Module) -> nn.Module:
         new.load_state_dict(old.state_dict())
         owner.transformer = new.eval()
     return model
+
+
+def each_alone(tower: nn.Module, hidden: Tensor) -> Tensor:
+    """(B, L, D) -> (B, L, E) by an image tower's own pool, of sequences of one token."""
+    pooled, _ = tower._pool(hidden.flatten(0, 1)[:, None])
+    pooled = pooled.reshape(hidden.shape[0] * hidden.shape[1], -1)
+    return (pooled if tower.proj is None else pooled @ tower.proj).unflatten(0, hidden.shape[:2])
 
 
 def make_images(count: int = 4) -> Tensor:

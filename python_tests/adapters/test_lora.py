@@ -3,7 +3,15 @@ import copy
 import pytest
 import torch
 from low_rank_parts import encode, make_low_rank
-from tiny_clip import Untouched, make_clip, make_images, refused, swap_token_order
+from tiny_clip import (
+    OWN_BLOCKS,
+    Untouched,
+    make_clip,
+    make_coca,
+    make_images,
+    refused,
+    swap_token_order,
+)
 from torch import nn
 
 from tir_kernels import adapters
@@ -16,6 +24,8 @@ VARIANTS = {
     "quick gelu, layer scale": lambda: make_clip(
         {"ls_init_value": 0.3}, {"ls_init_value": 0.3}, quick_gelu=True
     ),
+    "own blocks": lambda: make_clip(OWN_BLOCKS, OWN_BLOCKS),
+    "CoCa": make_coca,
 }
 
 
@@ -298,7 +308,8 @@ def test_wrong_arguments_are_refused(arguments: dict, kind: type, message: str) 
 
 def test_attention_of_another_kind_is_refused_and_nothing_changes() -> None:
     model = make_clip(text={"qk_norm": True})
-    with refused(model, TypeError, r"nn\.MultiheadAttention.*got Attention"):
+    model.transformer.resblocks[1].attn.attn_drop.p = 0.1
+    with refused(model, TypeError, r"nn\.MultiheadAttention.*no dropout.*got Attention"):
         adapters.add_lora(model)
     with adapters.add_lora(model, towers=["visual"]) as lora:
         assert len(lora.factors()) == 3 * 6

@@ -37,8 +37,11 @@ def test_computes_the_formula(variant: str, placement: str) -> None:
             assert of_layer.dtype == torch.int32
             assert torch.equal(of_layer, counts[layer])
         grads = torch.autograd.grad(found.square().sum(), list(model.visual.parameters()))
-        for grad, expected_grad in zip(grads, expected_grads, strict=True):
-            scale = expected_grad.abs().max().item()
+        names = [name for name, _ in model.visual.named_parameters()]
+        scales = {n: g.abs().max().item() for n, g in zip(names, expected_grads, strict=True)}
+        for name, grad, expected_grad in zip(names, grads, expected_grads, strict=True):
+            # What is added to all keys alike changes no softmax: its gradient is rounding alone.
+            scale = scales[name.replace("ln_k.bias", "ln_k.weight")]
             torch.testing.assert_close(grad, expected_grad, rtol=1e-3, atol=1e-5 * scale)
         assert torch.equal(model.encode_text(make_token_ids()), texts)
     assert not torch.allclose(expected, unweighted, atol=1e-2)
@@ -218,8 +221,9 @@ def test_unsuitable_towers_are_refused() -> None:
 
 
 @torch.no_grad()
-def test_blocks_of_another_kind_take_placement_tokens_only() -> None:
+def test_attention_of_another_kind_takes_placement_tokens_only() -> None:
     model = make_clip({"scale_heads": True})
+    model.visual.transformer.resblocks[4].attn.attn_drop.p = 0.1
     before = Untouched(model)
     for placement in ("attention", "both"):
         with pytest.raises(TypeError, match=r"got Attention\. Choose .* or placement 'tokens'"):

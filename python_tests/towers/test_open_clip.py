@@ -8,9 +8,11 @@ from open_clip.model import CLIP, convert_weights_to_lp
 from open_clip.transformer import TextTransformer
 from tiny_clip import (
     END_OF_TEXT,
+    OWN_BLOCKS,
     TEXT,
     Untouched,
     make_clip,
+    make_coca,
     make_images,
     make_token_ids,
     swap_token_order,
@@ -32,8 +34,38 @@ TEXT_VARIANTS: dict[str, Callable[[], nn.Module]] = {
     "end of text by id": lambda: make_clip(text={"pool_type": "eos", "eos_id": END_OF_TEXT}),
     "first token": lambda: make_clip(text={"pool_type": "first"}, custom_text=True),
     "last token": lambda: make_clip(text={"pool_type": "last"}),
-    "own blocks": lambda: make_clip(text={"qk_norm": True, "scale_attn": True}),
+    "own blocks": lambda: make_clip(text=OWN_BLOCKS),
+    "class token": lambda: make_clip(text={"embed_cls": True}, custom_text=True),
+    "class token, masked at its place": lambda: with_text(embed_cls=True, correct_cls_mask=True),
+    "class token, not causal": lambda: with_text(embed_cls=True, no_causal_mask=True),
+    "class token, own blocks": lambda: with_text(embed_cls=True, **OWN_BLOCKS),
+    "class token, length first": lambda: swap_token_order(with_text(embed_cls=True)),
+    "padding masked": lambda: with_text(no_causal_mask=True, use_pad_mask=True),
+    "tokens too": lambda: make_clip(text={"output_tokens": True}, custom_text=True),
+    "CoCa": make_coca,
 }
+
+
+def with_text(**options: Any) -> nn.Module:
+    """A model with a text tower that a configuration can't ask for."""
+    model = make_clip(custom_text=True)
+    sizes = {**TEXT, "output_dim": 16, "pool_type": "argmax"}
+    model.text = TextTransformer(**{**sizes, **options}).eval()
+    with torch.no_grad():
+        for parameter in model.text.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def encode_text(model: nn.Module, token_ids: Tensor) -> Tensor:
+    """The class embeddings by the model's own modules, which CoCa would normalise."""
+    if not hasattr(model, "text"):
+        return model.encode_text(token_ids)
+    found = model.text(token_ids)
+    return found[0] if isinstance(found, tuple) else found
+
+
+MASKED = ("padding masked", "CoCa")
 
 
 def normalise(space: JointSpace, tokens: Tensor) -> Tensor:
@@ -95,6 +127,11 @@ def test_other_image_towers_are_refused() -> None:
         vision_tower(CLIP(16, resnet, TEXT))
     with pytest.raises(TypeError, match="its tower is Linear"):
         vision_tower(nn.Linear(2, 2))
+    cosine = make_clip({"scaled_cosine_attn": True})
+    with pytest.raises(ValueError, match="fails in open_clip itself"):
+        vision_tower(cosine)
+    with pytest.raises(RuntimeError, match="3D"):
+        cosine.encode_image(make_images())
 
 
 @pytest.mark.parametrize("variant", TEXT_VARIANTS)
@@ -107,10 +144,16 @@ def test_encode_is_the_models_encode_text(variant: str) -> None:
         assert model.get_submodule(block.path) is block.module
         assert model.get_submodule(block.attention_path) is block.module.attn
     token_ids = make_token_ids()
-    last = tower.last_position(token_ids)
-    found, intermediate = tower.encode(tower.embed(token_ids), last)
-    torch.testing.assert_close(found, model.encode_text(token_ids))
+    token_ids[1, 2] = 0  # a word whose number is that of padding, as CLIP's "!"
+    last, key_mask = tower.last_position(token_ids), tower.key_mask(token_ids)
+    embeddings = tower.embed(token_ids)
+    found, intermediate = tower.encode(embeddings, last, key_mask=key_mask)
+    torch.testing.assert_close(found, encode_text(model, token_ids))
     assert torch.equal(found, intermediate)
+    assert (key_mask is None) == ("class token" not in variant and variant not in MASKED)
+    if key_mask is not None:
+        with pytest.raises(ValueError, match="key_mask must be given"):
+            tower.encode(embeddings, last)
     before.check()
 
 
@@ -168,12 +211,11 @@ def test_last_position(pool_type: str, positions: list[int]) -> None:
 def test_other_text_towers_are_refused() -> None:
     with pytest.raises(ValueError, match="'none' keeps every token"):
         text_tower(make_clip(text={"pool_type": "none"})).last_position(make_token_ids())
-    with pytest.raises(TypeError, match="appends a class token or masks padding"):
-        text_tower(make_clip(text={"embed_cls": True}, custom_text=True))
+    with pytest.raises(
+        ValueError, match=r"\(scaled_cosine_attn\), whose forward pass fails in open"
+    ):
+        text_tower(make_clip(text={"scaled_cosine_attn": True}))
     model = make_clip(custom_text=True)
-    model.text = TextTransformer(12, 50, 24, 2, 1, no_causal_mask=True, use_pad_mask=True)
-    with pytest.raises(TypeError, match="masks padding"):
-        text_tower(model)
     model.text = nn.Linear(2, 2)
     with pytest.raises(TypeError, match="with text tower Linear"):
         text_tower(model)

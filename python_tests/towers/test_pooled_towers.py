@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 import torch
 from oracle import pick_counts, plain_relevance
-from tiny_clip import Untouched, make_class_embeddings, make_clip, make_images
+from tiny_clip import (
+    ATTENTION_POOL,
+    Untouched,
+    each_alone,
+    make_class_embeddings,
+    make_clip,
+    make_images,
+)
 from torch import Tensor, nn
 
 from tir_kernels import JointSpace, adapters, analysis
@@ -15,23 +22,16 @@ from tir_kernels.towers import vision_tower
 
 SAME_WIDTH = {"width": 16, "head_width": 8}  # that of the joint space, so projections are packed
 POOLS: dict[str, dict[str, Any]] = {
-    "coca": {"attentional_pool": True},
-    "one width": {"attentional_pool": True, **SAME_WIDTH},
-    "average of queries": {"attentional_pool": True, "pool_type": "avg"},
+    "coca": {},
+    "one width": SAME_WIDTH,
+    "average of queries": {"pool_type": "avg"},
     "parallel": {"attentional_pool": "parallel", **SAME_WIDTH},
     "cascade": {"attentional_pool": "cascade", **SAME_WIDTH},
 }
 
 
-def make_pooled(pool: str, **options: Any) -> nn.Module:
-    pooled = {"attn_pooler_queries": 3, "attn_pooler_heads": 2, **POOLS[pool], **options}
-    return make_clip(pooled)
-
-
-def in_joint_space(tower: nn.Module, hidden: Tensor) -> Tensor:
-    """(B, L, D) -> (B, L, E) by the tower's own pool, of sequences of one token."""
-    pooled, _ = tower._pool(hidden.flatten(0, 1)[:, None])
-    return (pooled.reshape(-1, pooled.shape[-1]) @ tower.proj).unflatten(0, hidden.shape[:2])
+def make_pooled(pool: str) -> nn.Module:
+    return make_clip({**ATTENTION_POOL, **POOLS[pool]})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -42,8 +42,8 @@ def test_a_compared_token_is_the_pool_of_that_token_alone(pool: str, dtype: torc
     module = make_pooled(pool).visual.to(dtype)
     tower = vision_tower(module)
     hidden = torch.randn(2, 5, module.transformer.width, dtype=dtype)
-    own = in_joint_space(module, hidden)[:, 1:]
-    exact = in_joint_space(copy.deepcopy(module).double(), hidden.double())[:, 1:]
+    own = each_alone(module, hidden)[:, 1:]
+    exact = each_alone(copy.deepcopy(module).double(), hidden.double())[:, 1:]
     found = tower.patch_features(hidden)
     assert found.dtype == dtype
     rounding = torch.finfo(dtype).eps * exact.abs().max()
@@ -76,7 +76,7 @@ def test_counts_are_those_of_pooled_tokens(pool: str, placement: str) -> None:
         handle.set_class_embeddings(classes)
         found = model.encode_image(make_images())
     hook.remove()
-    in_space = in_joint_space(model.visual, entered[0]).detach()
+    in_space = each_alone(model.visual, entered[0]).detach()
     relevance = plain_relevance(in_space, classes, JointSpace(norm_eps=None), 1)
     assert torch.equal(handle.last_counts[3], pick_counts(relevance, int(16 * 0.3)).int())
     torch.testing.assert_close(found, model.encode_image(make_images()))
@@ -112,7 +112,7 @@ class _Relevance:
 def test_measures_compare_pooled_tokens() -> None:
     model, classes, seen = make_pooled("coca"), make_class_embeddings(), _Relevance()
     analysis.measure(model, make_images(), [seen], class_embeddings=classes)
-    in_space = in_joint_space(model.visual, seen.hidden)
+    in_space = each_alone(model.visual, seen.hidden)
     expected = plain_relevance(in_space, classes, JointSpace(norm_eps=None), 1)
     torch.testing.assert_close(seen.relevance, expected.float())
 

@@ -37,6 +37,7 @@ class PromptContext(nn.Module):
         embeddings: (C, T, W) of the prompts, up to the last end-of-text token where the tower is
             causal; the places of the vectors hold a word.
         last_position: (C,) the position that stands for each prompt.
+        key_mask: (C, L) the tokens that are attended to, where the tower masks padding.
         tower: The text tower.
 
     Raises:
@@ -77,6 +78,8 @@ class PromptContext(nn.Module):
                 token_ids = token_ids[:, : int(last_position.max()) + 1]
             embeddings = _round(self.tower.embed(token_ids))
             self.last_position = last_position.to(embeddings.device)
+            key_mask = self.tower.key_mask(token_ids)
+            self.key_mask = None if key_mask is None else key_mask.to(embeddings.device)
             self.register_buffer("embeddings", embeddings, persistent=False)
             self.vectors = nn.Parameter(
                 _round(_start(tokenizer, self.tower, words, num_vectors, generator))
@@ -91,7 +94,7 @@ class PromptContext(nn.Module):
         """Class embeddings (C, E) of the last text block, and (C, E) of block ``text_layer``."""
         context = self.vectors.expand(len(self.embeddings), -1, -1)
         embeddings = self.insert(context, self.embeddings)
-        return self.tower.encode(embeddings, self.last_position, text_layer)
+        return self.tower.encode(embeddings, self.last_position, text_layer, self.key_mask)
 
     @staticmethod
     def insert(context: Tensor, embeddings: Tensor) -> Tensor:

@@ -94,6 +94,7 @@ class TextTower(Protocol):
     def blocks(self) -> Sequence[Block]: ...
     def embed(self, token_ids: Tensor) -> Tensor: ...  # (C, T) -> (C, T, W), without positions
     def last_position(self, token_ids: Tensor) -> Tensor: ...  # (C,), what pool reads
-    def start(self, embeddings: Tensor) -> Tensor: ...  # (C, T, W), what enters the first block
-    def mask(self, length: int) -> Tensor | None: ...  # of the attention to ``length`` tokens
+    def key_mask(self, token_ids: Tensor) -> Tensor | None: ...  # (C, L) bool; None: all are keys
+    def start(self, embeddings: Tensor) -> Tensor: ...  # -> (C, L, W), what enters the first block
+    def mask(self, length: int, key_mask: Tensor | None) -> Tensor | None: ...  # as blocks take it
     def pool(self, hidden: Tensor, last_position: Tensor) -> Tensor: ...  # -> (C, E)

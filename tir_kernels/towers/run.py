@@ -65,7 +65,11 @@ class EncodesText(TextTower, Protocol):
     """The run through a text tower's blocks, for a family's tower to inherit."""
 
     def encode(
-        self, embeddings: Tensor, last_position: Tensor, layer: int | None = None
+        self,
+        embeddings: Tensor,
+        last_position: Tensor,
+        layer: int | None = None,
+        key_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run the tower on token embeddings.
 
@@ -73,20 +77,22 @@ class EncodesText(TextTower, Protocol):
             embeddings: (C, T, W), without positional embeddings, T at most the context length.
             last_position: (C,) position that stands for the text.
             layer: Also embed the output of this block; ``None``: of the last one.
+            key_mask: The tower's ``key_mask`` of the token ids.
 
         Returns:
             (C, E) class embeddings of the last block and (C, E) of block ``layer``.
 
         Raises:
-            ValueError: There is no block ``layer``.
+            ValueError: There is no block ``layer``, or the tower masks keys and ``key_mask`` is
+                ``None``.
         """
         blocks = self.blocks
         if layer is not None:
             layer = whole_number("layer", layer, "a whole number or None")
             if not 0 <= layer < len(blocks):
                 raise ValueError(f"layer must lie between 0 and {len(blocks) - 1}; got {layer}")
-        mask = self.mask(embeddings.shape[1])
         hidden = self.start(embeddings)
+        mask = self.mask(hidden.shape[1], key_mask)
         intermediate = None
         for index, block in enumerate(blocks):
             hidden = block(hidden, mask)

@@ -31,6 +31,8 @@ class Prompts(nn.Module):
             [F.pad(each, (0, 0, 0, longest - each.shape[1])) for each in embeddings]
         )
         self._last_position = torch.cat([context.last_position for context in contexts])
+        masks = [context.key_mask for context in contexts if context.key_mask is not None]
+        self._key_mask = torch.cat(masks) if masks else None
         self.vectors = nn.Parameter(torch.stack([context.vectors.detach() for context in contexts]))
 
     @classmethod
@@ -51,7 +53,9 @@ class Prompts(nn.Module):
         num_episodes = len(self.vectors)
         context = self.vectors.repeat_interleave(len(self._embeddings) // num_episodes, 0)
         embeddings = PromptContext.insert(context, self._embeddings)
-        final, intermediate = self._tower.encode(embeddings, self._last_position, text_layer)
+        final, intermediate = self._tower.encode(
+            embeddings, self._last_position, text_layer, self._key_mask
+        )
         return final.unflatten(0, (num_episodes, -1)), intermediate.unflatten(0, (num_episodes, -1))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import nn
 
+from tir_kernels.towers.open_clip.blocks import require_runnable
 from tir_kernels.towers.open_clip.text import OpenClipText
 from tir_kernels.towers.open_clip.vision import OpenClipVision, vision_of
 
@@ -22,11 +23,13 @@ class OpenClip:
         """The image tower of a model, or the model itself if it is one.
 
         Raises:
-            ValueError: It pools by an attention that isn't open_clip's.
+            ValueError: It pools by an attention that isn't open_clip's, or its blocks' attention is
+                one that open_clip can't compute.
         """
         tower = getattr(model, "visual", model)
         if not isinstance(tower, VisionTransformer):
             return None
+        require_runnable(tower.transformer)
         return vision_of(tower, "transformer" if tower is model else "visual.transformer")
 
     @staticmethod
@@ -34,7 +37,7 @@ class OpenClip:
         """The text tower of a model.
 
         Raises:
-            TypeError: It appends a class token to the text, or masks padding.
+            ValueError: Its attention is one that open_clip can't compute.
         """
         text = getattr(model, "text", None)
         if isinstance(text, TextTransformer):
@@ -45,9 +48,5 @@ class OpenClip:
             pool_type, eos_id = model.text_pool_type, getattr(model, "text_eos_id", None)
         else:
             return None
-        if getattr(owner, "cls_emb", None) is not None or getattr(owner, "use_pad_mask", False):
-            raise TypeError(
-                "model's text tower appends a class token or masks padding, which prompt learning "
-                "does not support; choose a CLIP architecture such as ViT-B-16"
-            )
+        require_runnable(owner.transformer)
         return OpenClipText(owner, path, pool_type, eos_id)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from open_clip.transformer import Attention
 from torch import Tensor, nn
 
 from tir_kernels.towers.attention import (
@@ -60,7 +62,9 @@ class OpenedMultiheadAttention(OpenedAttention, nn.MultiheadAttention):
                 "this attention takes one input: query, key and value must be the same"
             )
         tokens = query if self.batch_first else query.transpose(0, 1)
-        call = self.call_of(tokens, self._mask(attn_mask, len(tokens)), modifiers, hidden)
+        call = self.call_of(
+            tokens, _added_mask(attn_mask, len(tokens), self.num_heads), modifiers, hidden
+        )
         output = self.output(attend(call))
         if not self.batch_first:
             output = output.transpose(0, 1)
@@ -69,9 +73,38 @@ class OpenedMultiheadAttention(OpenedAttention, nn.MultiheadAttention):
         matrix = attention_matrix(call).to(output.dtype)
         return output, matrix.mean(1) if average_attn_weights else matrix
 
-    def _mask(self, mask: Tensor | None, batch: int) -> Tensor | None:
-        if mask is None:
-            return None
-        if mask.dtype == torch.bool:
-            raise ValueError("attn_mask must be added to the scores, so of floating point")
-        return mask if mask.dim() == 2 else mask.unflatten(0, (batch, self.num_heads))
+
+class OpenedCustomAttention(OpenedAttention, Attention):
+    """open_clip's attention with norms of queries and keys, scales of heads or an inner norm."""
+
+    plain = Attention
+
+    def project(self, tokens: Tensor, parts: slice) -> tuple[Tensor, ...]:
+        packed = (self.in_proj_weight, self.in_proj_bias)
+        heads = split_heads(project_parts(self, tokens, packed, parts), self.num_heads, parts)
+        norms: list[Any] = [self.ln_q, self.ln_k, nn.Identity()][parts]
+        return tuple(norm(part) for norm, part in zip(norms, heads, strict=True))
+
+    def output(self, attended: Tensor) -> Tensor:
+        if self.head_scale is not None:
+            attended = attended * self.head_scale
+        return self.out_drop(self.out_proj(self.ln_inner(join_heads(attended))))
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        modifiers: Sequence[Modifier] = (),
+        hidden: Tensor | None = None,
+    ) -> Tensor:
+        mask = _added_mask(attn_mask, len(x), self.num_heads)
+        return self.output(attend(self.call_of(x, mask, modifiers, hidden)))
+
+
+def _added_mask(mask: Tensor | None, batch: int, num_heads: int) -> Tensor | None:
+    """A mask as open_clip gives it, (L, L) or (B H, L, L), for an ``AttentionCall``."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        raise ValueError("attn_mask must be added to the scores, so of floating point")
+    return mask.unflatten(0, (batch, num_heads)) if mask.dim() == 3 else mask

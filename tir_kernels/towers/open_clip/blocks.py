@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock
+from open_clip.transformer import (
+    Attention,
+    CustomResidualAttentionBlock,
+    ResidualAttentionBlock,
+)
 from torch import Tensor, nn
 
 from tir_kernels.towers.blocks import BlockBase
-from tir_kernels.towers.open_clip.attention import OpenedMultiheadAttention
+from tir_kernels.towers.open_clip.attention import (
+    OpenedCustomAttention,
+    OpenedMultiheadAttention,
+)
 from tir_kernels.towers.opening import Opened, require_own_forward
 from tir_kernels.towers.protocol import Linear
 
@@ -43,18 +50,27 @@ class _OpenedBlock(Opened, ResidualAttentionBlock):
             modifiers=modifiers,
             hidden=entered,
         )
-        hidden = hidden + self.ls_1(attended)
-        return hidden + self.ls_2(self.mlp(self.ln_2(hidden)))
+        return _after_attention(self, hidden, attended)
 
 
 class _OpenedCustomBlock(Opened, CustomResidualAttentionBlock):
-    """open_clip's block with further norms and scales, whose attention is not opened."""
+    """open_clip's block with further norms and scales, with adapters on it."""
 
     plain = CustomResidualAttentionBlock
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        hidden, _ = self.enter(x)
-        return self.plain_forward(hidden, attn_mask=attn_mask)
+        hidden, modifiers = self.enter(x)
+        if not modifiers:
+            return self.plain_forward(hidden, attn_mask=attn_mask)
+        attended = self.attn(self.ln_1(hidden), attn_mask, modifiers, x)
+        return _after_attention(self, hidden, attended)
+
+
+def _after_attention(block: Any, hidden: Tensor, attended: Tensor) -> Tensor:
+    if isinstance(block, CustomResidualAttentionBlock):
+        attended = block.ln_attn(attended)
+    hidden = hidden + block.ls_1(attended)
+    return hidden + block.ls_2(block.mlp(block.ln_2(hidden)))
 
 
 class OpenClipBlock(BlockBase):
@@ -64,6 +80,7 @@ class OpenClipBlock(BlockBase):
         ResidualAttentionBlock: _OpenedBlock,
         CustomResidualAttentionBlock: _OpenedCustomBlock,
         nn.MultiheadAttention: OpenedMultiheadAttention,
+        Attention: OpenedCustomAttention,
     }
 
     def __init__(self, module: Any, path: str, batch_first: bool) -> None:
@@ -73,7 +90,7 @@ class OpenClipBlock(BlockBase):
     @property
     def linears(self) -> dict[str, Linear]:
         self.check_attention()
-        width = self.attention.embed_dim
+        width = self.attention.in_proj_weight.shape[1]
         return {name: Linear(self.attention, (3, width, width)) for name in ("q", "k", "v")}
 
     def norm_first(self, hidden: Tensor) -> Tensor:
@@ -81,19 +98,24 @@ class OpenClipBlock(BlockBase):
 
     def check_attention(self) -> None:
         attention = self.attention
-        if isinstance(attention, OpenedMultiheadAttention):
+        if isinstance(attention, (OpenedMultiheadAttention, OpenedCustomAttention)):
             return
-        if not (
-            type(attention) is nn.MultiheadAttention
-            and attention._qkv_same_embed_dim
-            and attention.bias_k is None
-            and not attention.add_zero_attn
-            and attention.dropout == 0.0
-        ):
+        if type(attention) is Attention:
+            is_known = attention.attn_drop.p == 0.0
+        else:
+            is_known = (
+                type(attention) is nn.MultiheadAttention
+                and attention._qkv_same_embed_dim
+                and attention.bias_k is None
+                and not attention.add_zero_attn
+                and attention.dropout == 0.0
+            )
+        if not is_known:
             raise TypeError(
-                "model's blocks must use nn.MultiheadAttention with packed projections and no "
-                f"dropout to take LoRA or placement 'attention'; got {type(attention).__name__}. "
-                "Choose a standard CLIP architecture, or placement 'tokens' without LoRA"
+                "model's blocks must use nn.MultiheadAttention with packed projections, or "
+                "open_clip's Attention, and no dropout to take LoRA or placement 'attention'; got "
+                f"{type(attention).__name__}. Choose a standard CLIP architecture, or placement "
+                "'tokens' without LoRA"
             )
         require_own_forward(attention)
 
@@ -106,13 +128,26 @@ class OpenClipBlock(BlockBase):
         block = self.module
         if not (
             self._batch_first
-            and type(block) is ResidualAttentionBlock  # an adapter needs all its tokens
-            and isinstance(block.attn, OpenedMultiheadAttention)
+            # An adapter on the block needs all its tokens.
+            and type(block) in (ResidualAttentionBlock, CustomResidualAttentionBlock)
+            and isinstance(block.attn, (OpenedMultiheadAttention, OpenedCustomAttention))
         ):
             return None
         attended = block.attn.first_tokens(block.ln_1(hidden), count)
-        first = hidden[:, :count] + block.ls_1(attended)
-        return first + block.ls_2(block.mlp(block.ln_2(first)))
+        return _after_attention(block, hidden[:, :count], attended)
+
+
+def require_runnable(transformer: Any) -> None:
+    """Refuse blocks whose forward pass open_clip itself can't compute.
+
+    Raises:
+        ValueError: Their attention is a scaled cosine.
+    """
+    if any(getattr(block.attn, "scaled_cosine", False) for block in transformer.resblocks):
+        raise ValueError(
+            "model has scaled cosine attention (scaled_cosine_attn), whose forward pass fails in "
+            "open_clip itself: torch.bmm takes no heads; choose qk_norm or the usual attention"
+        )
 
 
 def blocks_of(transformer: Any, path: str) -> list[OpenClipBlock]:

@@ -28,7 +28,12 @@ class OpenClipText(EncodesText):
 
     @property
     def is_causal(self) -> bool:
-        return self._owner.attn_mask is not None
+        # The class token at the end sees all, and its place is counted from the front.
+        return self._owner.attn_mask is not None and self._class_token is None
+
+    @property
+    def _class_token(self) -> Tensor | None:
+        return getattr(self._owner, "cls_emb", None)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         embedding = self._owner.token_embedding
@@ -40,6 +45,8 @@ class OpenClipText(EncodesText):
         Raises:
             ValueError: The tower pools the text in a way that has no such position.
         """
+        if self._class_token is not None:  # pooled whatever the pool type is
+            return token_ids.new_full((len(token_ids),), token_ids.shape[1])
         positions = torch.arange(token_ids.shape[1], device=token_ids.device)
         one_position_each = positions.expand(len(token_ids), -1)[..., None]
         pooled = text_global_pool(one_position_each, token_ids, self._pool_type, self._eos_id)
@@ -47,17 +54,50 @@ class OpenClipText(EncodesText):
             raise ValueError(f"model's text pooling {self._pool_type!r} keeps every token")
         return pooled[:, 0]
 
+    def key_mask(self, token_ids: Tensor) -> Tensor | None:
+        """(C, T) token ids -> (C, L), which of the blocks' tokens are attended to, if not all."""
+        owner, class_token = self._owner, self._class_token
+        if class_token is None and not getattr(owner, "use_pad_mask", False):
+            return None
+        kept = token_ids != owner.pad_id
+        if class_token is None:
+            return kept
+        always = kept.new_ones(len(kept), 1)
+        # Published weights of CoCa were trained with the class token's entry at the wrong end.
+        return torch.cat([kept, always] if owner.correct_cls_mask else [always, kept], dim=1)
+
     def start(self, embeddings: Tensor) -> Tensor:
         dtype = embeddings.dtype
         if autocast_dtype(embeddings.device.type) is None:
             # That of the blocks; embeddings may have another.
             dtype = self._owner.transformer.get_cast_dtype()
-        positions = self._owner.positional_embedding[: embeddings.shape[1]]
-        return embeddings.to(dtype) + positions.to(dtype)
+        tokens = embeddings.to(dtype)
+        if self._class_token is not None:
+            class_token = self._class_token.to(dtype).expand(len(tokens), 1, -1)
+            tokens = torch.cat([tokens, class_token], dim=1)
+        positions = self._owner.positional_embedding[: tokens.shape[1]]
+        return tokens + positions.to(dtype)
 
-    def mask(self, length: int) -> Tensor | None:
-        mask = self._owner.attn_mask
-        return None if mask is None else mask[:length, :length]
+    def mask(self, length: int, key_mask: Tensor | None = None) -> Tensor | None:
+        """The mask of the blocks: (L, L), or (C H, L, L) where keys of each text are masked.
+
+        Raises:
+            ValueError: The tower masks keys, but those of the texts were not given.
+        """
+        owner = self._owner
+        causal = None if owner.attn_mask is None else owner.attn_mask[:length, :length]
+        if key_mask is None:
+            if self._class_token is not None or getattr(owner, "use_pad_mask", False):
+                raise ValueError(
+                    "key_mask must be given, since the text tower masks padding: pass its "
+                    "key_mask(token_ids)"
+                )
+            return causal
+        keys = torch.zeros(key_mask.shape, device=owner.positional_embedding.device)
+        keys = keys.masked_fill(~key_mask.to(keys.device), -torch.inf)
+        mask = keys[:, None].expand(-1, length, -1)
+        mask = mask if causal is None else mask + causal
+        return mask.repeat_interleave(owner.heads, 0)
 
     def pool(self, hidden: Tensor, last_position: Tensor) -> Tensor:
         rows = torch.arange(len(hidden), device=hidden.device)
