@@ -36,10 +36,12 @@ def make_clip(implementation: str = "sdpa", **text: Any) -> Any:
     return _made(transformers.CLIPModel, config, implementation)
 
 
-def make_siglip(implementation: str = "sdpa", **image: Any) -> Any:
+def make_siglip(
+    implementation: str = "sdpa", text: dict[str, Any] | None = None, **image: Any
+) -> Any:
     """16 image tokens of width 32, 3 vision and 2 text blocks, embeddings of width 32."""
     config = transformers.SiglipConfig(
-        text_config={**_TEXT, "projection_size": 32},
+        text_config={**_TEXT, "projection_size": 32, **(text or {})},
         vision_config={**_IMAGE, "image_size": 32, **image},
     )
     return _made(transformers.SiglipModel, config, implementation)
@@ -93,3 +95,55 @@ def image_features(model: Any, images: Tensor) -> Tensor:
 def text_features(model: Any, token_ids: Tensor) -> Tensor:
     """(C, T) -> (C, E), by the model's own function."""
     return _tensor(model.get_text_features(input_ids=token_ids))
+
+
+def clip_tokenizer() -> Any:
+    """CLIP's tokenizer with a token for each character."""
+    symbols = [chr(code) for code in range(33, 127)]
+    tokens = [*symbols, *(f"{s}</w>" for s in symbols), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+
+
+def siglip_tokenizer() -> Any:
+    """A tokenizer as SigLIP 2's: lower case, no start, an end, and padding of its own.
+
+    A token is a character with the space in front of it, so that "a" is one as a word.
+    """
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    symbols = [chr(code) for code in range(33, 127)]
+    tokens = ["<pad>", "</s>", "<unk>", *symbols, *(f"▁{symbol}" for symbol in symbols)]
+    model = models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<unk>")
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("▁?[^▁]"), "isolated")
+    backend.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        model_max_length=64, model_input_names=["input_ids"],
+    )  # fmt: skip
+
+
+def write_folder(folder: Any, kind: str) -> Any:
+    """A model of a kind as transformers writes it; the model is returned."""
+    if kind == "clip":
+        tokenizer = clip_tokenizer()
+        model = make_clip(
+            vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id, max_position_embeddings=77,
+        )  # fmt: skip
+        processor = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+    else:
+        tokenizer = siglip_tokenizer()
+        model = make_siglip(
+            text={"vocab_size": len(tokenizer), "max_position_embeddings": 64, "eos_token_id": 1}
+        )
+        processor = transformers.SiglipImageProcessor(size={"height": 32, "width": 32})
+    for part in (model, processor, tokenizer):
+        part.save_pretrained(folder)
+    return model

@@ -37,6 +37,7 @@ class PromptContext(nn.Module):
         embeddings: (C, T, W) of the prompts, up to the last end-of-text token where the tower is
             causal; the places of the vectors hold a word.
         last_position: (C,) the position that stands for each prompt.
+        num_start_tokens: How many tokens are in front of a text's own; SigLIP's texts have none.
         key_mask: (C, L) the tokens that are attended to, where the tower masks padding.
         tower: The text tower.
 
@@ -68,10 +69,11 @@ class PromptContext(nn.Module):
             prompts = [f"{words}{name}{rest}" for name in class_names]
         # Everything here lasts: made as inference tensors, none of it could take part in training.
         with torch.inference_mode(False), torch.no_grad():
+            self.num_start_tokens = start = _num_start_tokens(tokenizer)
             if num_vectors and template is not None:
-                _require_as_many(tokenizer, template, words, num_vectors)
+                _require_as_many(tokenizer, template, words, num_vectors, start)
             token_ids = _tokenize(tokenizer, prompts)
-            _require_room(tokenizer, token_ids, prompts, class_names, num_vectors)
+            _require_room(tokenizer, token_ids, prompts, class_names, num_vectors, start)
             last_position = self.tower.last_position(token_ids)
             if cut and self.tower.is_causal:
                 # No token sees the ones behind it: what follows the last end-of-text is waste.
@@ -82,7 +84,7 @@ class PromptContext(nn.Module):
             self.key_mask = None if key_mask is None else key_mask.to(embeddings.device)
             self.register_buffer("embeddings", embeddings, persistent=False)
             self.vectors = nn.Parameter(
-                _round(_start(tokenizer, self.tower, words, num_vectors, generator))
+                _round(_start(tokenizer, self.tower, words, num_vectors, start, generator))
             )
 
     @property
@@ -93,17 +95,18 @@ class PromptContext(nn.Module):
     def forward(self, text_layer: int | None = None) -> tuple[Tensor, Tensor]:
         """Class embeddings (C, E) of the last text block, and (C, E) of block ``text_layer``."""
         context = self.vectors.expand(len(self.embeddings), -1, -1)
-        embeddings = self.insert(context, self.embeddings)
+        embeddings = self.insert(context, self.embeddings, self.num_start_tokens)
         return self.tower.encode(embeddings, self.last_position, text_layer, self.key_mask)
 
     @staticmethod
-    def insert(context: Tensor, embeddings: Tensor) -> Tensor:
+    def insert(context: Tensor, embeddings: Tensor, num_start_tokens: int = 1) -> Tensor:
         """(C, num_vectors, W) in the places kept for them in (C, T, W), after start-of-text."""
-        num_vectors = context.shape[1]
+        num_vectors, start = context.shape[1], num_start_tokens
         if num_vectors == 0:
             return embeddings
         context = context.to(embeddings.dtype)
-        return torch.cat([embeddings[:, :1], context, embeddings[:, 1 + num_vectors :]], dim=1)
+        rest = embeddings[:, start + num_vectors :]
+        return torch.cat([embeddings[:, :start], context, rest], dim=1)
 
 
 def _check_arguments(class_names: Sequence[str], num_vectors: int) -> int:
@@ -126,8 +129,18 @@ def _around_name(template: str) -> tuple[str, str]:
     return front, rest
 
 
+def _num_start_tokens(tokenizer: Callable[[list[str]], Tensor]) -> int:
+    """How many tokens a tokenizer puts in front of every text."""
+    empty, word = _tokenize(tokenizer, ["", _PLACEHOLDER])
+    return int((empty == word).int().cumprod(0).sum())
+
+
 def _require_as_many(
-    tokenizer: Callable[[list[str]], Tensor], template: str, words: str, num_vectors: int
+    tokenizer: Callable[[list[str]], Tensor],
+    template: str,
+    words: str,
+    num_vectors: int,
+    start: int,
 ) -> None:
     """Refuse words in front of the name that are not as many tokens as there are vectors."""
     rest = f"{_PLACEHOLDER}{template.partition('{}')[2]}"
@@ -135,7 +148,7 @@ def _require_as_many(
     def is_as_long_as(count: int) -> bool:
         """Whether behind so many tokens the prompt is as it is behind so many placeholders."""
         kept = " ".join([_PLACEHOLDER] * count)
-        given, same = _tokenize(tokenizer, [f"{words}{rest}", f"{kept} {rest}"])[:, 1 + count :]
+        given, same = _tokenize(tokenizer, [f"{words}{rest}", f"{kept} {rest}"])[:, start + count :]
         return torch.equal(given, same)
 
     if not is_as_long_as(num_vectors):
@@ -166,11 +179,12 @@ def _start(
     tower: EncodesText,
     text: str,
     num_vectors: int,
+    start: int,
     generator: torch.Generator | None,
 ) -> Tensor:
     words = tower.embed(_tokenize(tokenizer, [text.strip()]))[0]
     known = len(CONTEXT_WORDS.split()) if text.strip() == CONTEXT_WORDS else num_vectors
-    words = words[1 : 1 + known]  # the token in front is start-of-text
+    words = words[start : start + known]
     if num_vectors <= len(words):
         return words[len(words) - num_vectors :].clone()
     device = "cpu" if generator is None else generator.device
@@ -185,10 +199,11 @@ def _require_room(
     prompts: list[str],
     class_names: Sequence[str],
     num_vectors: int,
+    start: int,
 ) -> None:
     """Refuse names that the tokenizer had to cut off to fit them into the context."""
     length = token_ids.shape[1]
-    if num_vectors + 4 > length:  # start, one token of a name, full stop and end of text
+    if start + num_vectors + 3 > length:  # one token of a name, full stop and end of text
         raise ValueError(
             f"num_vectors={num_vectors} leaves no room for names in the model's context of "
             f"{length} tokens"
@@ -196,7 +211,7 @@ def _require_room(
     full = (token_ids != 0).sum(1) == length
     for index in full.nonzero().flatten().tolist():
         longer = tokenizer.encode(prompts[index]) if hasattr(tokenizer, "encode") else []
-        if len(longer) + 2 > length:
+        if start + len(longer) + 1 > length:
             raise ValueError(
                 f"class_names: {class_names[index]!r} is too long for the model's context of "
                 f"{length} tokens; shorten it"

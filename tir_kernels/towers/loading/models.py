@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,15 +17,26 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.transform import PreprocessCfg
-from torch import Tensor, nn
+from torch import nn
 
 from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.files import expand_user, open_regular
 from tir_kernels.text import Notice, setting
 from tir_kernels.towers import text_tower, vision_tower
 from tir_kernels.towers.loading.checkpoints import INDEX_ENDING, checkpoint_files, read_checkpoint
-from tir_kernels.towers.loading.hub import download_weights, load_tokenizer, tokenizer_files
-from tir_kernels.towers.loading.model_config import check_config, read_config, refuse_other_towers
+from tir_kernels.towers.loading.hub import (
+    download_weights,
+    has_transformers,
+    load_tokenizer,
+    tokenizer_files,
+)
+from tir_kernels.towers.loading.loaded import LoadedModel
+from tir_kernels.towers.loading.model_config import (
+    CONFIG_NAME,
+    check_config,
+    read_config,
+    refuse_other_towers,
+)
 from tir_kernels.towers.loading.preprocess import Preprocess
 from tir_kernels.towers.loading.weights import StateDict, load_weights, state_dicts
 
@@ -38,36 +49,14 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _QUICK_GELU_MAKERS = re.compile(r"openai|dfn|metaclip(?!-?_?2)", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model with all that goes with it.
-
-    Args:
-        model: An open_clip model in evaluation mode, float32, frozen.
-        preprocess: Makes the model's (3, H, W) float32 input from an RGB image.
-        tokenizer: The model's tokenizer.
-        description: The model in words.
-        fingerprint: Digest of its configuration, preprocessing, weights and tokenizer.
-        notes: What of the weights was chosen, changed, left out or can't be known.
-        config: open_clip's "model_cfg".
-    """
-
-    model: nn.Module
-    preprocess: Preprocess
-    tokenizer: Callable[..., Tensor]
-    description: str
-    fingerprint: str
-    notes: tuple[str, ...] = ()
-    config: Mapping[str, Any] = field(default_factory=dict)
-
-
 def load_model(
     name: str, pretrained: str | None = None, *, device: str | torch.device = "cpu"
 ) -> LoadedModel:
     """Load a model for fine-tuning.
 
     Args:
-        name: A folder with ``open_clip_config.json`` and weights, or an open_clip architecture.
+        name: A folder with ``open_clip_config.json`` and weights, a folder of transformers with
+            ``config.json``, weights, image processor and tokenizer, or an open_clip architecture.
         pretrained: Of an architecture: a tag, whose weights are downloaded unless they are in the
             cache, or a checkpoint file. Of a folder: which of its weights files to take, needed
             only if there are several. A checkpoint is read as tensors only; it may wrap them in
@@ -80,7 +69,33 @@ def load_model(
     target = _usable_device(device)
     # Whatever the caller's default device and modes are: the model is to be trained on.
     with torch.device("cpu"), torch.inference_mode(False):
+        folder = _transformers_folder(name)
+        if folder is not None:
+            return _load_transformers(folder, pretrained, target)
         return _load(_find(name, pretrained), target)
+
+
+def _transformers_folder(name: str) -> Path | None:
+    """A model's folder, if it is one of transformers and not also one of open_clip."""
+    folder = expand_user(name)
+    is_theirs = bool(name.strip()) and os.path.isfile(folder / "config.json")
+    return folder if is_theirs and not os.path.exists(folder / CONFIG_NAME) else None
+
+
+def _load_transformers(folder: Path, pretrained: str | None, target: torch.device) -> LoadedModel:
+    if not has_transformers():
+        raise FewShotError(
+            f"{_MODEL}: {folder} needs the transformers library: pip install 'transformers>=5,<6'"
+        )
+    from tir_kernels.towers.loading.transformers_folder import load_transformers_folder
+
+    try:
+        with _quiet():
+            loaded = load_transformers_folder(folder, _weights_in(folder, pretrained))
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    _move(loaded.model, target)
+    return loaded
 
 
 def _load(source: _Source, target: torch.device) -> LoadedModel:
@@ -156,12 +171,15 @@ def _find(name: str, pretrained: str | None) -> _Source:
         if architecture in open_clip.list_models():
             return _from_architecture(architecture, pretrained)
     except OSError as error:
-        raise FewShotError(
-            f"{_MODEL}: can't read {error.filename or name}: "
-            f"{error.strerror or first_line(error)}; "
-            "pass a path that can be read"
-        ) from error
+        raise _unreadable(name, error) from error
     raise FewShotError(_unknown_model(name))
+
+
+def _unreadable(name: str | Path, error: OSError) -> FewShotError:
+    return FewShotError(
+        f"{_MODEL}: can't read {error.filename or name}: {error.strerror or first_line(error)}; "
+        "pass a path that can be read"
+    )
 
 
 def _from_folder(folder: Path, pretrained: str | None) -> _Source:

@@ -40,7 +40,10 @@ class TransformersText(EncodesText):
         positions = self._owner.embeddings.position_embedding.weight[: embeddings.shape[1]]
         return embeddings.to(positions.dtype) + positions
 
-    def mask(self, length: int) -> Tensor | None:
+    def key_mask(self, token_ids: Tensor) -> None:
+        """All tokens are keys: SigLIP was trained on its padding, and CLIP is causal."""
+
+    def mask(self, length: int, key_mask: Tensor | None = None) -> Tensor | None:
         return None
 
     def pool(self, hidden: Tensor, last_position: Tensor) -> Tensor:
@@ -61,7 +64,7 @@ class ClipText(TransformersText):
             return token_ids.argmax(1)
         return (token_ids == end).int().argmax(1)
 
-    def mask(self, length: int) -> Tensor | None:
+    def mask(self, length: int, key_mask: Tensor | None = None) -> Tensor | None:
         return causal_mask(length, self._owner.embeddings.position_embedding.weight.device)
 
 
