@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from bench.clip_model import load_sizes, make_model, make_tokenizer
 from tir_kernels.fewshot import Classifier, Episode, Runtime, finetune_episode, methods
 from tir_kernels.fewshot.classifier.about import About, BaseModel
-from tir_kernels.towers.loading.models import LoadedModel
+from tir_kernels.towers.loading.loaded import LoadedModel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODEL, BATCH, ROUNDS = ("ViT-B-16", 256, 20) if DEVICE == "cuda" else ("ViT-B-32", 16, 5)

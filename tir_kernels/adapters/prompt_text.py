@@ -26,11 +26,13 @@ class PromptTexts(NamedTuple):
     Args:
         token_ids: (C, T) of the prompts.
         words: Text in front of the names.
+        num_start_tokens: How many tokens are in front of each text's own; SigLIP's texts have none.
         cut: Position of each name that was too long -> what is left of it.
     """
 
     token_ids: Tensor
     words: str
+    num_start_tokens: int
     cut: dict[int, str]
 
     def note(self, names: Sequence[str]) -> str:
@@ -71,8 +73,9 @@ def prompt_texts(
             vectors, leaves no room for a name, or two names are the same once cut.
     """
     words, rest = (f"{CONTEXT_WORDS} ", ".") if template is None else _around_name(template)
+    start = _num_start_tokens(tokenizer)
     if num_vectors and template is not None:
-        _require_as_many(tokenizer, template, words, num_vectors)
+        _require_as_many(tokenizer, template, words, num_vectors, start)
     front = " ".join([PLACEHOLDER] * num_vectors) + " " if num_vectors else words
 
     def prompt(name: str) -> str:
@@ -97,7 +100,7 @@ def prompt_texts(
         texts[at] = prompt(name)
     token_ids = tokenize(tokenizer, texts)
     _require_distinct(token_ids, class_names, cut)
-    return PromptTexts(token_ids, words, cut)
+    return PromptTexts(token_ids, words, start, cut)
 
 
 def tokenize(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
@@ -168,14 +171,22 @@ def _around_name(template: str) -> tuple[str, str]:
     return front, rest
 
 
-def _require_as_many(tokenizer: Tokenizer, template: str, words: str, num_vectors: int) -> None:
+def _num_start_tokens(tokenizer: Tokenizer) -> int:
+    """How many tokens a tokenizer puts in front of every text."""
+    empty, word = tokenize(tokenizer, ["", PLACEHOLDER])
+    return int((empty == word).int().cumprod(0).sum())
+
+
+def _require_as_many(
+    tokenizer: Tokenizer, template: str, words: str, num_vectors: int, start: int
+) -> None:
     """Refuse words in front of the name that are not as many tokens as there are vectors."""
     rest = f"{PLACEHOLDER}{template.partition('{}')[2]}"
 
     def is_as_long_as(count: int) -> bool:
         """Whether behind so many tokens the prompt is as it is behind so many placeholders."""
         kept = " ".join([PLACEHOLDER] * count)
-        given, same = tokenize(tokenizer, [f"{words}{rest}", f"{kept} {rest}"])[:, 1 + count :]
+        given, same = tokenize(tokenizer, [f"{words}{rest}", f"{kept} {rest}"])[:, start + count :]
         return torch.equal(given, same)
 
     if not is_as_long_as(num_vectors):

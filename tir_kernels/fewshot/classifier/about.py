@@ -14,7 +14,7 @@ from tir_kernels.fewshot.settings import PRECISIONS
 from tir_kernels.files import expand_user
 
 if TYPE_CHECKING:
-    from tir_kernels.towers.loading.models import LoadedModel
+    from tir_kernels.towers.loading.loaded import LoadedModel
 
 FORMAT = 1
 

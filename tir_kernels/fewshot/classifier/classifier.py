@@ -25,7 +25,7 @@ from tir_kernels.fewshot.methods import Learner
 from tir_kernels.fewshot.methods.lora import factors_in
 from tir_kernels.fewshot.settings import Runtime
 from tir_kernels.fewshot.train.batch import Job
-from tir_kernels.towers.loading.models import LoadedModel
+from tir_kernels.towers.loading.loaded import LoadedModel
 
 
 class Scorer:

@@ -24,7 +24,7 @@ from tir_kernels.fewshot.train.batch import EpisodeResult, Job, finetune_batch
 from tir_kernels.fewshot.train.memory import with_one_memory_error
 from tir_kernels.fewshot.train.resume import SavedTraining
 from tir_kernels.text import setting
-from tir_kernels.towers.loading.models import LoadedModel
+from tir_kernels.towers.loading.loaded import LoadedModel
 
 
 class Keeper(Protocol):

@@ -43,7 +43,7 @@ from tir_kernels.fewshot.train.batch import NonFiniteLossError
 from tir_kernels.fewshot.train.memory import engine_errors_explained
 from tir_kernels.text import setting
 from tir_kernels.towers.loading import models
-from tir_kernels.towers.loading.models import LoadedModel
+from tir_kernels.towers.loading.loaded import LoadedModel
 
 NOT_HELD_OUT = "no held-out images"
 
