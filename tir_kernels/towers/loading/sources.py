@@ -66,10 +66,17 @@ class Source:
 
 
 def folder_of(name: str) -> Path | None:
-    """The folder that a name stands for: on the disk, or a repository's in Hugging Face's cache."""
-    folder = expand_user(name)
-    if name.strip() and os.path.isdir(folder):
-        return folder
+    """The folder that a name stands for: on the disk, or a repository's in Hugging Face's cache.
+
+    Raises:
+        FewShotError: It can't be looked at.
+    """
+    try:
+        folder = expand_user(name)
+        if name.strip() and os.path.isdir(folder):
+            return folder
+    except OSError as error:
+        raise unreadable(name, error) from error
     if _architecture(name) is None and _REPOSITORY.fullmatch(name):
         return cached_folder(name.removeprefix(_HUB))
     return None
