@@ -36,22 +36,26 @@ class Protocol(fields.Checked):
     """The episodes of a run: N-way K-shot, and the seed that draws them."""
 
     ways: int | str = fields.whole_or(
-        ALL, 5, "Classes per episode; all: all classes of the data, in each episode.", least=2
+        ALL, 5, "Classes of each episode, drawn anew; all: every class of the data.", least=2
     )
     shots: int = fields.whole(
-        5, "Support images per class.", least=1, most=10**6, reason="no class has as many images"
+        5,
+        "Support images per class, which the methods learn from.",
+        least=1,
+        most=10**6,
+        reason="no class has as many images",
     )
     queries: int | str = fields.whole_or(
         ALL,
         15,
-        "Query images per class; all: all images of the episode's classes that are not support, or "
-        "of data with a part for queries the whole part. The classes may then have unequal numbers "
-        "of them, and accuracy is over all images.",
+        "Query images per class, which are classified to score the methods; all: every image of "
+        "the episode's classes that is not support, and of data with a part for queries that whole "
+        "part. Classes may then have unequal numbers; accuracy is over all images.",
         least=1,
     )
     seed: int = fields.seed(
-        "Seed of the choice of episodes, and of each method's initialisation and dropout. One seed "
-        "gives as many episodes as are asked for, each another draw."
+        "Seed of the choice of episodes, and of each method's initialisation and dropout. Each of "
+        "a seed's episodes is another draw."
     )
     augment: int = fields.views(
         "Train on this many views of each support image beside the image itself; 0 for none. The "
