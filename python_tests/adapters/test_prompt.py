@@ -5,6 +5,7 @@ from tiny_clip import Untouched, make_clip, swap_token_order
 from torch import nn
 
 from tir_kernels.adapters import PromptContext, add_lora
+from tir_kernels.adapters.prompt_text import CutNameWarning, prompt_texts
 from tir_kernels.towers import text_tower
 
 NAMES = ["cat", "annual crop land", "melanocytic nevus", "dog"]
@@ -166,8 +167,73 @@ def test_names_fill_the_context_but_no_more(num_vectors: int) -> None:
     prompt = PromptContext(model, TOKENIZER, ["cat", " ".join(["cat"] * room)], num_vectors)
     assert prompt.embeddings.shape[1] == CONTEXT_LENGTH
     long_name = " ".join(["cat"] * (room + 1))
-    with pytest.raises(ValueError, match=f"'{long_name}' is too long.* 20 tokens; shorten it"):
-        PromptContext(model, TOKENIZER, ["cat", long_name], num_vectors)
+    with pytest.warns(CutNameWarning, match="1 class name too long .* 20 tokens"):
+        cut = PromptContext(model, TOKENIZER, ["dog", long_name], num_vectors)
+    cut.vectors = prompt.vectors  # of which some are drawn
+    with torch.no_grad():
+        torch.testing.assert_close(cut()[0][1], prompt()[0][1])
+
+
+HUNDRED = [f"{first} " + " ".join(f"word{at}" for at in range(99)) for first in ("cat", "dog")]
+
+
+@pytest.mark.parametrize("num_vectors", [0, 4])
+@pytest.mark.parametrize("template", [None, "itap of a {}, my pet."])
+@pytest.mark.parametrize("context_length", [20, 32])
+def test_long_names_are_cut_before_the_end_of_the_template(
+    num_vectors: int, template: str | None, context_length: int
+) -> None:
+    tokenizer = SimpleTokenizer(context_length=context_length)
+    names = [HUNDRED[0], "bird", HUNDRED[1], "electroencephalographically" * 30]
+    num_vectors = num_vectors if template is None else 4 * (num_vectors > 0)
+    if template is not None and num_vectors:
+        template = "itap of a {}, my pet."  # 4 tokens in front
+    texts = prompt_texts(tokenizer, names, num_vectors, template)
+    end = tokenizer.encode((template or "{}.").partition("{}")[2])
+    for at, row in enumerate(texts.token_ids.tolist()):
+        tokens = row[: row.index(tokenizer.eot_token_id)]
+        assert tokens[-len(end) :] == end
+        assert (at in texts.cut) == (at != 1)
+        if at in texts.cut:
+            assert names[at].startswith(texts.cut[at])
+            # Less than the tokens of another word are left over.
+            assert context_length - 5 < len(tokens) + 1 <= context_length
+    note = texts.note(["a", "b", "c", "d"])
+    assert note.startswith(
+        f"3 class names too long for the model's text context of {context_length}"
+    )
+    assert "cut in prompts: 'a' to 'cat word0" in note
+
+
+def test_cut_names_that_become_the_same_are_refused() -> None:
+    shared = " ".join(f"word{at}" for at in range(100))
+    with pytest.raises(ValueError, match=r"class_names: 'word0 .*\.\.\..* left' and .* right' are"):
+        PromptContext(make_text_clip(), TOKENIZER, [f"{shared} left", "cat", f"{shared} right"])
+    # Nor may one that is whole be what is left of another.
+    room = CONTEXT_LENGTH - 7
+    whole = " ".join(["cat"] * room)
+    with pytest.raises(ValueError, match=r"are the same prompt once cut to .* 20 tokens; shorten"):
+        PromptContext(make_text_clip(), TOKENIZER, [whole, f"{whole} cat"])
+
+
+def test_other_tokenizers_are_known_to_cut_too() -> None:
+    """Functions of texts alone, and those of texts and a length without a method "encode"."""
+
+    def of_texts(texts: list[str]) -> torch.Tensor:
+        return TOKENIZER(texts)
+
+    def with_length(texts: list[str], context_length: int = CONTEXT_LENGTH) -> torch.Tensor:
+        return TOKENIZER(texts, context_length=context_length)
+
+    names = [HUNDRED[0], "cat"]
+    expected = prompt_texts(TOKENIZER, names, 4, None)
+    assert torch.equal(prompt_texts(with_length, names, 4, None).token_ids, expected.token_ids)
+    found = prompt_texts(of_texts, names, 4, None)
+    assert found.cut.keys() == {0}
+    assert END_OF_TEXT in found.token_ids[0]
+    assert found.token_ids[0].tolist().index(END_OF_TEXT) < CONTEXT_LENGTH
+    full_stop = TOKENIZER.encode(".")[0]
+    assert full_stop in found.token_ids[0]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from analysis.views import attention, encode, make_towers, make_view
 from torch import nn
 
 from tir_kernels import WeightRule, adapters, analysis, token_weights
-from tir_kernels.analysis import measure_tokens
 from tir_kernels.analysis.measures import BlockView, Finding
 from tir_kernels.towers import vision_tower
 
@@ -254,7 +253,10 @@ def test_refusals(known, error, message):
         views_of(model, images, **{"class_embeddings": torch.randn(3, width), **known})
 
 
-def test_no_images():
+@pytest.mark.parametrize(
+    ("shape", "message"), [((0, 17, 32), "at least one image"), ((17, 32), r"got \(17, 32\)")]
+)
+def test_images_that_are_none(shape, message):
     tower = vision_tower(make_towers()["open_clip"][0])
-    with pytest.raises(ValueError, match="at least one image"):
-        measure_tokens(tower, torch.randn(0, 17, 32), [Views()])
+    with pytest.raises(ValueError, match=message):
+        analysis.measure(tower, torch.randn(shape), [Views()])

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from tir_kernels.adapters.prompt_text import (
+    CONTEXT_WORDS,
+    CutNameWarning,
+    prompt_texts,
+    tokenize,
+)
 from tir_kernels.scalars import whole_number
 from tir_kernels.towers import text_tower
 from tir_kernels.towers.run import EncodesText
-
-CONTEXT_WORDS = "a photo of a"
-_PLACEHOLDER = "a"  # one token of CLIP's tokenizer; its embedding is replaced
 
 
 class PromptContext(nn.Module):
@@ -21,7 +25,8 @@ class PromptContext(nn.Module):
     The context starts as the embeddings of "a photo of a". With fewer than four vectors it starts
     as the last of these words; with more, the vectors in front are drawn from N(0, 0.02²). A
     template puts its own words around the names; the context starts as those in front, whose number
-    of tokens must be that of the vectors.
+    of tokens must be that of the vectors. A name that is too long for the tower's context is cut,
+    with a ``CutNameWarning``; the prompt then still ends as the others do.
 
     Args:
         model: A model with a text tower, or that tower opened; it is read, never changed.
@@ -41,8 +46,8 @@ class PromptContext(nn.Module):
         tower: The text tower.
 
     Raises:
-        TypeError, ValueError: An unsuitable text tower or argument, or names too long for the
-            tower's context.
+        TypeError, ValueError: An unsuitable text tower or argument, or names that only cutting
+            made the same.
     """
 
     embeddings: Tensor
@@ -60,18 +65,12 @@ class PromptContext(nn.Module):
         super().__init__()
         num_vectors = _check_arguments(class_names, num_vectors)
         self.tower = text_tower(model)
-        words, rest = (f"{CONTEXT_WORDS} ", ".") if template is None else _around_name(template)
-        if num_vectors:
-            kept = " ".join([_PLACEHOLDER] * num_vectors)
-            prompts = [f"{kept} {name}{rest}" for name in class_names]
-        else:
-            prompts = [f"{words}{name}{rest}" for name in class_names]
         # Everything here lasts: made as inference tensors, none of it could take part in training.
         with torch.inference_mode(False), torch.no_grad():
-            if num_vectors and template is not None:
-                _require_as_many(tokenizer, template, words, num_vectors)
-            token_ids = _tokenize(tokenizer, prompts)
-            _require_room(tokenizer, token_ids, prompts, class_names, num_vectors)
+            texts = prompt_texts(tokenizer, class_names, num_vectors, template)
+            if texts.cut:
+                warnings.warn(texts.note(class_names), CutNameWarning, stacklevel=2)
+            token_ids = texts.token_ids
             last_position = self.tower.last_position(token_ids)
             if cut and self.tower.is_causal:
                 # No token sees the ones behind it: what follows the last end-of-text is waste.
@@ -82,7 +81,7 @@ class PromptContext(nn.Module):
             self.key_mask = None if key_mask is None else key_mask.to(embeddings.device)
             self.register_buffer("embeddings", embeddings, persistent=False)
             self.vectors = nn.Parameter(
-                _round(_start(tokenizer, self.tower, words, num_vectors, generator))
+                _round(_start(tokenizer, self.tower, texts.words, num_vectors, generator))
             )
 
     @property
@@ -118,41 +117,6 @@ def _check_arguments(class_names: Sequence[str], num_vectors: int) -> int:
     return num_vectors
 
 
-def _around_name(template: str) -> tuple[str, str]:
-    """The text of a template in front of the name, and behind it."""
-    if template.count("{}") != 1:
-        raise ValueError(f"template must hold one {{}} for the class's name; got {template!r}")
-    front, _, rest = template.partition("{}")
-    return front, rest
-
-
-def _require_as_many(
-    tokenizer: Callable[[list[str]], Tensor], template: str, words: str, num_vectors: int
-) -> None:
-    """Refuse words in front of the name that are not as many tokens as there are vectors."""
-    rest = f"{_PLACEHOLDER}{template.partition('{}')[2]}"
-
-    def is_as_long_as(count: int) -> bool:
-        """Whether behind so many tokens the prompt is as it is behind so many placeholders."""
-        kept = " ".join([_PLACEHOLDER] * count)
-        given, same = _tokenize(tokenizer, [f"{words}{rest}", f"{kept} {rest}"])[:, 1 + count :]
-        return torch.equal(given, same)
-
-    if not is_as_long_as(num_vectors):
-        most = _tokenize(tokenizer, [words]).shape[1] - 4
-        count = next((each for each in range(most) if is_as_long_as(each)), most)
-        raise ValueError(
-            f"template {template!r} has {count} tokens in front of {{}}, but the learned context "
-            f"has {num_vectors}; set context_tokens to {count}, or choose other words"
-        )
-
-
-def _tokenize(tokenizer: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:
-    """(C, T) token ids on the CPU; tokenizers put them on the process's default device."""
-    with torch.device("cpu"):
-        return tokenizer(texts)
-
-
 def _round(embeddings: Tensor) -> Tensor:
     """To float16 and back: the published program keeps the words of its prompts in float16.
 
@@ -168,7 +132,7 @@ def _start(
     num_vectors: int,
     generator: torch.Generator | None,
 ) -> Tensor:
-    words = tower.embed(_tokenize(tokenizer, [text.strip()]))[0]
+    words = tower.embed(tokenize(tokenizer, [text.strip()]))[0]
     known = len(CONTEXT_WORDS.split()) if text.strip() == CONTEXT_WORDS else num_vectors
     words = words[1 : 1 + known]  # the token in front is start-of-text
     if num_vectors <= len(words):
@@ -177,27 +141,3 @@ def _start(
     shape = (num_vectors - len(words), words.shape[1])
     drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device=device) * 0.02
     return torch.cat([drawn.to(words), words])
-
-
-def _require_room(
-    tokenizer: Callable[[list[str]], Tensor],
-    token_ids: Tensor,
-    prompts: list[str],
-    class_names: Sequence[str],
-    num_vectors: int,
-) -> None:
-    """Refuse names that the tokenizer had to cut off to fit them into the context."""
-    length = token_ids.shape[1]
-    if num_vectors + 4 > length:  # start, one token of a name, full stop and end of text
-        raise ValueError(
-            f"num_vectors={num_vectors} leaves no room for names in the model's context of "
-            f"{length} tokens"
-        )
-    full = (token_ids != 0).sum(1) == length
-    for index in full.nonzero().flatten().tolist():
-        longer = tokenizer.encode(prompts[index]) if hasattr(tokenizer, "encode") else []
-        if len(longer) + 2 > length:
-            raise ValueError(
-                f"class_names: {class_names[index]!r} is too long for the model's context of "
-                f"{length} tokens; shorten it"
-            )

@@ -75,27 +75,17 @@ TIR_INLINE Vec multiply_add(Vec left, Vec right, Vec addend) {
 #endif
 }
 
-// The larger of each pair; `other` where either is NaN.
-TIR_INLINE Vec larger(Vec value, Vec other) {
+// The larger or the smaller of each pair; `other` where either is NaN.
 #if defined(__AVX512F__)
-  return _mm512_max_ps(value, other);
+TIR_INLINE Vec larger(Vec value, Vec other) { return _mm512_max_ps(value, other); }
+TIR_INLINE Vec smaller(Vec value, Vec other) { return _mm512_min_ps(value, other); }
 #elif defined(__AVX2__)
-  return _mm256_max_ps(value, other);
+TIR_INLINE Vec larger(Vec value, Vec other) { return _mm256_max_ps(value, other); }
+TIR_INLINE Vec smaller(Vec value, Vec other) { return _mm256_min_ps(value, other); }
 #else
-  return value > other ? value : other;
+TIR_INLINE Vec larger(Vec value, Vec other) { return value > other ? value : other; }
+TIR_INLINE Vec smaller(Vec value, Vec other) { return value < other ? value : other; }
 #endif
-}
-
-// The smaller of each pair; `other` where either is NaN.
-TIR_INLINE Vec smaller(Vec value, Vec other) {
-#if defined(__AVX512F__)
-  return _mm512_min_ps(value, other);
-#elif defined(__AVX2__)
-  return _mm256_min_ps(value, other);
-#else
-  return value < other ? value : other;
-#endif
-}
 
 #if defined(__AVX2__)
 TIR_INLINE float sum_of_4(__m128 v) {

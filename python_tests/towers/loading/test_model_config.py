@@ -10,6 +10,7 @@ import torch
 
 from tir_kernels.errors import FewShotError
 from tir_kernels.towers.loading.models import load_model
+from tir_kernels.towers.loading.new_models import write_model
 
 
 @pytest.fixture
@@ -110,7 +111,6 @@ def test_weights_that_seem_larger_than_they_are(folder, tiny_config, unbuilt):
             "image tower is 'hf-hub:a/b' of the timm",
         ),
         ("vision_cfg", {"layers": [3, 4, 6, 3]}, "image tower is a ResNet"),
-        ("vision_cfg", {"attentional_pool": True}, "pools by attention"),
     ],
 )
 def test_towers_of_other_libraries(folder, tiny_config, unbuilt, section, settings, words):
@@ -119,15 +119,49 @@ def test_towers_of_other_libraries(folder, tiny_config, unbuilt, section, settin
 
 
 def test_architectures_with_other_towers(unbuilt):
-    for name in ("roberta-ViT-B-32", "ViT-B-16-SigLIP", "RN50", "coca_ViT-B-32"):
+    for name in ("roberta-ViT-B-32", "ViT-B-16-SigLIP", "RN50", "coca_roberta-ViT-B-32"):
         with pytest.raises(FewShotError, match=f"model: {name} can't be used: its "):
             load_model(name, "weights.pt")
 
 
 def test_a_text_tower_that_no_method_can_use(folder, tiny_config):
-    tiny_config["model_cfg"] |= {"custom_text": True}
-    tiny_config["model_cfg"]["text_cfg"]["embed_cls"] = True
-    refuse(folder, tiny_config, "appends a class token|is missing")
+    tiny_config["model_cfg"]["text_cfg"]["scaled_cosine_attn"] = True
+    refuse(folder, tiny_config, r"scaled cosine attention \(scaled_cosine_attn\)")
+
+
+def as_coca(config):
+    """The tiny model's configuration, as of a CoCa."""
+    model = config["model_cfg"]
+    model["vision_cfg"] |= {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+    model["multimodal_cfg"] = dict(model["text_cfg"])
+    model["text_cfg"] |= {"embed_cls": True, "output_tokens": True}
+    model["custom_text"] = True
+    return config
+
+
+def test_a_coca_loads(tmp_path, tiny_config):
+    config = as_coca(tiny_config)
+    parts = {key: value for key, value in config["model_cfg"].items() if key != "custom_text"}
+    model = open_clip.CoCa(**parts)
+    torch.nn.init.normal_(model.text_decoder.text_projection)
+    write_model(model, config, tmp_path)
+    found = load_model(str(tmp_path)).model
+    for key, value in model.state_dict().items():
+        assert torch.equal(found.state_dict()[key], value.half().float())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("layers", 10**7, r"multimodal_cfg\.layers is 10,000,000, but 1,024 is the most"),
+        ("width", 60_000, r"describes a model of 1.*e\+11 parameters, but the weights"),
+        ("n_queries", 10**9, r"multimodal_cfg\.n_queries is 1,000,000,000, but"),
+    ],
+)
+def test_sizes_of_a_decoder(folder, tiny_config, unbuilt, key, value, words):
+    config = as_coca(tiny_config)
+    config["model_cfg"]["multimodal_cfg"][key] = value
+    refuse(folder, config, words)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from tir_kernels.fewshot.data.dataset import load_data
 from tir_kernels.fewshot.data.decoding import Decoding
 from tir_kernels.fewshot.data.reader import ImageReader
 from tir_kernels.fewshot.devices import resolve_device
+from tir_kernels.fewshot.known_template import method_with_known_template
 from tir_kernels.fewshot.methods import DEFAULT_METHODS, Method, method_class
-from tir_kernels.fewshot.run.runner import require_distinct_prompts
+from tir_kernels.fewshot.prompt_check import check_prompts
 from tir_kernels.fewshot.run_options import Inputs
 from tir_kernels.fewshot.settings import FitSettings, Runtime
 from tir_kernels.towers.loading.models import load_model
@@ -61,10 +62,11 @@ def fit(
     runtime = replace(runtime, device=resolve_device(runtime.device)[0])
     inputs = Inputs(os.fspath(data), model, None, class_names, pretrained)
     listed = load_data(inputs.data, class_names=inputs.class_names)
+    method = method_with_known_template(method, listed)
     loaded = load_model(model, pretrained, device=runtime.device)
     for note in (*listed.notes, *loaded.notes):
         warnings.warn(note, stacklevel=2)
-    require_distinct_prompts(listed, loaded.tokenizer)
+    check_prompts(listed, loaded.tokenizer, [method])
     images = ImageReader(
         listed,
         loaded.preprocess,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tir_kernels.errors import FewShotError, first_line
+from tir_kernels.errors import FewShotError
 from tir_kernels.fewshot.classifier.about import About, BaseModel
 from tir_kernels.fewshot.classifier.expected import expected_accuracy, number_of_folds
 from tir_kernels.fewshot.classifier.figures import imbalance_note
@@ -26,26 +26,20 @@ from tir_kernels.fewshot.classifier.fitting import (
 )
 from tir_kernels.fewshot.classifier.folder import load_classifier, save_classifier
 from tir_kernels.fewshot.data.dataset import load_data
-from tir_kernels.fewshot.devices import resolve_device
 from tir_kernels.fewshot.fields import as_settings
+from tir_kernels.fewshot.known_template import method_with_known_template
 from tir_kernels.fewshot.methods import Method
-from tir_kernels.fewshot.prepare import (
-    decoding_of,
-    image_reader,
-    note_slowness,
-    require_backend_here,
-    versions,
-)
+from tir_kernels.fewshot.prepare import image_reader, note_slowness, usable_device, versions
+from tir_kernels.fewshot.prompt_check import check_prompts
 from tir_kernels.fewshot.run.progress import Messages
 from tir_kernels.fewshot.run.records import OK, Record
-from tir_kernels.fewshot.run.runner import require_distinct_prompts
 from tir_kernels.fewshot.run.tracked import Track, TrackFile
 from tir_kernels.fewshot.run_options import Inputs, Reading
 from tir_kernels.fewshot.settings import FitSettings, Runtime
 from tir_kernels.fewshot.track.settings import Tracking
 from tir_kernels.fewshot.track.tracker import Tracker
 from tir_kernels.fewshot.train.batch import NonFiniteLossError
-from tir_kernels.fewshot.train.memory import with_one_memory_error
+from tir_kernels.fewshot.train.memory import engine_errors_explained
 from tir_kernels.text import setting
 from tir_kernels.towers.loading import models
 from tir_kernels.towers.loading.models import LoadedModel
@@ -110,13 +104,9 @@ class PreparedFit:
         messages: Messages,
     ) -> None:
         require_balance(options.method, settings)
-        self._options, self._inputs, self._reading = options, inputs, reading
+        self._inputs, self._reading = inputs, reading
         self._fit_settings, self._messages = settings, messages
-        device, note = resolve_device(runtime.device)
-        if note:
-            messages.tell(note)
-        decoding_of(reading)
-        require_backend_here(runtime.backend, device)
+        device = usable_device(runtime, reading, messages)
         self._runtime = replace(runtime, device=device)
         with messages.status("listing the images"):
             self._data = load_data(
@@ -125,6 +115,8 @@ class PreparedFit:
                 images=inputs.images,
                 group_column=inputs.group_column,
             )
+        method = method_with_known_template(options.method, self._data)
+        self._options = replace(options, method=method)
         for note in self._data.notes:
             messages.tell(note)
 
@@ -149,6 +141,7 @@ class PreparedFit:
                     made = load_classifier(folder.path, runtime=self._runtime, loaded=loaded)
                     return Fitted(made.about, folder.path, tracked, was_finished=True)
                 except FewShotError as error:
+                    folder.finish()
                     self._messages.tell(f"{error.notice.marked}: it is made anew")
             note_slowness(self._runtime.precision, self._runtime.device, self._messages)
             with _explained(self._runtime.device, self._fit_settings):
@@ -160,9 +153,9 @@ class PreparedFit:
             loaded = models.load_model(
                 self._inputs.model, self._inputs.pretrained, device=self._runtime.device
             )
-        for note in loaded.notes:
+        cut = check_prompts(self._data, loaded.tokenizer, [self._options.method])
+        for note in (*loaded.notes, *cut):
             self._messages.tell(note)
-        require_distinct_prompts(self._data, loaded.tokenizer)
         return loaded
 
     def _read_support(self, loaded: LoadedModel) -> Support:
@@ -285,7 +278,7 @@ class _KeptTracker:
 @contextmanager
 def _explained(device: str, settings: FitSettings) -> Iterator[None]:
     try:
-        with with_one_memory_error():
+        with engine_errors_explained():
             yield
     except torch.OutOfMemoryError as error:
         step = "lower" if settings.batch_size else "set"
@@ -301,6 +294,3 @@ def _explained(device: str, settings: FitSettings) -> Iterator[None]:
             f"{setting('lora_lr')} or {setting('context_lr')}, or use "
             f"{setting('precision', 'float32')}, with another {setting('out')}"
         ) from error
-    except (ValueError, TypeError) as error:
-        # The engine's own checks: a layer the model does not have, a class name that is too long.
-        raise FewShotError(first_line(error)) from error

@@ -55,8 +55,6 @@ class EvaluateSettings(fields.Checked):
         most=10**6,
         reason="the intervals do not change any more",
     )
-    seed: int = fields.whole(
-        0, "Seed of the resamples.", least=0, most=2**63 - 1, reason="generators take 63 bits"
-    )
+    seed: int = fields.seed("Seed of the resamples.")
     max_pixels: int | None = None
     white_value: float | None = None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from open_clip.coca_model import MultimodalCfg
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor
 
@@ -34,10 +35,16 @@ _MAX_SIDE = 2**16  # pixels
 _SMALL_MODEL = 10**8  # parameters
 _SMALL_SIZE = 2**16
 
-_SECTIONS: dict[str, Any] = {"vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg}
+_DECODER = "multimodal_cfg"  # of CoCa alone
+_SECTIONS: dict[str, Any] = {
+    "vision_cfg": CLIPVisionCfg,
+    "text_cfg": CLIPTextCfg,
+    _DECODER: MultimodalCfg,
+}
 _SIZES = {
     "vision_cfg": ("layers", "width", "head_width", "patch_size", "image_size"),
     "text_cfg": ("layers", "width", "heads", "context_length", "vocab_size"),
+    _DECODER: ("layers", "width", "heads", "context_length", "vocab_size"),
 }
 _BOUNDS = {
     "layers": MAX_LAYERS,
@@ -91,7 +98,7 @@ def check_config(config: dict[str, Any], found: list[StateDict], source: str) ->
     tensors = [tensor for state in found for tensor in state.tensors.values()]
     largest = max(_SMALL_SIZE, *(max(tensor.shape, default=1) for tensor in tensors))
     _check_size(config.get("embed_dim"), "embed_dim", largest, source)
-    for name, kind in _SECTIONS.items():
+    for name, kind in _sections_in(config).items():
         section = config.get(name)
         if not isinstance(section, dict):
             raise FewShotError(f"{_MODEL}: {source} has no {name}; pass one of open_clip's")
@@ -113,6 +120,11 @@ def check_config(config: dict[str, Any], found: list[StateDict], source: str) ->
         )
 
 
+def _sections_in(config: dict[str, Any]) -> dict[str, Any]:
+    """The sections that a configuration must have, and the decoder if it has one."""
+    return {name: kind for name, kind in _SECTIONS.items() if name != _DECODER or name in config}
+
+
 def refuse_other_towers(config: dict[str, Any], source: str) -> None:
     """Name towers of other libraries, whose building may need the network, before it is tried."""
     vision, text = config.get("vision_cfg"), config.get("text_cfg")
@@ -123,10 +135,6 @@ def refuse_other_towers(config: dict[str, Any], source: str) -> None:
         other = f"image tower is {vision['timm_model_name']!r} of the timm library"
     elif isinstance(vision, dict) and isinstance(vision.get("layers"), (list, tuple)):
         other = "image tower is a ResNet"
-    elif isinstance(vision, dict) and vision.get("attentional_pool"):
-        other = "image tower pools by attention"
-    elif config.get("multimodal_cfg"):
-        other = "model is a CoCa with a decoder"
     if other:
         raise FewShotError(
             f"{_MODEL}: {source} can't be used: its {other}, and only open_clip's own CLIP "
@@ -194,7 +202,7 @@ def _num_bytes(tensors: list[Tensor]) -> int:
 def _num_parameters(config: dict[str, Any]) -> float:
     """About how many parameters the blocks and the token embedding have."""
     count = 0.0
-    for name, kind in _SECTIONS.items():
+    for name, kind in _sections_in(config).items():
         settings: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(kind)}
         settings |= config[name]
         ratio = settings["mlp_ratio"] if isinstance(settings["mlp_ratio"], (int, float)) else 4

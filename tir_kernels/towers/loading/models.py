@@ -24,8 +24,15 @@ from tir_kernels.files import expand_user, open_regular
 from tir_kernels.text import Notice, setting
 from tir_kernels.towers import text_tower, vision_tower
 from tir_kernels.towers.loading.checkpoints import INDEX_ENDING, checkpoint_files, read_checkpoint
-from tir_kernels.towers.loading.hub import download_weights, load_tokenizer, tokenizer_files
+from tir_kernels.towers.loading.hub import (
+    cached_folder,
+    download_weights,
+    load_tokenizer,
+    offline,
+    tokenizer_files,
+)
 from tir_kernels.towers.loading.model_config import check_config, read_config, refuse_other_towers
+from tir_kernels.towers.loading.placement import moved, usable_device
 from tir_kernels.towers.loading.preprocess import Preprocess
 from tir_kernels.towers.loading.weights import StateDict, load_weights, state_dicts
 
@@ -34,6 +41,8 @@ _PRETRAINED = setting("pretrained")
 
 SAFETENSORS = (".safetensors",)
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+_HUB = "hf-hub:"
+_REPOSITORY = re.compile(rf"({_HUB})?[\w.-]+/[\w.-]+")
 # Whose published CLIP weights need QuickGELU, by what files and folders of them are called.
 _QUICK_GELU_MAKERS = re.compile(r"openai|dfn|metaclip(?!-?_?2)", re.IGNORECASE)
 
@@ -67,7 +76,8 @@ def load_model(
     """Load a model for fine-tuning.
 
     Args:
-        name: A folder with ``open_clip_config.json`` and weights, or an open_clip architecture.
+        name: A folder with ``open_clip_config.json`` and weights, an open_clip architecture, or a
+            repository of such a folder in Hugging Face's cache (``hf-hub:timm/NAME``).
         pretrained: Of an architecture: a tag, whose weights are downloaded unless they are in the
             cache, or a checkpoint file. Of a folder: which of its weights files to take, needed
             only if there are several. A checkpoint is read as tensors only; it may wrap them in
@@ -77,7 +87,7 @@ def load_model(
     Raises:
         FewShotError: The model, its weights or the device can't be had.
     """
-    target = _usable_device(device)
+    target = usable_device(device)
     # Whatever the caller's default device and modes are: the model is to be trained on.
     with torch.device("cpu"), torch.inference_mode(False):
         return _load(_find(name, pretrained), target)
@@ -91,7 +101,7 @@ def _load(source: _Source, target: torch.device) -> LoadedModel:
     model = _build(source)
     notes += load_weights(model, found, source.weights, source.architecture)
     del found  # as large as the model
-    model = _move(model.eval().requires_grad_(False), target)
+    model = moved(model.eval().requires_grad_(False), target)
     preprocess_cfg = open_clip.get_model_preprocess_cfg(model)
     try:
         preprocess = Preprocess(PreprocessCfg(**preprocess_cfg))
@@ -115,6 +125,23 @@ def _load(source: _Source, target: torch.device) -> LoadedModel:
         tuple(map(Notice, notes)),
         source.config,
     )
+
+
+def problem_of(name: str, pretrained: str | None = None) -> str:
+    """Why a model can't be loaded without a network; "" if it can, but for its weights' content."""
+    try:
+        with offline():
+            source = _find(name, pretrained)
+    except FewShotError as error:
+        return str(error)
+    tokenizer = source.config["text_cfg"].get("hf_tokenizer_name")
+    if not tokenizer:
+        return ""
+    if source.folder is None:
+        is_there = cached_folder(tokenizer) is not None
+    else:
+        is_there = bool(tokenizer_files(source.folder))
+    return "" if is_there else f"its tokenizer, {tokenizer}, is not there"
 
 
 @dataclass(frozen=True)
@@ -161,14 +188,18 @@ def _find(name: str, pretrained: str | None) -> _Source:
             f"{error.strerror or first_line(error)}; "
             "pass a path that can be read"
         ) from error
+    if _REPOSITORY.fullmatch(name):
+        cached = cached_folder(name.removeprefix(_HUB))
+        if cached is not None:
+            return _from_folder(cached, pretrained, name)
     raise FewShotError(_unknown_model(name))
 
 
-def _from_folder(folder: Path, pretrained: str | None) -> _Source:
+def _from_folder(folder: Path, pretrained: str | None, name: str = "") -> _Source:
     config = read_config(folder)["model_cfg"]
     refuse_other_towers(config, str(folder))
     weights = _weights_in(folder, pretrained)
-    return _Source(config, weights, f"local-dir:{folder}", str(folder), folder)
+    return _Source(config, weights, f"local-dir:{folder}", name or str(folder), folder)
 
 
 def _weights_in(folder: Path, pretrained: str | None) -> Path:
@@ -180,6 +211,10 @@ def _weights_in(folder: Path, pretrained: str | None) -> Path:
     for found in _weights_files(folder):
         if len(found) == 1:
             return found[0]
+        # Repositories have the same weights for other libraries beside open_clip's.
+        own = [path for path in found if path.name.startswith("open_clip_")]
+        if len(own) == 1:
+            return own[0]
         if found:
             names = ", ".join(path.name for path in found)
             raise FewShotError(
@@ -309,8 +344,11 @@ def _build(source: _Source) -> nn.Module:
 
 
 def _unknown_model(name: str) -> str:
-    if name.startswith("hf-hub:"):
-        return f"{_MODEL}: download {name.removeprefix('hf-hub:')} and pass its folder"
+    if name.startswith(_HUB):
+        return (
+            f"{_MODEL}: {name.removeprefix(_HUB)} is not in Hugging Face's cache; fetch it with "
+            f"hf download {name.removeprefix(_HUB)}, or pass its folder"
+        )
     if name.startswith("local-dir:"):
         return f"{_MODEL}: pass the folder {name.removeprefix('local-dir:')} without local-dir:"
     if os.path.isfile(name):
@@ -322,7 +360,10 @@ def _unknown_model(name: str) -> str:
     close = get_close_matches(_plain(name), names, n=3, cutoff=0.5)
     likely = names.get(_plain(name)) or names.get(_plain(name.split(":")[0]))
     if len(Path(name).parts) > 1 and not likely:
-        return f"{_MODEL}: there is no folder {name}"
+        hint = ", and no such repository in Hugging Face's cache" * bool(
+            _REPOSITORY.fullmatch(name)
+        )
+        return f"{_MODEL}: there is no folder {name}{hint}"
     hint = f"; the nearest are {', '.join(names[key] for key in close)}" if close else ""
     return f"{_MODEL}: {name} is neither a folder nor an open_clip architecture{hint}"
 
@@ -330,33 +371,6 @@ def _unknown_model(name: str) -> str:
 def _plain(name: str) -> str:
     """A name without what people write in different ways."""
     return re.sub(r"[^a-z0-9+]+", "-", name.lower().strip()).replace("336px", "336")
-
-
-def _usable_device(device: str | torch.device) -> torch.device:
-    try:
-        target = torch.device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise FewShotError(
-            f"{setting('device', device)} can't be used here: {first_line(error)}; "
-            f"{setting('device', 'cpu')} always works"
-        ) from error
-    if target.type == "meta":
-        raise FewShotError(
-            f"{setting('device', 'meta')} holds no values; pass cpu or another device"
-        )
-    return target
-
-
-def _move(model: nn.Module, device: torch.device) -> nn.Module:
-    try:
-        return model.to(device)
-    except RuntimeError as error:  # of which running out of memory is one
-        raise FewShotError(
-            f"{setting('device', device)} can't take the model: {first_line(error)}; free its "
-            "memory, or "
-            "pass another device"
-        ) from error
 
 
 def _fingerprint(source: _Source, preprocess: dict[str, Any]) -> str:
