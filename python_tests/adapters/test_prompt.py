@@ -1,8 +1,9 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from open_clip.tokenizer import SimpleTokenizer
 from tiny_clip import Untouched, make_clip, swap_token_order
-from torch import nn
+from torch import Tensor, nn
 
 from tir_kernels.adapters import PromptContext, add_lora
 from tir_kernels.adapters.prompt_text import CutNameWarning, prompt_texts
@@ -44,6 +45,35 @@ def test_starts_as_a_photo_of_a(variant: str, num_vectors: int) -> None:
     torch.testing.assert_close(found, expected)
     assert torch.equal(found, intermediate)
     before.check()
+
+
+def without_start(texts: list[str]) -> Tensor:
+    """Token ids without start-of-text, as SigLIP's tokenizers give them."""
+    return F.pad(TOKENIZER(texts)[:, 1:], (0, 1))
+
+
+@pytest.mark.parametrize("num_vectors", [0, 2, 4])
+@torch.no_grad()
+def test_a_tokenizer_without_start_of_text(num_vectors: int) -> None:
+    """The vectors are in the place of the first words, and no part of a name is lost."""
+    model = make_text_clip(**VARIANTS["not causal"])
+    prompt = PromptContext(model, without_start, NAMES, num_vectors)
+    assert prompt.first == 0
+    words = "of a" if num_vectors == 2 else "a photo of a"
+    expected = model.encode_text(without_start([f"{words} {name}." for name in NAMES]))
+    torch.testing.assert_close(prompt()[0], expected)
+    if num_vectors:
+        prompt.vectors.copy_(model.text.token_embedding(TOKENIZER(["zebra"])[0, 1]))
+        own = " ".join(["zebra"] * num_vectors)
+        expected = model.encode_text(without_start([f"{own} {name}." for name in NAMES]))
+        torch.testing.assert_close(prompt()[0], expected)
+
+
+def test_a_tokenizer_that_knows_no_words_is_refused() -> None:
+    with pytest.raises(ValueError, match="gives 'a' and 'photo' the same tokens"):
+        PromptContext(
+            make_text_clip(), lambda texts: torch.ones(len(texts), 20, dtype=torch.long), NAMES
+        )
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tir_kernels.adapters.prompt_text import (
     CONTEXT_WORDS,
     CutNameWarning,
+    PromptTexts,
     prompt_texts,
     tokenize,
 )
@@ -43,6 +44,7 @@ class PromptContext(nn.Module):
             causal; the places of the vectors hold a word.
         last_position: (C,) the position that stands for each prompt.
         key_mask: (C, L) the tokens that are attended to, where the tower masks padding.
+        first: Place of the vectors: how many tokens, such as start-of-text, are in front of them.
         tower: The text tower.
 
     Raises:
@@ -70,7 +72,7 @@ class PromptContext(nn.Module):
             texts = prompt_texts(tokenizer, class_names, num_vectors, template)
             if texts.cut:
                 warnings.warn(texts.note(class_names), CutNameWarning, stacklevel=2)
-            token_ids = texts.token_ids
+            token_ids, self.first = texts.token_ids, texts.first
             last_position = self.tower.last_position(token_ids)
             if cut and self.tower.is_causal:
                 # No token sees the ones behind it: what follows the last end-of-text is waste.
@@ -81,7 +83,7 @@ class PromptContext(nn.Module):
             self.key_mask = None if key_mask is None else key_mask.to(embeddings.device)
             self.register_buffer("embeddings", embeddings, persistent=False)
             self.vectors = nn.Parameter(
-                _round(_start(tokenizer, self.tower, texts.words, num_vectors, generator))
+                _round(_start(tokenizer, self.tower, texts, num_vectors, generator))
             )
 
     @property
@@ -92,17 +94,18 @@ class PromptContext(nn.Module):
     def forward(self, text_layer: int | None = None) -> tuple[Tensor, Tensor]:
         """Class embeddings (C, E) of the last text block, and (C, E) of block ``text_layer``."""
         context = self.vectors.expand(len(self.embeddings), -1, -1)
-        embeddings = self.insert(context, self.embeddings)
+        embeddings = self.insert(context, self.embeddings, self.first)
         return self.tower.encode(embeddings, self.last_position, text_layer, self.key_mask)
 
     @staticmethod
-    def insert(context: Tensor, embeddings: Tensor) -> Tensor:
-        """(C, num_vectors, W) in the places kept for them in (C, T, W), after start-of-text."""
+    def insert(context: Tensor, embeddings: Tensor, first: int) -> Tensor:
+        """(C, num_vectors, W) in the places kept for them in (C, T, W), from place ``first`` on."""
         num_vectors = context.shape[1]
         if num_vectors == 0:
             return embeddings
         context = context.to(embeddings.dtype)
-        return torch.cat([embeddings[:, :1], context, embeddings[:, 1 + num_vectors :]], dim=1)
+        last = first + num_vectors
+        return torch.cat([embeddings[:, :first], context, embeddings[:, last:]], dim=1)
 
 
 def _check_arguments(class_names: Sequence[str], num_vectors: int) -> int:
@@ -128,13 +131,14 @@ def _round(embeddings: Tensor) -> Tensor:
 def _start(
     tokenizer: Callable[[list[str]], Tensor],
     tower: EncodesText,
-    text: str,
+    texts: PromptTexts,
     num_vectors: int,
     generator: torch.Generator | None,
 ) -> Tensor:
-    words = tower.embed(tokenize(tokenizer, [text.strip()]))[0]
-    known = len(CONTEXT_WORDS.split()) if text.strip() == CONTEXT_WORDS else num_vectors
-    words = words[1 : 1 + known]  # the token in front is start-of-text
+    front = texts.words.strip()
+    words = tower.embed(tokenize(tokenizer, [front]))[0]
+    known = len(CONTEXT_WORDS.split()) if front == CONTEXT_WORDS else num_vectors
+    words = words[texts.first : texts.first + known]
     if num_vectors <= len(words):
         return words[len(words) - num_vectors :].clone()
     device = "cpu" if generator is None else generator.device

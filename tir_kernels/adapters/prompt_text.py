@@ -27,11 +27,13 @@ class PromptTexts(NamedTuple):
         token_ids: (C, T) of the prompts.
         words: Text in front of the names.
         cut: Position of each name that was too long -> what is left of it.
+        first: How many tokens, such as start-of-text, are in front of the first word.
     """
 
     token_ids: Tensor
     words: str
     cut: dict[int, str]
+    first: int
 
     def note(self, names: Sequence[str]) -> str:
         """What was cut, in a sentence without its end; ``names`` are the classes' for the reader.
@@ -67,12 +69,14 @@ def prompt_texts(
         template: Text with one "{}" for the name; ``None``: "a photo of a {}.".
 
     Raises:
-        ValueError: The template is none, has not as many tokens in front of the name as there are
-            vectors, leaves no room for a name, or two names are the same once cut.
+        ValueError: The tokenizer does not tell words apart; the template is none, has not as many
+            tokens in front of the name as there are vectors, or leaves no room for a name; or two
+            names are the same once cut.
     """
     words, rest = (f"{CONTEXT_WORDS} ", ".") if template is None else _around_name(template)
+    first = _first_word(tokenizer)
     if num_vectors and template is not None:
-        _require_as_many(tokenizer, template, words, num_vectors)
+        _require_as_many(tokenizer, template, words, num_vectors, first)
     front = " ".join([PLACEHOLDER] * num_vectors) + " " if num_vectors else words
 
     def prompt(name: str) -> str:
@@ -97,13 +101,24 @@ def prompt_texts(
         texts[at] = prompt(name)
     token_ids = tokenize(tokenizer, texts)
     _require_distinct(token_ids, class_names, cut)
-    return PromptTexts(token_ids, words, cut)
+    return PromptTexts(token_ids, words, cut, first)
 
 
 def tokenize(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
     """(C, T) token ids on the CPU; tokenizers put them on the process's default device."""
     with torch.device("cpu"):
         return tokenizer(texts)
+
+
+def _first_word(tokenizer: Tokenizer) -> int:
+    """How many tokens there are in front of the first word of a text."""
+    one, other = tokenize(tokenizer, [PLACEHOLDER, "photo"])
+    differing = (one != other).nonzero()
+    if len(differing) == 0:
+        raise ValueError(
+            f"tokenizer gives {PLACEHOLDER!r} and 'photo' the same tokens; pass the model's own"
+        )
+    return int(differing[0])
 
 
 def _fit(tokenizer: Tokenizer, texts: list[str]) -> list[bool]:
@@ -168,14 +183,16 @@ def _around_name(template: str) -> tuple[str, str]:
     return front, rest
 
 
-def _require_as_many(tokenizer: Tokenizer, template: str, words: str, num_vectors: int) -> None:
+def _require_as_many(
+    tokenizer: Tokenizer, template: str, words: str, num_vectors: int, first: int
+) -> None:
     """Refuse words in front of the name that are not as many tokens as there are vectors."""
     rest = f"{PLACEHOLDER}{template.partition('{}')[2]}"
 
     def is_as_long_as(count: int) -> bool:
         """Whether behind so many tokens the prompt is as it is behind so many placeholders."""
         kept = " ".join([PLACEHOLDER] * count)
-        given, same = tokenize(tokenizer, [f"{words}{rest}", f"{kept} {rest}"])[:, 1 + count :]
+        given, same = tokenize(tokenizer, [f"{words}{rest}", f"{kept} {rest}"])[:, first + count :]
         return torch.equal(given, same)
 
     if not is_as_long_as(num_vectors):
