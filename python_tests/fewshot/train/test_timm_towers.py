@@ -64,7 +64,9 @@ def episode_for(model: Any, count: int) -> Any:
         name: F.interpolate(getattr(episode, name), size)
         for name in ("support_images", "query_images")
     }
-    return episode._replace(**resized) if hasattr(episode, "_replace") else replace(episode, resized)
+    return (
+        episode._replace(**resized) if hasattr(episode, "_replace") else replace(episode, resized)
+    )
 
 
 @pytest.mark.parametrize("family", ["PE-Core", "SigLIP"])

@@ -41,16 +41,16 @@ class EvaluateSettings(fields.Checked):
     )
     group_column: str | None = fields.text(None, GROUP_COLUMN_HELP)
     skip_unreadable: bool = fields.flag("Leave out images that can't be read, and count them.")
+    bootstrap: int = fields.whole(
+        2000,
+        "Resamples for the 95 % intervals; 0: none.",
+        least=0,
+        most=10**6,
+        reason="it is plenty",
+    )
+    seed: int = fields.seed("Seed of the resamples.")
     batch_size: int = fields.whole(
         64, "Images that are classified at once.", least=1, most=10**5, reason="no memory has room"
     )
-    bootstrap: int = fields.whole(
-        2000,
-        "Resamples for the 95 % intervals; 0: no intervals.",
-        least=0,
-        most=10**6,
-        reason="the intervals do not change any more",
-    )
-    seed: int = fields.seed("Seed of the resamples.")
     max_pixels: int | None = None
     white_value: float | None = None
