@@ -37,7 +37,7 @@ from tir_kernels.fewshot.prepare import (
     require_backend_here,
     versions,
 )
-from tir_kernels.fewshot.prompt_check import check_prompts
+from tir_kernels.fewshot.prompt_check import check_prompts, cut_names_are_known
 from tir_kernels.fewshot.run.progress import Messages
 from tir_kernels.fewshot.run.records import OK, Record
 from tir_kernels.fewshot.run.tracked import Track, TrackFile
@@ -193,7 +193,7 @@ class PreparedFit:
         fitter = Fitter(loaded, base, options.method, self._fit_settings, self._runtime, keeper)
         folds = number_of_folds(fitter, support)
         display = FitDisplay(self._messages.console, folds, options.method.steps)
-        with display:
+        with display, cut_names_are_known():
             figures = expected_accuracy(fitter, support, display)
             begun = time.monotonic()
             made = fitter.fit(

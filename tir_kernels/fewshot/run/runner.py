@@ -222,7 +222,7 @@ def _explained(where: str, device: str) -> Iterator[None]:
             "finished is kept"
         ) from error
     except (ValueError, TypeError) as error:
-        # The engine's own checks: a layer the model does not have, a class name that is too long.
+        # The engine's own checks, such as of a layer that the model does not have.
         raise FewShotError(f"{where}: {first_line(error)}") from error
 
 
