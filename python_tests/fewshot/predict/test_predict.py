@@ -98,7 +98,7 @@ def test_parquet_holds_the_same(predict, drawn, tmp_path):
 def test_without_pyarrow_parquet_is_refused(predict, drawn, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     arguments = ["predict", "x", str(drawn), "--out", str(tmp_path / "p.parquet")]
-    assert_refused(capsys, arguments, "--out", "pip install pyarrow", ".csv")
+    assert_refused(capsys, arguments, "--out", "tir_kernels[parquet]", ".csv")
 
 
 def test_what_cannot_be_read_is_skipped_and_listed(predict, images, tmp_path, capsys):
