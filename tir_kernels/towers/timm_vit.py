@@ -152,6 +152,10 @@ class TimmVision:
         return self.module.num_prefix_tokens
 
     @property
+    def has_class_token(self) -> bool:
+        return self.module.cls_token is not None
+
+    @property
     def reads(self) -> int | None:
         return 1 if self.module.global_pool == "token" else None
 
