@@ -49,7 +49,7 @@ class Architecture:
         """Its image tower in words; those alike open alike."""
         vision = self._config["vision_cfg"]
         if "timm_model_name" in vision:
-            return f"timm {type(_timm_trunk(vision['timm_model_name'])).__name__}"
+            return f"timm {type(_timm_tower(*_timm_options(vision)).trunk).__name__}"
         if isinstance(vision["layers"], list):
             return "ResNet"
         return ", ".join(["ViT", *_settings(vision)])
@@ -96,7 +96,7 @@ class Architecture:
         torch.manual_seed(0)
         model = varied(kind(**config))
         if "timm_model_name" in vision and not native:
-            model.visual = _timm_tower(vision["timm_model_name"])
+            model.visual = _timm_tower(*_timm_options(vision))
         if "hf_model_name" in text and not native:
             sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
             model.text = HFTextEncoder("", 16, RobertaConfig(**sizes), "mean_pooler", "mlp")
@@ -105,6 +105,8 @@ class Architecture:
     def outcome(self, which: str) -> str:
         """Of its tower "visual" or "text": "opened", or why not."""
         kind = self.image_kind if which == "visual" else self.text_kind
+        if kind.startswith("timm "):  # whose settings the kind doesn't tell
+            kind = self.name
         return _outcome(which, kind, self.small)
 
 
@@ -117,14 +119,16 @@ def _settings(section: dict[str, Any]) -> list[str]:
     ]
 
 
+def _timm_options(vision: dict[str, Any]) -> tuple[str, str, str]:
+    """Name, pool and projection of a tower of timm."""
+    pool, proj = vision.get("timm_pool", "avg"), vision.get("timm_proj", "linear")
+    return vision["timm_model_name"], pool, proj
+
+
 @functools.cache
-def _timm_tower(name: str) -> nn.Module:
+def _timm_tower(name: str, pool: str, proj: str) -> nn.Module:
     with torch.device("meta"):
-        return TimmModel(name, 16, pool="", proj="")
-
-
-def _timm_trunk(name: str) -> nn.Module:
-    return _timm_tower(name).trunk
+        return TimmModel(name, 16, pool=pool, proj=proj)
 
 
 _outcomes: dict[tuple[str, str], str] = {}

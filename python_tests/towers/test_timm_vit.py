@@ -2,12 +2,15 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from oracle import pick_counts, plain_relevance
+from timm.layers import AttentionPoolLatent
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from tiny_clip import Untouched, make_images
 from torch import Tensor, nn
@@ -218,15 +221,21 @@ def test_what_needs_texts_says_so() -> None:
 
 
 def test_unsuitable_towers_are_refused() -> None:
-    with pytest.raises(ValueError, match="pools its image tokens by attention"):
-        towers.vision_tower(make_vit(global_pool="map"))
+    with pytest.raises(ValueError, match=r"by its AttentionPoolPrr; what .*Latent"):
+        towers.vision_tower(make_vit(global_pool="prr"))
+    placed = make_vit(global_pool="map")
+    placed.attn_pool = AttentionPoolLatent(32, num_heads=2, pos_embed="abs", feat_size=21)
+    with pytest.raises(ValueError, match="by its AttentionPoolLatent with positions"):
+        towers.vision_tower(placed)
+    with pytest.raises(ValueError, match=r"keeps all its tokens \(global_pool=''\)"):
+        towers.vision_tower(make_vit(global_pool=""))
     dropping = make_vit(attn_drop_rate=0.1)
     before = Untouched(dropping)
     for add in (
         lambda: adapters.add_lora(dropping, towers=["visual"]),
         lambda: adapters.add_reweighting(dropping, placement="both"),
     ):
-        with pytest.raises(TypeError, match="without gate and dropout"):
+        with pytest.raises(TypeError, match="timm's Attention without dropout"):
             add()
         before.check()
     with adapters.add_reweighting(dropping) as handle:
@@ -235,7 +244,7 @@ def test_unsuitable_towers_are_refused() -> None:
     parallel = make_vit(block_fn=ParallelScalingBlock)
     with pytest.raises(TypeError, match="block of kind ParallelScalingBlock"):
         adapters.add_reweighting(parallel)
-    with pytest.raises(TypeError, match="must use timm's Attention"):
+    with pytest.raises(TypeError, match=r"use timm's Attention without .*; got NoneType"):
         adapters.add_lora(parallel, towers=["visual"])
     with adapters.add_reweighting(make_vit(), placement="both") as handle:
         handle.set_class_embeddings(make_classes())
@@ -250,3 +259,16 @@ def test_the_joint_space_is_the_norm_alone() -> None:
     tokens = torch.randn(2, 3, 32)
     norm = F.layer_norm(tokens, (32,), space.norm_weight, space.norm_bias, space.norm_eps)
     torch.testing.assert_close(norm, make_vit().norm(tokens))
+
+
+def test_peft_format_does_not_know_one_linear_map_for_three(tmp_path: Path) -> None:
+    model = make_vit()
+    lora = adapters.add_lora(model, rank=2, towers=["visual"])
+    with pytest.raises(TypeError, match=r"separate projections alone; keep lora\.factors\(\)"):
+        adapters.save_lora(lora, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    lora.remove()
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 1}')
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(TypeError, match="separate projections alone"):
+        adapters.load_lora(model, tmp_path)
