@@ -38,7 +38,7 @@ def make_clip(
     """
     torch.manual_seed(0)
     kind = CustomTextCLIP if custom_text else CLIP
-    return _varied(kind(16, {**VISION, **(vision or {})}, {**TEXT, **(text or {})}, **options))
+    return varied(kind(16, {**VISION, **(vision or {})}, {**TEXT, **(text or {})}, **options))
 
 
 def make_coca(words: dict[str, int] | None = None) -> nn.Module:
@@ -46,12 +46,13 @@ def make_coca(words: dict[str, int] | None = None) -> nn.Module:
     torch.manual_seed(0)
     text = {**TEXT, **(words or {})}
     vision = {**VISION, **ATTENTION_POOL, "output_tokens": True}
-    model = CoCa(16, text, {**text, "embed_cls": True, "output_tokens": True}, vision)
-    nn.init.normal_(model.text_decoder.text_projection)  # which open_clip leaves uninitialised
-    return _varied(model)
+    return varied(CoCa(16, text, {**text, "embed_cls": True, "output_tokens": True}, vision))
 
 
-def _varied(model: nn.Module) -> nn.Module:
+def varied(model: nn.Module) -> nn.Module:
+    """The model in evaluation mode, with noise on its gains, offsets and layer scales."""
+    if isinstance(model, CoCa):  # which leaves it uninitialised
+        nn.init.normal_(model.text_decoder.text_projection)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

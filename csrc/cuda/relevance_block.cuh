@@ -256,11 +256,9 @@ struct RelevanceBlock {
       for (int j = 0; j < kColumns; ++j) {
         TIR_UNROLL
         for (int half = 0; half < kHalves; ++half) {
-          TIR_UNROLL
-          for (int e = 0; e < 2; ++e) {
-            float feature = features[m][j][2 * half + e];
-            squares[m][half] += feature * feature;
-          }
+          const float* feature = &features[m][j][2 * half];
+          squares[m][half] += feature[0] * feature[0];
+          squares[m][half] += feature[1] * feature[1];
         }
       }
     }

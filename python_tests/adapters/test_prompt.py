@@ -1,10 +1,12 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from open_clip.tokenizer import SimpleTokenizer
 from tiny_clip import Untouched, make_clip, swap_token_order
-from torch import nn
+from torch import Tensor, nn
 
 from tir_kernels.adapters import PromptContext, add_lora
+from tir_kernels.adapters.prompt_text import CutNameWarning, prompt_texts
 from tir_kernels.towers import text_tower
 
 NAMES = ["cat", "annual crop land", "melanocytic nevus", "dog"]
@@ -43,6 +45,35 @@ def test_starts_as_a_photo_of_a(variant: str, num_vectors: int) -> None:
     torch.testing.assert_close(found, expected)
     assert torch.equal(found, intermediate)
     before.check()
+
+
+def without_start(texts: list[str]) -> Tensor:
+    """Token ids without start-of-text, as SigLIP's tokenizers give them."""
+    return F.pad(TOKENIZER(texts)[:, 1:], (0, 1))
+
+
+@pytest.mark.parametrize("num_vectors", [0, 2, 4])
+@torch.no_grad()
+def test_a_tokenizer_without_start_of_text(num_vectors: int) -> None:
+    """The vectors are in the place of the first words, and no part of a name is lost."""
+    model = make_text_clip(**VARIANTS["not causal"])
+    prompt = PromptContext(model, without_start, NAMES, num_vectors)
+    assert prompt.first == 0
+    words = "of a" if num_vectors == 2 else "a photo of a"
+    expected = model.encode_text(without_start([f"{words} {name}." for name in NAMES]))
+    torch.testing.assert_close(prompt()[0], expected)
+    if num_vectors:
+        prompt.vectors.copy_(model.text.token_embedding(TOKENIZER(["zebra"])[0, 1]))
+        own = " ".join(["zebra"] * num_vectors)
+        expected = model.encode_text(without_start([f"{own} {name}." for name in NAMES]))
+        torch.testing.assert_close(prompt()[0], expected)
+
+
+def test_a_tokenizer_that_knows_no_words_is_refused() -> None:
+    with pytest.raises(ValueError, match="gives 'a' and 'photo' the same tokens"):
+        PromptContext(
+            make_text_clip(), lambda texts: torch.ones(len(texts), 20, dtype=torch.long), NAMES
+        )
 
 
 @torch.no_grad()
@@ -166,8 +197,73 @@ def test_names_fill_the_context_but_no_more(num_vectors: int) -> None:
     prompt = PromptContext(model, TOKENIZER, ["cat", " ".join(["cat"] * room)], num_vectors)
     assert prompt.embeddings.shape[1] == CONTEXT_LENGTH
     long_name = " ".join(["cat"] * (room + 1))
-    with pytest.raises(ValueError, match=f"'{long_name}' is too long.* 20 tokens; shorten it"):
-        PromptContext(model, TOKENIZER, ["cat", long_name], num_vectors)
+    with pytest.warns(CutNameWarning, match="1 class name too long .* 20 tokens"):
+        cut = PromptContext(model, TOKENIZER, ["dog", long_name], num_vectors)
+    cut.vectors = prompt.vectors  # of which some are drawn
+    with torch.no_grad():
+        torch.testing.assert_close(cut()[0][1], prompt()[0][1])
+
+
+HUNDRED = [f"{first} " + " ".join(f"word{at}" for at in range(99)) for first in ("cat", "dog")]
+
+
+@pytest.mark.parametrize("num_vectors", [0, 4])
+@pytest.mark.parametrize("template", [None, "itap of a {}, my pet."])
+@pytest.mark.parametrize("context_length", [20, 32])
+def test_long_names_are_cut_before_the_end_of_the_template(
+    num_vectors: int, template: str | None, context_length: int
+) -> None:
+    tokenizer = SimpleTokenizer(context_length=context_length)
+    names = [HUNDRED[0], "bird", HUNDRED[1], "electroencephalographically" * 30]
+    num_vectors = num_vectors if template is None else 4 * (num_vectors > 0)
+    if template is not None and num_vectors:
+        template = "itap of a {}, my pet."  # 4 tokens in front
+    texts = prompt_texts(tokenizer, names, num_vectors, template)
+    end = tokenizer.encode((template or "{}.").partition("{}")[2])
+    for at, row in enumerate(texts.token_ids.tolist()):
+        tokens = row[: row.index(tokenizer.eot_token_id)]
+        assert tokens[-len(end) :] == end
+        assert (at in texts.cut) == (at != 1)
+        if at in texts.cut:
+            assert names[at].startswith(texts.cut[at])
+            # Less than the tokens of another word are left over.
+            assert context_length - 5 < len(tokens) + 1 <= context_length
+    note = texts.note(["a", "b", "c", "d"])
+    assert note.startswith(
+        f"3 class names too long for the model's text context of {context_length}"
+    )
+    assert "cut in prompts: 'a' to 'cat word0" in note
+
+
+def test_cut_names_that_become_the_same_are_refused() -> None:
+    shared = " ".join(f"word{at}" for at in range(100))
+    with pytest.raises(ValueError, match=r"class_names: 'word0 .*\.\.\..* left' and .* right' are"):
+        PromptContext(make_text_clip(), TOKENIZER, [f"{shared} left", "cat", f"{shared} right"])
+    # Nor may one that is whole be what is left of another.
+    room = CONTEXT_LENGTH - 7
+    whole = " ".join(["cat"] * room)
+    with pytest.raises(ValueError, match=r"are the same prompt once cut to .* 20 tokens; shorten"):
+        PromptContext(make_text_clip(), TOKENIZER, [whole, f"{whole} cat"])
+
+
+def test_other_tokenizers_are_known_to_cut_too() -> None:
+    """Functions of texts alone, and those of texts and a length without a method "encode"."""
+
+    def of_texts(texts: list[str]) -> torch.Tensor:
+        return TOKENIZER(texts)
+
+    def with_length(texts: list[str], context_length: int = CONTEXT_LENGTH) -> torch.Tensor:
+        return TOKENIZER(texts, context_length=context_length)
+
+    names = [HUNDRED[0], "cat"]
+    expected = prompt_texts(TOKENIZER, names, 4, None)
+    assert torch.equal(prompt_texts(with_length, names, 4, None).token_ids, expected.token_ids)
+    found = prompt_texts(of_texts, names, 4, None)
+    assert found.cut.keys() == {0}
+    assert END_OF_TEXT in found.token_ids[0]
+    assert found.token_ids[0].tolist().index(END_OF_TEXT) < CONTEXT_LENGTH
+    full_stop = TOKENIZER.encode(".")[0]
+    assert full_stop in found.token_ids[0]
 
 
 @pytest.mark.parametrize(

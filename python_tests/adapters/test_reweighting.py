@@ -215,8 +215,8 @@ def test_class_embeddings_must_be_set() -> None:
 
 
 def test_unsuitable_towers_are_refused() -> None:
-    timm_tower = {"timm_model_name": "test_vit", "image_size": 32}
-    with pytest.raises(TypeError, match="its tower is TimmModel"):
+    timm_tower = {"timm_model_name": "test_convnext", "image_size": 32}
+    with pytest.raises(ValueError, match="image tower is timm's ConvNeXt"):
         adapters.add_reweighting(CLIP(16, timm_tower, TEXT))
 
 

@@ -9,7 +9,6 @@ from analysis.views import attention, encode, make_towers, make_view
 from torch import nn
 
 from tir_kernels import WeightRule, adapters, analysis, token_weights
-from tir_kernels.analysis import measure_tokens
 from tir_kernels.analysis.measures import BlockView, Finding
 from tir_kernels.towers import vision_tower
 
@@ -39,7 +38,7 @@ def assert_pooled(tower, views, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * largest)
 
 
-TOWERS = ["open_clip", "registers", "patches alone"]
+TOWERS = ["open_clip", "registers", "registers alone", "patches alone"]
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -62,7 +61,9 @@ def test_views_hold_what_hooks_see(name):
         torch.testing.assert_close(view.hidden, hidden)
         torch.testing.assert_close(view.output, output)
         assert view.num_blocks == 5
-        assert view.num_prefix_tokens == {"open_clip": 1, "registers": 5, "patches alone": 0}[name]
+        prefix = {"open_clip": 1, "registers": 5, "registers alone": 4, "patches alone": 0}[name]
+        assert view.num_prefix_tokens == prefix
+        assert view.num_class_tokens == (name in ("open_clip", "registers"))
         assert view.labels is labels
         assert view.top_ratio == 0.5
         assert view.counts.shape == (3, 16)
@@ -254,7 +255,10 @@ def test_refusals(known, error, message):
         views_of(model, images, **{"class_embeddings": torch.randn(3, width), **known})
 
 
-def test_no_images():
+@pytest.mark.parametrize(
+    ("shape", "message"), [((0, 17, 32), "at least one image"), ((17, 32), r"got \(17, 32\)")]
+)
+def test_images_that_are_none(shape, message):
     tower = vision_tower(make_towers()["open_clip"][0])
-    with pytest.raises(ValueError, match="at least one image"):
-        measure_tokens(tower, torch.randn(0, 17, 32), [Views()])
+    with pytest.raises(ValueError, match=message):
+        analysis.measure(tower, torch.randn(shape), [Views()])

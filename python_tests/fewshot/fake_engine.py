@@ -19,7 +19,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tir_kernels.fewshot.command import main
 from tir_kernels.fewshot.episode import episode_seed
 from tir_kernels.fewshot.train.batch import EpisodeResult, NonFiniteLossError
-from tir_kernels.towers.loading.models import LoadedModel
+from tir_kernels.towers.loading.loaded import LoadedModel
 from tir_kernels.towers.loading.preprocess import Preprocess
 
 
@@ -42,7 +42,7 @@ def fake_finetune(episode, method, seed, on_step):
         num_classes,
         generator=torch.Generator().manual_seed(seed + len(method.name)),
     )
-    logits = -torch.cdist(episode.query_images.mean((2, 3)), centroids) + 0.1 * noise
+    logits = -torch.cdist(episode.query_images[:].mean((2, 3)), centroids) + 0.1 * noise
     return EpisodeResult(losses=losses, query_logits=logits, support_accuracy=1.0)
 
 
@@ -78,9 +78,10 @@ def fake_model(name="fake", pretrained=None, *, device="cpu"):
     return LoadedModel(torch.nn.Identity(), small_preprocess, fake_tokenizer, name, name)
 
 
-def fake_tokenizer(texts):
-    """The characters of each text, without regard to case."""
-    return torch.tensor([[ord(char) for char in text.lower().ljust(40)] for text in texts])
+def fake_tokenizer(texts, context_length=80):
+    """The first characters of each text, without regard to case."""
+    texts = [text.lower()[:context_length].ljust(context_length) for text in texts]
+    return torch.tensor([[ord(char) for char in text] for text in texts])
 
 
 def run_main(arguments, *, draws_page=False):

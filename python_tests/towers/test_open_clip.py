@@ -11,6 +11,7 @@ from tiny_clip import (
     OWN_BLOCKS,
     TEXT,
     Untouched,
+    make_class_embeddings,
     make_clip,
     make_coca,
     make_images,
@@ -19,8 +20,8 @@ from tiny_clip import (
 )
 from torch import Tensor, nn
 
-from tir_kernels import JointSpace
-from tir_kernels.towers import text_tower, vision_tower
+from tir_kernels import JointSpace, adapters
+from tir_kernels.towers import ImageEncoder, text_tower, vision_tower
 
 TEXT_VARIANTS: dict[str, Callable[[], nn.Module]] = {
     "clip": make_clip,
@@ -119,9 +120,6 @@ def test_vision_tower_of_a_model_and_on_its_own() -> None:
 
 
 def test_other_image_towers_are_refused() -> None:
-    timm_tower = {"timm_model_name": "test_vit", "image_size": 32}
-    with pytest.raises(TypeError, match=r"its tower is TimmModel\. Choose .* ViT-B-16"):
-        vision_tower(CLIP(16, timm_tower, TEXT))
     resnet = {"layers": (1, 1, 1, 1), "width": 8, "image_size": 32, "head_width": 8}
     with pytest.raises(TypeError, match="its tower is ModifiedResNet"):
         vision_tower(CLIP(16, resnet, TEXT))
@@ -132,6 +130,37 @@ def test_other_image_towers_are_refused() -> None:
         vision_tower(cosine)
     with pytest.raises(RuntimeError, match="3D"):
         cosine.encode_image(make_images())
+
+
+@pytest.mark.parametrize("class_token_only", [True, False])
+@torch.no_grad()
+def test_the_last_block_may_run_for_the_class_token_alone(class_token_only: bool) -> None:
+    """Where LoRA has opened its attention."""
+    model = make_clip(OWN_BLOCKS)
+    tower = vision_tower(model)
+    with adapters.add_lora(model, rank=2) as lora:
+        for parameter in lora.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        encoder = ImageEncoder(tower, class_token_only)
+        tokens = encoder.embed(make_images())
+        first = tower.blocks[-1].first_tokens(tokens, 1)
+        assert first is not None
+        torch.testing.assert_close(first, tower.blocks[-1](tokens)[:, :1])
+        expected = model.encode_image(make_images())
+        torch.testing.assert_close(encoder.features(tokens), expected)
+
+
+@torch.no_grad()
+def test_a_tower_without_a_pool_takes_adapters() -> None:
+    model = make_clip({"pool_type": "none"})
+    expected = model.encode_image(make_images())
+    assert expected.shape == (4, 17, 16)
+    for placement in ("tokens", "attention"):
+        with adapters.add_reweighting(model, placement=placement, rule="none") as handle:
+            handle.set_class_embeddings(make_class_embeddings())
+            torch.testing.assert_close(model.encode_image(make_images()), expected)
+    with adapters.add_lora(model):
+        torch.testing.assert_close(model.encode_image(make_images()), expected)
 
 
 @pytest.mark.parametrize("variant", TEXT_VARIANTS)

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from oracle import pick_counts, plain_relevance
+from timm.layers import AttentionPoolLatent
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from tiny_clip import Untouched, make_images
 from torch import Tensor, nn
@@ -220,15 +221,21 @@ def test_what_needs_texts_says_so() -> None:
 
 
 def test_unsuitable_towers_are_refused() -> None:
-    with pytest.raises(ValueError, match="pools its image tokens by attention"):
-        towers.vision_tower(make_vit(global_pool="map"))
+    with pytest.raises(ValueError, match=r"by its AttentionPoolPrr; what .*Latent"):
+        towers.vision_tower(make_vit(global_pool="prr"))
+    placed = make_vit(global_pool="map")
+    placed.attn_pool = AttentionPoolLatent(32, num_heads=2, pos_embed="abs", feat_size=21)
+    with pytest.raises(ValueError, match="by its AttentionPoolLatent with positions"):
+        towers.vision_tower(placed)
+    with pytest.raises(ValueError, match=r"keeps all its tokens \(global_pool=''\)"):
+        towers.vision_tower(make_vit(global_pool=""))
     dropping = make_vit(attn_drop_rate=0.1)
     before = Untouched(dropping)
     for add in (
         lambda: adapters.add_lora(dropping, towers=["visual"]),
         lambda: adapters.add_reweighting(dropping, placement="both"),
     ):
-        with pytest.raises(TypeError, match="without gate and dropout"):
+        with pytest.raises(TypeError, match="timm's Attention without dropout"):
             add()
         before.check()
     with adapters.add_reweighting(dropping) as handle:
@@ -237,7 +244,7 @@ def test_unsuitable_towers_are_refused() -> None:
     parallel = make_vit(block_fn=ParallelScalingBlock)
     with pytest.raises(TypeError, match="block of kind ParallelScalingBlock"):
         adapters.add_reweighting(parallel)
-    with pytest.raises(TypeError, match="must use timm's Attention"):
+    with pytest.raises(TypeError, match=r"use timm's Attention without .*; got NoneType"):
         adapters.add_lora(parallel, towers=["visual"])
     with adapters.add_reweighting(make_vit(), placement="both") as handle:
         handle.set_class_embeddings(make_classes())

@@ -1,13 +1,12 @@
 """CLIP, SigLIP and SigLIP 2 of transformers as towers, against the library's own modules."""
 
 import copy
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from oracle import pick_counts, plain_relevance
+from programs import output_of
 from small_transformers import (
     END_OF_TEXT,
     MODELS,
@@ -293,10 +292,7 @@ def test_nothing_is_imported_for_other_models() -> None:
         "except TypeError as error: assert 'a CLIPModel' in str(error)\n"
         "print([name for name in sys.modules if 'modeling_clip' in name or 'siglip' in name])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[]"
+    assert output_of(script) == "[]"
 
 
 def texts_without_padding_of_zero() -> Tensor:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from tir_kernels.adapters.prompt_text import (
+    CONTEXT_WORDS,
+    CutNameWarning,
+    PromptTexts,
+    prompt_texts,
+    tokenize,
+)
 from tir_kernels.scalars import whole_number
 from tir_kernels.towers import text_tower
 from tir_kernels.towers.run import EncodesText
-
-CONTEXT_WORDS = "a photo of a"
-_PLACEHOLDER = "a"  # one token of CLIP's tokenizer; its embedding is replaced
 
 
 class PromptContext(nn.Module):
@@ -21,7 +26,8 @@ class PromptContext(nn.Module):
     The context starts as the embeddings of "a photo of a". With fewer than four vectors it starts
     as the last of these words; with more, the vectors in front are drawn from N(0, 0.02²). A
     template puts its own words around the names; the context starts as those in front, whose number
-    of tokens must be that of the vectors.
+    of tokens must be that of the vectors. A name that is too long for the tower's context is cut,
+    with a ``CutNameWarning``; the prompt then still ends as the others do.
 
     Args:
         model: A model with a text tower, or that tower opened; it is read, never changed.
@@ -37,13 +43,13 @@ class PromptContext(nn.Module):
         embeddings: (C, T, W) of the prompts, up to the last end-of-text token where the tower is
             causal; the places of the vectors hold a word.
         last_position: (C,) the position that stands for each prompt.
-        num_start_tokens: How many tokens are in front of a text's own; SigLIP's texts have none.
         key_mask: (C, L) the tokens that are attended to, where the tower masks padding.
+        first: Place of the vectors: how many tokens, such as start-of-text, are in front of them.
         tower: The text tower.
 
     Raises:
-        TypeError, ValueError: An unsuitable text tower or argument, or names too long for the
-            tower's context.
+        TypeError, ValueError: An unsuitable text tower or argument, or names that only cutting
+            made the same.
     """
 
     embeddings: Tensor
@@ -61,19 +67,12 @@ class PromptContext(nn.Module):
         super().__init__()
         num_vectors = _check_arguments(class_names, num_vectors)
         self.tower = text_tower(model)
-        words, rest = (f"{CONTEXT_WORDS} ", ".") if template is None else _around_name(template)
-        if num_vectors:
-            kept = " ".join([_PLACEHOLDER] * num_vectors)
-            prompts = [f"{kept} {name}{rest}" for name in class_names]
-        else:
-            prompts = [f"{words}{name}{rest}" for name in class_names]
         # Everything here lasts: made as inference tensors, none of it could take part in training.
         with torch.inference_mode(False), torch.no_grad():
-            self.num_start_tokens = start = _num_start_tokens(tokenizer)
-            if num_vectors and template is not None:
-                _require_as_many(tokenizer, template, words, num_vectors, start)
-            token_ids = _tokenize(tokenizer, prompts)
-            _require_room(tokenizer, token_ids, prompts, class_names, num_vectors, start)
+            texts = prompt_texts(tokenizer, class_names, num_vectors, template)
+            if texts.cut:
+                warnings.warn(texts.note(class_names), CutNameWarning, stacklevel=2)
+            token_ids, self.first = texts.token_ids, texts.first
             last_position = self.tower.last_position(token_ids)
             if cut and self.tower.is_causal:
                 # No token sees the ones behind it: what follows the last end-of-text is waste.
@@ -84,7 +83,7 @@ class PromptContext(nn.Module):
             self.key_mask = None if key_mask is None else key_mask.to(embeddings.device)
             self.register_buffer("embeddings", embeddings, persistent=False)
             self.vectors = nn.Parameter(
-                _round(_start(tokenizer, self.tower, words, num_vectors, start, generator))
+                _round(_start(tokenizer, self.tower, texts, num_vectors, generator))
             )
 
     @property
@@ -95,18 +94,18 @@ class PromptContext(nn.Module):
     def forward(self, text_layer: int | None = None) -> tuple[Tensor, Tensor]:
         """Class embeddings (C, E) of the last text block, and (C, E) of block ``text_layer``."""
         context = self.vectors.expand(len(self.embeddings), -1, -1)
-        embeddings = self.insert(context, self.embeddings, self.num_start_tokens)
+        embeddings = self.insert(context, self.embeddings, self.first)
         return self.tower.encode(embeddings, self.last_position, text_layer, self.key_mask)
 
     @staticmethod
-    def insert(context: Tensor, embeddings: Tensor, num_start_tokens: int = 1) -> Tensor:
-        """(C, num_vectors, W) in the places kept for them in (C, T, W), after start-of-text."""
-        num_vectors, start = context.shape[1], num_start_tokens
+    def insert(context: Tensor, embeddings: Tensor, first: int) -> Tensor:
+        """(C, num_vectors, W) in the places kept for them in (C, T, W), from place ``first`` on."""
+        num_vectors = context.shape[1]
         if num_vectors == 0:
             return embeddings
         context = context.to(embeddings.dtype)
-        rest = embeddings[:, start + num_vectors :]
-        return torch.cat([embeddings[:, :start], context, rest], dim=1)
+        last = first + num_vectors
+        return torch.cat([embeddings[:, :first], context, embeddings[:, last:]], dim=1)
 
 
 def _check_arguments(class_names: Sequence[str], num_vectors: int) -> int:
@@ -121,51 +120,6 @@ def _check_arguments(class_names: Sequence[str], num_vectors: int) -> int:
     return num_vectors
 
 
-def _around_name(template: str) -> tuple[str, str]:
-    """The text of a template in front of the name, and behind it."""
-    if template.count("{}") != 1:
-        raise ValueError(f"template must hold one {{}} for the class's name; got {template!r}")
-    front, _, rest = template.partition("{}")
-    return front, rest
-
-
-def _num_start_tokens(tokenizer: Callable[[list[str]], Tensor]) -> int:
-    """How many tokens a tokenizer puts in front of every text."""
-    empty, word = _tokenize(tokenizer, ["", _PLACEHOLDER])
-    return int((empty == word).int().cumprod(0).sum())
-
-
-def _require_as_many(
-    tokenizer: Callable[[list[str]], Tensor],
-    template: str,
-    words: str,
-    num_vectors: int,
-    start: int,
-) -> None:
-    """Refuse words in front of the name that are not as many tokens as there are vectors."""
-    rest = f"{_PLACEHOLDER}{template.partition('{}')[2]}"
-
-    def is_as_long_as(count: int) -> bool:
-        """Whether behind so many tokens the prompt is as it is behind so many placeholders."""
-        kept = " ".join([_PLACEHOLDER] * count)
-        given, same = _tokenize(tokenizer, [f"{words}{rest}", f"{kept} {rest}"])[:, start + count :]
-        return torch.equal(given, same)
-
-    if not is_as_long_as(num_vectors):
-        most = _tokenize(tokenizer, [words]).shape[1] - 4
-        count = next((each for each in range(most) if is_as_long_as(each)), most)
-        raise ValueError(
-            f"template {template!r} has {count} tokens in front of {{}}, but the learned context "
-            f"has {num_vectors}; set context_tokens to {count}, or choose other words"
-        )
-
-
-def _tokenize(tokenizer: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:
-    """(C, T) token ids on the CPU; tokenizers put them on the process's default device."""
-    with torch.device("cpu"):
-        return tokenizer(texts)
-
-
 def _round(embeddings: Tensor) -> Tensor:
     """To float16 and back: the published program keeps the words of its prompts in float16.
 
@@ -177,42 +131,17 @@ def _round(embeddings: Tensor) -> Tensor:
 def _start(
     tokenizer: Callable[[list[str]], Tensor],
     tower: EncodesText,
-    text: str,
+    texts: PromptTexts,
     num_vectors: int,
-    start: int,
     generator: torch.Generator | None,
 ) -> Tensor:
-    words = tower.embed(_tokenize(tokenizer, [text.strip()]))[0]
-    known = len(CONTEXT_WORDS.split()) if text.strip() == CONTEXT_WORDS else num_vectors
-    words = words[start : start + known]
+    front = texts.words.strip()
+    words = tower.embed(tokenize(tokenizer, [front]))[0]
+    known = len(CONTEXT_WORDS.split()) if front == CONTEXT_WORDS else num_vectors
+    words = words[texts.first : texts.first + known]
     if num_vectors <= len(words):
         return words[len(words) - num_vectors :].clone()
     device = "cpu" if generator is None else generator.device
     shape = (num_vectors - len(words), words.shape[1])
     drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device=device) * 0.02
     return torch.cat([drawn.to(words), words])
-
-
-def _require_room(
-    tokenizer: Callable[[list[str]], Tensor],
-    token_ids: Tensor,
-    prompts: list[str],
-    class_names: Sequence[str],
-    num_vectors: int,
-    start: int,
-) -> None:
-    """Refuse names that the tokenizer had to cut off to fit them into the context."""
-    length = token_ids.shape[1]
-    if start + num_vectors + 3 > length:  # one token of a name, full stop and end of text
-        raise ValueError(
-            f"num_vectors={num_vectors} leaves no room for names in the model's context of "
-            f"{length} tokens"
-        )
-    full = (token_ids != 0).sum(1) == length
-    for index in full.nonzero().flatten().tolist():
-        longer = tokenizer.encode(prompts[index]) if hasattr(tokenizer, "encode") else []
-        if start + len(longer) + 1 > length:
-            raise ValueError(
-                f"class_names: {class_names[index]!r} is too long for the model's context of "
-                f"{length} tokens; shorten it"
-            )

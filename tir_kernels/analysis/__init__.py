@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Any
 from tir_kernels.analysis.measures import MEASURES, measure_class
 
 if TYPE_CHECKING:
-    from tir_kernels.analysis.reader import measure, measure_tokens
+    from tir_kernels.analysis.reader import measure
     from tir_kernels.analysis.similarity import linear_cka, permutation_null
 
 _HOMES = {
     "linear_cka": "similarity",
     "measure": "reader",
-    "measure_tokens": "reader",
     "permutation_null": "similarity",
 }
 
@@ -21,7 +20,6 @@ __all__ = [
     "linear_cka",
     "measure",
     "measure_class",
-    "measure_tokens",
     "permutation_null",
 ]
 

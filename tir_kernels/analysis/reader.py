@@ -29,7 +29,8 @@ def measure(
         model: A model whose image tower can be opened, or that tower, with whatever adapters are
             on it; it is read in evaluation mode or not, as it is, and is not changed for a moment,
             but for the ``last_counts`` of a re-weighting, which are then those of this pass.
-        images: (B, 3, H, W), normalised for the model.
+        images: (B, 3, H, W), normalised for the model, or the tokens (B, L, D) that enter the first
+            block.
         measures: The measures.
         labels: (B,), the number of each image's class; ``None``: measures of classes find nothing.
         class_embeddings: (C, E), or (G, C, E) where G divides B and image b belongs to group
@@ -44,27 +45,12 @@ def measure(
             not fit, or a ratio outside [0, 1].
     """
     tower = vision_tower(model)
-    return measure_tokens(
-        tower,
-        tower.embed(images),
-        measures,
-        labels=labels,
-        class_embeddings=class_embeddings,
-        top_ratio=top_ratio,
-    )
-
-
-@torch.no_grad()
-def measure_tokens(
-    tower: VisionTower,
-    tokens: Tensor,
-    measures: Sequence[Measure],
-    *,
-    labels: Tensor | None = None,
-    class_embeddings: Tensor | None = None,
-    top_ratio: float = 0.3,
-) -> list[Finding]:
-    """As :func:`measure`, of embedded tokens (B, L, D)."""
+    if images.dim() not in (3, 4):
+        raise ValueError(
+            "images must be (B, 3, H, W), or their embedded tokens (B, L, D); "
+            f"got {tuple(images.shape)}"
+        )
+    tokens = tower.embed(images) if images.dim() == 4 else images
     _check_classes(labels, class_embeddings, len(tokens))
     top_ratio = WeightRule(top_ratio=top_ratio).top_ratio  # refuses what is none
     findings: list[Finding] = []
@@ -88,6 +74,7 @@ def measure_tokens(
             tower.joint_space,
             tower.compared_tokens,
             top_ratio,
+            getattr(tower, "has_class_token", True),  # towers need not say so
         )
         for each in measures:
             findings.extend(each.of_block(view))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,6 +30,22 @@ class EpisodePlan:
     query_orders: tuple[tuple[int, ...], ...] = ()
 
 
+class Images(Protocol):
+    """Images that are had in parts: a tensor (N, 3, H, W), or what reads them when asked.
+
+    Attributes:
+        shape: (N, 3, H, W).
+    """
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        """Some of the images, float32."""
+
+
 @dataclass(frozen=True)
 class Episode:
     """An episode's images, grouped by class in the order of ``class_names``.
@@ -38,7 +55,8 @@ class Episode:
         support_images: (S, 3, H, W) float32, S = C * shots, or with N augmented views of each image
             C * shots * (1 + N), where each image's views follow it.
         support_labels: (S,) int64 in [0, C).
-        query_images: (Q, 3, H, W) float32, Q = C * queries; Q may be 0.
+        query_images: (Q, 3, H, W) float32, a tensor or ``Images`` that are read when they are
+            classified; Q is C * queries, or any number where these are all; it may be 0.
         index: The episode's number.
         query_labels: (Q,) int64 in [0, C); for scoring only.
         folders: The folder names of the classes.
@@ -51,7 +69,7 @@ class Episode:
     class_names: list[str]
     support_images: Tensor
     support_labels: Tensor
-    query_images: Tensor
+    query_images: Images
     index: int = 0
     query_labels: Tensor = field(
         default_factory=lambda: torch.empty(0, dtype=torch.int64, device="cpu")
@@ -87,7 +105,7 @@ class Episode:
         class_names = self.class_names
         for name in ("support_images", "query_images"):
             images = getattr(self, name)
-            if images.dim() != 4 or images.shape[1] != 3:
+            if len(images.shape) != 4 or images.shape[1] != 3:
                 raise ValueError(
                     f"{name} must have shape (images, 3, H, W); got {tuple(images.shape)}"
                 )

@@ -31,13 +31,53 @@ def whole(
 
     def check(name: str, value: object) -> int:
         number = whole_number(name, value, "a whole number")
-        if least is not None and number < least:
-            raise ValueError(f"{name} must be at least {least}; got {number}")
-        if most is not None and number > most:
-            raise ValueError(f"{name} must be at most {most}, since {reason}; got {number}")
+        _require_bounds(name, number, least, most, reason)
         return number
 
     return _field(default, help, check)
+
+
+def seed(help: str) -> Any:
+    """A seed of random numbers, 0 by default."""
+    return whole(0, help, least=0, most=2**63 - 1, reason="generators take 63 bits")
+
+
+def views(help: str) -> Any:
+    """The number of further views of each image to train on."""
+    return whole(
+        0, help, least=0, most=1000, reason="so many views of one image are the same views again"
+    )
+
+
+def whole_or(
+    word: str,
+    default: int | str | None,
+    help: str,
+    *,
+    least: int,
+    most: int | None = None,
+    reason: str = "",
+) -> Any:
+    """A whole number, or a word in its place; the other arguments are those of ``whole``."""
+    expected = f"an int or {word!r}" if default is not None else f"an int, {word!r} or None"
+
+    def check(name: str, value: object) -> int | str:
+        if value == word:
+            return word
+        number = whole_number(name, value, expected)
+        _require_bounds(name, number, least, most, reason)
+        return number
+
+    return _field(default, help, check, word=word)
+
+
+def _require_bounds(
+    name: str, number: int, least: int | None, most: int | None, reason: str
+) -> None:
+    if least is not None and number < least:
+        raise ValueError(f"{name} must be at least {least}; got {number}")
+    if most is not None and number > most:
+        raise ValueError(f"{name} must be at most {most}, since {reason}; got {number}")
 
 
 def real(
@@ -111,7 +151,7 @@ def text_list(
     return _field(default, help, check, is_text_list=True)
 
 
-def text(default: str, help: str) -> Any:
+def text(default: str | None, help: str) -> Any:
     """Any text."""
 
     def check(name: str, value: object) -> str:

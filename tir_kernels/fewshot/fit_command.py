@@ -14,7 +14,6 @@ from tir_kernels.fewshot.arms import make_arms
 from tir_kernels.fewshot.interrupts import PROGRAM, leaving_at_once
 from tir_kernels.fewshot.options import (
     fit_settings_options,
-    group_option,
     method_fields,
     method_options,
     one_method_option,
@@ -22,7 +21,7 @@ from tir_kernels.fewshot.options import (
     source_options,
     with_options,
 )
-from tir_kernels.fewshot.report_command import show_page
+from tir_kernels.fewshot.report_command import PAGE_NAME, show_page
 from tir_kernels.fewshot.run.workers import Place
 from tir_kernels.fewshot.run_options import Inputs, Reading, settings_named
 from tir_kernels.fewshot.settings import FitSettings, Runtime
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
     "Folder of the classifier, which is made. The same command continues a fit that was stopped.",
 )
 @one_method_option()
-@group_option()
 @reading_options()
 @fit_settings_options()
 @click.option(
@@ -66,10 +64,10 @@ def fit(**options: Any) -> None:
     except (FewShotError, click.ClickException, click.Abort):
         raise
     except Exception as error:
-        from tir_kernels.fewshot.classifier.fit_folder import FOLDER
+        from tir_kernels.fewshot.classifier.folder import FIT_FOLDER
         from tir_kernels.fewshot.run.folder import expanded_out
 
-        raise describe_unforeseen(error, expanded_out(options["out"]) / FOLDER) from error
+        raise describe_unforeseen(error, expanded_out(options["out"]) / FIT_FOLDER) from error
 
 
 def _prepared(options: dict[str, Any]) -> PreparedFit:
@@ -124,7 +122,8 @@ def _show(fitted: Fitted) -> None:
     if fitted.tracked is not None:
         tracked = shlex.quote(str(fitted.tracked))
         _say(console, f"Measures: {printable(tracked)} ({PROGRAM} report draws them)")
-        if not fitted.was_finished:
+        # Of a fit that was killed before its page was drawn, it is drawn now.
+        if not (fitted.was_finished and (fitted.path / PAGE_NAME).exists()):
             show_page([fitted.tracked], fitted.path)
     _say(console, f"Classifier: {printable(str(fitted.path))}")
     for command in (f"predict {path} IMAGES", f"evaluate {path} --data OTHER_LABELLED_IMAGES"):
@@ -135,7 +134,7 @@ def _print_table(about: About, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from tir_kernels.fewshot.classifier.figures import accuracy_figures
+    from tir_kernels.fewshot.classifier.figures import accuracy_figures, why_no_estimate
 
     few, many = min(about.support), max(about.support)
     each = f"{few} of each class" if few == many else f"{few} to {many} of a class"
@@ -151,7 +150,7 @@ def _print_table(about: About, console: Console) -> None:
         table.add_row(*map(Text, row))
     console.print(table)
     if "held_out_accuracy" not in about.figures:
-        why = "a class has one image" if few == 1 else "none was asked for"
+        why = why_no_estimate(about.settings["folds"], about.support)
         _say(console, f"No held-out estimate: {why}. Only other labelled images tell the accuracy.")
 
 

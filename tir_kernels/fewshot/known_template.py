@@ -21,10 +21,11 @@ def with_known_template(arms: Sequence[Arm], data: ImageData) -> tuple[Arm, ...]
     Raises:
         FewShotError: The data is of no known set, or of one without a template.
     """
-    return tuple(replace(arm, method=_resolved(arm.method, data)) for arm in arms)
+    return tuple(replace(arm, method=method_with_known_template(arm.method, data)) for arm in arms)
 
 
-def _resolved(method: Any, data: ImageData) -> Any:
+def method_with_known_template(method: Any, data: ImageData) -> Any:
+    """A method as ``with_known_template`` leaves it; raises as that does."""
     given = getattr(method, "template", None) or ()
     if KNOWN not in given:
         return method

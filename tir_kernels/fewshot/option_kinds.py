@@ -9,8 +9,6 @@ from typing import Any
 
 import click
 
-from tir_kernels.fewshot.settings import AUTO
-
 
 class Count(click.IntRange):
     """A whole number with an upper bound, which is told with its reason."""
@@ -26,13 +24,23 @@ class Count(click.IntRange):
         return number
 
 
-class Parallel(click.ParamType):
-    """A number of episodes, or "auto"."""
+class NumberOr(click.ParamType):
+    """A whole number, or a word in its place."""
 
-    name = "integer|auto"
+    def __init__(self, word: str) -> None:
+        self.name = f"integer|{word}"
+        self._word = word
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"INTEGER|{self._word}"  # by itself, click would show the word in capitals
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return value if value == AUTO else click.INT.convert(value, param, ctx)
+        if value == self._word or isinstance(value, int):
+            return value
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a whole number nor {self._word}", param, ctx)
 
 
 class Name(click.ParamType):

@@ -14,8 +14,8 @@ from tir_kernels.fewshot.arms import fields_of
 from tir_kernels.fewshot.data.known import KNOWN_SETS
 from tir_kernels.fewshot.fields import kinds_of
 from tir_kernels.fewshot.methods import DEFAULT_METHODS, METHODS, method_class
-from tir_kernels.fewshot.option_kinds import NAME, Choice, Count, Parallel, WholeNumbers
-from tir_kernels.fewshot.settings import AUTO, FitSettings, Protocol, Runtime
+from tir_kernels.fewshot.option_kinds import NAME, Choice, Count, NumberOr, WholeNumbers
+from tir_kernels.fewshot.settings import AUTO, GROUP_COLUMN_HELP, FitSettings, Protocol, Runtime
 from tir_kernels.text import Notice, printable
 
 # Options that are not called like their settings.
@@ -108,25 +108,30 @@ def arm_options() -> Callable[[Callable], Callable]:
     )
 
 
+def _name_option(name: str, metavar: str, help: str) -> Callable[[Callable], Callable]:
+    """An option that takes the name of a file, a folder or the like."""
+    return click.option(name, type=NAME, metavar=metavar, help=help)
+
+
 _SOURCE_OPTIONS = [
-    click.option(
+    _name_option(
         "--images",
-        type=NAME,
-        metavar="DIR",
-        help="Folder of the images that a list names, also deep in it; by default the list's own.",
+        "DIR",
+        "Folder of the images that a list names, also deep in it; by default the list's own.",
     ),
     click.option(
         "--model",
         type=NAME,
         required=True,
         metavar="ARCH_OR_DIR",
-        help="An open_clip architecture, or a folder with open_clip_config.json and weights.",
+        help="An open_clip architecture, a folder with open_clip_config.json and weights, or a "
+        "repository of such a folder in Hugging Face's cache, as hf-hub:OWNER/NAME; the command "
+        "models lists those that are here.",
     ),
-    click.option(
+    _name_option(
         "--pretrained",
-        type=NAME,
-        metavar="TAG_OR_FILE",
-        help="Weights of the architecture: a tag of open_clip, or a checkpoint file.",
+        "TAG_OR_FILE",
+        "Weights of the architecture: a tag of open_clip, or a checkpoint file.",
     ),
 ]
 _DECODING_OPTIONS = [
@@ -145,19 +150,17 @@ _DECODING_OPTIONS = [
     ),
 ]
 _READING_OPTIONS = [
-    click.option(
+    _name_option(
         "--class-names",
-        type=NAME,
-        metavar="FILE_OR_SET",
-        help="JSON or CSV file: class -> words, or the names of a data set: "
+        "FILE_OR_SET",
+        "JSON or CSV file: class -> words, or the names of a data set: "
         f"{', '.join(KNOWN_SETS)}. Without it, the words are those of such a set if it has all "
         "classes, or else come from the names of folders or labels.",
     ),
-    click.option(
+    _name_option(
         "--cache",
-        type=NAME,
-        metavar="DIR",
-        help="Folder in which images are kept, decoded and resized, once they were needed; by "
+        "DIR",
+        "Folder in which images are kept, decoded and resized, once they were needed; by "
         "default tir_kernels/images in $XDG_CACHE_HOME or ~/.cache. Each user has a sub-folder "
         "of their own in it, which any number of runs may share, and which may be deleted at any "
         "time. Without room in it, the run goes on without.",
@@ -167,24 +170,22 @@ _READING_OPTIONS = [
     click.option(
         "--skip-unreadable",
         is_flag=True,
-        help="Replace images that can't be read by others of their class, and list them at the "
-        "end.",
+        help="Replace images that can't be read by others of their class, if there are any, and "
+        "list them at the end.",
     ),
 ]
 
 
 _DRAWING_OPTIONS = [
-    click.option(
+    _name_option(
         "--train",
-        type=NAME,
-        metavar="SOURCE",
-        help="In place of --data, with --test: data, of any kind, that support comes from.",
+        "SOURCE",
+        "In place of --data, with --test: data, of any kind, that support comes from.",
     ),
-    click.option(
+    _name_option(
         "--test",
-        type=NAME,
-        metavar="SOURCE",
-        help="Data with the same classes that queries come from, in which no image of --train is.",
+        "SOURCE",
+        "Data with the same classes that queries come from, in which no image of --train is.",
     ),
 ]
 
@@ -198,17 +199,15 @@ def base_options() -> Callable[[Callable], Callable]:
     """The options of a classifier's base model, for commands that use a classifier."""
     return _adding(
         [
-            click.option(
+            _name_option(
                 "--model",
-                type=NAME,
-                metavar="ARCH_OR_DIR",
-                help="The classifier's base model, where it has moved.",
+                "ARCH_OR_DIR",
+                "The classifier's base model, where it has moved.",
             ),
-            click.option(
+            _name_option(
                 "--pretrained",
-                type=NAME,
-                metavar="TAG_OR_FILE",
-                help="Weights of that model.",
+                "TAG_OR_FILE",
+                "Weights of that model.",
             ),
         ]
     )
@@ -219,10 +218,7 @@ def group_option() -> Callable[[Callable], Callable]:
     return click.option(
         "--group-column",
         metavar="COLUMN",
-        help="Column of a table whose values are the subjects that images show, such as patients "
-        "or lesions: no subject is on both sides, among images that are trained on and images that "
-        "are classified to see how well. Known by itself for HAM10000 (lesion_id) and ChestX-ray8 "
-        "(Patient ID); none pays no regard to subjects.",
+        help=GROUP_COLUMN_HELP,
     )
 
 
@@ -245,9 +241,10 @@ def source_options(
         required=data_required,
         metavar="SOURCE",
         help="Folder with a sub-folder of images per class, or with parts such as train and test "
-        "that have them; a list of images: JSON with image_names, image_labels and label_names, or "
-        "a split of CoOp, or CSV or TSV with columns for file and label, or with a column of 0 and "
-        "1 per class; or hf:NAME[:SPLIT] from Hugging Face, or a folder of its save_to_disk.",
+        "that have them, of which support comes from one and queries from the other; a list of "
+        "images: JSON with image_names, image_labels and label_names, or a split of CoOp, or CSV "
+        "or TSV with columns for file and label, or with a column of 0 and 1 per class; or "
+        "hf:NAME[:SPLIT] from Hugging Face, or a folder of its save_to_disk.",
     )
     folder = click.option("--out", type=NAME, required=True, metavar=metavar, help=out)
     return _adding([data, *_SOURCE_OPTIONS, folder])
@@ -303,9 +300,9 @@ def _field_option(
 def _option_type(field: dataclasses.Field, hint: Any) -> Any:
     if "choices" in field.metadata:
         return Choice(field.metadata["choices"])
-    kind, *others = kinds_of(hint)
-    if others:
-        return Parallel()
+    if "word" in field.metadata:
+        return NumberOr(field.metadata["word"])
+    kind = kinds_of(hint)[0]
     return WholeNumbers() if kind is tuple else kind
 
 
@@ -328,7 +325,9 @@ def episodes_option(default: int) -> Callable[[Callable], Callable]:
         "--episodes",
         type=Count(1, 10**6, "the interval of a mean does not get narrower in any sense"),
         default=default,
-        help="Episodes; a run may be continued with more.",
+        help="Episodes: draws of classes and images by the seed, on each of which every method is "
+        "trained anew. Where other programs repeat a training with seeds 1, 2 and 3, that is 3 "
+        "episodes. A run may be continued with more.",
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -15,14 +15,14 @@ import tir_kernels
 from tir_kernels.fewshot.data.cache import open_cache
 from tir_kernels.fewshot.data.dataset import ImageData, load_data
 from tir_kernels.fewshot.data.decoding import Decoding
-from tir_kernels.fewshot.data.draw import require_groups
+from tir_kernels.fewshot.data.draw import require_groups, with_ways
+from tir_kernels.fewshot.data.queries import all_queries_note
 from tir_kernels.fewshot.data.reader import ImageReader, Preprocess
 from tir_kernels.fewshot.data.split import load_split
 from tir_kernels.fewshot.devices import is_slow_at, resolve_device
-from tir_kernels.fewshot.episode import Episode
 from tir_kernels.fewshot.fields import as_settings
 from tir_kernels.fewshot.known_template import with_known_template
-from tir_kernels.fewshot.methods import Method, Observer
+from tir_kernels.fewshot.prompt_check import check_prompts, cut_names_are_known
 from tir_kernels.fewshot.run.folder import (
     SUMMARY_NAME,
     RunFolder,
@@ -35,63 +35,22 @@ from tir_kernels.fewshot.run.progress import Messages, RunDisplay
 from tir_kernels.fewshot.run.records import Record
 from tir_kernels.fewshot.run.runner import (
     RunPlan,
-    StepFunction,
-    require_distinct_prompts,
     run_episodes,
 )
+from tir_kernels.fewshot.run.trainer import Trainer
 from tir_kernels.fewshot.run.workers import Place
 from tir_kernels.fewshot.run_options import Inputs, Reading, RunOptions, settings_named
-from tir_kernels.fewshot.settings import AUTO, Protocol, Runtime
+from tir_kernels.fewshot.settings import ALL, AUTO, Protocol, Runtime
 from tir_kernels.fewshot.track.watcher import RunWatcher
 from tir_kernels.fewshot.train import loop
+from tir_kernels.fewshot.train.batch import CLASSIFIED_AT_ONCE
 from tir_kernels.operators.choose import refusal
 from tir_kernels.text import setting
 from tir_kernels.towers.loading import models
-from tir_kernels.towers.loading.models import LoadedModel
+from tir_kernels.towers.loading.loaded import LoadedModel
 
 if TYPE_CHECKING:
     from tir_kernels.fewshot.run.summary import Summary
-
-
-class ModelTrainer:
-    """Trains episodes on a model; see ``run.runner.Trainer``.
-
-    Args:
-        model: The model.
-        seed: Seed of the run.
-        runtime: Device and types.
-    """
-
-    def __init__(self, model: LoadedModel, seed: int, runtime: Runtime) -> None:
-        self._model = model
-        self._seed = seed
-        self._runtime = replace(runtime, parallel=None)
-
-    def train(
-        self,
-        episodes: list[Episode],
-        method: Method,
-        on_step: StepFunction,
-        observers: Sequence[Observer] = (),
-    ) -> list[Any]:
-        """The results of episodes that are trained at once."""
-        return loop.finetune_episodes(
-            self._model.model,
-            self._model.tokenizer,
-            episodes,
-            method,
-            seed=self._seed,
-            runtime=self._runtime,
-            on_step=on_step,
-            observers=observers,
-        )
-
-    def fitting(self, episode: Episode, method: Method) -> int | None:
-        """The number of such episodes that memory has room for; ``None`` without training."""
-        if not method.steps:
-            return None
-        model, tokenizer = self._model.model, self._model.tokenizer
-        return loop.episodes_that_fit(model, tokenizer, episode, method, self._runtime)
 
 
 class PreparedRun:
@@ -121,25 +80,24 @@ class PreparedRun:
         messages: Messages,
     ) -> None:
         self._options, self._inputs, self._reading = options, inputs, reading
-        self._protocol = protocol
         self._place, self._messages = place, messages
         with settings_named():
             loop.require_parallel(runtime, [arm.method for arm in options.arms])
-        device, note = resolve_device(runtime.device)
-        if note:
-            messages.tell(note)
-        self._given_device = device
-        decoding_of(reading)
-        require_backend_here(runtime.backend, device)
+        device = self._given_device = usable_device(runtime, reading, messages)
         self._runtime = replace(runtime, device=place.own_device(device))
         with messages.status("listing the images"):
             self._data = _listed(inputs)
         parallel = 1 if runtime.parallel is None else runtime.parallel
+        self._protocol = protocol = with_ways(protocol, self._data)
         arms = with_known_template(options.arms, self._data)
         self.plan = RunPlan(protocol, options.episodes, arms, self._runtime.device, parallel)
         for note in self._data.notes:
             messages.tell(note)
-        self._data.require(ways=protocol.ways, shots=protocol.shots, queries=protocol.queries)
+        self._data.require(
+            ways=protocol.ways if isinstance(protocol.ways, int) else len(self._data.classes),
+            shots=protocol.shots,
+            queries=protocol.queries_per_class,
+        )
         with messages.status("drawing the episodes"):
             require_groups(self._data, protocol, options.episodes)
 
@@ -154,9 +112,9 @@ class PreparedRun:
             loaded = models.load_model(
                 self._inputs.model, self._inputs.pretrained, device=self.plan.device
             )
-        for note in loaded.notes:
+        methods = [arm.method for arm in self.plan.arms]
+        for note in (*loaded.notes, *check_prompts(self._data, loaded.tokenizer, methods)):
             self._messages.tell(note)
-        require_distinct_prompts(self._data, loaded.tokenizer)
         return loaded
 
     def finished(self) -> Summary | None:
@@ -214,9 +172,19 @@ class PreparedRun:
                 steps={arm.name: arm.method.steps for arm in self.plan.arms},
                 finished=journal.records,
             )
-            trainer = ModelTrainer(self._model, self._protocol.seed, self._runtime)
+            trainer = Trainer(self._model, self._protocol.seed, self._runtime)
             images = image_reader(self._data, self._model.preprocess, self._reading, self._messages)
-            with display, self._watcher(journal) as watcher:
+            if self._protocol.queries == ALL:
+                self._messages.tell(
+                    all_queries_note(
+                        self._data,
+                        self._protocol,
+                        self._model.preprocess.shape,
+                        at_once=CLASSIFIED_AT_ONCE,
+                        is_cached=not self._reading.no_cache,
+                    )
+                )
+            with display, cut_names_are_known(), self._watcher(journal) as watcher:
                 for record in run_episodes(
                     self.plan,
                     self._data,
@@ -318,6 +286,20 @@ def decoding_of(reading: Reading) -> Decoding:
     """
     with settings_named():
         return Decoding(reading.max_pixels, reading.white_value)
+
+
+def usable_device(runtime: Runtime, reading: Reading, messages: Messages) -> str:
+    """The device that a training takes, with a word to the user where it was chosen here.
+
+    Raises:
+        FewShotError: The backend does not run on it, or images can't be read in this way.
+    """
+    device, note = resolve_device(runtime.device)
+    if note:
+        messages.tell(note)
+    decoding_of(reading)
+    require_backend_here(runtime.backend, device)
+    return device
 
 
 def require_backend_here(backend: str, device: str) -> None:

@@ -26,7 +26,7 @@ class Inputs:
         class_names: Words of the classes, see ``class_words``.
         pretrained: Weights, see ``load_model``.
         train, test: Data that support and queries come from; ``data`` then is "".
-        group_column: Column of the subjects that the images of a table show, see ``load_data``.
+        group_column: Column of the subjects that images show, see ``load_data``.
 
     Raises:
         FewShotError: No data is named, or in both ways.

@@ -8,12 +8,18 @@ from typing import Any
 from tir_kernels.fewshot import fields
 from tir_kernels.fewshot.methods import Method, method_class
 from tir_kernels.operators.choose import backend_names, require_backend
-from tir_kernels.scalars import whole_number
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 AUTO = "auto"
+ALL = "all"
 BALANCES = ("none", "loss", "sampling")
-_MOST_AT_ONCE = 4096  # episodes
+GROUP_COLUMN_HELP = (
+    "Column of a table, or of a data set of Hugging Face, whose values are the subjects that "
+    "images show, such as patients or lesions: no subject is on both sides, among images that are "
+    "trained on and images that are classified to see how well, and an evaluation's intervals are "
+    "over subjects. Known by itself for HAM10000 (lesion_id) and ChestX-ray8 (Patient ID); none "
+    "pays no regard to subjects."
+)
 
 
 def _backends() -> tuple[str, ...]:
@@ -25,47 +31,44 @@ def _backend(name: str, value: object) -> object:
     return value
 
 
-def _count_or_auto(name: str, value: object) -> int | str:
-    if value == AUTO:
-        return AUTO
-    number = whole_number(name, value, "an int, 'auto' or None")
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1; got {number}")
-    if number > _MOST_AT_ONCE:
-        raise ValueError(
-            f"{name} must be at most {_MOST_AT_ONCE}, since no device's memory holds so many; "
-            f"got {number}"
-        )
-    return number
-
-
 @dataclass(frozen=True)
 class Protocol(fields.Checked):
     """The episodes of a run: N-way K-shot, and the seed that draws them."""
 
-    ways: int = fields.whole(5, "Classes per episode.", least=2)
+    ways: int | str = fields.whole_or(
+        ALL, 5, "Classes of each episode, drawn anew; all: every class of the data.", least=2
+    )
     shots: int = fields.whole(
-        5, "Support images per class.", least=1, most=10**6, reason="no class has as many images"
+        5,
+        "Support images per class, which the methods learn from.",
+        least=1,
+        most=10**6,
+        reason="no class has as many images",
     )
-    queries: int = fields.whole(15, "Query images per class.", least=1)
-    seed: int = fields.whole(
-        0,
-        "Seed of the choice of episodes, and of each method's initialisation and dropout.",
-        least=0,
-        most=2**63 - 1,
-        reason="generators take 63 bits",
+    queries: int | str = fields.whole_or(
+        ALL,
+        15,
+        "Query images per class, which are classified to score the methods; all: every image of "
+        "the episode's classes that is not support, and of data with a part for queries that whole "
+        "part. Classes may then have unequal numbers; accuracy is over all images.",
+        least=1,
     )
-    augment: int = fields.whole(
-        0,
+    seed: int = fields.seed(
+        "Seed of the choice of episodes, and of each method's initialisation and dropout. Each of "
+        "a seed's episodes is another draw."
+    )
+    augment: int = fields.views(
         "Train on this many views of each support image beside the image itself; 0 for none. The "
         "cross-domain few-shot benchmark takes 4. A view is a part of the image of 8 to 100 % of "
         "its area and a ratio of sides of 3/4 to 4/3, scaled up to the model's size, flipped half "
         "of the time, with brightness, contrast and saturation times a random number from 0.6 to "
-        "1.4. Views are drawn once per episode, from the seed and its number alone.",
-        least=0,
-        most=1000,
-        reason="so many views of one image are the same views again",
+        "1.4. Views are drawn once per episode, from the seed and its number alone."
     )
+
+    @property
+    def queries_per_class(self) -> int | None:
+        """Query images per class; ``None`` for all."""
+        return self.queries if isinstance(self.queries, int) else None
 
 
 @dataclass(frozen=True)
@@ -79,19 +82,11 @@ class FitSettings(fields.Checked):
         most=10**6,
         reason="no class has as many images",
     )
-    seed: int = fields.whole(
-        0,
-        "Seed of the choice of images, and of the method's initialisation and dropout.",
-        least=0,
-        most=2**63 - 1,
-        reason="generators take 63 bits",
+    seed: int = fields.seed(
+        "Seed of the choice of images, and of the method's initialisation and dropout."
     )
-    augment: int = fields.whole(
-        0,
-        "Train on this many views of each image beside the image itself; 0 for none.",
-        least=0,
-        most=1000,
-        reason="so many views of one image are the same views again",
+    augment: int = fields.views(
+        "Train on this many views of each image beside the image itself; 0 for none."
     )
     batch_size: int | None = fields.whole(
         None,
@@ -116,6 +111,7 @@ class FitSettings(fields.Checked):
         most=1000,
         reason="each is a training of its own",
     )
+    group_column: str | None = fields.text(None, GROUP_COLUMN_HELP)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -145,12 +141,15 @@ class Runtime(fields.Checked):
         _backend,
         choices=_backends,
     )
-    parallel: int | str | None = fields.checked(
+    parallel: int | str | None = fields.whole_or(
+        AUTO,
         None,
         "Most episodes trained at once, which a GPU needs to be busy: a number, auto for as many "
         "as fit into memory, or unset for all. Where memory runs out, half as many are; in float16 "
         "each is trained alone. The results are the same up to rounding.",
-        _count_or_auto,
+        least=1,
+        most=4096,
+        reason="no device's memory holds so many",
     )
     checkpoint: bool = fields.flag(
         "Compute activations again in the backward pass instead of keeping them: a third more "

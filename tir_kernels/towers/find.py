@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # ``vision_tower`` and ``text_tower``, which give None for models of other families.
 FAMILIES = {
     "open_clip": "tir_kernels.towers.open_clip:OpenClip",
-    "timm": "tir_kernels.towers.timm_vit:TimmVit",
+    "timm": "tir_kernels.towers.timm:Timm",
     "transformers": "tir_kernels.towers.transformers:Transformers",
 }
 

@@ -57,19 +57,6 @@ def require_own_forward(module: nn.Module) -> None:
         )
 
 
-def refuse_attention_pool(tower: Any) -> None:
-    """Refuse a tower that pools by attention: its patch tokens have no way into the joint space.
-
-    Raises:
-        ValueError: It does.
-    """
-    if getattr(tower, "attn_pool", None) is not None:
-        raise ValueError(
-            "model pools its image tokens by attention, so single patch tokens cannot be "
-            "compared with class embeddings; choose an architecture without attentional pooling"
-        )
-
-
 def put_on(module: Any, adapter: Any, opened: Mapping[type, type[Opened]]) -> None:
     """Put an adapter on a module, whose class must be a key of ``opened`` or one of its values."""
     if not isinstance(module, Opened):

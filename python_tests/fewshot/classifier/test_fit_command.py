@@ -148,6 +148,21 @@ def test_a_finished_fit_is_left_alone(whole, data, tiny_model_folder, capsys):
     assert_refused(capsys, other, *words, "--strength was 0.5, is 0.25")
 
 
+def test_the_template_of_a_known_set(arguments, tmp_path, capsys):
+    own = [*arguments, "--template=known", "--context-tokens=5", "--folds=0", "--steps=1"]
+    assert_refused(capsys, own, "--template known: no template is known for the classes of")
+    images = write_images(tmp_path / "eurosat", {"Forest": 2, "River": 2})
+    own = with_value(own, "--data", str(images))
+    assert main(own) == 0
+    about = json.loads((tmp_path / "out" / "classifier.json").read_text())
+    assert "a centered satellite photo of {}." in json.dumps(about)
+    assert fewshot.load_classifier(tmp_path / "out").about.method.template == (
+        "a centered satellite photo of {}.",
+    )
+    with pytest.raises(FewShotError, match="no template is known for the classes of"):
+        fewshot.fit(arguments[2], arguments[4], method=fewshot.methods.LoRA(template=("known",)))
+
+
 def test_other_images_are_refused(arguments, tmp_path, data, capsys):
     options = [*arguments, "--method=zero-shot", "--folds=0"]
     options = [each for each in options if not each.startswith(("--steps", "--lora"))]

@@ -204,3 +204,59 @@ def test_without_the_package(tmp_path, monkeypatch, data):
         data = tmp_path
     with pytest.raises(FewShotError, match=r"needs the package datasets .*\[huggingface\]"):
         load_data(data)
+
+
+def test_a_column_of_subjects(datasets, make):
+    text, number = datasets.Value("string"), datasets.Value("int64")
+    path = make(
+        patient=(text, ["x", "y", None, "x", "nan"]),
+        Age=(number, [40, 41, None, 40, 41]),
+        parts=(datasets.Sequence(number), [[1]] * 5),
+    )
+    data = load_data(path, group_column="patient")
+    crop, lake = data.classes
+    assert data.group_column == "patient"
+    assert (crop.files, lake.files) == (("1", "2", "4"), ("0", "3"))
+    assert (crop.groups[0], lake.groups) == ("y", ("x", "x"))
+    assert len(set(crop.groups)) == 3  # those without a value are alone
+    assert "5 images show 4 subjects by column patient" in data.notes[0]
+    assert "2 images without a value" in data.notes[0]
+    assert [each.groups[:1] for each in load_data(path, group_column="age").classes] == [
+        ("41",),
+        ("40",),
+    ]
+    # The rows without one differ by their groups, and so does the data.
+    plain = load_data(path)
+    assert (plain.group_column, plain.classes[0].groups) == ("", ())
+    assert plain.fingerprint != data.fingerprint
+    assert "1 of the 2 values of column patient stand for several images" in plain.notes[0]
+    assert "group_column=patient" in plain.notes[0]
+    assert not any("patient" in note for note in load_data(path, group_column="none").notes)
+    with pytest.raises(FewShotError, match="no column 'lesion'; it has picture, kind, patient"):
+        load_data(path, group_column="lesion")
+    with pytest.raises(FewShotError, match=r"group_column: column parts of .* name one of texts"):
+        load_data(path, group_column="parts")
+    with pytest.raises(FewShotError, match=r"group_column: column picture of .* has a Image"):
+        load_data(path, group_column="picture")
+
+
+def test_the_known_column_of_a_data_set(datasets, make):
+    made = make(lesion_id=(datasets.Value("string"), list("aabbc")))
+    assert load_data(made).group_column == ""  # of satellite images
+    features = {
+        "image": datasets.Image(),
+        "label": datasets.ClassLabel(names=["mel", "nv"]),
+        "lesion_id": datasets.Value("string"),
+    }
+    rows = {
+        "image": datasets.load_from_disk(str(made)).cast_column(
+            "picture", datasets.Image(decode=False)
+        )["picture"][:],
+        "label": [0, 1, 0, 1, 0],
+        "lesion_id": ["p", "q", "p", "q", "r"],
+    }
+    path = made.parent / "lesions"
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).save_to_disk(path)
+    data = load_data(path)
+    assert data.group_column == "lesion_id"
+    assert [each.groups for each in data.classes] == [("p", "p", "r"), ("q", "q")]

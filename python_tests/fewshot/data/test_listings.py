@@ -187,11 +187,12 @@ def test_chestx_table(folder, end):
         "Mass": ("images_001/images/1_0.png", "images_002/images/3.png"),
         "Nodule": ("images_002/images/2_0.png",),
     }
-    columns, kept, words = data.notes
+    columns, kept, words, published = data.notes
     assert "of column Image Index, classes those of column Finding Labels" in columns
     assert "3 of 5 images kept" in kept
     assert "Pneumothorax" in kept
     assert "chestx" in words
+    assert "has 3 images, ChestX of the cross-domain few-shot benchmark as published" in published
 
 
 def test_real_images_listed(real_data, tmp_path):

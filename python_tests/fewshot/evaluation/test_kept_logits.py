@@ -47,7 +47,7 @@ def test_another_evaluation_s_folder_is_refused(drawn, test_copy, tmp_path):
     evaluate(drawn, out=out)
     with pytest.raises(FewShotError, match=r"another evaluation: data was .*test, is .*copy"):
         evaluate(drawn, test_copy, out=out)
-    with pytest.raises(FewShotError, match=r"white_value was None, is 200"):
+    with pytest.raises(FewShotError, match=r"white_value was unset, is 200"):
         evaluate(drawn, settings=Settings(white_value=200.0), out=out)
     other = fewshot.fit(
         drawn.support,

@@ -79,6 +79,22 @@ def test_a_class_without_images_is_no_part_of_means():
     assert found.classes[4].precision == 0
 
 
+def test_of_equal_logits_the_first_class_wins_in_all_scores():
+    logits = np.zeros((3, 5), dtype=np.float32)
+    found = compute_scores(logits, np.array([0, 2, 4]), LABELS, 1.0, resamples=50)
+    assert found.scores["accuracy"].value == pytest.approx(1 / 3)
+    assert found.scores["top3_accuracy"].value == pytest.approx(2 / 3)
+    assert found.scores["top3_accuracy"].low < found.scores["top3_accuracy"].high
+
+
+def test_a_low_temperature_changes_no_order():
+    """Probabilities of the classes behind the first are all 0 then."""
+    logits = np.array([[0, 30, 1, 2, 3], [0, 30, 1, 2, 3]], dtype=np.float32)
+    found = compute_scores(logits, np.array([4, 2]), LABELS, 0.01, resamples=50)
+    assert found.probabilities[0].tolist() == [0, 1, 0, 0, 0]
+    assert found.scores["top3_accuracy"].value == 0.5
+
+
 def test_the_order_of_classes_does_not_matter():
     logits, targets = random_answers(100)
     order = np.array([3, 0, 4, 1, 2])

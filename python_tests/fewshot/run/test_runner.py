@@ -17,12 +17,12 @@ from tir_kernels.errors import FewShotError
 from tir_kernels.fewshot.data.dataset import load_data
 from tir_kernels.fewshot.data.reader import ImageReader
 from tir_kernels.fewshot.episode import episode_seed
-from tir_kernels.fewshot.prepare import ModelTrainer
 from tir_kernels.fewshot.run.folder import RunFolder
 from tir_kernels.fewshot.run.journal import JournalReader
 from tir_kernels.fewshot.run.records import Record
 from tir_kernels.fewshot.run.runner import RunPlan, run_episodes
 from tir_kernels.fewshot.run.summary import Estimate, print_summary, summarise
+from tir_kernels.fewshot.run.trainer import Trainer
 from tir_kernels.fewshot.settings import Arm, Protocol, Runtime
 from tir_kernels.fewshot.train import loop
 from tir_kernels.fewshot.train.loop import NonFiniteLossError
@@ -45,7 +45,7 @@ class Setting:
         self.plan = RunPlan(Protocol(ways=3, shots=2, queries=4), episodes=4, arms=arms)
 
     def run(self, finetune=fake_engine.fake_finetune, **options):
-        trainer = ModelTrainer(self.model, self.plan.protocol.seed, self.runtime)
+        trainer = Trainer(self.model, self.plan.protocol.seed, self.runtime)
         stand_in = contextlib.nullcontext()
         if finetune is not None:
             stand_in = mock.patch.object(loop, "finetune_episodes", fake_engine.at_once(finetune))

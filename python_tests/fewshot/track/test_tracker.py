@@ -225,7 +225,7 @@ class Looking:
                     own["received"] = matrix.mean((1, 2))
                 return ()
 
-        analysis.measure_tokens(learner._encoder._tower, inputs.flatten(0, 1), [Note()])
+        analysis.measure(learner._encoder._tower, inputs.flatten(0, 1), [Note()])
         self._seen.append(own)
 
 

@@ -210,7 +210,7 @@ def test_unknown_names(tmp_path):
         load_model("vit-b-16", "openai")
     with pytest.raises(FewShotError, match=r"no folder .*some/where"):
         load_model("some/where")
-    with pytest.raises(FewShotError, match="download org/name and pass its folder"):
+    with pytest.raises(FewShotError, match=r"org/name is not in .* cache; fetch it with"):
         load_model("hf-hub:org/name")
     (tmp_path / "weights.pt").write_text("")
     with pytest.raises(FewShotError, match="is a file; pass its architecture"):

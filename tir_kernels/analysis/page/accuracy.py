@@ -75,6 +75,11 @@ def verdict(run: ReportedRun) -> str:
     sentences = [_means(run)]
     if run.is_uneven:
         sentences.append(UNEVEN)
+    if run.settings.get("queries") == "all":
+        sentences.append(
+            "Accuracy is over all query images of an episode, so a class with more of them weighs "
+            "more."
+        )
     if len(run.arms) > 1:
         ablation = run.ablation
         sentences.append(separation(ablation.accuracy, ablation.references, ACCURACY))

@@ -20,6 +20,7 @@ from tir_kernels.analysis.page.accuracy import (
 from tir_kernels.analysis.page.comparison import comparison_tables
 from tir_kernels.analysis.page.curves import change_table
 from tir_kernels.analysis.page.environment import environment
+from tir_kernels.analysis.page.figure_files import write_figures
 from tir_kernels.analysis.page.gallery import COLOURS
 from tir_kernels.analysis.page.runs import ReportedRun, load_runs
 from tir_kernels.analysis.page.sections import BY_BLOCK, Section, field_section, run_sections
@@ -71,16 +72,7 @@ def write_page(
     _refuse_others_file(path)
     runs = load_runs(folders, baseline)
     page, drawings = _fitting_page(runs)
-    figures = path.with_name(f"{path.stem}-figures")
-    try:
-        figures.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FewShotError(
-            f"{setting('out')}: can't make {figures}: {first_line(error)}"
-        ) from error
-    for name, drawing in drawings.items():
-        write_whole(figures / f"{name}.svg", drawing.svg)
-        write_whole(figures / f"{name}.png", drawing.png)
+    write_figures(path.with_name(f"{path.stem}-figures"), drawings)
     write_whole(path, page)
     return path
 

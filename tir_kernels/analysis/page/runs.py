@@ -136,8 +136,11 @@ def _load(path: Path, baseline: str | None) -> ReportedRun:
         usual = (_first_of_method(settings, arms, method) for method in _COMPARED_WITH)
         baseline = next((arm for arm in usual if arm is not None), arms[0])
     about = content.get("about")
+    place = path.resolve()
+    if place.name.startswith("."):  # what a fit keeps, in the folder of its classifier
+        place = place.parent
     return ReportedRun(
-        name=path.resolve().name or str(path),
+        name=place.name or str(path),
         settings=settings,
         about=about if isinstance(about, dict) else {},
         episodes=content["episodes"],

@@ -45,12 +45,14 @@ def accuracy_figures(figures: Mapping[str, Any]) -> list[Figure]:
     if "held_out_accuracy" in figures:
         low, high = (f"{100 * figures[f'{_HELD_OUT}{end}']:.1f}" for end in ("low", "high"))
         own, folds = figures["held_out_accuracy"], figures["held_out_folds"]
+        subjects = figures.get("held_out_subjects")
+        counted = f"; the interval is for {subjects} subjects" if subjects else ""
         found.append(
             Figure(
                 "held-out estimate",
                 f"{percent(own)} (95 % interval {low} to {high} %)",
                 f"{folds}-fold: each image by one of {folds} trainings without it, which see fewer "
-                "images than the classifier",
+                f"images than the classifier{counted}",
             )
         )
     if "zero_shot_accuracy" in figures:
@@ -103,6 +105,20 @@ def doubts(figures: Mapping[str, Any], support: Sequence[int]) -> list[str]:
             "not show that anything was learned. Add images"
         )
     return found
+
+
+def why_no_estimate(folds: int, support: Sequence[int]) -> str:
+    """Why there is no held-out estimate.
+
+    Args:
+        folds: Folds as set.
+        support: Images of each class.
+    """
+    if not folds:
+        return "none was asked for"
+    if min(support) == 1:
+        return "a class has one image"
+    return "a class has images of one subject alone, or its subjects are those of other classes"
 
 
 def imbalance_note(

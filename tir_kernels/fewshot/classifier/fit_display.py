@@ -5,10 +5,10 @@ from __future__ import annotations
 from rich.console import Console
 from rich.progress import TimeElapsedColumn
 
-from tir_kernels.fewshot.run.progress import progress_bars
+from tir_kernels.fewshot.run.progress import Display, progress_bars
 
 
-class FitDisplay:
+class FitDisplay(Display):
     """Shows the trainings of a fit and their steps; an ``expected.FoldListener``.
 
     Args:
@@ -24,13 +24,6 @@ class FitDisplay:
         self._bars = progress_bars(console, TimeElapsedColumn())
         self._trainings = self._bars.add_task("trainings", total=folds + 1)
         self._steps = self._bars.add_task("", total=None)
-
-    def __enter__(self) -> FitDisplay:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bars.stop()
 
     def step(self, fold: int, step: int, loss: float) -> None:
         """A step of a held-out training is done."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from tir_kernels.errors import FewShotError, first_line
-from tir_kernels.fewshot.classifier.folder import ABOUT_FILE, require_own
+from tir_kernels.fewshot.classifier.folder import ABOUT_FILE, FIT_FOLDER, require_own
 from tir_kernels.fewshot.run.folder import (
     SETTINGS_NAME,
     RunFolder,
@@ -30,7 +30,6 @@ from tir_kernels.fewshot.strict_json import decode_json
 from tir_kernels.files import MIB, open_regular, read_bytes
 from tir_kernels.text import setting
 
-FOLDER = ".fit"
 PARTS_FILE = "parts.json"
 STATE_FILE = "state.pt"
 
@@ -58,7 +57,7 @@ class FitFolder:
 
     def __init__(self, path: str | Path, place: Place | None = None) -> None:
         self.path = expanded_out(path)
-        self.kept = self.path / FOLDER
+        self.kept = self.path / FIT_FOLDER
         try:
             if self.path.is_dir():
                 require_own(self.path)
@@ -70,7 +69,9 @@ class FitFolder:
                 "choose another folder"
             )
         self._run = RunFolder(self.kept, place, kind="fit")
-        for partial in self.kept.glob(".*.partial"):  # of a process that was killed
+        # Of a process that was killed; in a finished classifier's folder others may write too.
+        folders = [self.kept] if self.is_finished else [self.kept, self.path]
+        for partial in (each for folder in folders for each in folder.glob(".*.partial")):
             with contextlib.suppress(OSError):
                 partial.unlink()
 

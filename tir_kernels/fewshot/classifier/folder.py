@@ -23,18 +23,20 @@ from tir_kernels.fewshot.classifier.about import About
 from tir_kernels.fewshot.classifier.card import model_card
 from tir_kernels.fewshot.classifier.classifier import Classifier
 from tir_kernels.fewshot.methods.lora import FACTOR_PREFIX, factors_in, named_factors
-from tir_kernels.fewshot.run.folder import expanded_out, write_json, write_whole
+from tir_kernels.fewshot.run.folder import SETTINGS_NAME, expanded_out, write_json, write_whole
 from tir_kernels.fewshot.settings import Runtime
 from tir_kernels.fewshot.strict_json import decode_json
 from tir_kernels.files import MIB, open_regular, read_bytes
 from tir_kernels.text import setting
-from tir_kernels.towers.loading.models import LoadedModel, load_model
+from tir_kernels.towers.loading.loaded import LoadedModel
+from tir_kernels.towers.loading.models import load_model
 from tir_kernels.towers.loading.saving import save_model
 
 ABOUT_FILE = "classifier.json"
 LEARNED_FILE = "learned.safetensors"
 CARD_FILE = "README.md"
 BASE_FOLDER = "base"
+FIT_FOLDER = ".fit"  # what a fit keeps
 
 _MOST_ABOUT_BYTES = 64 * MIB
 _DEFAULT_RUNTIME = Runtime()
@@ -151,7 +153,8 @@ def _save_lora(classifier: Classifier, folder: Path) -> dict[str, Tensor]:
 
 def require_own(folder: Path) -> None:
     """Refuse to mix a classifier with what is in a folder of something else."""
-    if (folder / ABOUT_FILE).exists():
+    # A fit that makes its classifier anew may be stopped beside its page, and goes on.
+    if (folder / ABOUT_FILE).exists() or (folder / FIT_FOLDER / SETTINGS_NAME).exists():
         return
     own = {CONFIG_FILE, WEIGHTS_FILE, LEARNED_FILE, CARD_FILE, BASE_FOLDER}
     others = sorted(

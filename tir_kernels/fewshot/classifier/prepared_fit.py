@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tir_kernels.errors import FewShotError, first_line
+from tir_kernels.errors import FewShotError
 from tir_kernels.fewshot.classifier.about import About, BaseModel
 from tir_kernels.fewshot.classifier.expected import expected_accuracy, number_of_folds
 from tir_kernels.fewshot.classifier.figures import imbalance_note
@@ -23,32 +23,27 @@ from tir_kernels.fewshot.classifier.fitting import (
     read_support,
     require_balance,
     takes_class_weights,
+    with_subjects,
 )
 from tir_kernels.fewshot.classifier.folder import load_classifier, save_classifier
 from tir_kernels.fewshot.data.dataset import load_data
-from tir_kernels.fewshot.devices import resolve_device
 from tir_kernels.fewshot.fields import as_settings
+from tir_kernels.fewshot.known_template import method_with_known_template
 from tir_kernels.fewshot.methods import Method
-from tir_kernels.fewshot.prepare import (
-    decoding_of,
-    image_reader,
-    note_slowness,
-    require_backend_here,
-    versions,
-)
+from tir_kernels.fewshot.prepare import image_reader, note_slowness, usable_device, versions
+from tir_kernels.fewshot.prompt_check import check_prompts
 from tir_kernels.fewshot.run.progress import Messages
 from tir_kernels.fewshot.run.records import OK, Record
-from tir_kernels.fewshot.run.runner import require_distinct_prompts
 from tir_kernels.fewshot.run.tracked import Track, TrackFile
 from tir_kernels.fewshot.run_options import Inputs, Reading
 from tir_kernels.fewshot.settings import FitSettings, Runtime
 from tir_kernels.fewshot.track.settings import Tracking
 from tir_kernels.fewshot.track.tracker import Tracker
 from tir_kernels.fewshot.train.batch import NonFiniteLossError
-from tir_kernels.fewshot.train.memory import with_one_memory_error
+from tir_kernels.fewshot.train.memory import engine_errors_explained
 from tir_kernels.text import setting
 from tir_kernels.towers.loading import models
-from tir_kernels.towers.loading.models import LoadedModel
+from tir_kernels.towers.loading.loaded import LoadedModel
 
 NOT_HELD_OUT = "no held-out images"
 
@@ -110,21 +105,19 @@ class PreparedFit:
         messages: Messages,
     ) -> None:
         require_balance(options.method, settings)
-        self._options, self._inputs, self._reading = options, inputs, reading
-        self._fit_settings, self._messages = settings, messages
-        device, note = resolve_device(runtime.device)
-        if note:
-            messages.tell(note)
-        decoding_of(reading)
-        require_backend_here(runtime.backend, device)
+        self._inputs, self._reading, self._messages = inputs, reading, messages
+        device = usable_device(runtime, reading, messages)
         self._runtime = replace(runtime, device=device)
         with messages.status("listing the images"):
             self._data = load_data(
                 inputs.data,
                 class_names=inputs.class_names,
                 images=inputs.images,
-                group_column=inputs.group_column,
+                group_column=settings.group_column,
             )
+        self._fit_settings = with_subjects(settings, self._data)
+        method = method_with_known_template(options.method, self._data)
+        self._options = replace(options, method=method)
         for note in self._data.notes:
             messages.tell(note)
 
@@ -147,6 +140,7 @@ class PreparedFit:
             if folder.is_finished:
                 try:
                     made = load_classifier(folder.path, runtime=self._runtime, loaded=loaded)
+                    folder.finish()
                     return Fitted(made.about, folder.path, tracked, was_finished=True)
                 except FewShotError as error:
                     self._messages.tell(f"{error.notice.marked}: it is made anew")
@@ -160,9 +154,9 @@ class PreparedFit:
             loaded = models.load_model(
                 self._inputs.model, self._inputs.pretrained, device=self._runtime.device
             )
-        for note in loaded.notes:
+        cut = check_prompts(self._data, loaded.tokenizer, [self._options.method])
+        for note in (*loaded.notes, *cut):
             self._messages.tell(note)
-        require_distinct_prompts(self._data, loaded.tokenizer)
         return loaded
 
     def _read_support(self, loaded: LoadedModel) -> Support:
@@ -187,7 +181,8 @@ class PreparedFit:
         tracker = _KeptTracker(options.track, loaded, options.method.name)
         keeper = folder.keeper(support.fingerprint, tracker.seen, tracker.see_again)
         base = BaseModel.of(self._inputs.model, self._inputs.pretrained, loaded)
-        fitter = Fitter(loaded, base, options.method, self._fit_settings, self._runtime, keeper)
+        settings, white_value = self._fit_settings, self._reading.white_value
+        fitter = Fitter(loaded, base, options.method, settings, self._runtime, keeper, white_value)
         folds = number_of_folds(fitter, support)
         display = FitDisplay(self._messages.console, folds, options.method.steps)
         with display:
@@ -285,7 +280,7 @@ class _KeptTracker:
 @contextmanager
 def _explained(device: str, settings: FitSettings) -> Iterator[None]:
     try:
-        with with_one_memory_error():
+        with engine_errors_explained():
             yield
     except torch.OutOfMemoryError as error:
         step = "lower" if settings.batch_size else "set"
@@ -301,6 +296,3 @@ def _explained(device: str, settings: FitSettings) -> Iterator[None]:
             f"{setting('lora_lr')} or {setting('context_lr')}, or use "
             f"{setting('precision', 'float32')}, with another {setting('out')}"
         ) from error
-    except (ValueError, TypeError) as error:
-        # The engine's own checks: a layer the model does not have, a class name that is too long.
-        raise FewShotError(first_line(error)) from error

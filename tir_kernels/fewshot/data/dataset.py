@@ -69,8 +69,12 @@ class ImageData:
         """The place of the images, for messages."""
         return self.source.describe("")
 
-    def require(self, *, ways: int, shots: int, queries: int) -> None:
+    def require(self, *, ways: int, shots: int, queries: int | None) -> None:
         """Check that episodes of this size can be drawn.
+
+        Args:
+            ways: Classes.
+            shots, queries: Images per class; ``None`` for all queries, of which there must be one.
 
         Raises:
             FewShotError: Too few classes, or a class with too few images.
@@ -84,31 +88,44 @@ class ImageData:
         if self.queries:
             self._require_parts(shots, queries)
             return
-        needed = shots + queries
+        needed = shots + (queries or 1)
         small = [entry for entry in self.classes if len(entry.files) < needed]
         if small:
             others = _others(len(small) - 1)
             left_out = f" (left out: {small[0].left_out})" if small[0].left_out else ""
             raise FewShotError(
                 f"class {small[0].folder!r} in {self.name} has {len(small[0].files)} images"
-                f"{left_out} but {needed} are needed ({shots} shots + {queries} queries){others}; "
-                f"add images, remove the class, or lower {setting('shots')} or {setting('queries')}"
+                f"{left_out} but {needed} are needed ({sizes_in_words(shots, queries)}){others}; "
+                f"add images, remove the class, or lower {lower_sizes(queries)}"
             )
 
-    def _require_parts(self, shots: int, queries: int) -> None:
+    def _require_parts(self, shots: int, queries: int | None) -> None:
         for entries, name, needed in (
             (self.classes, "shots", shots),
-            (self.queries, "queries", queries),
+            (self.queries, "queries", queries or 1),
         ):
             small = [entry for entry in entries if len(entry.files) < needed]
             if small:
                 place = "support" if name == "shots" else "queries"
+                is_all = name == "queries" and queries is None
+                asked = "at least one is" if is_all else f"{setting(name, needed)} are"
                 raise FewShotError(
                     f"class {small[0].folder!r} in {self.name} has {len(small[0].files)} images "
-                    f"for {place} but {setting(name, needed)} are needed"
-                    f"{_others(len(small) - 1)}; add images, remove the class, or lower "
-                    f"{setting(name)}"
+                    f"for {place} but {asked} needed"
+                    f"{_others(len(small) - 1)}; add images"
+                    + (" or remove the class" if is_all else "")
+                    + ("" if is_all else f", remove the class, or lower {setting(name)}")
                 )
+
+
+def sizes_in_words(shots: int, queries: int | None) -> str:
+    """What each class needs, for messages; ``None`` for all queries."""
+    return f"{shots} shots + {'a query' if queries is None else f'{queries} queries'}"
+
+
+def lower_sizes(queries: int | None) -> str:
+    """The settings that can be lowered where a class has too few images."""
+    return setting("shots") + ("" if queries is None else f" or {setting('queries')}")
 
 
 def load_data(
@@ -128,8 +145,9 @@ def load_data(
             folder into which such a data set was saved.
         class_names: Words of each class, see ``class_words``.
         images: Folder of the images that a file lists; ``None``: the file's own.
-        group_column: Column of a table whose values are the subjects that images show, such as
-            patients; ``None``: that of a known data set; "none": none.
+        group_column: Column of a table, or of a data set of Hugging Face, whose values are the
+            subjects that images show, such as patients; ``None``: that of a known data set; "none":
+            none.
         needs_words: Whether prompts will need words of the classes; without, the words are their
             names, whatever these are.
 
@@ -160,7 +178,8 @@ def load_data(
         source, listing = kind.read(place, folder)
     else:
         raise FewShotError(
-            f"{setting('group_column')} names a column of a CSV or TSV table; "
+            f"{setting('group_column')} names a column of a CSV or TSV table, or of a data set of "
+            "Hugging Face; "
             f"{setting('data', data)} is none"
         )
     if needs_words:

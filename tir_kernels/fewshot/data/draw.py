@@ -8,8 +8,23 @@ from tir_kernels.errors import FewShotError
 from tir_kernels.fewshot.data.dataset import ImageData
 from tir_kernels.fewshot.episode import EpisodePlan, plan_episode
 from tir_kernels.fewshot.grouped import TooFewGroupsError, choose_support
-from tir_kernels.fewshot.settings import Protocol
+from tir_kernels.fewshot.settings import ALL, Protocol
 from tir_kernels.text import setting
+
+
+def with_ways(protocol: Protocol, data: ImageData) -> Protocol:
+    """A protocol with the number of classes in place of all ways.
+
+    Raises:
+        FewShotError: The data has a single class.
+    """
+    if protocol.ways != ALL:
+        return protocol
+    if len(data.classes) < 2:
+        raise FewShotError(
+            f"{setting('ways', ALL)}: {data.name} has one class; an episode needs 2 or more"
+        )
+    return replace(protocol, ways=len(data.classes))
 
 
 def draw_episode(data: ImageData, protocol: Protocol, index: int) -> EpisodePlan:
@@ -25,22 +40,27 @@ def draw_episode(data: ImageData, protocol: Protocol, index: int) -> EpisodePlan
     """
     sizes = [len(entry.files) for entry in data.classes]
     query_sizes = [len(entry.files) for entry in data.queries]
-    plan = plan_episode(protocol.seed, index, sizes, protocol.ways, query_sizes)
+    ways = protocol.ways if isinstance(protocol.ways, int) else len(sizes)
+    plan = plan_episode(protocol.seed, index, sizes, ways, query_sizes)
     if not data.group_column:
         return plan
     classes = [data.classes[c] for c in plan.classes]
     groups = [entry.groups for entry in classes]
     pools = [(data.queries or data.classes)[c].groups for c in plan.classes]
+    # Of all queries, each class must have one left.
+    queries = protocol.queries_per_class or 1
     try:
-        chosen = choose_support(plan.orders, groups, pools, protocol.shots, protocol.queries)
+        chosen = choose_support(plan.orders, groups, pools, protocol.shots, queries)
     except TooFewGroupsError as error:
         entry = classes[error.position]
+        asked = "a query" if queries == 1 else f"{queries} queries"
+        names = ("shots",) if protocol.queries == ALL else ("shots", "queries")
         raise FewShotError(
             f"episode {index}: no way was found to take {protocol.shots} shots and "
-            f"{protocol.queries} queries from class {entry.folder!r} in {data.name} so that no "
+            f"{asked} from class {entry.folder!r} in {data.name} so that no "
             f"subject is on both sides: its {len(entry.files)} images show "
             f"{len(set(entry.groups))} subjects by column {data.group_column}; lower "
-            f"{setting('shots')}, {setting('queries')} or {setting('ways')}, or add images of "
+            f"{', '.join(map(setting, names))} or {setting('ways')}, or add images of "
             "other subjects"
         ) from error
     orders = []

@@ -1,4 +1,4 @@
-"""Groups: which images of a table show the same subject, such as a patient or a lesion."""
+"""Groups: which images of a data set show the same subject, such as a patient or a lesion."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def plain_column(column: str) -> str:
 
 
 def choose_group_column(
-    path: Path, header: Sequence[str], labels: Sequence[str], given: str | None
+    path: str | Path, header: Sequence[str], labels: Sequence[str], given: str | None
 ) -> int | None:
     """The position of a table's column of groups.
 
     Args:
-        path: The table, for messages.
+        path: The table or data set, for messages.
         header: The names of its columns.
         labels: The classes of its images.
         given: The user's setting: a column's name, ``NO_GROUPS``, or ``None`` for the column that
@@ -62,12 +62,12 @@ def choose_group_column(
 
 
 def read_groups(
-    path: Path, column: str, names: Sequence[str], values: Sequence[str]
+    path: str | Path, column: str, names: Sequence[str], values: Sequence[str]
 ) -> tuple[list[str], str]:
     """The group of each image, and a note on them; an image without a value is its own.
 
     Args:
-        path: The table, for messages.
+        path: The table or data set, for messages.
         column: The column's name.
         names: The images as the table lists them.
         values: The column's entry for each image.
@@ -89,12 +89,15 @@ def read_groups(
 
 
 def subjects_note(
-    path: Path, header: Sequence[str], taken: Sequence[int], column: Callable[[int], Sequence[str]]
+    path: str | Path,
+    header: Sequence[str],
+    taken: Sequence[int],
+    column: Callable[[int], Sequence[str]],
 ) -> tuple[str, ...]:
     """A note on a column that looks like one of subjects that have several images each.
 
     Args:
-        path: The table, for messages.
+        path: The table or data set, for messages.
         header: The names of its columns.
         taken: Positions of the columns that have another meaning.
         column: Gives the entries of a column.

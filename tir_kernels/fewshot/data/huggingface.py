@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import stat
-from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tir_kernels.errors import FewShotError, first_line
+from tir_kernels.fewshot.data.groups import choose_group_column, read_groups, subjects_note
 from tir_kernels.fewshot.data.names import class_name
 from tir_kernels.fewshot.data.protocol import Files, Listing
 from tir_kernels.fewshot.data.walk import FileId, file_id
@@ -41,9 +43,14 @@ class HuggingFaceData:
 
     def read(self, data: str, images: Path | None) -> tuple[RowImages, Listing]:
         """List the images; see ``load_hugging_face``."""
+        return self.read_grouped(data, images, None)
+
+    def read_grouped(
+        self, data: str, images: Path | None, group_column: str | None
+    ) -> tuple[RowImages, Listing]:
+        """List the images, with their groups."""
         is_on_hub = data.startswith(HUB_PREFIX)
-        source, files = load_hugging_face(data if is_on_hub else Path(data))
-        return source, Listing(files)
+        return load_hugging_face(data if is_on_hub else Path(data), group_column)
 
 
 class RowImages:
@@ -79,16 +86,19 @@ class RowImages:
         return self._stamps[int(name)]
 
 
-def load_hugging_face(data: str | Path) -> tuple[RowImages, Files]:
+def load_hugging_face(
+    data: str | Path, group_column: str | None = None
+) -> tuple[RowImages, Listing]:
     """The images of each class of a data set with an image and a label in each row.
 
     Args:
         data: ``hf:NAME`` or ``hf:NAME:SPLIT`` of the hub, which is downloaded unless it is in the
             cache, or the folder that ``save_to_disk`` wrote.
+        group_column: Column of the subjects that images show, see ``choose_group_column``.
 
     Raises:
-        FewShotError: The package ``datasets`` is missing, the data set can't be loaded, or it has
-            not one image and one label a row.
+        FewShotError: The package ``datasets`` is missing, the data set can't be loaded, it has not
+            one image and one label a row, or there is no such column of groups.
     """
     try:
         import datasets
@@ -102,13 +112,14 @@ def load_hugging_face(data: str | Path) -> tuple[RowImages, Files]:
     image = _column(data, loaded, datasets.Image, "image")
     label = _column(data, loaded, datasets.ClassLabel, "label")
     names = loaded.features[label].names
-    files: defaultdict[str, list[str]] = defaultdict(list)
+    classes: list[str] = []
     for row, number in enumerate(loaded.with_format("numpy")[label][:]):
         if not 0 <= number < len(names):  # nor is that so of the NaN that stands for none
             raise FewShotError(f"{_DATA}: row {row} of {data} has no label; choose another split")
-        files[class_name(names[int(number)])].append(str(row))
-    if not files:
+        classes.append(class_name(names[int(number)]))
+    if not classes:
         raise FewShotError(f"{_DATA}: {data} has no rows")
+    listing = _listing(loaded, str(data), classes, _Columns(image, label, group_column))
     images = loaded.select_columns(image).cast_column(image, datasets.Image(decode=False))
     # A data set on the hub may change under its name; the fingerprint is of its content. The one
     # that was loaded is saved with it, that of ``images`` made anew by each release of datasets.
@@ -117,7 +128,56 @@ def load_hugging_face(data: str | Path) -> tuple[RowImages, Files]:
         source = RowImages(str(data), images, f"{data} {images._fingerprint}", version)
     except (OSError, ValueError) as error:
         raise FewShotError(f"{_DATA}: {data} can't be read: {first_line(error)}") from error
-    return source, {name: files[name] for name in sorted(files)}
+    return source, listing
+
+
+class _Columns(NamedTuple):
+    """The columns of a data set: of images, of labels, and what the user said of groups."""
+
+    image: str
+    label: str
+    groups: str | None
+
+
+def _listing(loaded: Dataset, data: str, classes: Sequence[str], columns: _Columns) -> Listing:
+    """The rows of each class with their groups; ``classes`` has the class of each row."""
+    files: Files = {name: [] for name in sorted(set(classes))}
+    for row, name in enumerate(classes):
+        files[name].append(str(row))
+    header = list(loaded.column_names)
+    at = choose_group_column(data, header, classes, columns.groups)
+    if at is None:
+        if columns.groups is not None:
+            return Listing(files)
+        taken = [
+            number
+            for number, name in enumerate(header)
+            if name in (columns.image, columns.label) or not _holds_values(loaded, name)
+        ]
+        notes = subjects_note(data, header, taken, lambda at: _values(loaded, header[at]))
+        return Listing(files, notes)
+    if not _holds_values(loaded, header[at]):
+        raise FewShotError(
+            f"{setting('group_column')}: column {header[at]} of {data} has a "
+            f"{type(loaded.features[header[at]]).__name__} in each row; name one of texts or "
+            "numbers"
+        )
+    rows = [str(row) for row in range(len(classes))]
+    groups, note = read_groups(data, header[at], rows, _values(loaded, header[at]))
+    by_class = {name: [groups[int(row)] for row in own] for name, own in files.items()}
+    return Listing(files, (note,), groups=by_class, group_column=header[at])
+
+
+def _holds_values(loaded: Dataset, column: str) -> bool:
+    """Whether a column has one text or number in each row, rather than an image or a list."""
+    kind = getattr(loaded.features[column], "dtype", "")
+    return re.fullmatch(r"(large_)?string|u?int\d+|float\d+", kind) is not None
+
+
+def _values(loaded: Dataset, column: str) -> list[str]:
+    """A column as texts; without a value, the empty one."""
+    table = loaded.select_columns(column).with_format("arrow")[:]
+    return ["" if value is None else str(value) for value in table[column].to_pylist()]
 
 
 def _load(datasets: Any, data: str | Path) -> Dataset:

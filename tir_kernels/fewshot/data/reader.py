@@ -21,6 +21,9 @@ from tir_kernels.fewshot.data.decoding import Decoding, problems_explained
 from tir_kernels.fewshot.data.rgb import NOTES, Conversion, UnreadableImageError
 from tir_kernels.text import Notice, setting
 
+HELD_BYTES = 512 * 2**20  # most memory for decoded images that are in no cache
+_CHECKED_AT_ONCE = 64  # images
+
 
 class Preprocess(Protocol):
     """A model's preprocessing, in two halves.
@@ -79,7 +82,7 @@ class ImageReader:
         *,
         cache: ImageCache | None = None,
         skip_unreadable: bool = False,
-        memory_bytes: int = 512 * 2**20,
+        memory_bytes: int = HELD_BYTES,
         decoding: Decoding | None = None,
         notify: Callable[[str], None] | None = None,
     ) -> None:
@@ -93,6 +96,7 @@ class ImageReader:
         self._held_bytes = 0
         self._held: OrderedDict[str, Tensor] = OrderedDict()
         self._unreadable: set[str] = set()
+        self._readable: set[str] = set()  # of those that were only checked
         self._told = Conversion(0)
 
     def read(self, entry: ImageClass, position: int) -> Tensor | None:
@@ -138,6 +142,25 @@ class ImageReader:
             # Where an image can't be read, or the user interrupts, the rest need not begin.
             pool.shutdown(cancel_futures=True)
         return images
+
+    def check_many(self, wanted: Sequence[tuple[ImageClass, int]]) -> list[bool]:
+        """Whether images can be read, without keeping more of them in memory than a few.
+
+        Each is read once in this reader's life, and put into the cache. The arguments and errors
+        are those of ``read_many``.
+        """
+        for first in range(0, len(wanted), _CHECKED_AT_ONCE):
+            some = wanted[first : first + _CHECKED_AT_ONCE]
+            names = [entry.files[position] for entry, position in some]
+            missing = [
+                each
+                for each, name in zip(some, names, strict=True)
+                if name not in self._readable and name not in self._unreadable
+            ]
+            for (entry, position), pixels in zip(missing, self.read_many(missing), strict=True):
+                if pixels is not None:
+                    self._readable.add(entry.files[position])
+        return [entry.files[position] in self._readable for entry, position in wanted]
 
     def _from_memory(self, name: str) -> Tensor | None:
         if name not in self._held:

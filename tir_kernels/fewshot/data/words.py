@@ -177,7 +177,10 @@ def published_note(place: str, counts: Mapping[str, int], given: object) -> str:
         return ""
     known, total = known_set(name), sum(counts.values())
     found = {spelling(each): count for each, count in counts.items() if count}
-    missing = [each for each in known.words if spelling(each) not in found]
+    of_task = {spelling(each) for each in known.class_images}
+    if not found.keys() <= of_task:  # another task on the same images
+        return ""
+    missing = [each for each in known.class_images if spelling(each) not in found]
     differing = [
         f"{each} {found[spelling(each)]:,} of {published:,}"
         for each, published in known.class_images.items()
@@ -188,7 +191,7 @@ def published_note(place: str, counts: Mapping[str, int], given: object) -> str:
     title = known.title or name
     note = f"{place} has {total:,} images, {title} as published {known.images:,}"
     if missing:
-        note += f"; without its classes {_some(missing)} ({len(missing)} of {len(known.words)})"
+        note += f"; without its classes {_some(missing)} ({len(missing)} of {len(of_task)})"
     return note + (f"; by class: {_some(differing)}" if differing else "")
 
 

@@ -8,13 +8,13 @@ import jinja2
 from markupsafe import Markup
 
 from tir_kernels.analysis.figures.styles import SHADES
+from tir_kernels.analysis.page.figure_files import write_figures
 from tir_kernels.analysis.page.tables import Table, shown, written
-from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.fewshot.evaluation import tables
 from tir_kernels.fewshot.evaluation.evaluation import Evaluation
 from tir_kernels.fewshot.evaluation.figures import confusion_figure, reliability_figure
 from tir_kernels.fewshot.run.folder import expanded_out, write_json, write_whole
-from tir_kernels.text import printable, setting
+from tir_kernels.text import printable
 
 PAGE_NAME = "report.html"
 _LARGEST_MATRIX = 2_000_000  # bytes of its figure in a page
@@ -37,13 +37,8 @@ def write_files(found: Evaluation, out: str | Path) -> Path:
         FewShotError: A file can't be written.
     """
     folder = expanded_out(out)
-    figures = folder / "figures"
-    try:
-        figures.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FewShotError(
-            f"{setting('out')}: can't make {figures}: {first_line(error)}"
-        ) from error
+    drawings = {"confusion": confusion_figure(found), "reliability": reliability_figure(found)}
+    write_figures(folder / "figures", drawings)
     write_json(folder / "evaluation.json", found.to_json())
     for name, table in {
         "per_class": tables.class_table(found),
@@ -52,10 +47,6 @@ def write_files(found: Evaluation, out: str | Path) -> Path:
         "predictions": tables.prediction_table(found),
     }.items():
         write_whole(folder / f"{name}.csv", written(table, "csv").encode())
-    drawings = {"confusion": confusion_figure(found), "reliability": reliability_figure(found)}
-    for name, drawing in drawings.items():
-        write_whole(figures / f"{name}.svg", drawing.svg)
-        write_whole(figures / f"{name}.png", drawing.png)
     # Markup by our own drawing, in which names are escaped.
     drawn = {name: Markup(drawing.panels[0]) for name, drawing in drawings.items()}
     if len(drawn["confusion"]) > _LARGEST_MATRIX:

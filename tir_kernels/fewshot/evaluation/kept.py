@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tir_kernels.errors import FewShotError, first_line
+from tir_kernels.fewshot.changes import changes
 from tir_kernels.fewshot.data.protocol import Stamp
 from tir_kernels.fewshot.run.appended import AppendedLines, read_from, whole_lines
 from tir_kernels.fewshot.run.folder import LOCK_NAME, expanded_out
@@ -132,13 +133,10 @@ def _require_same(path: Path, line: bytes, settings: Mapping[str, Any]) -> None:
             f"{_OUT}: {path} is not of an evaluation, or damaged ({first_line(error)}); choose "
             "another folder"
         ) from error
-    changed = [name for name in {**old, **settings} if old.get(name) != settings.get(name)]
-    if changed:
-        words = "; ".join(
-            f"{_spelled(name)} was {old.get(name)}, is {settings.get(name)}" for name in changed
-        )
+    found = changes(old, settings, named=_spelled)
+    if found:
         raise FewShotError(
-            f"{_OUT}: {path.parent} holds another evaluation: {words}; choose another folder"
+            f"{_OUT}: {path.parent} holds another evaluation: {found}; choose another folder"
         )
 
 

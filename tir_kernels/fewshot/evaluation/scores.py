@@ -102,11 +102,11 @@ def compute_scores(
     }
     if len(labels) > FIRST:
         values["top3_accuracy"] = metrics.top_k_accuracy_score(
-            targets, probabilities, k=FIRST, labels=every
+            *_first_wins(targets, logits), k=FIRST, labels=every
         )
     intervals = {}
     if resamples:
-        answers = _answers(probabilities, targets, predicted)
+        answers = _answers(logits, probabilities, targets, predicted)
         intervals = bootstrap_intervals(answers, groups, resamples, seed)
     return Scores(
         {
@@ -129,19 +129,34 @@ def compute_scores(
     )
 
 
+def _first_wins(
+    targets: NDArray[np.int64], logits: NDArray[np.float32]
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Targets and logits with the classes in reverse.
+
+    Of equal logits, which products of 16 bits often are, scikit-learn's top-k takes those of later
+    classes, and the answer is the first one.
+    """
+    return logits.shape[1] - 1 - targets, logits[:, ::-1]
+
+
 def _answers(
-    probabilities: NDArray[np.float64], targets: NDArray[np.int64], predicted: NDArray[np.int64]
+    logits: NDArray[np.float32],
+    probabilities: NDArray[np.float64],
+    targets: NDArray[np.int64],
+    predicted: NDArray[np.int64],
 ) -> Answers:
     """As scikit-learn sees each image, of which it only gives means."""
-    # It bounds what log is taken of, and lets later classes win ties among the first.
+    # It bounds what log is taken of.
     smallest = np.finfo(probabilities.dtype).eps
     own = np.take_along_axis(probabilities, targets[:, None], axis=1)[:, 0]
-    first = np.argsort(probabilities, axis=1, kind="mergesort")[:, -FIRST:]
+    reverse_targets, reverse_logits = _first_wins(targets, logits)
+    first = np.argsort(reverse_logits, axis=1, kind="mergesort")[:, -FIRST:]
     return Answers(
         targets,
         predicted,
         -np.log(np.clip(own, smallest, 1 - smallest)),
-        (first == targets[:, None]).any(1),
+        (first == reverse_targets[:, None]).any(1),
         probabilities.shape[1],
     )
 

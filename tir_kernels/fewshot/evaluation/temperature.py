@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.fewshot.classifier.classifier import Classifier
 from tir_kernels.fewshot.classifier.expected import held_out_parts, number_of_folds
+from tir_kernels.fewshot.classifier.figures import why_no_estimate
 from tir_kernels.fewshot.classifier.fitting import Fitter, Support
 from tir_kernels.fewshot.classifier.folder import ABOUT_FILE
 from tir_kernels.fewshot.run.folder import expanded_out, write_json
@@ -40,7 +41,7 @@ def held_out_logits(
         support: The images that it was made from.
 
     Raises:
-        FewShotError: A class has one image only, a training failed, or as ``Fitter.fit``.
+        FewShotError: There is no way to hold images out, a training failed, or memory ran out.
     """
     about = classifier.about
     settings = FitSettings(**about.settings)
@@ -49,8 +50,9 @@ def held_out_logits(
     fitter = Fitter(classifier.model, about.base, about.method, settings, runtime)
     if not number_of_folds(fitter, support):
         raise FewShotError(
-            f"{_TEMPERATURE}: can't be fitted, since a class was learned from one image, which "
-            "can't be held out; pass a number"
+            f"{_TEMPERATURE}: can't be fitted, since "
+            f"{why_no_estimate(settings.folds, about.support)}, so that images can't be held out; "
+            "pass a number"
         )
     logits, labels = [], []
     for fold, (kept, held_out) in enumerate(held_out_parts(fitter, support)):
@@ -60,6 +62,11 @@ def held_out_logits(
             raise FewShotError(
                 f"{_TEMPERATURE}: can't be fitted, since a training without some of the images "
                 f"failed: {first_line(error)}; pass a number"
+            ) from error
+        except torch.OutOfMemoryError as error:
+            raise FewShotError(
+                f"{_TEMPERATURE}: can't be fitted, since memory does not suffice for a training "
+                f"as fit carries it out ({first_line(error)}); use another device, or pass a number"
             ) from error
         logits.append(result.query_logits.float().cpu())
         labels.append(held_out.labels)

@@ -24,7 +24,7 @@ class Prompts(nn.Module):
         super().__init__()
         self.num_blocks = contexts[0].num_blocks
         self._tower = contexts[0].tower
-        self._num_start_tokens = contexts[0].num_start_tokens
+        self._first = contexts[0].first
         embeddings = [context.embeddings for context in contexts]
         longest = max(each.shape[1] for each in embeddings)
         # Attention is causal wherever prompts differ in length, so what follows changes nothing.
@@ -53,7 +53,7 @@ class Prompts(nn.Module):
         """(G, C, E) class embeddings of the last text block, and of block ``text_layer``."""
         num_episodes = len(self.vectors)
         context = self.vectors.repeat_interleave(len(self._embeddings) // num_episodes, 0)
-        embeddings = PromptContext.insert(context, self._embeddings, self._num_start_tokens)
+        embeddings = PromptContext.insert(context, self._embeddings, self._first)
         final, intermediate = self._tower.encode(
             embeddings, self._last_position, text_layer, self._key_mask
         )

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from tir_kernels.errors import FewShotError, first_line
+from tir_kernels.fewshot.changes import changes
 from tir_kernels.fewshot.run.appended import sync_folder
 from tir_kernels.fewshot.run.journal import Journal, JournalReader, journal_name, journal_paths
 from tir_kernels.fewshot.run.lock import GROUP_KINDS, RunLock
 from tir_kernels.fewshot.run.records import Record, RunShape
 from tir_kernels.fewshot.run.workers import Place
+from tir_kernels.fewshot.settings import ALL
 from tir_kernels.fewshot.strict_json import decode_json, encode_json
 from tir_kernels.files import MIB, expand_user, read_bytes
 from tir_kernels.text import setting
@@ -303,7 +305,7 @@ def _shape(settings: Any) -> RunShape:
         isinstance(arms, list) and all(isinstance(arm, str) for arm in arms)
     ):
         raise TypeError(f"'arms' is {arms!r}")
-    counts = [own.get(name) for name in ("ways", "queries")]
+    counts = [None if own.get(name) == ALL else own.get(name) for name in ("ways", "queries")]
     for count in counts:
         if count is not None and (type(count) is not int or count < 1):
             raise ValueError(f"'ways' or 'queries' is {count!r}")
@@ -313,14 +315,10 @@ def _shape(settings: Any) -> RunShape:
 def _refuse_changes(
     folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], kind: str = "run"
 ) -> None:
-    before, now = _flat(old["settings"]), _flat(new["settings"])
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    if changed:
-        words = "; ".join(
-            f"{key} was {_shown(before.get(key))}, is {_shown(now.get(key))}" for key in changed
-        )
+    found = changes(_flat(old["settings"]), _flat(new["settings"]), named=str)
+    if found:
         raise FewShotError(
-            f"{_OUT}: {folder} holds a {kind} with other settings: {words}; give the old values to "
+            f"{_OUT}: {folder} holds a {kind} with other settings: {found}; give the old values to "
             "continue it, or choose another folder"
         )
     if new["episodes"] < old["episodes"]:
@@ -354,12 +352,6 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat |= {f"{setting(name)} of {arm}": arms[arm][name] for arm in named}
     return flat
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    return "unset" if value is None else str(value)
 
 
 def tracked_name(journal: str) -> str:

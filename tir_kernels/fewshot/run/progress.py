@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -17,6 +18,8 @@ from rich.progress import (
 
 from tir_kernels.fewshot.run.records import Record
 from tir_kernels.text import Notice, printable
+
+Shown = TypeVar("Shown", bound="Display")
 
 
 class Messages:
@@ -59,7 +62,20 @@ def progress_bars(console: Console, time: ProgressColumn) -> Progress:
     )
 
 
-class RunDisplay:
+class Display:
+    """A display whose bars are shown inside of its context."""
+
+    _bars: Progress
+
+    def __enter__(self: Shown) -> Shown:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bars.stop()
+
+
+class RunDisplay(Display):
     """Shows finished results with the running accuracy of each arm, and the steps of a training.
 
     Args:
@@ -90,13 +106,6 @@ class RunDisplay:
         )
         self._total_steps = steps
         self._steps = self._bars.add_task("", total=None)
-
-    def __enter__(self) -> RunDisplay:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bars.stop()
 
     def step(self, episode: int, arm: str, step: int, loss: float) -> None:
         """A training step is done."""

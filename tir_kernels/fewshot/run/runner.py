@@ -10,21 +10,21 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
-from tir_kernels.errors import FewShotError, first_line
+from tir_kernels.errors import FewShotError
 from tir_kernels.fewshot import settings
-from tir_kernels.fewshot.data.dataset import ImageClass, ImageData
+from tir_kernels.fewshot.data.dataset import ImageData
 from tir_kernels.fewshot.data.draw import draw_episode
 from tir_kernels.fewshot.data.load import load_episode
 from tir_kernels.fewshot.data.reader import ImageReader
 from tir_kernels.fewshot.episode import Episode
-from tir_kernels.fewshot.methods import Method, Observer
+from tir_kernels.fewshot.methods import Observer
 from tir_kernels.fewshot.run.folder import RunFolder
 from tir_kernels.fewshot.run.journal import Journal
 from tir_kernels.fewshot.run.records import OK, Record
+from tir_kernels.fewshot.run.trainer import Trainer
 from tir_kernels.fewshot.settings import Arm
-from tir_kernels.fewshot.train.memory import with_one_memory_error
+from tir_kernels.fewshot.train.memory import engine_errors_explained
 from tir_kernels.text import setting
 
 NON_FINITE_LOSS = "non-finite loss"
@@ -34,47 +34,10 @@ NON_FINITE_LOGITS = "non-finite logits"
 _LOOK_SECONDS = 0.5
 
 
-class StepFunction(Protocol):
-    """A function that a training calls after each step."""
-
-    def __call__(self, position: int, step: int, loss: float) -> None: ...
-
-
 class StepListener(Protocol):
     """A listener that is told of each training step, for a progress display."""
 
     def __call__(self, episode: int, arm: str, step: int, loss: float) -> None: ...
-
-
-class Trainer(Protocol):
-    """A model, and the way in which episodes are trained on it."""
-
-    def train(
-        self,
-        episodes: list[Episode],
-        method: Method,
-        on_step: StepFunction,
-        observers: Sequence[Observer] = (),
-    ) -> list[Any]:
-        """Train on several episodes at once.
-
-        Args:
-            episodes: Episodes to train on.
-            method: An arm's method.
-            on_step: Function called with an episode's position, a step from 0, and its loss.
-            observers: Listeners between steps.
-
-        Returns:
-            For each episode an object with ``query_logits``, ``losses`` and ``support_accuracy``,
-            or the exception where its loss became NaN or infinite.
-        """
-
-    def fitting(self, episode: Episode, method: Method) -> int | None:
-        """The number of such episodes that memory has room for at once.
-
-        Returns:
-            At least 1, or ``None`` where nothing is trained.
-        """
 
 
 class Watcher(Protocol):
@@ -151,7 +114,7 @@ def run_episodes(
                 data,
                 images,
                 shots=protocol.shots,
-                queries=protocol.queries,
+                queries=protocol.queries_per_class,
                 device=plan.device,
                 augment=protocol.augment,
                 seed=protocol.seed,
@@ -202,24 +165,6 @@ def _episodes_at_once(
     return math.ceil(len(unfinished) / (rounds * processes))
 
 
-def require_distinct_prompts(data: ImageData, tokenizer: Callable[[list[str]], Tensor]) -> None:
-    """Check that a model's tokenizer tells the words of all classes apart.
-
-    Raises:
-        FewShotError: Two classes have the same tokens, as words have that differ in case only, or
-            in characters that the tokenizer leaves out.
-    """
-    owners: dict[tuple[int, ...], ImageClass] = {}
-    for entry, tokens in zip(data.classes, tokenizer([c.words for c in data.classes]), strict=True):
-        other = owners.setdefault(tuple(tokens.tolist()), entry)
-        if other is not entry:
-            raise FewShotError(
-                f"classes {other.folder!r} and {entry.folder!r} have the words {other.words!r} and "
-                f"{entry.words!r}, which the model's tokenizer does not tell apart; give them "
-                f"others with {setting('class_names', 'FILE')}"
-            )
-
-
 def _is_unfinished(plan: RunPlan, journal: Journal, index: int) -> bool:
     return any((index, arm.name) not in journal for arm in plan.arms)
 
@@ -231,7 +176,7 @@ def _unfinished(plan: RunPlan, journal: Journal) -> list[int]:
 @contextmanager
 def _explained(where: str, device: str) -> Iterator[None]:
     try:
-        with with_one_memory_error():
+        with engine_errors_explained(f"{where}: "):
             yield
     except torch.OutOfMemoryError as error:
         raise FewShotError(
@@ -240,9 +185,6 @@ def _explained(where: str, device: str) -> Iterator[None]:
             f"use {setting('checkpoint')} or {setting('precision', 'bfloat16')}; what is "
             "finished is kept"
         ) from error
-    except (ValueError, TypeError) as error:
-        # The engine's own checks: a layer the model does not have, a class name that is too long.
-        raise FewShotError(f"{where}: {first_line(error)}") from error
 
 
 def _run_together(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tir_kernels import WeightRule, token_relevance, token_weights
 from tir_kernels.adapters import Reweighting
 from tir_kernels.adapters.handle import handles_on
-from tir_kernels.analysis import measure_tokens
+from tir_kernels.analysis import measure
 from tir_kernels.analysis.measures import BlockView
 from tir_kernels.fewshot.episode import Episode
 from tir_kernels.fewshot.methods import Learner, Method, Observer
@@ -73,7 +73,7 @@ class MapMaker(Observer):
         layers = () if reweighting is None else reweighting.layers
         layer = max(layers, default=max(len(tower.blocks) - 2, 0))
         seen = _Seeing(layer)
-        measure_tokens(tower, tokens, [seen])
+        measure(tower, tokens, [seen])
         view = seen.view
         assert view is not None
         space, prefix = tower.joint_space, view.num_prefix_tokens
@@ -138,7 +138,7 @@ class _Seeing:
     def of_block(self, view: BlockView) -> tuple[()]:
         if view.block == self._layer:
             self.view = view
-        pooled = view.output[:, 0] if view.num_prefix_tokens else view.output.mean(1)
+        pooled = view.output[:, 0] if view.num_class_tokens else view.output.mean(1)
         self.tokens.append(pooled.float())
         return ()
 

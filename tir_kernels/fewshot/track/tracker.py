@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tir_kernels.analysis import MEASURES, measure_class, measure_tokens
+from tir_kernels import analysis
+from tir_kernels.analysis import MEASURES, measure_class
 from tir_kernels.fewshot.episode import Episode
 from tir_kernels.fewshot.methods import Learner, Observer
 from tir_kernels.fewshot.run.tracked import Block, Number, Series, Track
@@ -45,7 +46,7 @@ class Tracker(Observer):
 
     def start(self, episodes: Sequence[Episode]) -> None:
         self._episodes = episodes
-        self._measures = [_Noting(measure()) for measure in self._classes]
+        self._measures = [_Noting(each()) for each in self._classes]
         # Labels are read from here, since nobody may wait for a device while a graph is made.
         self._labels = torch.stack([each.support_labels for each in episodes])
         self._readings |= {each.index: _Readings() for each in episodes}
@@ -56,7 +57,7 @@ class Tracker(Observer):
         views = self._episodes[0].views
         tokens = inputs[:, ::views]
         labels = self._labels[:, ::views].to(inputs.device)
-        measure_tokens(
+        analysis.measure(
             vision_tower(self._model),
             tokens.flatten(0, 1),
             self._measures,

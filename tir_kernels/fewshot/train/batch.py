@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tir_kernels import towers
-from tir_kernels.fewshot.episode import Episode, episode_seed
+from tir_kernels.fewshot.episode import Episode, Images, episode_seed
 from tir_kernels.fewshot.methods import Kit, Learner, Method, Observer
 from tir_kernels.fewshot.settings import Runtime
 from tir_kernels.fewshot.train.graph import LossLog, RepeatedStep
@@ -118,16 +119,20 @@ def finetune_batch(
     for observer in job.observers:
         observer.start(episodes)
     with job.learner(episodes) as learner:
-        support_images, query_images = (
-            job.stacked(episodes, name) for name in ("support_images", "query_images")
-        )
+        support_images = job.stacked(episodes, "support_images")
         support_labels = job.stacked(episodes, "support_labels").long()
         if job.class_weights is not None:
             learner.class_weights = job.class_weights.to(job.device)
         losses = _train(job, learner, support_images, support_labels, on_step)
         num_classes = len(episodes[0].class_names)
-        support_logits, query_logits = _classify(learner, num_classes, support_images, query_images)
-        correct = support_logits.argmax(2) == support_labels.cpu()
+        support_logits, query_logits = _classify(
+            learner,
+            num_classes,
+            support_images,
+            [episode.query_images for episode in episodes],
+            device=job.device,
+        )
+        correct = torch.stack(support_logits).argmax(2) == support_labels.cpu()
         results: list[EpisodeResult | NonFiniteLossError] = []
         for index, own in enumerate(losses):
             if own and not math.isfinite(own[-1]):
@@ -257,21 +262,38 @@ def _optimizers(learner: Learner, device: torch.device) -> list[torch.optim.Opti
 
 
 @torch.no_grad()
-def _classify(learner: Learner, num_classes: int, *image_sets: Tensor) -> list[Tensor]:
-    """(G, Q, C) float32 logits on the CPU of each set of images (G, Q, 3, H, W)."""
+def _classify(
+    learner: Learner,
+    num_classes: int,
+    *image_sets: Sequence[Images] | Tensor,
+    device: torch.device,
+) -> list[list[Tensor]]:
+    """Of each set of images, for each of G episodes (Q, C) float32 logits on the CPU.
+
+    Only the images of a batch are asked for at once, and brought to the device.
+    """
     classes = learner.classes()
-    num_episodes = len(image_sets[0])
-    size = max(1, CLASSIFIED_AT_ONCE // num_episodes)
 
-    def logits(images: Tensor) -> Tensor:
-        return learner.logits(learner.inputs(images), classes)
+    def logits(images: Sequence[Images]) -> list[Tensor]:
+        counts = [len(own) for own in images]
+        size = max(1, CLASSIFIED_AT_ONCE // len(counts))
+        found = [torch.empty(len(counts), 0, num_classes, dtype=torch.float32, device=device)]
+        for first in range(0, max(counts), size):
+            batch = _one_length([own[first : first + size] for own in images])
+            inputs = learner.inputs(batch.to(device))
+            found.append(learner.logits(inputs, classes).float())
+        together = torch.cat(found, 1).cpu()
+        return [own[:count] for own, count in zip(together, counts, strict=True)]
 
-    return [
-        torch.cat([logits(batch) for batch in images.split(size, 1)], 1).float().cpu()
-        if images.shape[1]
-        else torch.empty(num_episodes, 0, num_classes, dtype=torch.float32, device="cpu")
-        for images in image_sets
-    ]
+    return [logits(list(images)) for images in image_sets]
+
+
+def _one_length(images: Sequence[Tensor]) -> Tensor:
+    """(G, n, 3, H, W) of G times up to n images, filled up with black ones."""
+    longest = max(map(len, images))
+    if all(len(own) == longest for own in images):
+        return torch.stack(list(images))
+    return torch.stack([F.pad(own, (0, 0) * 3 + (0, longest - len(own))) for own in images])
 
 
 def _prepare(stack: ExitStack, model: nn.Module, runtime: Runtime) -> None:

@@ -102,8 +102,8 @@ def finetune_episodes(
 
     Args:
         model, tokenizer, method, seed, observers: As for :func:`finetune_episode`.
-        episodes: Their classes and images. Those of equal numbers of classes and images are
-            trained together, at most ``runtime.parallel`` at once.
+        episodes: Their classes and images. Those of equal numbers of classes and support images
+            are trained together, at most ``runtime.parallel`` at once.
         runtime: Device and types, and how many at once.
         on_step: Called with the episode's position, the step from 0, and its loss.
 
@@ -119,7 +119,7 @@ def finetune_episodes(
     alike: dict[tuple, list[int]] = {}
     for position, episode in enumerate(episodes):
         episode.check()
-        images = (episode.support_images.shape, episode.query_images.shape)
+        images = (episode.support_images.shape, episode.query_images.shape[1:])
         key = (len(episode.class_names), episode.images_per_class, episode.views, *images)
         alike.setdefault(key, []).append(position)
     results: dict[int, EpisodeResult | NonFiniteLossError] = {}

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tir_kernels.errors import FewShotError, first_line
+
 _MEMORY_INFO = Path("/proc/meminfo")
 _GROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _GROUP_USE = Path("/sys/fs/cgroup/memory.current")
@@ -36,6 +38,22 @@ def with_one_memory_error() -> Iterator[None]:
         if not is_lack_of_memory(error):
             raise
         raise torch.OutOfMemoryError(str(error) or type(error).__name__) from error
+
+
+@contextmanager
+def engine_errors_explained(where: str = "") -> Iterator[None]:
+    """``with_one_memory_error``, and the engine's own checks as a user's errors.
+
+    Those are a layer that the model does not have, say, or a class name that is too long.
+
+    Args:
+        where: What stands in front of their messages.
+    """
+    try:
+        with with_one_memory_error():
+            yield
+    except (ValueError, TypeError) as error:
+        raise FewShotError(where + first_line(error)) from error
 
 
 def is_lack_of_memory(error: BaseException) -> bool:

@@ -56,6 +56,25 @@ def offline() -> Iterator[None]:
             setattr(owner, name, value)
 
 
+def cached_folder(repository: str) -> Path | None:
+    """The folder of a repository's newest files in Hugging Face's cache, if it is there."""
+    errors = huggingface_hub.errors
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, local_files_only=True))
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
+        return None
+
+
+def cached_weights(tag: dict[str, Any]) -> Path | None:
+    """The weights file of one of open_clip's tags, if it is in a cache."""
+    if not tag.get("hf_hub"):
+        path = Path(os.path.expanduser("~/.cache/clip"), os.path.basename(tag["url"]))
+        return path if path.is_file() else None
+    with contextlib.suppress(Exception), offline():
+        return Path(open_clip.download_pretrained(tag))
+    return None
+
+
 def download_weights(tag: dict[str, Any], name: str) -> Path:
     """The weights file of one of open_clip's tags, from the cache if it is there.
 
@@ -66,10 +85,10 @@ def download_weights(tag: dict[str, Any], name: str) -> Path:
     Raises:
         FewShotError: It is not in the cache and can't be downloaded.
     """
-    if tag.get("hf_hub"):
-        # Asking the network whether a cached file is still the newest takes long without one.
-        with contextlib.suppress(Exception), offline():
-            return Path(open_clip.download_pretrained(tag))
+    # Asking the network whether a cached file is still the newest takes long without one; but a
+    # file from an address is compared with its digest, and loaded anew where it differs.
+    if tag.get("hf_hub") and (path := cached_weights(tag)) is not None:
+        return path
     _require_cache(bool(tag.get("hf_hub")), name)
     if tag.get("hf_hub"):
         _require_network(f"{_PRETRAINED}: the weights of {name}", "a checkpoint file")

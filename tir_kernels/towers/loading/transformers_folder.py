@@ -29,6 +29,7 @@ from tir_kernels.towers.loading.model_config import (
     check_size,
     num_bytes,
 )
+from tir_kernels.towers.loading.sources import TRANSFORMERS_KINDS
 from tir_kernels.towers.loading.transformers_preprocess import TransformersPreprocess
 from tir_kernels.towers.loading.weights import load_weights, state_dicts
 
@@ -36,7 +37,6 @@ _MODEL = setting("model")
 
 CONFIG_NAME = "config.json"
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-_KINDS = ("clip", "siglip")
 _REFUSED = {
     "siglip2": (
         "the processor of this kind gives every image a grid of patches of its own, but images are "
@@ -119,9 +119,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise FewShotError(f"{_MODEL}: can't read {path}: {first_line(error)}") from error
     kind = raw.get("model_type") if isinstance(raw, dict) else None
-    if kind not in _KINDS:
+    if kind not in TRANSFORMERS_KINDS:
         reason = _REFUSED.get(kind) if isinstance(kind, str) else None
-        reason = reason or f"models of transformers can be of {' or '.join(map(repr, _KINDS))}"
+        reason = (
+            reason
+            or f"models of transformers can be of {' or '.join(map(repr, TRANSFORMERS_KINDS))}"
+        )
         raise FewShotError(f"{_MODEL}: {path} is of model_type {kind!r}: {reason}")
     if raw.get("quantization_config"):
         raise FewShotError(

@@ -13,6 +13,8 @@ ISIC2018 = KnownSet(
         "VASC": "vascular lesion",
     },
     table=KnownTable(one_hot=("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")),
+    # From the program of arXiv 2605.25799, which writes "lession".
+    template="a skin lesion photo of a {}.",
     title="ISIC 2018 task 3",
     images=10_015,
     class_images={

@@ -38,10 +38,12 @@ class KnownSet:
         table: The table in which it is published, if there is one.
         group_column: Name of the column, in any table of its images, whose values are the subjects
             that images show: of a patient or a lesion there are several images.
-        template: Published template of prompts for its classes, with "{}" for the words.
+        template: Published template of prompts for its classes, with "{}" for the words. Where it
+            is learned, the context starts as the words in front.
         title: Name by which people know it; empty: that of the registry.
         images: Number of its images as published; 0 where there are several or none is known.
-        class_images: Class -> number of its images, where they are known.
+        class_images: Class -> number of its images, where they are known: of all classes of the
+            task, which may be fewer than have words.
     """
 
     words: Mapping[str, str]
