@@ -19,7 +19,8 @@ from tir_kernels.fewshot.data.dataset import ImageData, load_data
 from tir_kernels.fewshot.data.load import load_episode
 from tir_kernels.fewshot.data.reader import ImageReader
 from tir_kernels.fewshot.episode import EpisodePlan, plan_episode
-from tir_kernels.towers.loading.models import LoadedModel, load_model
+from tir_kernels.towers.loading.loaded import LoadedModel
+from tir_kernels.towers.loading.models import load_model
 from tir_kernels.towers.loading.new_models import write_model
 
 from .clip_model import ClipSizes, load_sizes, make_model

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import output_of
 from torch import Tensor
 
 import tir_kernels
@@ -108,15 +107,8 @@ for width in (1, 24, 100):
             load_backend(backend).philox_dropout(inputs, output)
         assert torch.equal(ours, expected), (width, dtype)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    output_of(program, env=environment, cwd=Path(__file__).parents[1])
 
 
 @pytest.mark.gpu

@@ -15,10 +15,10 @@ from timm.layers import set_fused_attn
 from timm.utils import AttentionExtract
 from torch import Tensor, nn
 
+from bench.micro.timed import DEVICE, measure_rounds
 from tir_kernels import AttentionStatistics, analysis
 from tir_kernels.analysis.measures import BlockView, Finding
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH, ROUNDS = (64, 20) if DEVICE == "cuda" else (5, 5)
 
 
@@ -64,18 +64,9 @@ def _by_extraction(extract: nn.Module, images: Tensor) -> list[AttentionStatisti
     ]
 
 
-def _measured(benchmark, run) -> None:
-    def run_to_the_end() -> None:
-        run()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(run_to_the_end, rounds=ROUNDS, warmup_rounds=1)
-
-
 def test_measure(benchmark, model) -> None:
     images = torch.randn(BATCH, 3, 224, 224, device=DEVICE)
-    _measured(benchmark, lambda: _by_measure(model, images))
+    measure_rounds(benchmark, lambda: _by_measure(model, images), ROUNDS)
     found, matrices = _by_measure(model, images), _by_extraction(AttentionExtract(model), images)
     for ours, theirs in zip(found, matrices, strict=True):
         for name in ("received_from_prefix", "received_from_patches", "entropy"):
@@ -86,4 +77,4 @@ def test_measure(benchmark, model) -> None:
 
 def test_timm_extraction(benchmark, model) -> None:
     images, extract = torch.randn(BATCH, 3, 224, 224, device=DEVICE), AttentionExtract(model)
-    _measured(benchmark, lambda: _by_extraction(extract, images))
+    measure_rounds(benchmark, lambda: _by_extraction(extract, images), ROUNDS)

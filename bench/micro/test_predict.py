@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from bench.clip_model import load_sizes, make_model, make_tokenizer
+from bench.micro.timed import DEVICE, measure_rounds
 from tir_kernels.fewshot import Classifier, Episode, Runtime, finetune_episode, methods
 from tir_kernels.fewshot.classifier.about import About, BaseModel
-from tir_kernels.towers.loading.models import LoadedModel
+from tir_kernels.towers.loading.loaded import LoadedModel
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODEL, BATCH, ROUNDS = ("ViT-B-16", 256, 20) if DEVICE == "cuda" else ("ViT-B-32", 16, 5)
 NAMES = ("forest", "river", "highway", "pasture", "industrial site")
 
@@ -54,12 +54,7 @@ def _classifier(parts, name: str, precision: str) -> Classifier:
 
 
 def _measured(benchmark, classify) -> None:
-    def run() -> None:
-        classify()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=3)
+    measure_rounds(benchmark, classify, ROUNDS, warmup_rounds=3)
     if benchmark.stats is not None:
         benchmark.extra_info["images per second"] = BATCH / benchmark.stats.stats.median
 

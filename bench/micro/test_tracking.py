@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from bench.clip_model import load_sizes, make_model, make_tokenizer
+from bench.micro.timed import DEVICE, measure_rounds
 from tir_kernels.analysis import MEASURES
 from tir_kernels.fewshot import Episode, Runtime, Tracker, finetune_episode, methods
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ["forest", "river", "highway", "pasture", "industrial site"]
 SHOTS = 1 if DEVICE == "cpu" else 5
 METHOD = methods.method_class("lora")(steps=10)
@@ -35,7 +35,5 @@ def test_training(benchmark, measures) -> None:
         observers = [] if measures == "none" else [Tracker(model, 10, chosen)]
         runtime = Runtime(device=DEVICE)
         finetune_episode(model, tokenizer, episode, METHOD, runtime=runtime, observers=observers)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
 
-    benchmark.pedantic(train, rounds=1 if DEVICE == "cpu" else 5, warmup_rounds=1)
+    measure_rounds(benchmark, train, rounds=1 if DEVICE == "cpu" else 5)

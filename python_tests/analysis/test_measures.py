@@ -3,13 +3,12 @@
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from analysis.views import encode, make_towers, real_images
+from programs import output_of
 
 from tir_kernels import adapters, analysis
 from tir_kernels.analysis.measures import MEASURES
@@ -152,10 +151,7 @@ def test_registered_measures_import_nothing_heavy():
         "print(json.dumps([name for name in ('scipy.stats', 'sklearn', 'ckatorch')"
         " if name in sys.modules]))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    assert json.loads(done.stdout) == []
+    assert json.loads(output_of(script)) == []
 
 
 def test_deit_with_registers():

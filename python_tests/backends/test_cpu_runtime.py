@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from attention_cases import packed_heads
+from programs import output_of
 from torch import Tensor
 
 from tir_kernels.backends import cpu
@@ -87,10 +86,7 @@ for _ in range(3):
     cpu.CpuBackend().attention_forward(inputs)
 print(before, len(os.listdir("/proc/self/task")), cpu._kernels().thread_source())
 """
-    run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    before, after, source = run.stdout.strip().split(" ", 2)
+    before, after, source = output_of(program).split(" ", 2)
     assert source == "OpenMP of torch"
     assert before == after
 
@@ -143,15 +139,12 @@ def test_the_environment_names_an_instruction_set(name: str) -> None:
         "from tir_kernels.operators.choose import load_backend; cpu = load_backend('cpu')\n"
         "print(cpu.unavailable() or cpu.description())"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True,
-        env={**os.environ, "TIR_CPU_ARCH": name},
-    )  # fmt: skip
+    output = output_of(program, env={**os.environ, "TIR_CPU_ARCH": name})
     if name == "portable":
-        assert run.stdout.startswith("portable (this machine runs portable")
+        assert output.startswith("portable (this machine runs portable")
     else:
-        assert "TIR_CPU_ARCH" in run.stdout
-        assert "got nonsense" in run.stdout
+        assert "TIR_CPU_ARCH" in output
+        assert "got nonsense" in output
 
 
 def test_unavailable_without_the_compiled_module(monkeypatch: pytest.MonkeyPatch) -> None:

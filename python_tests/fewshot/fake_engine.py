@@ -19,7 +19,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tir_kernels.fewshot.command import main
 from tir_kernels.fewshot.episode import episode_seed
 from tir_kernels.fewshot.train.batch import EpisodeResult, NonFiniteLossError
-from tir_kernels.towers.loading.models import LoadedModel
+from tir_kernels.towers.loading.loaded import LoadedModel
 from tir_kernels.towers.loading.preprocess import Preprocess
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import fake_engine
 import pytest
 from command_line import results, with_value
+from programs import output_of
 
 
 def start(arguments, tmp_path, count):
@@ -114,7 +115,4 @@ import tir_kernels.fewshot.command
 print(sorted({"open_clip", "torchvision", "scipy", "rich"} & set(sys.modules)))
 """
     root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "[]\n"
+    assert output_of(program, cwd=root) == "[]"

@@ -1,12 +1,11 @@
 """The command ``report``, and the page that ends a run."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import fake_engine
 import pytest
 from command_line import assert_refused
+from programs import output_of
 
 from tir_kernels.fewshot.command import main
 
@@ -106,7 +105,4 @@ def test_the_command_line_waits_for_no_library_of_pages():
         "print(sorted(slow & set(sys.modules)))"
     )
     root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root
-    )
-    assert done.stdout.strip() == "[]"
+    assert output_of(program, cwd=root) == "[]"

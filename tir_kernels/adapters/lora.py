@@ -18,10 +18,10 @@ TOWERS = ("visual", "text")
 PROJECTIONS = ("q", "k", "v")
 
 
-class _Place:
+class Place:
     """The projections of one block that are packed into one matrix, and their low-rank change."""
 
-    def __init__(self, block: Block, names: list[str], linear: Linear) -> None:
+    def __init__(self, block: Any, names: list[str], linear: Linear) -> None:
         self.block = block
         self.names = names
         self.linear = linear
@@ -31,20 +31,27 @@ class _Place:
         return self.linear.owner.low_rank  # type: ignore[return-value]
 
     @property
+    def path(self) -> str:
+        """Path of the owner in the model."""
+        attention: Any = self.block.attention
+        inner = next(n for n, each in attention.named_modules() if each is self.linear.owner)
+        return f"{self.block.attention_path}.{inner}".rstrip(".")
+
+    @property
     def weight(self) -> Tensor:
         """(K O, D), the frozen weight of all of the owner's projections."""
         owner = self.linear.owner
         return owner.in_proj_weight if isinstance(owner, nn.MultiheadAttention) else owner.weight  # type: ignore[return-value]
 
 
-def _packed(block: Block) -> Iterator[_Place]:
+def packed(block: Block) -> Iterator[Place]:
     """The block's projections by the module that owns them."""
     owners: dict[int, list[str]] = {}
     linears = block.linears
     for name in PROJECTIONS:
         owners.setdefault(id(linears[name].owner), []).append(name)
     for names in owners.values():
-        yield _Place(block, names, linears[names[0]])
+        yield Place(block, names, linears[names[0]])
 
 
 class LoRA(Handle):
@@ -53,6 +60,7 @@ class LoRA(Handle):
     Attributes:
         rank, alpha, dropout, backend: As given.
         module_paths: ``"{visual|text}.{layer}"`` -> path of the block's attention in the model.
+        places: ``"{visual|text}.{layer}"`` -> the projections of the block.
     """
 
     def __init__(self, blocks: dict[str, Block], settings: LowRankSettings) -> None:
@@ -62,16 +70,16 @@ class LoRA(Handle):
         self.backend = settings.backend
         self.module_paths = {place: block.attention_path for place, block in blocks.items()}
         self._step = torch.zeros(1, dtype=torch.int64, device="cpu")
-        self._places: dict[str, list[_Place]] = {}
+        self.places: dict[str, list[Place]] = {}
         try:
             for name, block in blocks.items():
-                for place in _packed(block):
+                for place in packed(block):
                     owner = place.linear.owner
                     device = next(owner.parameters()).device
                     low_rank = LowRank(place.linear.shape, settings, device)
                     low_rank.train(owner.training)
                     block.put_low_rank(owner, low_rank, self)
-                    self._places.setdefault(name, []).append(place)
+                    self.places.setdefault(name, []).append(place)
         except (TypeError, RuntimeError):
             self.remove()
             raise
@@ -82,11 +90,11 @@ class LoRA(Handle):
 
     def owners(self) -> list[nn.Module]:
         """The modules that hold the low-rank changes, in the order of :meth:`factors`."""
-        return [place.linear.owner for places in self._places.values() for place in places]
+        return [place.linear.owner for places in self.places.values() for place in places]
 
     def weights(self) -> list[Tensor]:
         """The model's own weights that are changed, in the order of :meth:`owners`."""
-        return [place.weight for places in self._places.values() for place in places]
+        return [place.weight for places in self.places.values() for place in places]
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """``"{visual|text}.{layer}.{q|k|v}"`` -> A (rank, width) and B (width, rank), as views; of
@@ -97,7 +105,7 @@ class LoRA(Handle):
                 place.low_rank.a.select(-3, index),
                 place.low_rank.b.select(-3, index),
             )
-            for name, places in self._places.items()
+            for name, places in self.places.items()
             for place in places
             for index, projection in enumerate(place.names)
         }
@@ -170,19 +178,19 @@ class LoRA(Handle):
         """
         if any(low_rank.a.dim() == 4 for low_rank in self._low_ranks()):
             raise ValueError("LoRA of num_episodes can't be merged: add one without them")
-        for places in self._places.values():
+        for places in self.places.values():
             for place in places:
                 place.weight.add_(place.low_rank.product())
         self.remove()
 
     def remove(self) -> None:
-        for places in self._places.values():
+        for places in self.places.values():
             for place in places:
                 place.block.take_low_rank(place.linear.owner, self)
-        self._places = {}
+        self.places = {}
 
     def _low_ranks(self) -> list[LowRank]:
-        return [place.low_rank for places in self._places.values() for place in places]
+        return [place.low_rank for places in self.places.values() for place in places]
 
 
 def loras_of(model: nn.Module) -> list[LoRA]:

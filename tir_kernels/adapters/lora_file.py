@@ -1,17 +1,10 @@
-"""LoRA weights in PEFT's file format, to be loaded by PEFT, or by us after training with PEFT.
-
-PEFT adapts an ``nn.MultiheadAttention`` by one pair of factors for its packed query, key and value
-projection, and one for its output projection. Three pairs of rank r are one packed pair of rank
-3 r, with the A stacked and the B on the diagonal. The output projection is not adapted here, so its
-pair is zero; as both its factors are, neither gets a gradient, and it stays so if PEFT trains on.
-"""
+"""LoRA weights in PEFT's file format, to be loaded by PEFT, or by us after training with PEFT."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import re
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +15,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from tir_kernels.adapters.lora import PROJECTIONS, TOWERS, LoRA, add_lora
+from tir_kernels.adapters.lora import TOWERS, LoRA, Place, add_lora, packed
+from tir_kernels.adapters.lora_layout import Layout, Owner, layout_of
 from tir_kernels.towers import open_tower
 
 CONFIG_FILE = "adapter_config.json"
@@ -30,19 +24,12 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 _MAX_CONFIG_BYTES = 16 * 2**20
 
-_PREFIX = "base_model.model."
-_ONE_FORMAT = (
-    "PEFT's format is known for models with nn.MultiheadAttention alone; keep lora.factors() of "
-    "this one with torch.save, and give them to set_factors()"
+_NO_FORMAT = (
+    "PEFT's format is known for models with nn.MultiheadAttention or separate projections alone; "
+    "keep lora.factors() of this one with torch.save, and give them to set_factors()"
 )
 # Modules that torch.compile and data parallelism put around another.
 _WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module"})
-_PARTS = {
-    "a": "lora_A.weight",
-    "b": "lora_B.weight",
-    "out_a": "base_layer.out_proj.lora_A.weight",
-    "out_b": "base_layer.out_proj.lora_B.weight",
-}
 # Read below, or without effect on the adapted function. PEFT has many variants of LoRA, each with a
 # setting that is off by default: whatever is not listed here must be off.
 _UNDERSTOOD = {
@@ -56,8 +43,8 @@ _UNDERSTOOD = {
 def save_lora(lora: LoRA, directory: str | os.PathLike[str]) -> None:
     """Write LoRA's factors as a PEFT adapter.
 
-    ``peft.PeftModel.from_pretrained(model, directory)`` on the same, unadapted open_clip model
-    computes the same in evaluation mode.
+    ``peft.PeftModel.from_pretrained(model, directory)`` on the same, unadapted model computes the
+    same in evaluation mode.
 
     Args:
         lora: Handle of :func:`add_lora` or :func:`load_lora`.
@@ -66,35 +53,28 @@ def save_lora(lora: LoRA, directory: str | os.PathLike[str]) -> None:
 
     Raises:
         RuntimeError: The handle was removed from its model.
-        TypeError: The model's attention is no ``nn.MultiheadAttention``.
+        TypeError: The model's attention has query, key and value in one ``nn.Linear``.
         OSError: The directory cannot be written.
     """
-    factors = lora.factors()
+    factors = {name: (a.detach(), b.detach()) for name, (a, b) in lora.factors().items()}
     if not factors:
         raise RuntimeError("LoRA is removed from its model already: save it before remove()")
-    if not all(isinstance(owner, nn.MultiheadAttention) for owner in lora.owners()):
-        raise TypeError(_ONE_FORMAT)
+    layout = layout_of([place for places in lora.places.values() for place in places])
+    if layout is None:
+        raise TypeError(_NO_FORMAT)
+    owners = [Owner.of(name, place) for name, places in lora.places.items() for place in places]
     tensors: dict[str, Tensor] = {}
-    for place, path in lora.module_paths.items():
-        pairs = [factors[f"{place}.{projection}"] for projection in PROJECTIONS]
-        a = torch.cat([a.detach() for a, _ in pairs])
-        parts = {
-            "a": a,
-            "b": torch.block_diag(*(b.detach() for _, b in pairs)),
-            "out_a": torch.zeros_like(a),
-            "out_b": torch.zeros_like(a.T),
-        }
-        for part, tensor in parts.items():
-            tensors[_key(path, part)] = tensor.cpu().contiguous()
+    for owner in owners:
+        pairs = {name: factors[f"{owner.place}.{name}"] for name in owner.names}
+        for key, tensor in layout.write(owner, pairs).items():
+            tensors[key] = tensor.cpu().contiguous()
     config = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": None,
         "inference_mode": True,
-        "target_modules": _target_pattern(list(lora.module_paths.values())),
-        "r": 3 * lora.rank,
-        "lora_alpha": _peft_alpha(lora),
-        "use_rslora": False,
+        "target_modules": layout.pattern([owner.path for owner in owners]),
+        **layout.settings(lora),
         "lora_dropout": lora.dropout,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -118,12 +98,13 @@ def load_lora(
 ) -> LoRA:
     """Add LoRA to a model, with the factors of a PEFT adapter.
 
-    Factors written by :func:`save_lora` come back bit for bit. An adapter that PEFT trained, whose
-    one pair of rank R mixes queries, keys and values, becomes LoRA of rank R with the same A in all
-    three. The towers that the adapter does not cover get no LoRA.
+    Factors written by :func:`save_lora` come back bit for bit. An adapter that PEFT trained on an
+    ``nn.MultiheadAttention``, whose one pair of rank R mixes queries, keys and values, becomes LoRA
+    of rank R with the same A in all three. The towers that the adapter does not cover get no LoRA;
+    separate projections that it does not cover get one whose B is zero.
 
     Args:
-        model: An open_clip model without LoRA, of the architecture that the adapter is for.
+        model: A model without LoRA, of the architecture that the adapter is for.
         directory: Holds adapter_config.json and adapter_model.safetensors.
         dropout: For further training, in [0, 1); ``None``: what the configuration says.
         passes_input_gradient: As for :func:`add_lora`.
@@ -141,54 +122,20 @@ def load_lora(
     directory = Path(directory)
     config = _read_config(directory / CONFIG_FILE)
     tensors = _read_tensors(directory / WEIGHTS_FILE)
-    places = _attention_places(model)
-    _check_keys(directory, tensors, places)
-    adapted = {path: place for path, place in places.items() if _key(path, "a") in tensors}
-    packed_rank: int = config["r"]
-    _check_tensors(directory, tensors, {p: w for p, (_, w) in adapted.items()}, packed_rank)
-
-    is_diagonal = packed_rank % 3 == 0 and all(
-        _is_block_diagonal(tensors[_key(path, "b")]) for path in adapted
-    )
-    rank = packed_rank // 3 if is_diagonal else packed_rank
-    factors_a: dict[str, Tensor] = {}
-    factors_b: dict[str, Tensor] = {}
-    for path, (place, _) in adapted.items():
-        a, b = tensors[_key(path, "a")], tensors[_key(path, "b")].chunk(3)
-        for index, projection in enumerate(PROJECTIONS):
-            own = slice(index * rank, (index + 1) * rank) if is_diagonal else slice(None)
-            factors_a[f"{place}.{projection}"] = a[own]
-            factors_b[f"{place}.{projection}"] = b[index][:, own]
-
+    layout, owners = _owners(model)
+    adapted = _adapted(directory, tensors, layout, owners)
+    _check_tensors(directory, tensors, layout, adapted, config["r"])
+    rank, pairs = layout.read(adapted, tensors, config["r"])
     lora = add_lora(
         model,
         rank,
         _alpha(config, rank),
         config["lora_dropout"] if dropout is None else dropout,
-        towers=tuple(dict.fromkeys(place.split(".")[0] for place, _ in adapted.values())),
+        towers=tuple(dict.fromkeys(_tower(owner) for owner in adapted)),
         passes_input_gradient=passes_input_gradient,
     )
-    lora.set_factors(factors_a, factors_b)
+    lora.set_factors(*({name: pair[i] for name, pair in pairs.items()} for i in range(2)))
     return lora
-
-
-def _key(path: str, part: str) -> str:
-    return f"{_PREFIX}{path}.{_PARTS[part]}"
-
-
-def _target_pattern(paths: list[str]) -> str:
-    """A regular expression for whole paths: PEFT takes plain names for endings of paths.
-
-    The text tower's ``transformer.resblocks.0.attn`` is an ending of the image tower's.
-    """
-    owners = dict.fromkeys(path.rsplit(".", 2)[0] for path in paths)
-    return f"({'|'.join(re.escape(owner) for owner in owners)})\\.\\d+\\.attn"
-
-
-def _peft_alpha(lora: LoRA) -> float:
-    """The lora_alpha for which PEFT's ``lora_alpha / (3 rank)`` is our ``alpha / sqrt(rank)``."""
-    alpha = 3 * lora.alpha * math.sqrt(lora.rank)
-    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def _alpha(config: dict[str, Any], rank: int) -> float:
@@ -270,77 +217,69 @@ def _without_wrappers(key: str) -> str:
     return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
 
 
-def _attention_places(model: nn.Module) -> dict[str, tuple[str, int]]:
-    """Path of each attention that can take LoRA -> its place ("visual.3") and width."""
-    places = {}
+def _owners(model: nn.Module) -> tuple[Layout, list[Owner]]:
+    """The modules that can take LoRA, and how PEFT's format lays it out."""
+    owners: list[Owner] = []
+    layout = None
     for tower in TOWERS:
         with suppress(TypeError, ValueError):  # an adapter need not cover a tower of another kind
             for layer, block in enumerate(open_tower(model, tower).blocks):
-                linear = block.linears["q"]
-                if isinstance(linear.owner, nn.MultiheadAttention):
-                    places[block.attention_path] = (f"{tower}.{layer}", linear.shape[2])
-    if not places:
+                places: list[Place] = list(packed(block))
+                layout = layout_of(places) or layout
+                if layout_of(places) is not None:
+                    owners += [Owner.of(f"{tower}.{layer}", place) for place in places]
+    if layout is None:
         open_tower(model, TOWERS[0])  # says why not
-        raise TypeError(_ONE_FORMAT)
-    return places
+        raise TypeError(_NO_FORMAT)
+    return layout, owners
 
 
-def _check_keys(
-    directory: Path, tensors: dict[str, Tensor], places: dict[str, tuple[str, int]]
-) -> None:
-    """Each adapted tower must be adapted in all its blocks, and nothing else may be."""
-    known = {_key(path, part) for path in places for part in _PARTS}
+def _tower(owner: Owner) -> str:
+    return owner.place.split(".")[0]
+
+
+def _adapted(
+    directory: Path, tensors: dict[str, Tensor], layout: Layout, owners: list[Owner]
+) -> list[Owner]:
+    """What of a model is adapted: a tower in all its blocks or none, and nothing else."""
+    keys = {owner: list(layout.shapes(owner, 1)) for owner in owners}
+    known = {key for each in keys.values() for key in each}
     if unknown := [key for key in tensors if key not in known]:
+        pattern = layout.pattern([owner.path for owner in owners])
         raise ValueError(
             f"{directory} adapts what cannot take LoRA in this model ({unknown[0]!r}); use the "
-            f"model it was made for, and target_modules={_target_pattern(list(places))!r} in PEFT"
+            f"model it was made for, and target_modules={pattern!r} in PEFT"
         )
-    towers = {place.split(".")[0] for path, (place, _) in places.items() if _any(tensors, path)}
+    towers = {_tower(owner) for owner in owners if any(key in tensors for key in keys[owner])}
     if not towers:
         raise ValueError(f"{directory} holds no tensors; save the adapter anew")
-    for path, (place, _) in places.items():
-        missing = [_key(path, part) for part in _PARTS if _key(path, part) not in tensors]
-        if place.split(".")[0] in towers and missing:
+    adapted = []
+    for tower in towers:
+        of_tower = [owner for owner in owners if _tower(owner) == tower]
+        adapted += [o for o in of_tower if not layout.may_lack(o, of_tower, set(tensors))]
+    for owner in adapted:
+        if missing := [key for key in keys[owner] if key not in tensors]:
             raise ValueError(
                 f"{directory} lacks {missing[0]!r}; adapt every block of a tower, and load into a "
                 "model of the same depth"
             )
-
-
-def _any(tensors: dict[str, Tensor], path: str) -> bool:
-    return any(_key(path, part) in tensors for part in _PARTS)
+    return [owner for owner in owners if owner in adapted]
 
 
 def _check_tensors(
-    directory: Path, tensors: dict[str, Tensor], widths: dict[str, int], rank: int
+    directory: Path, tensors: dict[str, Tensor], layout: Layout, owners: list[Owner], rank: int
 ) -> None:
-    for path, width in widths.items():
-        shapes = {
-            "a": (rank, width),
-            "b": (3 * width, rank),
-            "out_a": (rank, width),
-            "out_b": (width, rank),
-        }
-        for part, shape in shapes.items():
-            tensor = tensors[_key(path, part)]
+    for owner in owners:
+        for key, shape in layout.shapes(owner, rank).items():
+            tensor = tensors[key]
             if tensor.shape != shape or not tensor.is_floating_point():
                 raise ValueError(
-                    f"{directory}: {_key(path, part)!r} must be floating point of shape {shape} "
+                    f"{directory}: {key!r} must be floating point of shape {shape} "
                     f"for this model and r={rank}; it is {tensor.dtype} of {tuple(tensor.shape)}"
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(
-                    f"{directory}: {_key(path, part)!r} holds NaN or infinite values; the training "
+                    f"{directory}: {key!r} holds NaN or infinite values; the training "
                     "that wrote them diverged, so train the adapter anew"
                 )
-        if tensors[_key(path, "out_a")].any() and tensors[_key(path, "out_b")].any():
-            raise ValueError(
-                f"{directory} adapts the output projection too ({_key(path, 'out_b')!r} is not "
-                "zero); in PEFT, freeze the parameters with 'out_proj' in their names"
-            )
-
-
-def _is_block_diagonal(b: Tensor) -> bool:
-    """Whether (3 W, 3 r) is zero outside its three (W, r) blocks."""
-    blocks = b.unflatten(0, (3, -1)).unflatten(2, (3, -1)).transpose(1, 2)  # (3, 3, W, r)
-    return not blocks[~torch.eye(3, dtype=torch.bool, device=b.device)].any()
+        layout.refuse(directory, owner, tensors)

@@ -12,7 +12,7 @@ from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.fewshot.evaluation.settings import FIT, EvaluateSettings
 from tir_kernels.fewshot.interrupts import leaving_at_once
 from tir_kernels.fewshot.option_kinds import NAME
-from tir_kernels.fewshot.options import base_options, decoding_options, with_options
+from tir_kernels.fewshot.options import base_options, decoding_options, group_option, with_options
 from tir_kernels.fewshot.report_command import FORMATS
 from tir_kernels.fewshot.settings import AUTO, PRECISIONS, Runtime
 from tir_kernels.text import printable, setting
@@ -55,12 +55,18 @@ def _help(name: str) -> str:
     "--support",
     type=NAME,
     metavar="SOURCE",
-    help="The data that the classifier was made from: to notice its images among the evaluated "
-    f"ones, and for --temperature {FIT}.",
+    help=f"The data that fit was given, for --temperature {FIT}; never the evaluated images. The "
+    "classifier knows its images among the evaluated ones without it, by their digests.",
+)
+@click.option(
+    "--support-images",
+    type=NAME,
+    metavar="DIR",
+    help="Folder of the images that --support names, where that is a list.",
 )
 @click.option("--exclude-support", is_flag=True, help=_help("exclude_support"))
 @click.option("--leave-out-unknown", is_flag=True, help=_help("leave_out_unknown"))
-@click.option("--group-column", metavar="COLUMN", help=_help("group_column"))
+@group_option()
 @click.option("--temperature", metavar="fit|FLOAT", help=_help("temperature"))
 @click.option(
     "--keep-temperature",
@@ -122,11 +128,11 @@ def _evaluate(classifier: str, settings: EvaluateSettings, options: dict[str, An
         loaded = _loaded(classifier, options, messages.tell)
     with _bar(notices) as progress:
         evaluator = Evaluator(loaded, settings, messages.tell, progress)
-        found = evaluator.evaluate(
-            options["data"], options["images"], options["support"], options["out"]
-        )
+        names = ("images", "support", "support_images", "out")
+        found = evaluator.evaluate(options["data"], **{name: options[name] for name in names})
     if options["keep_temperature"]:
         keep_temperature(classifier, found.temperature)
+        messages.tell(f"{classifier} predicts with temperature {found.temperature:.4g} from now on")
     _show(found, options["style"])
     if options["out"] is not None:
         from tir_kernels.fewshot.evaluation.files import write_files

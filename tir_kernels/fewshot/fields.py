@@ -151,7 +151,7 @@ def text_list(
     return _field(default, help, check, is_text_list=True)
 
 
-def text(default: str, help: str) -> Any:
+def text(default: str | None, help: str) -> Any:
     """Any text."""
 
     def check(name: str, value: object) -> str:

@@ -14,7 +14,6 @@ from tir_kernels.fewshot.arms import make_arms
 from tir_kernels.fewshot.interrupts import PROGRAM, leaving_at_once
 from tir_kernels.fewshot.options import (
     fit_settings_options,
-    group_option,
     method_fields,
     method_options,
     one_method_option,
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
     "Folder of the classifier, which is made. The same command continues a fit that was stopped.",
 )
 @one_method_option()
-@group_option()
 @reading_options()
 @fit_settings_options()
 @click.option(

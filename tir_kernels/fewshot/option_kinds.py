@@ -31,6 +31,9 @@ class NumberOr(click.ParamType):
         self.name = f"integer|{word}"
         self._word = word
 
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"INTEGER|{self._word}"  # by itself, click would show the word in capitals
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == self._word or isinstance(value, int):
             return value

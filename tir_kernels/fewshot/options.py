@@ -15,7 +15,7 @@ from tir_kernels.fewshot.data.known import KNOWN_SETS
 from tir_kernels.fewshot.fields import kinds_of
 from tir_kernels.fewshot.methods import DEFAULT_METHODS, METHODS, method_class
 from tir_kernels.fewshot.option_kinds import NAME, Choice, Count, NumberOr, WholeNumbers
-from tir_kernels.fewshot.settings import AUTO, FitSettings, Protocol, Runtime
+from tir_kernels.fewshot.settings import AUTO, GROUP_COLUMN_HELP, FitSettings, Protocol, Runtime
 from tir_kernels.text import Notice, printable
 
 # Options that are not called like their settings.
@@ -170,8 +170,8 @@ _READING_OPTIONS = [
     click.option(
         "--skip-unreadable",
         is_flag=True,
-        help="Replace images that can't be read by others of their class, and list them at the "
-        "end.",
+        help="Replace images that can't be read by others of their class, if there are any, and "
+        "list them at the end.",
     ),
 ]
 
@@ -218,10 +218,7 @@ def group_option() -> Callable[[Callable], Callable]:
     return click.option(
         "--group-column",
         metavar="COLUMN",
-        help="Column of a table, or of a data set of Hugging Face, whose values are the subjects "
-        "that images show, such as patients or lesions: no subject is on both sides, among images "
-        "that are trained on and images that are classified to see how well. Known by itself for "
-        "HAM10000 (lesion_id) and ChestX-ray8 (Patient ID); none pays no regard to subjects.",
+        help=GROUP_COLUMN_HELP,
     )
 
 
@@ -244,9 +241,10 @@ def source_options(
         required=data_required,
         metavar="SOURCE",
         help="Folder with a sub-folder of images per class, or with parts such as train and test "
-        "that have them; a list of images: JSON with image_names, image_labels and label_names, or "
-        "a split of CoOp, or CSV or TSV with columns for file and label, or with a column of 0 and "
-        "1 per class; or hf:NAME[:SPLIT] from Hugging Face, or a folder of its save_to_disk.",
+        "that have them, of which support comes from one and queries from the other; a list of "
+        "images: JSON with image_names, image_labels and label_names, or a split of CoOp, or CSV "
+        "or TSV with columns for file and label, or with a column of 0 and 1 per class; or "
+        "hf:NAME[:SPLIT] from Hugging Face, or a folder of its save_to_disk.",
     )
     folder = click.option("--out", type=NAME, required=True, metavar=metavar, help=out)
     return _adding([data, *_SOURCE_OPTIONS, folder])
@@ -327,9 +325,9 @@ def episodes_option(default: int) -> Callable[[Callable], Callable]:
         "--episodes",
         type=Count(1, 10**6, "the interval of a mean does not get narrower in any sense"),
         default=default,
-        help="Episodes: draws of classes and images, each by the seed and its own number, on which "
-        "every method is trained anew. With all ways, 3 episodes are what programs mean that train "
-        "with seeds 1, 2 and 3. A run may be continued with more.",
+        help="Episodes: draws of classes and images by the seed, on each of which every method is "
+        "trained anew. Where other programs repeat a training with seeds 1, 2 and 3, that is 3 "
+        "episodes. A run may be continued with more.",
     )
 
 

@@ -47,7 +47,7 @@ from tir_kernels.fewshot.train.batch import CLASSIFIED_AT_ONCE
 from tir_kernels.operators.choose import refusal
 from tir_kernels.text import setting
 from tir_kernels.towers.loading import models
-from tir_kernels.towers.loading.models import LoadedModel
+from tir_kernels.towers.loading.loaded import LoadedModel
 
 if TYPE_CHECKING:
     from tir_kernels.fewshot.run.summary import Summary

@@ -13,6 +13,13 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 AUTO = "auto"
 ALL = "all"
 BALANCES = ("none", "loss", "sampling")
+GROUP_COLUMN_HELP = (
+    "Column of a table, or of a data set of Hugging Face, whose values are the subjects that "
+    "images show, such as patients or lesions: no subject is on both sides, among images that are "
+    "trained on and images that are classified to see how well, and an evaluation's intervals are "
+    "over subjects. Known by itself for HAM10000 (lesion_id) and ChestX-ray8 (Patient ID); none "
+    "pays no regard to subjects."
+)
 
 
 def _backends() -> tuple[str, ...]:
@@ -29,22 +36,26 @@ class Protocol(fields.Checked):
     """The episodes of a run: N-way K-shot, and the seed that draws them."""
 
     ways: int | str = fields.whole_or(
-        ALL, 5, "Classes per episode; all: all classes of the data, in each episode.", least=2
+        ALL, 5, "Classes of each episode, drawn anew; all: every class of the data.", least=2
     )
     shots: int = fields.whole(
-        5, "Support images per class.", least=1, most=10**6, reason="no class has as many images"
+        5,
+        "Support images per class, which the methods learn from.",
+        least=1,
+        most=10**6,
+        reason="no class has as many images",
     )
     queries: int | str = fields.whole_or(
         ALL,
         15,
-        "Query images per class; all: all images of the episode's classes that are not support, or "
-        "of data with a part for queries the whole part. The classes may then have unequal numbers "
-        "of them, and accuracy is over all images.",
+        "Query images per class, which are classified to score the methods; all: every image of "
+        "the episode's classes that is not support, and of data with a part for queries that whole "
+        "part. Classes may then have unequal numbers; accuracy is over all images.",
         least=1,
     )
     seed: int = fields.seed(
-        "Seed of the choice of episodes, and of each method's initialisation and dropout. One seed "
-        "gives as many episodes as are asked for, each another draw."
+        "Seed of the choice of episodes, and of each method's initialisation and dropout. Each of "
+        "a seed's episodes is another draw."
     )
     augment: int = fields.views(
         "Train on this many views of each support image beside the image itself; 0 for none. The "
@@ -100,6 +111,7 @@ class FitSettings(fields.Checked):
         most=1000,
         reason="each is a training of its own",
     )
+    group_column: str | None = fields.text(None, GROUP_COLUMN_HELP)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,7 +15,7 @@ Self = TypeVar("Self", bound="BlockBase")
 
 
 class BlockBase:
-    """A view of one block of a model, with the attention at ``module.attn``.
+    """A view of one block of a model.
 
     Args:
         module: The library's block.
@@ -23,9 +23,11 @@ class BlockBase:
 
     Attributes:
         opened: Class of a block, an attention or a linear map -> the class that stands in for it.
+        attention_name: The block's attribute that is its attention.
     """
 
     opened: ClassVar[Mapping[type, type[Opened]]]
+    attention_name: ClassVar[str] = "attn"
 
     def __init__(self, module: Any, path: str) -> None:
         self.module = module
@@ -33,11 +35,11 @@ class BlockBase:
 
     @property
     def attention(self) -> Any:
-        return getattr(self.module, "attn", None)
+        return getattr(self.module, self.attention_name, None)
 
     @property
     def attention_path(self) -> str:
-        return f"{self.path}.attn"
+        return f"{self.path}.{self.attention_name}"
 
     @property
     def adapters(self) -> tuple[BlockAdapter, ...]:
@@ -49,7 +51,7 @@ class BlockBase:
         twin = copy.copy(self)
         twin.module = _with_own_children(self.module)
         if self.attention is not None:
-            twin.module.attn = _with_own_children(self.attention)
+            setattr(twin.module, self.attention_name, _with_own_children(self.attention))
         return twin
 
     def attention_of(self, hidden: Tensor) -> AttentionCall:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 FAMILIES = {
     "open_clip": "tir_kernels.towers.open_clip:OpenClip",
     "timm": "tir_kernels.towers.timm:Timm",
+    "transformers": "tir_kernels.towers.transformers:Transformers",
 }
 
 

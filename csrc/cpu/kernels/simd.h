@@ -102,29 +102,30 @@ TIR_INLINE __m128 upper_half(__m256 v) { return _mm256_extractf128_ps(v, 1); }
 TIR_INLINE __m256 upper_half(__m512 v) { return _mm512_extractf32x8_ps(v, 1); }
 #endif
 
-TIR_INLINE float sum_of(Vec v) {
 #if defined(__AVX512F__)
+TIR_INLINE float sum_of(Vec v) {
   __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), upper_half(v));
   return sum_of_4(_mm_add_ps(_mm256_castps256_ps128(half), upper_half(half)));
-#elif defined(__AVX2__)
-  return sum_of_4(_mm_add_ps(_mm256_castps256_ps128(v), upper_half(v)));
-#else
-  return (v[0] + v[2]) + (v[1] + v[3]);
-#endif
 }
-
 TIR_INLINE float largest_of(Vec v) {
-#if defined(__AVX512F__)
   __m256 half = _mm256_max_ps(_mm512_castps512_ps256(v), upper_half(v));
   return largest_of_4(_mm_max_ps(_mm256_castps256_ps128(half), upper_half(half)));
+}
 #elif defined(__AVX2__)
+TIR_INLINE float sum_of(Vec v) {
+  return sum_of_4(_mm_add_ps(_mm256_castps256_ps128(v), upper_half(v)));
+}
+TIR_INLINE float largest_of(Vec v) {
   return largest_of_4(_mm_max_ps(_mm256_castps256_ps128(v), upper_half(v)));
+}
 #else
+TIR_INLINE float sum_of(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+TIR_INLINE float largest_of(Vec v) {
   float largest = v[0];
   for (int i = 1; i < lanes; ++i) largest = v[i] > largest ? v[i] : largest;
   return largest;
-#endif
 }
+#endif
 
 constexpr float smallest_exponent = -126.0f;  // of a normal float32
 

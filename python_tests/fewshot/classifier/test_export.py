@@ -23,7 +23,8 @@ from tir_kernels.fewshot.command import main
 from tir_kernels.fewshot.episode import Episode
 from tir_kernels.fewshot.train.batch import Job
 from tir_kernels.towers import as_transformers_clip
-from tir_kernels.towers.loading.models import LoadedModel, load_model
+from tir_kernels.towers.loading.loaded import LoadedModel
+from tir_kernels.towers.loading.models import load_model
 
 METHODS = {
     "tokens": fewshot.methods.TIR(layers=(1, 2)),

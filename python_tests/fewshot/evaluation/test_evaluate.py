@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from evaluations import QUICK, Settings, evaluate
 from tir_kernels import fewshot
 from tir_kernels.demo import model_directory
 from tir_kernels.errors import FewShotError
-from tir_kernels.fewshot.classifier.classifier import Classifier, Scorer
+from tir_kernels.fewshot.classifier.classifier import Scorer
 from tir_kernels.fewshot.command import main
 from tir_kernels.fewshot.evaluation.evaluating import Evaluator
 
@@ -51,13 +50,6 @@ def test_temperature_changes_probabilities_and_no_answer(drawn):
     )
 
 
-def without_digests(drawn):
-    """The classifier as if it did not know what it was made from."""
-    made = drawn.classifier
-    about = replace(made.about, support_digests=())
-    return Classifier(about, made.model, made.learned, made.runtime)
-
-
 def test_its_own_images_are_noticed_wherever_their_copies_lie(drawn, test_copy):
     for path in test_copy.rglob("*.png"):
         path.rename(path.with_name(f"copy of {path.name}"))
@@ -72,9 +64,7 @@ def test_its_own_images_are_noticed_wherever_their_copies_lie(drawn, test_copy):
     )
     assert left.images == 20
     assert "left out: 4 images that the classifier was made from" in told
-    with pytest.raises(FewShotError, match=r"exclude_support needs the images .* pass support"):
-        Evaluator(without_digests(drawn), Settings(exclude_support=True)).evaluate(str(drawn.test))
-    with pytest.raises(FewShotError, match=r"no image of .* is left to evaluate: 12 are of"):
+    with pytest.raises(FewShotError, match=r"no image of .* is left to evaluate: 12 are the"):
         evaluate(
             drawn,
             drawn.support,
@@ -96,15 +86,30 @@ def test_support_that_is_not_there_is_named_as_such(drawn, tmp_path):
         evaluate(drawn, support=str(tmp_path / "none"))
 
 
-@pytest.mark.parametrize("change", ["fewer", "more classes"])
+def test_a_folder_of_support_images_goes_with_support(drawn):
+    with pytest.raises(FewShotError, match="support_images goes with support"):
+        evaluate(drawn, support_images=str(drawn.support))
+    with pytest.raises(FewShotError, match=r"support_images goes with a JSON .*; support=.* none"):
+        evaluate(drawn, support=str(drawn.support), support_images=str(drawn.support))
+
+
+@pytest.mark.parametrize("change", ["fewer", "more classes", "other pixels"])
 def test_other_support_is_refused(drawn, tmp_path, change):
     shutil.copytree(drawn.support, tmp_path / "support")
     first = sorted((tmp_path / "support").iterdir())[0]
     if change == "fewer":
         sorted(first.iterdir())[0].unlink()
-    else:
+    elif change == "more classes":
         shutil.copytree(first, tmp_path / "support" / "other")
-    with pytest.raises(FewShotError, match=r"it has 2 images of|only one of the two has 'other'"):
+    else:
+        another = sorted((drawn.test / first.name).iterdir())[-1]
+        shutil.copy(another, sorted(first.iterdir())[0])
+    said = {
+        "fewer": "it has 2 images of",
+        "more classes": "only one of the two has 'other'",
+        "other pixels": "1 of its 12 images have other pixels",
+    }
+    with pytest.raises(FewShotError, match=said[change]):
         evaluate(drawn, support=str(tmp_path / "support"))
 
 
@@ -178,6 +183,26 @@ def test_intervals_are_over_subjects_where_a_table_names_them(drawn, test_copy):
         evaluate(drawn, settings=Settings(group_column="patient"))
 
 
+def test_other_images_of_subjects_of_its_own_are_noticed(drawn, test_copy):
+    """Each class has one image that the classifier was made from; its patient shows two more."""
+    rows = [
+        (path.relative_to(test_copy), part.name, f"{part.name}{number // 3}")
+        for part in sorted(test_copy.iterdir())
+        for number, path in enumerate(sorted(part.iterdir()))
+    ]
+    table = write_table(test_copy, rows)
+    found, told = evaluate(drawn, table, Settings(bootstrap=0, group_column="patient"))
+    assert (found.images, found.of_support, found.of_support_subjects) == (24, 4, 8)
+    assert "made from, and 8 more show the same subjects: accuracy on them is optimistic" in told
+    excluding = Settings(bootstrap=0, group_column="patient", exclude_support=True)
+    left, told = evaluate(drawn, table, excluding)
+    assert left.images == 12
+    assert left.groups == 4
+    assert "left out: 4 images that the classifier was made from, and 8 more of the same" in told
+    plain, _ = evaluate(drawn, table, Settings(bootstrap=0, exclude_support=True))
+    assert plain.images == 20
+
+
 def test_all_alike_gives_no_width_and_says_so(drawn, tmp_path):
     shutil.copytree(drawn.support, tmp_path / "data")
     found, told = evaluate(drawn, tmp_path / "data")
@@ -230,8 +255,11 @@ def test_logits_that_are_no_numbers_are_refused(drawn, monkeypatch):
         return torch.full((len(images), 4), float("nan"))
 
     monkeypatch.setattr(Scorer, "logits", logits)
-    with pytest.raises(FewShotError, match=r"logits of .*png are not finite; pass precision"):
+    with pytest.raises(FewShotError, match=r"logits of .*png are not finite; make .* anew"):
         evaluate(drawn)
+    short = drawn.classifier.with_precision("float16")
+    with pytest.raises(FewShotError, match=r"logits of .*png are not finite; pass precision"):
+        Evaluator(short, QUICK).evaluate(str(drawn.test))
 
 
 @pytest.fixture

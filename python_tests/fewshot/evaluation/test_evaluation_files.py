@@ -44,6 +44,7 @@ def found():
         temperature=1.0,
         groups=None,
         of_support=0,
+        of_support_subjects=0,
         missing=(),
         left_out={"<b>left</b>": 1},
         skipped=("a\udcea.png",),

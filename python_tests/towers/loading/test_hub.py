@@ -103,7 +103,7 @@ def downloads(monkeypatch):
     monkeypatch.setattr(huggingface_hub.utils, "get_session", lambda: own)
     monkeypatch.setattr(open_clip, "download_pretrained", own.get)
     monkeypatch.setattr(open_clip, "get_tokenizer", own.get)
-    monkeypatch.setattr(hub, "_has_transformers", lambda: True)
+    monkeypatch.setattr(hub, "has_transformers", lambda: True)
     return own
 
 
@@ -140,7 +140,7 @@ def test_a_start_without_network_does_not_wait(downloads, load, monkeypatch):
 
 
 def test_tokenizers_of_a_library_that_is_not_installed(downloads, monkeypatch):
-    monkeypatch.setattr(hub, "_has_transformers", lambda: False)
+    monkeypatch.setattr(hub, "has_transformers", lambda: False)
     with pytest.raises(FewShotError, match=r"'a/b' of ViT-x needs .*: pip install transformers"):
         tokenizer()
     assert downloads.tried == []

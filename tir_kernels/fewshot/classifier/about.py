@@ -14,7 +14,7 @@ from tir_kernels.fewshot.settings import PRECISIONS
 from tir_kernels.files import expand_user
 
 if TYPE_CHECKING:
-    from tir_kernels.towers.loading.models import LoadedModel
+    from tir_kernels.towers.loading.loaded import LoadedModel
 
 FORMAT = 1
 
@@ -68,6 +68,7 @@ class About:
         figures: What was measured, by names that say what it is.
         settings: The other settings of the fit.
         temperature: Divisor of the logits in front of the softmax.
+        white_value: What is white in its images of more than 8 bits, see ``Decoding``.
         versions: Versions of the packages that it was made with.
     """
 
@@ -84,6 +85,7 @@ class About:
     figures: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     temperature: float = 1.0
+    white_value: float | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -101,6 +103,7 @@ class About:
             "views": self.views,
             "precision": self.precision,
             "temperature": self.temperature,
+            "white_value": self.white_value,
             "support_digests": list(self.support_digests),
             "figures": dict(self.figures),
             "settings": dict(self.settings),
@@ -127,6 +130,9 @@ class About:
             raise ValueError(f"precision is {precision!r}")
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature is {temperature}")
+        white_value = content.get("white_value")  # none of classifiers from before it was kept
+        if white_value is not None and not 0 < white_value < float("inf"):
+            raise ValueError(f"white_value is {white_value}")
         return cls(
             labels=tuple(str(each["label"]) for each in classes),
             words=tuple(str(each["words"]) for each in classes),
@@ -139,6 +145,7 @@ class About:
             views=int(content["views"]),
             precision=precision,
             temperature=temperature,
+            white_value=white_value,
             figures=content["figures"],
             settings=content["settings"],
             versions=content["versions"],

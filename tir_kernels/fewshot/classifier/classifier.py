@@ -25,9 +25,7 @@ from tir_kernels.fewshot.methods import Learner
 from tir_kernels.fewshot.methods.lora import factors_in
 from tir_kernels.fewshot.settings import Runtime
 from tir_kernels.fewshot.train.batch import Job
-from tir_kernels.towers.loading.models import LoadedModel
-
-_DEFAULT_DECODING = Decoding()
+from tir_kernels.towers.loading.loaded import LoadedModel
 
 
 class Scorer:
@@ -200,24 +198,25 @@ class Classifier:
 
     def _inputs(self, images: Sequence[str | os.PathLike[str] | Image.Image]) -> Tensor:
         preprocess = self.model.preprocess
-        pixels = torch.stack([preprocess.to_pixels(_rgb(image)) for image in images])
+        decoding = Decoding(white_value=self.about.white_value)
+        pixels = torch.stack([preprocess.to_pixels(_rgb(image, decoding)) for image in images])
         return preprocess.normalise(pixels)
 
 
-def _rgb(image: str | os.PathLike[str] | Image.Image) -> Image.Image:
+def _rgb(image: str | os.PathLike[str] | Image.Image, decoding: Decoding) -> Image.Image:
     if isinstance(image, Image.Image):
         if image.mode == "RGB":
             return image
         # As the same image in a file is read: TIFF holds all of Pillow's modes without loss.
         file = io.BytesIO()
         image.save(file, "TIFF")
-        return _DEFAULT_DECODING.decode(file)[0]
+        return decoding.decode(file)[0]
     if not isinstance(image, (str, os.PathLike)):
         raise TypeError(
             "images must hold paths or Pillow's images, or be one tensor; got "
             f"{type(image).__name__}"
         )
     try:
-        return _DEFAULT_DECODING.decode(Path(image))[0]
+        return decoding.decode(Path(image))[0]
     except (UnreadableImageError, OSError) as error:
         raise FewShotError(f"can't read the image {Path(image)}: {error}") from error

@@ -24,7 +24,7 @@ from tir_kernels.fewshot.train.batch import EpisodeResult, Job, finetune_batch
 from tir_kernels.fewshot.train.memory import with_one_memory_error
 from tir_kernels.fewshot.train.resume import SavedTraining
 from tir_kernels.text import setting
-from tir_kernels.towers.loading.models import LoadedModel
+from tir_kernels.towers.loading.loaded import LoadedModel
 
 
 class Keeper(Protocol):
@@ -162,6 +162,13 @@ def takes_class_weights(method: Method) -> bool:
     return method.steps > 0 or method.fit_takes_class_weights
 
 
+def with_subjects(settings: FitSettings, data: ImageData) -> FitSettings:
+    """Settings that name the column which the data's subjects come from, also where it is known
+    by itself: who reads the data again finds the same subjects.
+    """
+    return replace(settings, group_column=data.group_column or settings.group_column)
+
+
 def balanced_weights(labels: Tensor, num_classes: int) -> Tensor:
     """(C,) float32 weights n / (C n_c) of the classes of n labels, as "balanced" in scikit-learn.
 
@@ -182,6 +189,7 @@ class Fitter:
         settings: Settings of the fit.
         runtime: Device and types.
         keeper: Keeps what is done; ``None``: nothing is kept.
+        white_value: As for the ``Decoding`` of the images.
 
     Raises:
         FewShotError: The method can't be trained with the balance of the settings.
@@ -193,6 +201,7 @@ class Fitter:
     settings: FitSettings
     runtime: Runtime
     keeper: Keeper | None = None
+    white_value: float | None = None
 
     def __post_init__(self) -> None:
         require_balance(self.method, self.settings)
@@ -234,6 +243,7 @@ class Fitter:
             shots=episode.images_per_class,
             views=episode.views,
             precision=self.runtime.precision,
+            white_value=self.white_value,
             support=tuple(support.counts),
             support_digests=tuple(support.digests),
             settings=asdict(self.settings),

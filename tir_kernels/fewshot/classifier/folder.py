@@ -28,7 +28,8 @@ from tir_kernels.fewshot.settings import Runtime
 from tir_kernels.fewshot.strict_json import decode_json
 from tir_kernels.files import MIB, open_regular, read_bytes
 from tir_kernels.text import setting
-from tir_kernels.towers.loading.models import LoadedModel, load_model
+from tir_kernels.towers.loading.loaded import LoadedModel
+from tir_kernels.towers.loading.models import load_model
 from tir_kernels.towers.loading.saving import save_model
 
 ABOUT_FILE = "classifier.json"

@@ -10,7 +10,12 @@ from dataclasses import replace
 from tir_kernels.fewshot.classifier.about import BaseModel
 from tir_kernels.fewshot.classifier.classifier import Classifier
 from tir_kernels.fewshot.classifier.expected import expected_accuracy
-from tir_kernels.fewshot.classifier.fitting import Fitter, read_support, require_balance
+from tir_kernels.fewshot.classifier.fitting import (
+    Fitter,
+    read_support,
+    require_balance,
+    with_subjects,
+)
 from tir_kernels.fewshot.data.dataset import load_data
 from tir_kernels.fewshot.data.decoding import Decoding
 from tir_kernels.fewshot.data.reader import ImageReader
@@ -44,7 +49,8 @@ def fit(
             size.
         model, pretrained: The base model, see ``load_model``.
         method: Method with its options; ``None``: the published one, as ``tir-finetune`` takes it.
-        settings: Images per class, seed, views, and the estimate of the accuracy.
+        settings: Images per class, seed, views, the estimate of the accuracy, and the column of
+            subjects.
         runtime: Device and types.
         class_names: Words of the classes, see ``class_words``.
         on_step: Called with the step, from 0, and its loss after each step on all images.
@@ -61,7 +67,10 @@ def fit(
     require_balance(method, settings)
     runtime = replace(runtime, device=resolve_device(runtime.device)[0])
     inputs = Inputs(os.fspath(data), model, None, class_names, pretrained)
-    listed = load_data(inputs.data, class_names=inputs.class_names)
+    listed = load_data(
+        inputs.data, class_names=inputs.class_names, group_column=settings.group_column
+    )
+    settings = with_subjects(settings, listed)
     method = method_with_known_template(method, listed)
     loaded = load_model(model, pretrained, device=runtime.device)
     for note in (*listed.notes, *loaded.notes):

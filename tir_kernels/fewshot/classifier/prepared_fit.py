@@ -23,6 +23,7 @@ from tir_kernels.fewshot.classifier.fitting import (
     read_support,
     require_balance,
     takes_class_weights,
+    with_subjects,
 )
 from tir_kernels.fewshot.classifier.folder import load_classifier, save_classifier
 from tir_kernels.fewshot.data.dataset import load_data
@@ -42,7 +43,7 @@ from tir_kernels.fewshot.train.batch import NonFiniteLossError
 from tir_kernels.fewshot.train.memory import engine_errors_explained
 from tir_kernels.text import setting
 from tir_kernels.towers.loading import models
-from tir_kernels.towers.loading.models import LoadedModel
+from tir_kernels.towers.loading.loaded import LoadedModel
 
 NOT_HELD_OUT = "no held-out images"
 
@@ -104,8 +105,7 @@ class PreparedFit:
         messages: Messages,
     ) -> None:
         require_balance(options.method, settings)
-        self._inputs, self._reading = inputs, reading
-        self._fit_settings, self._messages = settings, messages
+        self._inputs, self._reading, self._messages = inputs, reading, messages
         device = usable_device(runtime, reading, messages)
         self._runtime = replace(runtime, device=device)
         with messages.status("listing the images"):
@@ -113,8 +113,9 @@ class PreparedFit:
                 inputs.data,
                 class_names=inputs.class_names,
                 images=inputs.images,
-                group_column=inputs.group_column,
+                group_column=settings.group_column,
             )
+        self._fit_settings = with_subjects(settings, self._data)
         method = method_with_known_template(options.method, self._data)
         self._options = replace(options, method=method)
         for note in self._data.notes:
@@ -139,9 +140,9 @@ class PreparedFit:
             if folder.is_finished:
                 try:
                     made = load_classifier(folder.path, runtime=self._runtime, loaded=loaded)
+                    folder.finish()
                     return Fitted(made.about, folder.path, tracked, was_finished=True)
                 except FewShotError as error:
-                    folder.finish()
                     self._messages.tell(f"{error.notice.marked}: it is made anew")
             note_slowness(self._runtime.precision, self._runtime.device, self._messages)
             with _explained(self._runtime.device, self._fit_settings):
@@ -180,7 +181,8 @@ class PreparedFit:
         tracker = _KeptTracker(options.track, loaded, options.method.name)
         keeper = folder.keeper(support.fingerprint, tracker.seen, tracker.see_again)
         base = BaseModel.of(self._inputs.model, self._inputs.pretrained, loaded)
-        fitter = Fitter(loaded, base, options.method, self._fit_settings, self._runtime, keeper)
+        settings, white_value = self._fit_settings, self._reading.white_value
+        fitter = Fitter(loaded, base, options.method, settings, self._runtime, keeper, white_value)
         folds = number_of_folds(fitter, support)
         display = FitDisplay(self._messages.console, folds, options.method.steps)
         with display:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tir_kernels.errors import FewShotError
 from tir_kernels.fewshot.data.dataset import ImageClass, ImageData
-from tir_kernels.fewshot.data.reader import ImageReader
+from tir_kernels.fewshot.data.reader import HELD_BYTES, ImageReader
 from tir_kernels.fewshot.settings import ALL, Protocol
 from tir_kernels.text import setting
 
@@ -88,9 +88,12 @@ def all_queries_note(
     total = sum(len(each.files) for each in (*data.classes, *data.queries))
     if is_cached:
         return f"{note}; the cache takes up to {_size(total * pixels)} on the disk"
+    if most * pixels <= HELD_BYTES:
+        return note
     return (
-        f"{note}; what does not fit into memory is decoded again for each method: a cache of "
-        f"{_size(total * pixels)} on the disk would spare that, without {setting('no_cache')}"
+        f"{note}; without a cache all are decoded again for each method, since memory keeps "
+        f"{_size(HELD_BYTES)} of images: leave out {setting('no_cache')} to keep "
+        f"{_size(total * pixels)} on the disk instead"
     )
 
 

@@ -21,6 +21,7 @@ from tir_kernels.fewshot.data.decoding import Decoding, problems_explained
 from tir_kernels.fewshot.data.rgb import NOTES, Conversion, UnreadableImageError
 from tir_kernels.text import Notice, setting
 
+HELD_BYTES = 512 * 2**20  # most memory for decoded images that are in no cache
 _CHECKED_AT_ONCE = 64  # images
 
 
@@ -81,7 +82,7 @@ class ImageReader:
         *,
         cache: ImageCache | None = None,
         skip_unreadable: bool = False,
-        memory_bytes: int = 512 * 2**20,
+        memory_bytes: int = HELD_BYTES,
         decoding: Decoding | None = None,
         notify: Callable[[str], None] | None = None,
     ) -> None:

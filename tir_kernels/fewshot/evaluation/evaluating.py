@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -54,6 +54,7 @@ class _Image(NamedTuple):
 
 
 _DEFAULT_SETTINGS = EvaluateSettings()
+_COPY, _SUBJECT = "copy", "subject"
 
 
 def evaluate(
@@ -62,6 +63,7 @@ def evaluate(
     *,
     images: str | os.PathLike[str] | None = None,
     support: str | os.PathLike[str] | None = None,
+    support_images: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str] | None = None,
     settings: EvaluateSettings = _DEFAULT_SETTINGS,
 ) -> Evaluation:
@@ -72,8 +74,9 @@ def evaluate(
         data: Labelled images, see ``load_data``; their classes are matched with the classifier's
             by name, in any order.
         images: Folder of the images that a list names.
-        support: The labelled images that the classifier was made from, to fit a temperature and to
-            notice them among the evaluated ones.
+        support: The data that ``fit`` was given, to fit a temperature on the images that the
+            classifier was made from.
+        support_images: Folder of the images that ``support`` names, where that is a list.
         out: Folder for answers as they are made, and for tables, figures and a page; a call that
             was stopped is continued by the same one.
         settings: Everything else.
@@ -86,7 +89,7 @@ def evaluate(
         classifier = load_classifier(classifier)
     lines: list[str] = []
     evaluator = Evaluator(classifier, settings, lines.append)
-    given = {"images": images, "support": support, "out": out}
+    given = {"images": images, "support": support, "support_images": support_images, "out": out}
     names = {name: None if each is None else os.fspath(each) for name, each in given.items()}
     try:
         found = evaluator.evaluate(os.fspath(data), **names)
@@ -121,29 +124,31 @@ class Evaluator:
         self._settings = settings
         self._tell = tell or (lambda line: None)
         self._progress = progress or (lambda done, total: None)
+        own = classifier.about.white_value
+        self._white_value = own if settings.white_value is None else settings.white_value
         with settings_named():
-            self._decoding = Decoding(settings.max_pixels, settings.white_value)
+            self._decoding = Decoding(settings.max_pixels, self._white_value)
+            # The classifier's images are read as they were by its fit.
+            white_value = self._white_value if own is None else own
+            self._support_decoding = Decoding(settings.max_pixels, white_value)
 
     def evaluate(
         self,
         data: str,
         images: str | None = None,
         support: str | None = None,
+        support_images: str | None = None,
         out: str | None = None,
     ) -> Evaluation:
         """Evaluate; the arguments, and what is raised, are those of ``evaluate``."""
         settings, about = self._settings, self._classifier.about
-        known = about.support_digests
         if settings.temperature == FIT and support is None:
             raise FewShotError(
                 f"{setting('temperature', FIT)} needs the labelled images that the classifier was "
                 f"made from, and never the evaluated ones: pass {setting('support')}"
             )
-        if settings.exclude_support and support is None and not known:
-            raise FewShotError(
-                f"{setting('exclude_support')} needs the images that the classifier was made from: "
-                f"pass {setting('support')}"
-            )
+        if support_images is not None and support is None:
+            raise FewShotError(f"{setting('support_images')} goes with {setting('support')}")
         listed = load_data(
             data, images=images, group_column=settings.group_column, needs_words=False
         )
@@ -152,18 +157,15 @@ class Evaluator:
         if listed.queries:
             self._tell(f"of {listed.name}, images of the part for queries are evaluated")
         matched = match_classes(about, listed, leave_out_unknown=settings.leave_out_unknown)
-        temperature = settings.temperature or about.temperature
-        seen = frozenset(known) if known else None
+        own = None
         if support is not None:
             own = support_of(
                 self._classifier,
                 support,
-                self._decoding,
+                self._support_decoding,
+                images=support_images,
                 skip_unreadable=settings.skip_unreadable,
             )
-            seen = frozenset(own.digests)
-            if temperature == FIT:
-                temperature = fit_temperature(*held_out_logits(self._classifier, own))
         wanted = [
             _Image(at, entry, position)
             for at, entry in sorted(matched.classes.items())
@@ -172,13 +174,20 @@ class Evaluator:
         with KeptLogits(out, self._identity(listed), len(about.labels)) as kept:
             skipped = self._answer(listed, wanted, kept)
             rows = [(each, kept.answers[each.name]) for each in wanted if each.name not in skipped]
-        return self._evaluation(rows, seen, float(temperature), matched, skipped, listed)
+        temperature = settings.temperature or about.temperature
+        if temperature == FIT and own is not None:
+            self._tell(
+                f"{setting('temperature', FIT)}: the method is trained again without each part of "
+                f"the {len(own.labels)} images of {setting('support')} in turn"
+            )
+            temperature = fit_temperature(*held_out_logits(self._classifier, own))
+        return self._evaluation(rows, float(temperature), matched, skipped, listed)
 
     def _identity(self, data: ImageData) -> dict[str, object]:
         """All that decides the logits besides the images' stamps."""
         about = self._classifier.about
         content = about.to_json()
-        for name in ("figures", "temperature", "versions"):
+        for name in ("figures", "temperature", "versions", "white_value"):
             del content[name]
         content["base"] = about.base.fingerprint
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
@@ -189,7 +198,7 @@ class Evaluator:
             "classifier": digest.hexdigest()[:16],
             "data": data.source.identity,
             "precision": self._classifier.runtime.precision,
-            "white_value": self._settings.white_value,
+            "white_value": self._white_value,
         }
 
     def _answer(self, data: ImageData, wanted: list[_Image], kept: KeptLogits) -> frozenset[str]:
@@ -234,30 +243,28 @@ class Evaluator:
         bad = ~np.isfinite(logits).all(1)
         if bad.any():
             name = data.source.describe(images[int(bad.argmax())].name)
-            raise FewShotError(
-                f"the classifier's logits of {name} are not finite; pass "
-                f"{setting('precision', 'float32')}"
-            )
+            advice = f"pass {setting('precision', 'float32')}"
+            if self._classifier.runtime.precision == "float32":
+                advice = "make the classifier anew with lower learning rates"
+            raise FewShotError(f"the classifier's logits of {name} are not finite; {advice}")
 
     def _evaluation(
         self,
         rows: list[tuple[_Image, Answer]],
-        seen: frozenset[str] | None,
         temperature: float,
         matched: Matched,
         skipped: frozenset[str],
         data: ImageData,
     ) -> Evaluation:
         settings, labels = self._settings, self._classifier.labels
-        of_support = None
-        if seen is not None:
-            of_support = sum(answer.digest in seen for _, answer in rows)
-            if settings.exclude_support:
-                rows = [(each, answer) for each, answer in rows if answer.digest not in seen]
+        own = _own(rows, self._classifier.about.support_digests)
+        if settings.exclude_support:
+            rows = [row for row, kind in zip(rows, own, strict=True) if kind is None]
         if not rows:
             raise FewShotError(
-                f"no image of {data.name} is left to evaluate: {of_support or 0} are of the "
-                f"classifier's own, and {len(skipped)} can't be read"
+                f"no image of {data.name} is left to evaluate: {own.count(_COPY)} are the "
+                f"classifier's own, {own.count(_SUBJECT)} show the same subjects, and "
+                f"{len(skipped)} can't be read"
             )
         groups = None
         if data.group_column:
@@ -282,7 +289,8 @@ class Evaluator:
             calibration=scores.calibration,
             temperature=temperature,
             groups=None if groups is None else int(groups.max()) + 1,
-            of_support=of_support,
+            of_support=own.count(_COPY),
+            of_support_subjects=own.count(_SUBJECT),
             missing=missing,
             left_out={entry.folder: len(entry.files) for entry in matched.left_out},
             skipped=tuple(sorted(skipped)),
@@ -293,6 +301,18 @@ class Evaluator:
         for note in notes:
             self._tell(note)
         return replace(found, notes=notes)
+
+
+def _own(rows: list[tuple[_Image, Answer]], digests: Sequence[str]) -> list[str | None]:
+    """For each image whether the classifier was made from it, or it shows a subject of one that
+    the classifier was made from; ``None``: neither.
+    """
+    known = frozenset(digests)
+    subjects = {each.group for each, answer in rows if answer.digest in known} - {""}
+    return [
+        _COPY if answer.digest in known else _SUBJECT if each.group in subjects else None
+        for each, answer in rows
+    ]
 
 
 def _batches(images: list[_Image], size: int) -> Iterator[list[_Image]]:

@@ -44,8 +44,8 @@ class Evaluation:
         calibration: Expected calibration error and its bins.
         temperature: Divisor of the logits in front of the softmax.
         groups: Number of groups that intervals are over; ``None``: they are over images.
-        of_support: Number of images, left out or not, that the classifier was made from; ``None``:
-            that is not known.
+        of_support: Number of images, left out or not, that the classifier was made from.
+        of_support_subjects: Number of others, left out or not, of the same subjects as these.
         missing: Labels of which the data has no images, left out of means over classes.
         left_out: Class of the data that the classifier does not know -> its images.
         skipped: Images that can't be read.
@@ -61,7 +61,8 @@ class Evaluation:
     calibration: Calibration
     temperature: float
     groups: int | None
-    of_support: int | None
+    of_support: int
+    of_support_subjects: int
     missing: tuple[str, ...]
     left_out: Mapping[str, int]
     skipped: tuple[str, ...]
@@ -85,6 +86,7 @@ class Evaluation:
             "classes": [each._asdict() for each in self.classes],
             "confusion": [list(row) for row in self.confusion],
             "images_of_support": self.of_support,
+            "images_of_support_subjects": self.of_support_subjects,
             "missing_classes": list(self.missing),
             "left_out_classes": dict(self.left_out),
             "skipped_images": list(self.skipped),

@@ -9,7 +9,7 @@ from tir_kernels.fewshot.data.dataset import ImageData
 from tir_kernels.fewshot.data.groups import NO_GROUPS
 from tir_kernels.fewshot.evaluation.evaluation import Evaluation
 from tir_kernels.fewshot.evaluation.matching import Matched, renamed_notes, some
-from tir_kernels.fewshot.evaluation.settings import EvaluateSettings
+from tir_kernels.fewshot.evaluation.settings import FIT, EvaluateSettings
 from tir_kernels.text import setting
 
 NAMES = {
@@ -56,26 +56,33 @@ def notes_on(
         names = some([data.source.describe(name) for name in found.skipped])
         yield f"left out: {_images(len(found.skipped))} that can't be read ({names})"
     yield from _on_support(found, settings)
-    yield from _on_intervals(found, data, settings)
+    yield from _on_intervals(found, about, data, settings)
+    if settings.temperature == FIT:
+        yield (
+            f"temperature {found.temperature:.4g} was fitted on the {sum(about.support)} images "
+            "that the classifier was made from, each held out in its turn"
+        )
 
 
 def _on_support(found: Evaluation, settings: EvaluateSettings) -> Iterator[str]:
-    if found.of_support is None:
-        yield (
-            "whether the classifier was made from some of these images is not known; pass "
-            f"{setting('support')} with its labelled images to find out"
-        )
-    elif found.of_support and settings.exclude_support:
-        yield f"left out: {_images(found.of_support)} that the classifier was made from"
-    elif found.of_support:
-        yield (
-            f"{found.of_support} of the {_images(found.images)} are among those that the "
-            "classifier was made from: accuracy on them is optimistic; leave them out with "
-            f"{setting('exclude_support')}"
-        )
+    if not found.of_support:
+        return
+    others = found.of_support_subjects
+    if settings.exclude_support:
+        more = f", and {others} more of the same subjects" * bool(others)
+        yield f"left out: {_images(found.of_support)} that the classifier was made from{more}"
+        return
+    more = f", and {others} more show the same subjects" * bool(others)
+    yield (
+        f"{found.of_support} of the {_images(found.images)} are among those that the "
+        f"classifier was made from{more}: accuracy on them is optimistic; leave them out with "
+        f"{setting('exclude_support')}"
+    )
 
 
-def _on_intervals(found: Evaluation, data: ImageData, settings: EvaluateSettings) -> Iterator[str]:
+def _on_intervals(
+    found: Evaluation, about: About, data: ImageData, settings: EvaluateSettings
+) -> Iterator[str]:
     if not settings.bootstrap:
         return
     units = "images" if found.groups is None else f"subjects of column {data.group_column}"
@@ -87,6 +94,13 @@ def _on_intervals(found: Evaluation, data: ImageData, settings: EvaluateSettings
         yield (
             f"intervals are over the {count} {units}; over images, which "
             f"{setting('group_column', NO_GROUPS)} gives, they would say less about other subjects"
+        )
+    column = about.settings.get("group_column", NO_GROUPS) or NO_GROUPS
+    if found.groups is None and settings.group_column is None and column != NO_GROUPS:
+        yield (
+            "intervals are over images; where several show one subject they are too narrow: the "
+            f"classifier's images have their subjects in column {column}, and "
+            f"{setting('group_column', column)} takes that of a table with such a column"
         )
     narrow = [NAMES[name] for name, score in found.scores.items() if score.low == score.high]
     if narrow:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tir_kernels.fewshot import fields
+from tir_kernels.fewshot.settings import GROUP_COLUMN_HELP
 
 FIT = "fit"
 
@@ -35,26 +36,21 @@ class EvaluateSettings(fields.Checked):
         "Leave out images of classes that the classifier does not know."
     )
     exclude_support: bool = fields.flag(
-        "Leave out images that the classifier was made from, and copies of them."
+        "Leave out images that the classifier was made from, copies of them, and by a column of "
+        "subjects other images of the same subjects."
     )
-    group_column: str | None = fields.checked(
-        None,
-        "Column of a table whose values are the subjects that images show, such as patients; "
-        "intervals are then over these. Known by itself for HAM10000 and ChestX-ray8; none: over "
-        "images.",
-        lambda name, value: str(value),
-    )
+    group_column: str | None = fields.text(None, GROUP_COLUMN_HELP)
     skip_unreadable: bool = fields.flag("Leave out images that can't be read, and count them.")
+    bootstrap: int = fields.whole(
+        2000,
+        "Resamples for the 95 % intervals; 0: none.",
+        least=0,
+        most=10**6,
+        reason="it is plenty",
+    )
+    seed: int = fields.seed("Seed of the resamples.")
     batch_size: int = fields.whole(
         64, "Images that are classified at once.", least=1, most=10**5, reason="no memory has room"
     )
-    bootstrap: int = fields.whole(
-        2000,
-        "Resamples for the 95 % intervals; 0: no intervals.",
-        least=0,
-        most=10**6,
-        reason="the intervals do not change any more",
-    )
-    seed: int = fields.seed("Seed of the resamples.")
     max_pixels: int | None = None
     white_value: float | None = None

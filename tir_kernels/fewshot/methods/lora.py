@@ -53,7 +53,8 @@ class LoRA(Method):
     lora_lr: float = fields.real(2e-4, "AdamW's learning rate for LoRA.", least=0)
     context_tokens: int = fields.whole(
         4,
-        'Learned prompt context vectors, started as "a photo of a"; 0 for none.',
+        'Learned prompt context vectors, started as "a photo of a" or the words of the template; '
+        "0 for none.",
         least=0,
         most=1024,
         reason="no text tower has as many positions",

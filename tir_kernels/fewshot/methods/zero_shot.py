@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 LOGIT_SCALE_HELP = "Factor of the cosine in the logits; unset: 4, or 2 for one shot."
 TEMPLATE_HELP = (
-    'Prompt, with {} for the class\'s words, in place of "a photo of a {}."; known: that of the '
-    "known data set. Several, for methods that train no prompt: a class is the mean of its "
-    "prompts' embeddings of unit length. A learned context starts as the words in front of {}, "
-    "which must be context_tokens tokens."
+    'Prompt, with {} for the class\'s words, in place of "a photo of a {}."; known: the one '
+    "published for the data set whose classes these are. A learned context starts as the words in "
+    "front of {}, which must be as many tokens as it has (--context-tokens). Methods that train no "
+    "prompt take it several times: a class is the mean of its prompts' embeddings of unit length."
 )
 
 

@@ -119,16 +119,19 @@ class Files:
                 self._claim(settings)
             own = self._own_parts()
             with ExitStack() as stack:
-                for part in own[1:]:  # of processes that are no more
-                    self._continued(part).close()
-                self._rows = stack.enter_context(contextlib.closing(self._continued(own[0])))
+                # Rows that move into a Parquet file meanwhile would be read twice, or not at all.
+                with lock.door() if self.is_parquet else contextlib.nullcontext():
+                    for part in own[1:]:  # of processes that are no more
+                        self._continued(part).close()
+                    self._rows = stack.enter_context(contextlib.closing(self._continued(own[0])))
+                    self._known = KnownNames(row[0] for row in self.read())
                 self.unreadable.unlink(missing_ok=True)
-                self._known = KnownNames(row[0] for row in self.read())
                 self._stack = stack
                 yield self
             if self.is_parquet:
-                for part in own:
-                    parquet.finish(self._rows_of(part), part, self._columns)
+                with lock.door():
+                    for part in own:
+                        parquet.finish(self._rows_of(part), part, self._columns)
 
     @property
     def count(self) -> int:

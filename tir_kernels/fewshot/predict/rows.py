@@ -223,7 +223,7 @@ class KnownNames:
     """
 
     def __init__(self, names: Iterable[str]) -> None:
-        digests = array("Q", map(_digest, names))
+        digests = array("Q", map(digest, names))
         found = np.frombuffer(digests, dtype=np.uint64) if digests else np.empty(0, np.uint64)
         self._digests, self._counts = np.unique(found, return_counts=True)
 
@@ -232,16 +232,20 @@ class KnownNames:
 
     def take(self, name: str) -> bool:
         """Whether there is a row of that name that was not taken yet."""
-        digest = np.uint64(_digest(name))
-        at = int(np.searchsorted(self._digests, digest))
-        if at == len(self._digests) or self._digests[at] != digest or self._counts[at] == 0:
+        if not len(self._digests):
+            return False
+        value = np.uint64(digest(name))
+        at = int(np.searchsorted(self._digests, value))
+        if at == len(self._digests) or self._digests[at] != value or self._counts[at] == 0:
             return False
         self._counts[at] -= 1
         return True
 
 
-def _digest(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+def digest(name: str) -> int:
+    """A number of 8 bytes for a name, the same in every process and on every machine."""
+    content = name.encode("utf-8", "surrogatepass")  # a name's bytes that are not UTF-8
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def require_finite(names: Sequence[str], probabilities: Tensor) -> None:

@@ -19,7 +19,8 @@ from tir_kernels.fewshot.data.walk import LeftOut
 from tir_kernels.fewshot.predict.folders import has_wildcard, matches, spelled_out, walk
 from tir_kernels.fewshot.predict.items import Image, Shard
 from tir_kernels.fewshot.predict.lists import LIST_ENDINGS, listed, require_list
-from tir_kernels.fewshot.predict.shards import is_shard_name
+from tir_kernels.fewshot.predict.rows import digest
+from tir_kernels.fewshot.predict.shards import is_shard_name, require_reader
 from tir_kernels.files import expand_user
 from tir_kernels.text import setting
 
@@ -38,7 +39,8 @@ class Sources:
         left_out: What lay between images in folders, so far.
 
     Raises:
-        FewShotError: An argument leads to nothing, or a list can't be read.
+        FewShotError: An argument leads to nothing, a list can't be read, or what reads shards is
+            missing.
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:
@@ -67,10 +69,20 @@ class Sources:
                 yield _one(name, path)
 
     def share(self, rank: int, count: int) -> Iterator[Image]:
-        """The images of one of several processes: dealt out in turn, a shard as a whole."""
-        for number, unit in enumerate(self):
-            if number % count == rank:
-                yield from unit.images() if isinstance(unit, Shard) else (unit,)
+        """The images of one of several processes.
+
+        An image that is named several times goes to one process each time, since another would not
+        know whether the row that it finds is that of its own naming. So names decide; shards, of
+        which there may be few, are dealt out in turn, each as a whole.
+        """
+        numbers: dict[str, int] = {}
+        for unit in self:
+            if isinstance(unit, Shard):
+                number = numbers.setdefault(unit.name, len(numbers)) if count > 1 else 0
+                if number % count == rank:
+                    yield from unit.images()
+            elif count == 1 or digest(unit.name) % count == rank:
+                yield unit
 
     def _find(self, argument: str) -> _Named:
         if argument == STDIN:
@@ -88,6 +100,7 @@ class Sources:
             if path.suffix.lower() in LIST_ENDINGS:
                 require_list(path)
                 return _Named("list", name, path)
+            _one(name, path)  # refuses what can't be read, before the model is loaded
             return _Named("file", name, path)
         if not has_wildcard(name):
             raise FewShotError(f"{IMAGES}: there is no file or folder {argument}")
@@ -120,7 +133,15 @@ def _is_wanted(name: str) -> bool:
 
 
 def _one(name: str, path: Path) -> Image | Shard:
-    return Shard(name, path) if is_shard_name(name) else Image(name, path)
+    """An image or a shard.
+
+    Raises:
+        FewShotError: What reads shards is missing.
+    """
+    if not is_shard_name(name):
+        return Image(name, path)
+    require_reader()
+    return Shard(name, path)
 
 
 def _listed(found: Image | str, beside: Path) -> Image | Shard:

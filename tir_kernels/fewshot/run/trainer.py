@@ -10,7 +10,7 @@ from tir_kernels.fewshot.episode import Episode
 from tir_kernels.fewshot.methods import Method, Observer
 from tir_kernels.fewshot.settings import Runtime
 from tir_kernels.fewshot.train import loop
-from tir_kernels.towers.loading.models import LoadedModel
+from tir_kernels.towers.loading.loaded import LoadedModel
 
 
 class StepFunction(Protocol):

@@ -14,7 +14,7 @@ from tir_kernels.fewshot.settings import Arm
 from tir_kernels.fewshot.track.pictures import MapMaker
 from tir_kernels.fewshot.track.settings import Tracking
 from tir_kernels.fewshot.track.tracker import Tracker
-from tir_kernels.towers.loading.models import LoadedModel
+from tir_kernels.towers.loading.loaded import LoadedModel
 
 
 class RunWatcher:

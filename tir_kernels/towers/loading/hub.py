@@ -129,7 +129,7 @@ def load_tokenizer(
             f"{source!r} into it"
         )
 
-    if not _has_transformers():
+    if not has_transformers():
         raise FewShotError(
             f"{_MODEL}: the tokenizer {source!r} of {folder or open_clip_name} needs the "
             "transformers library: pip install transformers"
@@ -163,7 +163,8 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return [path for name in names if (path := folder / name).is_file()]
 
 
-def _has_transformers() -> bool:
+def has_transformers() -> bool:
+    """Whether the transformers library is installed."""
     return importlib.util.find_spec("transformers") is not None
 
 

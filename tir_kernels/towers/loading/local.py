@@ -13,7 +13,13 @@ from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.files import expand_user
 from tir_kernels.towers.loading.hub import cached_folder, cached_weights
 from tir_kernels.towers.loading.model_config import CONFIG_NAME
-from tir_kernels.towers.loading.models import PICKLES, SAFETENSORS, problem_of
+from tir_kernels.towers.loading.sources import (
+    PICKLES,
+    SAFETENSORS,
+    is_of_transformers,
+    problem_of,
+    transformers_kind,
+)
 
 
 class LocalModel(NamedTuple):
@@ -74,7 +80,11 @@ def _in_hub_cache() -> Iterator[LocalModel]:
 
 
 def _is_model(folder: Path) -> bool:
-    return (folder / CONFIG_NAME).is_file()
+    if (folder / CONFIG_NAME).is_file():
+        return True
+    # Caches hold models of many kinds; those that are no CLIP are nobody's mistake.
+    kinds = ("clip", "siglip", "siglip2")
+    return is_of_transformers(folder) and transformers_kind(folder) in kinds
 
 
 def _size(folder: Path) -> int:

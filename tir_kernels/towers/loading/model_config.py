@@ -32,7 +32,7 @@ MAX_CONTEXT_LENGTH = 2**13
 MAX_LAYERS = 2**10
 _MAX_SIDE = 2**16  # pixels
 # A model of other sizes than its weights is built to say where it differs, unless it is too large.
-_SMALL_MODEL = 10**8  # parameters
+SMALL_MODEL = 10**8  # parameters
 _SMALL_SIZE = 2**16
 
 _DECODER = "multimodal_cfg"  # of CoCa alone
@@ -97,7 +97,7 @@ def check_config(config: dict[str, Any], found: list[StateDict], source: str) ->
     _check_flags(config, ("quick_gelu", "custom_text", "nonscalar_logit_scale"), source)
     tensors = [tensor for state in found for tensor in state.tensors.values()]
     largest = max(_SMALL_SIZE, *(max(tensor.shape, default=1) for tensor in tensors))
-    _check_size(config.get("embed_dim"), "embed_dim", largest, source)
+    check_size(config.get("embed_dim"), "embed_dim", largest, source)
     for name, kind in _sections_in(config).items():
         section = config.get(name)
         if not isinstance(section, dict):
@@ -110,10 +110,10 @@ def check_config(config: dict[str, Any], found: list[StateDict], source: str) ->
         for key in _SIZES[name]:
             if key in section:
                 bound = _BOUNDS.get(key, largest)
-                _check_size(section[key], f"{name}.{key}", bound, source, pair=key in _PAIRS)
+                check_size(section[key], f"{name}.{key}", bound, source, pair=key in _PAIRS)
     _check_patches(config["vision_cfg"], source)
-    held, wanted = _num_bytes(tensors), _num_parameters(config)
-    if wanted > max(held, _SMALL_MODEL):  # no weights take less than a byte for a parameter
+    held, wanted = num_bytes(tensors), _num_parameters(config)
+    if wanted > max(held, SMALL_MODEL):  # no weights take less than a byte for a parameter
         raise FewShotError(
             f"{_MODEL}: {source} describes a model of {wanted:.2g} parameters, but the weights are "
             f"{held:.2g} bytes; pass the configuration that belongs to them"
@@ -162,7 +162,7 @@ def _check_numbers(section: dict[str, Any], name: str, largest: int, source: str
             )
 
 
-def _check_size(value: Any, name: str, bound: int, source: str, *, pair: bool = False) -> None:
+def check_size(value: Any, name: str, bound: int, source: str, *, pair: bool = False) -> None:
     values = value if pair and isinstance(value, (list, tuple)) and len(value) == 2 else [value]
     for size in values:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
@@ -189,7 +189,7 @@ def _check_patches(vision: dict[str, Any], source: str) -> None:
         )
 
 
-def _num_bytes(tensors: list[Tensor]) -> int:
+def num_bytes(tensors: list[Tensor]) -> int:
     """How much is stored, however often and in however large a shape it is seen."""
     storages = [
         tensor.untyped_storage()

@@ -2,72 +2,43 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import logging
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
 from open_clip.transform import PreprocessCfg
-from torch import Tensor, nn
+from torch import nn
 
 from tir_kernels.errors import FewShotError, first_line
-from tir_kernels.files import expand_user, open_regular
+from tir_kernels.files import open_regular
 from tir_kernels.text import Notice, setting
 from tir_kernels.towers import text_tower, vision_tower
-from tir_kernels.towers.loading.checkpoints import INDEX_ENDING, checkpoint_files, read_checkpoint
-from tir_kernels.towers.loading.hub import (
-    cached_folder,
-    download_weights,
-    load_tokenizer,
-    offline,
-    tokenizer_files,
-)
-from tir_kernels.towers.loading.model_config import check_config, read_config, refuse_other_towers
+from tir_kernels.towers.loading.checkpoints import checkpoint_files, read_checkpoint
+from tir_kernels.towers.loading.hub import has_transformers, load_tokenizer, tokenizer_files
+from tir_kernels.towers.loading.loaded import LoadedModel
+from tir_kernels.towers.loading.model_config import check_config
 from tir_kernels.towers.loading.placement import moved, usable_device
 from tir_kernels.towers.loading.preprocess import Preprocess
+from tir_kernels.towers.loading.sources import (
+    NO_TRANSFORMERS,
+    Source,
+    find_source,
+    folder_of,
+    is_of_transformers,
+    quiet,
+    unreadable,
+    weights_in,
+)
 from tir_kernels.towers.loading.weights import StateDict, load_weights, state_dicts
 
 _MODEL = setting("model")
-_PRETRAINED = setting("pretrained")
 
-SAFETENSORS = (".safetensors",)
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
-_HUB = "hf-hub:"
-_REPOSITORY = re.compile(rf"({_HUB})?[\w.-]+/[\w.-]+")
 # Whose published CLIP weights need QuickGELU, by what files and folders of them are called.
 _QUICK_GELU_MAKERS = re.compile(r"openai|dfn|metaclip(?!-?_?2)", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model with all that goes with it.
-
-    Args:
-        model: An open_clip model in evaluation mode, float32, frozen.
-        preprocess: Makes the model's (3, H, W) float32 input from an RGB image.
-        tokenizer: The model's tokenizer.
-        description: The model in words.
-        fingerprint: Digest of its configuration, preprocessing, weights and tokenizer.
-        notes: What of the weights was chosen, changed, left out or can't be known.
-        config: open_clip's "model_cfg".
-    """
-
-    model: nn.Module
-    preprocess: Preprocess
-    tokenizer: Callable[..., Tensor]
-    description: str
-    fingerprint: str
-    notes: tuple[str, ...] = ()
-    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_model(
@@ -76,8 +47,9 @@ def load_model(
     """Load a model for fine-tuning.
 
     Args:
-        name: A folder with ``open_clip_config.json`` and weights, an open_clip architecture, or a
-            repository of such a folder in Hugging Face's cache (``hf-hub:timm/NAME``).
+        name: A folder with ``open_clip_config.json`` and weights, a folder of transformers with
+            ``config.json``, weights, image processor and tokenizer, a repository of such a folder
+            in Hugging Face's cache (``hf-hub:OWNER/NAME``), or an open_clip architecture.
         pretrained: Of an architecture: a tag, whose weights are downloaded unless they are in the
             cache, or a checkpoint file. Of a folder: which of its weights files to take, needed
             only if there are several. A checkpoint is read as tensors only; it may wrap them in
@@ -90,10 +62,27 @@ def load_model(
     target = usable_device(device)
     # Whatever the caller's default device and modes are: the model is to be trained on.
     with torch.device("cpu"), torch.inference_mode(False):
-        return _load(_find(name, pretrained), target)
+        folder = folder_of(name)
+        if folder is not None and is_of_transformers(folder):
+            return _load_transformers(folder, pretrained, target)
+        return _load(find_source(name, pretrained), target)
 
 
-def _load(source: _Source, target: torch.device) -> LoadedModel:
+def _load_transformers(folder: Path, pretrained: str | None, target: torch.device) -> LoadedModel:
+    if not has_transformers():
+        raise FewShotError(f"{_MODEL}: {folder} {NO_TRANSFORMERS}")
+    from tir_kernels.towers.loading.transformers_folder import load_transformers_folder
+
+    try:
+        with quiet():
+            loaded = load_transformers_folder(folder, weights_in(folder, pretrained))
+    except OSError as error:
+        raise unreadable(folder, error) from error
+    moved(loaded.model, target)
+    return loaded
+
+
+def _load(source: Source, target: torch.device) -> LoadedModel:
     found = state_dicts(read_checkpoint(source.weights), source.weights)
     if source.folder is not None:
         check_config(source.config, found, source.description)
@@ -105,7 +94,7 @@ def _load(source: _Source, target: torch.device) -> LoadedModel:
     preprocess_cfg = open_clip.get_model_preprocess_cfg(model)
     try:
         preprocess = Preprocess(PreprocessCfg(**preprocess_cfg))
-        with _quiet():
+        with quiet():
             tokenizer = load_tokenizer(
                 source.open_clip_name, source.config["text_cfg"], source.folder
             )
@@ -127,163 +116,7 @@ def _load(source: _Source, target: torch.device) -> LoadedModel:
     )
 
 
-def problem_of(name: str, pretrained: str | None = None) -> str:
-    """Why a model can't be loaded without a network; "" if it can, but for its weights' content."""
-    try:
-        with offline():
-            source = _find(name, pretrained)
-    except FewShotError as error:
-        return str(error)
-    tokenizer = source.config["text_cfg"].get("hf_tokenizer_name")
-    if not tokenizer:
-        return ""
-    if source.folder is None:
-        is_there = cached_folder(tokenizer) is not None
-    else:
-        is_there = bool(tokenizer_files(source.folder))
-    return "" if is_there else f"its tokenizer, {tokenizer}, is not there"
-
-
-@dataclass(frozen=True)
-class _Source:
-    """The parts that a model is made of, before it is built.
-
-    Args:
-        config: open_clip's "model_cfg".
-        weights: The weights file, or the index of several.
-        open_clip_name: Name by which open_clip knows the model.
-        description: The model in words.
-        folder: Folder of a local model.
-        options: Further arguments for open_clip's ``create_model``.
-    """
-
-    config: dict[str, Any]
-    weights: Path
-    open_clip_name: str
-    description: str
-    folder: Path | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def architecture(self) -> str:
-        """The model in words, without its weights."""
-        return self.open_clip_name if self.folder is None else str(self.folder)
-
-
-def _find(name: str, pretrained: str | None) -> _Source:
-    if not name.strip() or (pretrained is not None and not pretrained.strip()):
-        argument = _MODEL if not name.strip() else _PRETRAINED
-        raise FewShotError(f"{argument} is empty; pass a name or a path")
-    try:
-        folder = expand_user(name)
-        if os.path.isdir(folder):
-            return _from_folder(folder, pretrained)
-        # As open_clip does for the names that OpenAI gave its models, such as ViT-B/32.
-        architecture = name.strip().replace("/", "-")
-        if architecture in open_clip.list_models():
-            return _from_architecture(architecture, pretrained)
-    except OSError as error:
-        raise FewShotError(
-            f"{_MODEL}: can't read {error.filename or name}: "
-            f"{error.strerror or first_line(error)}; "
-            "pass a path that can be read"
-        ) from error
-    if _REPOSITORY.fullmatch(name):
-        cached = cached_folder(name.removeprefix(_HUB))
-        if cached is not None:
-            return _from_folder(cached, pretrained, name)
-    raise FewShotError(_unknown_model(name))
-
-
-def _from_folder(folder: Path, pretrained: str | None, name: str = "") -> _Source:
-    config = read_config(folder)["model_cfg"]
-    refuse_other_towers(config, str(folder))
-    weights = _weights_in(folder, pretrained)
-    return _Source(config, weights, f"local-dir:{folder}", name or str(folder), folder)
-
-
-def _weights_in(folder: Path, pretrained: str | None) -> Path:
-    if pretrained is not None:
-        for path in (expand_user(pretrained), folder / pretrained):
-            if os.path.isfile(path):
-                return path
-        raise FewShotError(f"{_PRETRAINED}: no file {pretrained} here or in {folder}")
-    for found in _weights_files(folder):
-        if len(found) == 1:
-            return found[0]
-        # Repositories have the same weights for other libraries beside open_clip's.
-        own = [path for path in found if path.name.startswith("open_clip_")]
-        if len(own) == 1:
-            return own[0]
-        if found:
-            names = ", ".join(path.name for path in found)
-            raise FewShotError(
-                f"{_MODEL}: {folder} has several weights files ({names}); "
-                f"say which with {setting('pretrained', 'FILE')}"
-            )
-    raise FewShotError(
-        f"{_MODEL}: {folder} has no weights; put a {' or '.join(SAFETENSORS + PICKLES)} file in it"
-    )
-
-
-def _weights_files(folder: Path) -> Iterator[list[Path]]:
-    """A folder's weights files, the preferred kinds first."""
-    files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    for endings in (SAFETENSORS, PICKLES):
-        of_kind = [path for path in files if path.suffix in endings]
-        indices = [
-            path
-            for path in files
-            if path.name.endswith(tuple(f"{ending}{INDEX_ENDING}" for ending in endings))
-        ]
-        parts = {part for index in indices for part in checkpoint_files(index)}
-        yield indices + [path for path in of_kind if path not in parts]
-
-
-def _from_architecture(name: str, pretrained: str | None) -> _Source:
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if pretrained is None:
-        known = f"a tag ({', '.join(tags)}) or " if tags else ""
-        raise FewShotError(
-            f"{setting('model', name)} needs weights: pass {known}a checkpoint file with "
-            f"{_PRETRAINED}"
-        )
-    description = f"{name} with {pretrained}"
-    config = open_clip.get_model_config(name)
-    refuse_other_towers(config, name)
-    tag = open_clip.get_pretrained_cfg(name, pretrained)
-    if not tag:
-        return _Source(config, _weights_file(name, pretrained, tags), name, description)
-    # The tag knows what its weights were trained with, down to the activation function.
-    preprocess = {key: value for key, value in tag.items() if key in ("mean", "std")}
-    for key in ("interpolation", "resize_mode"):
-        if tag.get(key):
-            preprocess[key] = tag[key]
-    quick_gelu = bool(tag.get("quick_gelu"))
-    options = {"force_quick_gelu": quick_gelu, "force_preprocess_cfg": preprocess}
-    with _quiet():
-        weights = download_weights(tag, f"{name} {pretrained}")
-    config = {**config, "quick_gelu": quick_gelu or config.get("quick_gelu", False)}
-    return _Source(config, weights, name, description, options=options)
-
-
-def _weights_file(name: str, pretrained: str, tags: list[str]) -> Path:
-    path = expand_user(pretrained)
-    if os.path.isfile(path):
-        return path
-    if os.path.isdir(path):
-        found = [file.name for files in _weights_files(path) for file in files]
-        files = f"one of its files ({', '.join(found)})" if found else "a file; it has no weights"
-        raise FewShotError(f"{_PRETRAINED}: {pretrained} is a folder; pass {files}")
-    if os.path.exists(path):
-        raise FewShotError(
-            f"{_PRETRAINED}: {pretrained} is not a regular file; pass a weights file"
-        )
-    known = f"a tag of {name} ({', '.join(tags)})" if tags else f"a tag ({name} has none)"
-    raise FewShotError(f"{_PRETRAINED}: {pretrained} is neither a file nor {known}")
-
-
-def _notes_on_activation(source: _Source, found: list[StateDict]) -> list[str]:
+def _notes_on_activation(source: Source, found: list[StateDict]) -> list[str]:
     """Tell where a model with GELU may get weights that were trained with QuickGELU.
 
     No weights file says its activation function, but the archives that OpenAI published can be
@@ -320,9 +153,9 @@ def _notes_on_activation(source: _Source, found: list[StateDict]) -> list[str]:
     return []
 
 
-def _build(source: _Source) -> nn.Module:
+def _build(source: Source) -> nn.Module:
     try:
-        with _quiet():
+        with quiet():
             model = open_clip.create_model(
                 source.open_clip_name,
                 load_weights=False,
@@ -343,37 +176,7 @@ def _build(source: _Source) -> nn.Module:
     return model.float()  # built in the default dtype, which may be another
 
 
-def _unknown_model(name: str) -> str:
-    if name.startswith(_HUB):
-        return (
-            f"{_MODEL}: {name.removeprefix(_HUB)} is not in Hugging Face's cache; fetch it with "
-            f"hf download {name.removeprefix(_HUB)}, or pass its folder"
-        )
-    if name.startswith("local-dir:"):
-        return f"{_MODEL}: pass the folder {name.removeprefix('local-dir:')} without local-dir:"
-    if os.path.isfile(name):
-        return (
-            f"{_MODEL}: {name} is a file; pass its architecture and {setting('pretrained', name)}"
-        )
-    # Case, separators and OpenAI's "@336px" are the usual slips, and would spoil the likeness.
-    names = {_plain(known): known for known in open_clip.list_models()}
-    close = get_close_matches(_plain(name), names, n=3, cutoff=0.5)
-    likely = names.get(_plain(name)) or names.get(_plain(name.split(":")[0]))
-    if len(Path(name).parts) > 1 and not likely:
-        hint = ", and no such repository in Hugging Face's cache" * bool(
-            _REPOSITORY.fullmatch(name)
-        )
-        return f"{_MODEL}: there is no folder {name}{hint}"
-    hint = f"; the nearest are {', '.join(names[key] for key in close)}" if close else ""
-    return f"{_MODEL}: {name} is neither a folder nor an open_clip architecture{hint}"
-
-
-def _plain(name: str) -> str:
-    """A name without what people write in different ways."""
-    return re.sub(r"[^a-z0-9+]+", "-", name.lower().strip()).replace("336px", "336")
-
-
-def _fingerprint(source: _Source, preprocess: dict[str, Any]) -> str:
+def _fingerprint(source: Source, preprocess: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps([source.config, preprocess], sort_keys=True).encode())
     files = checkpoint_files(source.weights)
     if source.folder is not None and source.config["text_cfg"].get("hf_tokenizer_name"):
@@ -383,14 +186,3 @@ def _fingerprint(source: _Source, preprocess: dict[str, Any]) -> str:
             while chunk := file.read(2**20):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    # open_clip logs a warning about missing weights before they are loaded, and each failure twice.
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(before)

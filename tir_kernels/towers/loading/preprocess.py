@@ -66,6 +66,9 @@ class Preprocess:
                 f"it is a strip of {image.width} x {image.height} pixels; one side may be at most "
                 f"{_MOST_RATIO} times the other"
             )
+        return self._resized(image)
+
+    def _resized(self, image: Image.Image) -> Tensor:
         # In NumPy, since PyTorch's threads would get into each other's way where several decode.
         pixels = np.asarray(self._resize(image)).transpose(2, 0, 1)
         return torch.from_numpy(pixels.copy())

@@ -13,7 +13,7 @@ import torch
 from tir_kernels.towers.loading.model_config import CONFIG_NAME
 
 if TYPE_CHECKING:
-    from tir_kernels.towers.loading.models import LoadedModel
+    from tir_kernels.towers.loading.loaded import LoadedModel
 
 WEIGHTS_NAME = "open_clip_model.safetensors"
 

@@ -20,6 +20,7 @@ from open_clip.model import resize_pos_embed, resize_text_pos_embed
 from torch import Tensor, nn
 
 from tir_kernels.errors import FewShotError, first_line
+from tir_kernels.text import setting
 from tir_kernels.towers.loading.stand_ins import StandIn, module_tensors
 
 # Containers in containers: the deepest known are three ("checkpoint", "model", "state_dict").
@@ -66,12 +67,13 @@ class StateDict:
         return self.tensors.keys() >= _MARKS_OF_OPENAI
 
 
-def state_dicts(content: Any, path: Path) -> list[StateDict]:
+def state_dicts(content: Any, path: Path, *, is_transformers: bool = False) -> list[StateDict]:
     """All state dicts in a checkpoint.
 
     Args:
         content: What :func:`read_checkpoint` gave.
         path: The file, for errors.
+        is_transformers: Whether the model is one of transformers.
 
     Raises:
         FewShotError: There are none.
@@ -88,20 +90,20 @@ def state_dicts(content: Any, path: Path) -> list[StateDict]:
             f"can't read the weights {path}: it holds {holds} and no tensors by name; "
             "pass a safetensors file or a plain state dict"
         )
-    formats = [_other_format(state) for state in found]
+    formats = [_other_format(state, is_transformers) for state in found]
     if all(formats):
         raise FewShotError(f"can't use the weights {path}: they {formats[0]}")
     return [state for state, other in zip(found, formats, strict=True) if not other]
 
 
-def _other_format(state: StateDict) -> str:
-    """The kind of tensors that no open_clip model has, and what to do; empty if it may."""
+def _other_format(state: StateDict, is_transformers: bool) -> str:
+    """The kind of tensors that the model can't have, and what to do; empty if it may."""
     if any("lora_A" in name or "lora_B" in name for name in state.tensors):
         return "hold LoRA factors; merge them into the model and save its weights"
-    if any("vision_model.encoder.layers." in name for name in state.tensors):
+    if not is_transformers and any("vision_model.encoder.layers." in n for n in state.tensors):
         return (
-            "are in the format of Hugging Face's CLIPModel; pass the same model's open_clip "
-            "weights, or convert them"
+            "are in the format of Hugging Face's CLIPModel; pass its folder, with config.json, as "
+            f"{setting('model')}, or the same model's open_clip weights"
         )
     return ""
 
@@ -152,7 +154,7 @@ def load_weights(
     """Load a model's weights, as float32.
 
     Args:
-        model: An open_clip model in float32.
+        model: A model in float32.
         found: The state dicts of a checkpoint.
         path: Its file, for errors.
         architecture: The model in words.

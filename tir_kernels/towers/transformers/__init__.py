@@ -1,0 +1,68 @@
+"""Hugging Face transformers' CLIPModel, SiglipModel and Siglip2Model, and their towers alone.
+
+Whoever has such a model has imported transformers: nothing of it is imported here before.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from tir_kernels.towers.transformers.text import TransformersText
+    from tir_kernels.towers.transformers.vision import TransformersVision
+
+# Library's module -> the classes in it that hold an image tower, and those that hold a text tower.
+_IMAGES = {
+    "clip": ("CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection"),
+    "siglip": ("SiglipModel", "SiglipVisionModel"),
+    "siglip2": ("Siglip2Model", "Siglip2VisionModel"),
+}
+_TEXTS = {
+    "clip": ("CLIPModel", "CLIPTextModel", "CLIPTextModelWithProjection"),
+    "siglip": ("SiglipModel", "SiglipTextModel"),
+    "siglip2": ("Siglip2Model", "Siglip2TextModel"),
+}
+
+
+class Transformers:
+    """The family of transformers' CLIP and SigLIP."""
+
+    images = "a CLIPModel, SiglipModel or Siglip2Model of transformers, or its image tower"
+    texts = "a CLIPModel, SiglipModel or Siglip2Model of transformers"
+
+    @staticmethod
+    def vision_tower(model: Any) -> TransformersVision | None:
+        """The image tower of a model, or the model itself if it is one.
+
+        Raises:
+            ValueError: It has no pooling, so there are no image features.
+        """
+        kind = _kind(model, _IMAGES)
+        if kind is None:
+            return None
+        from tir_kernels.towers.transformers.vision import vision_of
+
+        return vision_of(model, kind)
+
+    @staticmethod
+    def text_tower(model: Any) -> TransformersText | None:
+        """The text tower of a model, or the model itself if it is one."""
+        kind = _kind(model, _TEXTS)
+        if kind is None:
+            return None
+        from tir_kernels.towers.transformers.text import text_of
+
+        return text_of(model, kind)
+
+
+def _kind(model: nn.Module, classes: dict[str, tuple[str, ...]]) -> str | None:
+    """The library's module that a model, or a class it is derived from, is of."""
+    for kind, names in classes.items():
+        module = sys.modules.get(f"transformers.models.{kind}.modeling_{kind}")
+        known = tuple(getattr(module, name) for name in names) if module is not None else ()
+        if isinstance(model, known):
+            return kind
+    return None
