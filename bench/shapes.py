@@ -110,12 +110,14 @@ _GRIDS: dict[tuple[str, str, bool], tuple[Grid, ...]] = {
         Grid((197,), heads=(300, 768, 60)),
         Grid((50, 577), heads=(300,)),
         Grid((197,), heads=(300,), classes=(20, 100)),
+        Grid((729,), (72,), heads=(400,)),  # so/400M at 384 pixels
         Grid((197,), heads=(300,), dtypes=("float16", "float32")),
     ),
     ("operator", "cuda", True): (Grid((197,), heads=(300,)),),
     ("operator", "cpu", False): (
         Grid((197,), heads=(60, 300), dtypes=_CPU_DTYPES),
         Grid((50, 577), heads=(60,), dtypes=_CPU_DTYPES),
+        Grid((729,), (72,), heads=(80,), dtypes=_CPU_DTYPES),  # so/400M at 384 pixels
     ),
     ("operator", "cpu", True): (Grid((197,), heads=(60,), dtypes=_CPU_DTYPES),),
     ("step", "cuda", False): (Grid(heads=(60, 300), dtypes=("bfloat16", "float32")),),
