@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from reweighted_tower import PLACEMENTS, VARIANTS, classes_for, plain_encode_image
-from tiny_clip import Untouched, make_clip, make_images
+from tiny_clip import ATTENTION_POOL, OWN_BLOCKS, Untouched, make_clip, make_images
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
@@ -138,10 +138,17 @@ def _fresh_compiler() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_compiled_models(placement: str) -> None:
+@pytest.mark.parametrize(
+    ("placement", "options"),
+    [
+        *((placement, {}) for placement in PLACEMENTS),
+        ("tokens", ATTENTION_POOL),
+        ("attention", {**ATTENTION_POOL, **OWN_BLOCKS}),
+    ],
+)
+def test_compiled_models(placement: str, options: dict[str, Any]) -> None:
     """One graph for the whole tower, with LoRA in it; the compiler behind it is another matter."""
-    model = make_clip({"layers": 2})
+    model = make_clip({"layers": 2, **options})
     with (
         adapters.add_lora(model, rank=2, towers=["visual"]) as lora,
         adapters.add_reweighting(model, [0, 1], placement) as handle,

@@ -55,7 +55,7 @@ class AttentionPooledVision(OpenClipVision):
     def joint_space(self) -> JointSpace:
         if self.module.attn_pool_contrastive is not None:  # its ln_post is in front of the pool
             return JointSpace(norm_eps=None, proj=self.module.proj)
-        return super().joint_space
+        return joint_space_of(self.module.ln_post, self.module.proj)
 
     def compared_tokens(self, hidden: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, E), what the pool makes of each token alone."""
