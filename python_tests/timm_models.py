@@ -72,16 +72,18 @@ def make_gated() -> nn.Module:
     return _shaken(make)
 
 
-_CONV = {"patch_size": 1, "embed_dim": 384, "depth": 3, "num_heads": 6, "img_size": 64}
+_CONV = {"patch_size": 1, "embed_dim": 384, "depth": 4, "num_heads": 6, "img_size": 64}
 MODELS: dict[str, Callable[[], Any]] = {
     "PE-Core": partial(make_in_clip, "vit_pe_core_tiny_patch16_384", "map", attn_pool_num_heads=4),
-    "SigLIP": partial(make_in_clip, "vit_base_patch16_siglip_224", "map", "none", SIGLIP_TEXT),
+    "SigLIP": partial(
+        make_in_clip, "vit_base_patch16_siglip_224", "map", proj="none", text=SIGLIP_TEXT
+    ),
     "EVA": partial(make_in_clip, "eva_giant_patch14_224", "token"),
     "EVA-02": partial(make_in_clip, "eva02_base_patch16_clip_224", "token"),
     "EVA-02 E": partial(make_in_clip, "eva02_enormous_patch14_clip_224", "token"),
-    "ViTamin": partial(make_in_clip, "vitamin_small_224", "", "linear", **_CONV),
+    "ViTamin": partial(make_in_clip, "vitamin_small_224", "", proj="linear", **_CONV),
     "pre-norm ViT": partial(make_in_clip, "vit_large_patch14_clip_224", "token"),
-    "MLP head": partial(make_in_clip, "vit_small_patch16_224", "avg", "mlp"),
+    "MLP head": partial(make_in_clip, "vit_small_patch16_224", "avg", proj="mlp"),
     "DINOv2 with registers": partial(make_alone, "vit_small_patch14_reg4_dinov2"),
     "DINOv3": partial(make_alone, "vit_small_patch16_dinov3"),
     "mixed rotary": partial(make_alone, "vit_small_patch16_rope_mixed_224"),

@@ -188,6 +188,32 @@ def test_a_compared_token_is_the_models_pool_of_that_token_alone(family: str) ->
     assert exact.shape == (2, 4, width)
 
 
+@pytest.mark.parametrize("family", ["PE-Core", "SigLIP", "EVA-02", "shared keys"])
+@torch.no_grad()
+def test_in_bfloat16(family: str) -> None:
+    """In an autocast region and as a model of that type, as near to float32 as timm's own is."""
+    model = MODELS[family]()
+    images, classes = images_for(model), make_classes(model)
+    exact = encode(model, images)
+
+    def errors(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        plain = encode(model, images)
+        with (
+            adapters.add_lora(model, rank=2, towers=["visual"]),
+            adapters.add_reweighting(model, LAYERS, "both", "none") as handle,
+        ):
+            handle.set_class_embeddings(classes)
+            found = encode(model, images)
+        assert found.dtype == plain.dtype
+        return (found.float() - exact).abs().max(), (plain.float() - exact).abs().max()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found, own = errors(model, images)
+    assert found <= 2 * own + torch.finfo(torch.bfloat16).eps
+    found, own = errors(model.bfloat16(), images.bfloat16())
+    assert found <= 2 * own + torch.finfo(torch.bfloat16).eps
+
+
 @torch.no_grad()
 def test_a_projection_without_bias_is_part_of_the_joint_space() -> None:
     model = MODELS["ViTamin"]()

@@ -54,6 +54,19 @@ def test_the_first_token_alone_has_its_keys_in_place() -> None:
         torch.testing.assert_close(encoder.features(encoder.embed(images)), expected)
 
 
+def test_positions_seen_in_inference_mode_can_be_trained_on() -> None:
+    for family, size in (("DINOv3", (32, 48)), ("EVA-02", (32, 32)), ("mixed rotary", (32, 32))):
+        tower = vision_tower(MODELS[family]())
+        with torch.inference_mode():
+            tokens = tower.embed(draw(*size))
+            expected = tower.blocks[1](tokens)
+        tokens = tokens.clone().requires_grad_()
+        for _ in range(2):
+            found = tower.blocks[1](tokens)
+            torch.testing.assert_close(found, expected)
+            found.sum().backward()
+
+
 @torch.no_grad()
 def test_tokens_of_an_unknown_grid_are_refused() -> None:
     model, images = make_any_size(), draw(32, 48)
@@ -122,7 +135,10 @@ def test_random_positions_while_training_are_refused() -> None:
         with pytest.raises(ValueError, match=r"at random while training.* call model\.eval\(\)"):
             tower.embed(draw(32, 32))
         model.eval()
-        assert tower.embed(draw(32, 32)).shape == (2, 17, 32)
+        tokens = tower.embed(draw(32, 32))
+        model.train()
+        with pytest.raises(ValueError, match="at random while training"):
+            tower.blocks[0](tokens)
 
 
 @pytest.mark.parametrize(

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from fewshot.training_cases import as_method, draw_episode, make_tokenizer
-from timm_models import MODELS, SIGLIP_TEXT, TEXT, make_in_clip
+from timm_models import MODELS, SIGLIP_TEXT, TEXT
 from tiny_clip import Untouched
-from torch import Tensor, nn
+from torch import Tensor
 
 from tir_kernels.adapters import PromptContext, add_lora
-from tir_kernels.fewshot import finetune_episode
+from tir_kernels.fewshot import Episode, finetune_episode
 from tir_kernels.towers import text_tower
 
 NAMES = ["cat", "dog", "a very long description of a tabby kitten"]
@@ -50,23 +51,16 @@ FAMILIES: dict[str, tuple[Any, Any]] = {
 }
 
 
-def make(family: str) -> tuple[nn.Module, Any]:
-    text, tokenizer = FAMILIES[family]
-    built: Any = MODELS[family]
-    arguments = (*built.args, *[None] * (3 - len(built.args)))[:3]
-    return make_in_clip(*arguments, text, **built.keywords).half().float(), tokenizer()
+def make(family: str) -> tuple[Any, Any]:
+    """A model with weights that float16 can hold, as prompts keep their words, and a tokenizer."""
+    text, make_tokens = FAMILIES[family]
+    return MODELS[family](text=text).half().float(), make_tokens()
 
 
-def episode_for(model: Any, count: int) -> Any:
-    episode = draw_episode(3, NAMES)
-    size = model.visual.trunk.patch_embed.img_size
-    resized = {
-        name: F.interpolate(getattr(episode, name), size)
-        for name in ("support_images", "query_images")
-    }
-    return (
-        episode._replace(**resized) if hasattr(episode, "_replace") else replace(episode, resized)
-    )
+def episode_for(model: Any) -> Episode:
+    episode, size = draw_episode(3, NAMES), model.visual.trunk.patch_embed.img_size
+    images = {each: getattr(episode, each) for each in ("support_images", "query_images")}
+    return replace(episode, **{each: F.interpolate(of, size) for each, of in images.items()})
 
 
 @pytest.mark.parametrize("family", ["PE-Core", "SigLIP"])
@@ -103,11 +97,39 @@ def test_prompts_start_as_a_photo_of_a(family: str, num_vectors: int) -> None:
 
 
 @pytest.mark.parametrize("method", ["tir", "lora"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=pytest.mark.slow if name == "ViTamin" else ()) for name in FAMILIES],
+)
 def test_it_trains_and_leaves_the_model_as_it_was(family: str, method: str) -> None:
     model, tokenizer = make(family)
-    before, episode = Untouched(model), episode_for(model, 3)
+    before, episode = Untouched(model), episode_for(model)
     result = finetune_episode(model, tokenizer, episode, as_method(method, steps=4))
     assert result.losses[-1] < result.losses[0]
     assert result.query_logits.shape == (9, 3)
     before.check()
+
+
+@torch.no_grad()
+def test_the_bias_of_siglips_logits_changes_no_softmax() -> None:
+    """And zero-shot logits are cosines of the model's own features."""
+    model, tokenizer = make("SigLIP")
+    episode, method = episode_for(model), as_method("zero-shot")
+    found = finetune_episode(model, tokenizer, episode, method).query_logits
+    texts = tokenizer([f"a photo of a {name}." for name in NAMES])
+    images, texts = model.encode_image(episode.query_images, True), model.encode_text(texts, True)
+    torch.testing.assert_close(found, 4 * images @ texts.T, atol=5e-3, rtol=0)
+    own = images @ texts.T * model.logit_scale.exp() + model.logit_bias
+    without = images @ texts.T * model.logit_scale.exp()
+    torch.testing.assert_close(own.softmax(-1), without.softmax(-1))
+    assert model.logit_bias.abs() > 1
+
+
+@pytest.mark.slow
+def test_text_block_depth_minus_2_decides_unless_given() -> None:
+    model, tokenizer = make("PE-Core")
+    losses = []
+    for layer in (None, 2, 0):
+        method = as_method("tir", steps=3, text_layer=layer)
+        losses.append(finetune_episode(model, tokenizer, episode_for(model), method).losses)
+    assert losses[0] == losses[1] != losses[2]

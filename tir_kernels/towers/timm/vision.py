@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
@@ -86,6 +87,7 @@ class EvaVision(TimmVision):
     def __init__(self, module: Any, path: str = "", head: nn.Module | None = None) -> None:
         super().__init__(module, path, head)
         self._grids: dict[int, tuple[int, int]] = {}  # of embedded images, by number of patches
+        self._made: dict[tuple[tuple[int, int], torch.device], Tensor] = {}
 
     @property
     def blocks(self) -> Sequence[EvaTowerBlock]:
@@ -102,6 +104,14 @@ class EvaVision(TimmVision):
                 patches before, in another shape.
         """
         tower = self.module
+        self._require_steady_positions()
+        patches = tower.patch_embed(images)
+        if tower.dynamic_img_size and tower.rope is not None:
+            self._remember_grid(*patches.shape[1:3])
+        return tower.norm_pre(tower._pos_embed(patches)[0])
+
+    def _require_steady_positions(self) -> None:
+        tower = self.module
         changes_positions = tower.patch_drop is not None or getattr(tower.rope, "aug_active", False)
         if tower.training and changes_positions:
             raise ValueError(
@@ -109,10 +119,6 @@ class EvaVision(TimmVision):
                 "parts can't repeat alike; call model.eval(), or make it without patch_drop_rate "
                 "and without shift, jitter and rescale of rope's coordinates"
             )
-        patches = tower.patch_embed(images)
-        if tower.dynamic_img_size and tower.rope is not None:
-            self._remember_grid(*patches.shape[1:3])
-        return tower.norm_pre(tower._pos_embed(patches)[0])
 
     def _remember_grid(self, height: int, width: int) -> None:
         grid = self._grids.setdefault(height * width, (height, width))
@@ -127,11 +133,23 @@ class EvaVision(TimmVision):
         tower = self.module
         if tower.rope is None:
             return None
+        self._require_steady_positions()
         if not tower.dynamic_img_size and hasattr(tower.rope, "feat_shape"):
             positions = tower.rope.get_embed()
         else:
-            positions = tower.rope.get_embed(shape=self._grid(num_tokens - self.num_prefix_tokens))
+            positions = self._positions(self._grid(num_tokens - self.num_prefix_tokens))
         return positions[layer] if tower.rope_mixed else positions
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        """The rotary positions of a grid, made once unless they are learned."""
+        rope = self.module.rope
+        if self.module.rope_mixed:
+            return rope.get_embed(shape=grid)
+        key = (grid, next(rope.buffers()).device)
+        if key not in self._made:
+            with torch.inference_mode(False):  # to be trained on, too
+                self._made[key] = rope.get_embed(shape=grid)
+        return self._made[key]
 
     def _grid(self, num_patches: int) -> tuple[int, int]:
         own: tuple[int, int] = self.module.patch_embed.grid_size
