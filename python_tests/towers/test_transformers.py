@@ -244,6 +244,14 @@ def test_towers_that_cannot_be_opened_are_refused() -> None:
         adapters.add_lora(model)
 
 
+def test_models_of_an_old_library_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_clip()
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    for open_it in (towers.vision_tower, towers.text_tower):
+        with pytest.raises(ValueError, match=r"of transformers 4\.57\.6, .*pip install"):
+            open_it(model)
+
+
 def test_images_that_siglip2_cannot_pack_are_refused() -> None:
     tower = towers.vision_tower(make_siglip2())
     with pytest.raises(ValueError, match=r"multiples of the patches' 8 pixels; got 32 x 36"):

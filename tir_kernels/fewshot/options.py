@@ -124,9 +124,9 @@ _SOURCE_OPTIONS = [
         type=NAME,
         required=True,
         metavar="ARCH_OR_DIR",
-        help="An open_clip architecture, a folder with open_clip_config.json and weights, or a "
-        "repository of such a folder in Hugging Face's cache, as hf-hub:OWNER/NAME; the command "
-        "models lists those that are here.",
+        help="An open_clip architecture, a folder with open_clip_config.json and weights, a folder "
+        "of transformers with a CLIP or SigLIP, or a repository of such a folder in Hugging Face's "
+        "cache, as hf-hub:OWNER/NAME; the command models lists those that are here.",
     ),
     _name_option(
         "--pretrained",

@@ -1,4 +1,4 @@
-"""Vision and text towers, opened for adapters; the only room that knows open_clip and timm."""
+"""Vision and text towers, opened for adapters; no other room knows the libraries they are of."""
 
 from tir_kernels.towers.find import FAMILIES, open_tower, text_tower, vision_tower
 from tir_kernels.towers.frozen import cast_blocks, frozen_mlps

@@ -59,17 +59,17 @@ class TransformersTokenizer:
         self.tokenizer = tokenizer
         self._length = length
 
-    def __call__(self, texts: list[str]) -> Tensor:
-        """C texts -> (C, T) int64 token ids; longer texts are cut, and end as others do."""
-        return self.tokenizer(
-            list(texts), padding="max_length", truncation=True, max_length=self._length,
-            return_tensors="pt",
-        )["input_ids"]  # fmt: skip
+    def __call__(self, texts: list[str], context_length: int | None = None) -> Tensor:
+        """C texts -> (C, T) int64 token ids; longer texts are cut, and end as others do.
 
-    def encode(self, text: str) -> list[int]:
-        """The token ids of a text itself, without what the model wants around it."""
-        # Else the library warns of texts that are longer than the model's.
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        Args:
+            texts: C texts.
+            context_length: T; ``None``: the model's.
+        """
+        return self.tokenizer(
+            list(texts), padding="max_length", truncation=True, return_tensors="pt",
+            max_length=self._length if context_length is None else context_length,
+        )["input_ids"]  # fmt: skip
 
 
 def load_transformers_folder(folder: Path, weights: Path) -> LoadedModel:

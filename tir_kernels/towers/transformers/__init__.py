@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from tir_kernels.towers.transformers.text import TransformersText
     from tir_kernels.towers.transformers.vision import TransformersVision
 
+_OLDEST = 5  # before, encoder layers took and gave other things
+
 # Library's module -> the classes in it that hold an image tower, and those that hold a text tower.
 _IMAGES = {
     "clip": ("CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection"),
@@ -38,7 +40,8 @@ class Transformers:
         """The image tower of a model, or the model itself if it is one.
 
         Raises:
-            ValueError: It has no pooling, so there are no image features.
+            ValueError: It has no pooling, so there are no image features; or the library is too
+                old.
         """
         kind = _kind(model, _IMAGES)
         if kind is None:
@@ -49,7 +52,11 @@ class Transformers:
 
     @staticmethod
     def text_tower(model: Any) -> TransformersText | None:
-        """The text tower of a model, or the model itself if it is one."""
+        """The text tower of a model, or the model itself if it is one.
+
+        Raises:
+            ValueError: The library is too old.
+        """
         kind = _kind(model, _TEXTS)
         if kind is None:
             return None
@@ -59,10 +66,20 @@ class Transformers:
 
 
 def _kind(model: nn.Module, classes: dict[str, tuple[str, ...]]) -> str | None:
-    """The library's module that a model, or a class it is derived from, is of."""
+    """The library's module that a model, or a class it is derived from, is of.
+
+    Raises:
+        ValueError: The library is too old.
+    """
     for kind, names in classes.items():
         module = sys.modules.get(f"transformers.models.{kind}.modeling_{kind}")
         known = tuple(getattr(module, name) for name in names) if module is not None else ()
         if isinstance(model, known):
+            version = sys.modules["transformers"].__version__
+            if int(version.split(".")[0]) < _OLDEST:
+                raise ValueError(
+                    f"model is of transformers {version}, whose towers can't be opened; "
+                    f"pip install 'transformers>={_OLDEST},<6'"
+                )
             return kind
     return None
