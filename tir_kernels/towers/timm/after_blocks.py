@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch.nn.functional as F
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tir_kernels import JointSpace
 
