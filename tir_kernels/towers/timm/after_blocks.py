@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch.nn.functional as F
@@ -10,8 +10,6 @@ from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
 from tir_kernels import JointSpace
-
-Map = Callable[[Tensor], Tensor]  # (B, L, D) -> (B, L, K), of each token by itself
 
 
 class AfterBlocks:
