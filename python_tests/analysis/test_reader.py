@@ -38,7 +38,7 @@ def assert_pooled(tower, views, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * largest)
 
 
-TOWERS = ["open_clip", "registers", "patches alone"]
+TOWERS = ["open_clip", "registers", "registers alone", "patches alone"]
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -61,7 +61,9 @@ def test_views_hold_what_hooks_see(name):
         torch.testing.assert_close(view.hidden, hidden)
         torch.testing.assert_close(view.output, output)
         assert view.num_blocks == 5
-        assert view.num_prefix_tokens == {"open_clip": 1, "registers": 5, "patches alone": 0}[name]
+        prefix = {"open_clip": 1, "registers": 5, "registers alone": 4, "patches alone": 0}[name]
+        assert view.num_prefix_tokens == prefix
+        assert view.num_class_tokens == (name in ("open_clip", "registers"))
         assert view.labels is labels
         assert view.top_ratio == 0.5
         assert view.counts.shape == (3, 16)

@@ -64,17 +64,20 @@ def attention(view):
 
 
 def make_towers():
-    """Name -> (model, joint width), with 0, 1 and 5 tokens in front of the patches."""
+    """Name -> (model, joint width), with 0, 1, 4 and 5 tokens in front of the patches."""
     torch.manual_seed(0)
     vision = {"image_size": 32, "layers": 5, "width": 32, "head_width": 16, "patch_size": 8}
     text = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1}
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 5, "num_heads": 2}
     make_timm = timm.models.VisionTransformer
     no_class_token = {"class_token": False, "global_pool": "avg"}
+    with torch.random.fork_rng():
+        alone = make_timm(**sizes, **no_class_token, reg_tokens=4, num_classes=0).eval()
     return {
         "open_clip": (open_clip.CLIP(16, vision, text).eval(), 16),
         "registers": (make_timm(**sizes, reg_tokens=4, num_classes=0).eval(), 32),
         "patches alone": (make_timm(**sizes, **no_class_token, num_classes=0).eval(), 32),
+        "registers alone": (alone, 32),
     }
 
 

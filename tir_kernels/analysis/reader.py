@@ -74,6 +74,7 @@ def measure(
             tower.joint_space,
             tower.compared_tokens,
             top_ratio,
+            getattr(tower, "has_class_token", True),  # towers need not say so
         )
         for each in measures:
             findings.extend(each.of_block(view))

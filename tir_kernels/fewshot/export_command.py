@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     "--merged",
     type=NAME,
     metavar="FOLDER",
-    help="Write an open_clip model with LoRA merged into its weights, the embeddings of the "
+    help="Write the model with LoRA merged into its weights, the embeddings of the "
     "classes, and the few lines of code that use them.",
 )
 @click.option(
     "--transformers",
     type=NAME,
     metavar="FOLDER",
-    help="Write LoRA as a PEFT adapter for the same base model as transformers' CLIPModel. It "
+    help="Write LoRA as a PEFT adapter for the same base model in transformers. It "
     "holds neither prompt context nor re-weighting.",
 )
 @click.option(

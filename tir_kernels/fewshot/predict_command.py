@@ -34,9 +34,11 @@ if TYPE_CHECKING:
     "--top",
     type=Count(1, 10**6, "no classifier has as many classes"),
     default=1,
-    help="Likeliest classes that are named.",
+    help="How many of the likeliest classes are named, each with its probability.",
 )
-@click.option("--probabilities", is_flag=True, help="Add a column for each class.")
+@click.option(
+    "--probabilities", is_flag=True, help="Add a column with the probability of each class."
+)
 @click.option(
     "--batch-size",
     type=Count(1, 10**6, "no memory holds as many"),
@@ -65,11 +67,18 @@ if TYPE_CHECKING:
     help="Write a page beside the output with the predictions that are most and least sure.",
 )
 def predict(**options: Any) -> None:
-    """Classify IMAGES with a CLASSIFIER that fit has made.
+    """Classify IMAGES with the CLASSIFIER, a folder that fit has made.
 
-    IMAGES are files, folders (also deep in them), quoted patterns such as "x/**/*.jpg" or
-    "shard-{0000..0099}.tar", lists (.txt: a path on each line; .csv or .tsv: a column image, path
-    or file), shards of WebDataset (.tar), or - for paths on standard input.
+    \b
+    tir-finetune predict classifiers/chest xrays/ --out predictions.csv
+    writes a row for each image in the folder xrays and below it:
+        image,label,probability
+        xrays/0001.png,effusion,0.873512
+
+    IMAGES are files, folders, quoted patterns such as "x/**/*.jpg" or "shard-{0000..0099}.tar",
+    lists (.txt: a path on each line; .csv or .tsv: a column image, path or file), shards of
+    WebDataset (.tar), or - for paths on standard input. Images that can't be read are listed beside
+    the output, and the rest is classified.
     """
     from tir_kernels.fewshot.unforeseen import describe_unforeseen
 

@@ -72,7 +72,7 @@ class VisionTower(Protocol):
     """An image tower in parts: ``pool(blocks(embed(images)))`` are the image features."""
 
     @property
-    def num_prefix_tokens(self) -> int: ...  # class token and registers, in front of the patches
+    def num_prefix_tokens(self) -> int: ...  # in front; has_class_token: docs/towers.md
     @property
     def reads(self) -> int | None: ...  # how many of the first tokens pool reads; None: all
     @property

@@ -1,6 +1,8 @@
-"""The names of an open_clip model's blocks in the same model as a CLIPModel of transformers."""
+"""The names of a model's blocks in transformers, which may express open_clip's as a CLIPModel."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import open_clip
 from open_clip.transformer import LayerNorm, LayerNormFp32, ResidualAttentionBlock
@@ -12,7 +14,9 @@ _PARTS = {"visual": "vision_model", "text": "text_model"}
 
 
 def as_transformers_clip(model: nn.Module) -> dict[str, str]:
-    """Path of each block's attention in the ``CLIPModel`` that computes the same.
+    """Path of each block's attention in the model of transformers that computes the same.
+
+    That is a ``CLIPModel`` for open_clip's, and one of transformers' own itself.
 
     Returns:
         ``"{visual|text}.{layer}"`` -> path, such as ``vision_model.encoder.layers.0.self_attn``.
@@ -20,6 +24,13 @@ def as_transformers_clip(model: nn.Module) -> dict[str, str]:
     Raises:
         TypeError: The model is built otherwise than a CLIPModel is.
     """
+    if type(model).__module__.startswith("transformers."):
+        towers: dict[str, Any] = {"visual": vision_tower(model), "text": text_tower(model)}
+        return {
+            f"{name}.{layer}": block.attention_path
+            for name, tower in towers.items()
+            for layer, block in enumerate(tower.blocks)
+        }
     reason = _difference(model)
     if reason:
         raise TypeError(f"transformers' CLIPModel can't express this model: {reason}")

@@ -81,7 +81,7 @@ def test_processes_of_torchrun_share_the_images(classifier, many, tmp_path, caps
     assert done.returncode == 0, done.stderr
     assert not out.exists()
     parts = [rows(tmp_path / f"p.{rank}.csv") for rank in range(2)]
-    assert [len(part) for part in parts] == [101, 101]
+    assert all(60 < len(part) - 1 < 140 for part in parts)
     expected = rows(tmp_path / "whole.csv")
     found = sorted(parts[0][1:] + parts[1][1:])
     assert [row[:2] for row in found] == [row[:2] for row in expected[1:]]

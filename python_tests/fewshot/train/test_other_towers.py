@@ -20,7 +20,7 @@ from tiny_clip import (
 from torch import Tensor, nn
 
 from tir_kernels import JointSpace
-from tir_kernels.analysis import measure_tokens
+from tir_kernels.analysis import measure
 from tir_kernels.analysis.measures import BlockView
 from tir_kernels.fewshot import finetune_episode, finetune_episodes
 from tir_kernels.fewshot.track.pictures import MapMaker
@@ -82,7 +82,7 @@ class _Expecting:
         classes = learner.classes()
         learner.show_classes(classes)
         self._classes = classes[1]  # of the text block that decides
-        measure_tokens(vision_tower(self._model), inputs.flatten(0, 1), [self])
+        measure(vision_tower(self._model), inputs.flatten(0, 1), [self])
 
     def of_block(self, view: BlockView) -> tuple[()]:
         if view.block == view.num_blocks - 2:

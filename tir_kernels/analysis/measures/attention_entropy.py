@@ -29,7 +29,7 @@ class AttentionEntropy:
 
     def of_block(self, view: BlockView) -> Iterator[Finding]:
         prefix, length = view.num_prefix_tokens, view.hidden.shape[1]
-        if prefix:
+        if view.num_class_tokens:
             row = view.class_token_row[..., prefix:]
             row = row / row.sum(2, keepdim=True)
             entropy = -row.xlogy(row).sum(2)  # (B, H)

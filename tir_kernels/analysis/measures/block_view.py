@@ -33,6 +33,7 @@ class BlockView:
         compared_tokens: The tower's own: (B, L, D) tokens -> what is compared, (B, L, K), for the
             joint space; ``None``: the tokens themselves.
         top_ratio: Each class selects its ``int(N * top_ratio)`` most relevant patches.
+        has_class_token: The first of the P tokens is a class token; else all P are registers.
     """
 
     block: int
@@ -46,6 +47,12 @@ class BlockView:
     joint_space: JointSpace | None = None
     compared_tokens: Callable[[Tensor], Tensor] | None = None
     top_ratio: float = 0.3
+    has_class_token: bool = True
+
+    @property
+    def num_class_tokens(self) -> int:
+        """1 where a class token leads the tokens, else 0."""
+        return min(self.num_prefix_tokens, int(self.has_class_token))
 
     @property
     def num_groups(self) -> int:
@@ -64,8 +71,8 @@ class BlockView:
         prefix, length = self.num_prefix_tokens, self.hidden.shape[1]
         groups = {
             "patches": slice(prefix, length),
-            "class token": slice(0, min(prefix, 1)),
-            "registers": slice(1, prefix),
+            "class token": slice(0, self.num_class_tokens),
+            "registers": slice(self.num_class_tokens, prefix),
         }
         return {name: part for name, part in groups.items() if part.stop > part.start}
 

@@ -28,7 +28,7 @@ class ReceivedMass:
     def of_block(self, view: BlockView) -> Iterator[Finding]:
         prefix, length = view.num_prefix_tokens, view.hidden.shape[1]
         rows = {"from all tokens": view.received}
-        if prefix:
+        if view.num_class_tokens:
             rows["from the class token"] = view.class_token_row
         for source, row in rows.items():
             patches = row[..., prefix:]  # (B, H, N)

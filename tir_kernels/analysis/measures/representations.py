@@ -11,7 +11,7 @@ def representations(view: BlockView) -> dict[str, Tensor]:
     """Name -> (B, D) of the tokens that leave the block; only those that the tower has."""
     prefix, length = view.num_prefix_tokens, view.output.shape[1]
     found = {}
-    if prefix:
+    if view.num_class_tokens:
         found["class token"] = view.output[:, 0]
     if length > prefix:
         found["mean patch"] = view.output[:, prefix:].float().mean(1)

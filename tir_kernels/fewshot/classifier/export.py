@@ -18,18 +18,18 @@ from tir_kernels.fewshot.methods.prompts import default_logit_scale
 from tir_kernels.fewshot.run.folder import expanded_out, write_json, write_whole
 from tir_kernels.text import setting
 from tir_kernels.towers import as_transformers_clip
-from tir_kernels.towers.loading.saving import save_model
+from tir_kernels.towers.loading.saving import library_of, save_model
 
 CLASSES_FILE = "classes.json"
 EMBEDDINGS_FILE = "classes/embeddings.safetensors"  # not beside weights, to be none of them
 
 
 def export_merged(classifier: Classifier, path: str | os.PathLike[str]) -> None:
-    """Write an open_clip model with LoRA merged into its weights, and the classes' embeddings.
+    """Write the model with LoRA merged into its weights, and the classes' embeddings.
 
-    The folder holds what ``open_clip.create_model`` reads; the embeddings of the classes, which the
-    learned context shaped, and those that decide the re-weighting; and a README.md that says, in
-    code, how the three give the classifier's logits.
+    The folder holds what the model's library reads, open_clip or transformers; the embeddings of
+    the classes, which the learned context shaped, and those that decide the re-weighting; and a
+    README.md that says, in code, how the three give the classifier's logits.
 
     Args:
         classifier: Of a method with LoRA.
@@ -60,7 +60,9 @@ def export_merged(classifier: Classifier, path: str | os.PathLike[str]) -> None:
         loader=PackageLoader("tir_kernels.fewshot.classifier"), undefined=StrictUndefined,
         autoescape=False, trim_blocks=True,
     )  # fmt: skip
-    readme = environment.get_template("merged.md.jinja").render(is_reweighted=bool(reweighting))
+    readme = environment.get_template("merged.md.jinja").render(
+        is_reweighted=bool(reweighting), library=library_of(classifier.model)
+    )
     try:
         with classifier.merged_lora():
             save_model(classifier.model, folder)
@@ -73,13 +75,14 @@ def export_merged(classifier: Classifier, path: str | os.PathLike[str]) -> None:
 
 
 def export_transformers(classifier: Classifier, path: str | os.PathLike[str]) -> None:
-    """Write LoRA in PEFT's format for the same base model as a ``CLIPModel`` of transformers.
+    """Write LoRA in PEFT's format for the same base model as one of transformers.
 
     The context, the class embeddings and the re-weighting have no place in that format: with the
     adapter alone, transformers computes the adapted towers.
 
     Args:
-        classifier: Of a method with LoRA, on a model that transformers' CLIPModel can express.
+        classifier: Of a method with LoRA, on a model of transformers or one that its CLIPModel can
+            express.
         path: Folder; it must be empty or missing.
 
     Raises:

@@ -31,7 +31,7 @@ from tir_kernels.fewshot.fields import as_settings
 from tir_kernels.fewshot.known_template import method_with_known_template
 from tir_kernels.fewshot.methods import Method
 from tir_kernels.fewshot.prepare import image_reader, note_slowness, usable_device, versions
-from tir_kernels.fewshot.prompt_check import check_prompts
+from tir_kernels.fewshot.prompt_check import check_prompts, cut_names_are_known
 from tir_kernels.fewshot.run.progress import Messages
 from tir_kernels.fewshot.run.records import OK, Record
 from tir_kernels.fewshot.run.tracked import Track, TrackFile
@@ -185,7 +185,7 @@ class PreparedFit:
         fitter = Fitter(loaded, base, options.method, settings, self._runtime, keeper, white_value)
         folds = number_of_folds(fitter, support)
         display = FitDisplay(self._messages.console, folds, options.method.steps)
-        with display:
+        with display, cut_names_are_known():
             figures = expected_accuracy(fitter, support, display)
             begun = time.monotonic()
             made = fitter.fit(

@@ -32,8 +32,8 @@ def require() -> Any:
         import pyarrow.parquet as library
     except ImportError as error:
         raise FewShotError(
-            f"{setting('out')}: Parquet files need the package pyarrow: pip install pyarrow, or "
-            "choose a name that ends in .csv"
+            f"{setting('out')}: Parquet files need the package pyarrow: "
+            'pip install "tir_kernels[parquet]", or choose a name that ends in .csv'
         ) from error
     return library
 

@@ -86,7 +86,7 @@ class Prediction:
         self._messages = Messages(Console(stderr=True), spelled)
         self._out = None if request.out in (None, "-") else out_path(str(request.out))
         with settings_named():
-            self._decoding = Decoding(request.max_pixels, request.white_value)
+            Decoding(request.max_pixels, request.white_value)
         self._sources = Sources(request.images)
         self._check()
 
@@ -107,7 +107,8 @@ class Prediction:
         columns = Columns(classifier.labels, request.top, request.probabilities)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         threads = max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        predictor = Predictor(classifier, columns, self._decoding, request.batch_size, threads)
+        decoding = Decoding(request.max_pixels, self._white_value(classifier))
+        predictor = Predictor(classifier, columns, decoding, request.batch_size, threads)
         if self._out is None:
             self._finish(self._loop(predictor, Printed(columns)), None)
             return
@@ -163,6 +164,11 @@ class Prediction:
             )
         return found.with_precision(precision)
 
+    def _white_value(self, classifier: Classifier) -> float | None:
+        """What is white in images of more than 8 bits: as told, or as the classifier keeps it."""
+        given = self._request.white_value
+        return classifier.about.white_value if given is None else given
+
     def _settings(self, classifier: Classifier) -> dict[str, Any]:
         """All that decides a row but the image."""
         request = self._request
@@ -178,7 +184,7 @@ class Prediction:
             "probabilities": request.probabilities,
             "precision": classifier.runtime.precision,
             "max_pixels": request.max_pixels,
-            "white_value": request.white_value,
+            "white_value": self._white_value(classifier),
         }
 
     def _loop(self, predictor: Predictor, output: Output) -> Outcome:

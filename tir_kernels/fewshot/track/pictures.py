@@ -138,7 +138,7 @@ class _Seeing:
     def of_block(self, view: BlockView) -> tuple[()]:
         if view.block == self._layer:
             self.view = view
-        pooled = view.output[:, 0] if view.num_prefix_tokens else view.output.mean(1)
+        pooled = view.output[:, 0] if view.num_class_tokens else view.output.mean(1)
         self.tokens.append(pooled.float())
         return ()
 

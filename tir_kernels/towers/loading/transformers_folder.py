@@ -83,6 +83,11 @@ def load_transformers_folder(folder: Path, weights: Path) -> LoadedModel:
         FewShotError: A part is missing, damaged, of another kind or does not fit the others.
     """
     raw = _read_config(folder)
+    if not tokenizer_files(folder):  # the library would make one that knows no words
+        raise FewShotError(
+            f"{_MODEL}: {folder} has no tokenizer; put tokenizer.json and tokenizer_config.json of "
+            "the model into it"
+        )
     found = state_dicts(read_checkpoint(weights), weights, is_transformers=True)
     held = num_bytes([tensor for state in found for tensor in state.tensors.values()])
     model = _build(raw, held, folder)
@@ -187,10 +192,9 @@ def _part(folder: Path, name: str, kind: Any) -> Any:
     try:
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        files = "preprocessor_config.json" if "image" in name else "tokenizer.json"
         raise FewShotError(
             f"{_MODEL}: {folder} has no usable {name}: {type(error).__name__}: "
-            f"{first_line(error)}; put {files} of the model into it"
+            f"{first_line(error)}; put all files of the model's own into it"
         ) from error
 
 

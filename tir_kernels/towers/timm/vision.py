@@ -38,6 +38,10 @@ class TimmVision:
         return self.module.num_prefix_tokens
 
     @property
+    def has_class_token(self) -> bool:
+        return self.module.cls_token is not None
+
+    @property
     def reads(self) -> int | None:
         if self.module.attn_pool is not None or self.module.global_pool != "token":
             return None
