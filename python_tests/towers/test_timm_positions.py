@@ -1,6 +1,7 @@
 """Rotary positions where images have any size, and towers of timm's that are refused."""
 
 import copy
+import pickle
 from functools import partial
 from unittest import mock
 
@@ -20,8 +21,9 @@ from timm_models import (
 from tiny_clip import Untouched
 from torch import Tensor, nn
 
-from tir_kernels import adapters
+from tir_kernels import adapters, analysis
 from tir_kernels.adapters import MostAttended
+from tir_kernels.analysis.measures import BlockView, Finding
 from tir_kernels.towers import ImageEncoder, vision_tower
 from tir_kernels.towers.protocol import Block
 
@@ -202,3 +204,69 @@ def test_masks_of_timm_still_work_under_lora() -> None:
     with adapters.add_lora(model, rank=2, towers=["visual"]):
         for each, wanted in zip(options, expected, strict=True):
             torch.testing.assert_close(block(tokens, **each), wanted)
+
+
+@torch.no_grad()
+def test_copies_have_positions_and_handles_of_their_own() -> None:
+    model = MODELS["EVA-02"]()
+    images, classes = draw(32, 32), make_classes(model)
+    with adapters.add_reweighting(model, [1], "attention", order=MostAttended()) as handle:
+        handle.set_class_embeddings(classes)
+        expected = encode(model, images)
+        copied = copy.deepcopy(model)
+        loaded = pickle.loads(pickle.dumps(model))
+        model.visual.trunk.rope.pos_embed.zero_()
+        assert not torch.equal(encode(model, images), expected)
+        for each in (copied, loaded):
+            assert torch.equal(encode(each, images), expected)
+            block = adapters.reweighting_of(each)._places[0][0]
+            assert block.module is each.visual.trunk.blocks[1]
+            positions = block._rope(17)
+            assert positions is each.visual.trunk.rope.get_embed()
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_adapted_towers_compile_whole() -> None:
+    for family in ("EVA-02", "DINOv3", "SigLIP"):
+        model = MODELS[family]()
+        with (
+            adapters.add_lora(model, rank=2, towers=["visual"]),
+            adapters.add_reweighting(model, [1], "both") as handle,
+        ):
+            handle.set_class_embeddings(make_classes(model))
+            trunk = trunk_of(model)
+            compiled = torch.compile(trunk, backend="eager", fullgraph=True)
+            torch.testing.assert_close(compiled(draw(32, 32)), trunk(draw(32, 32)))
+        torch.compiler.reset()
+
+
+@pytest.mark.parametrize("family", ["PE-Core", "SigLIP", "EVA-02 E", "DINOv3", "shared keys"])
+def test_measures_read_what_the_blocks_compare(family: str) -> None:
+    model, images = MODELS[family](), draw(32, 32)
+    before, outputs, seen = Untouched(model), [], []
+    hooks = [
+        block.register_forward_hook(lambda *call: outputs.append(call[2]))
+        for block in trunk_of(model).blocks
+    ]
+    with torch.no_grad():
+        encode(model, images)
+    for hook in hooks:
+        hook.remove()
+
+    class Reading:
+        name = "reading"
+
+        def of_block(self, view: BlockView) -> list[Finding]:
+            seen.append((view.output, view.attention, view.relevance))
+            return []
+
+    analysis.measure(model, images, [Reading()], class_embeddings=make_classes(model))
+    before.check()
+    prefix = trunk_of(model).num_prefix_tokens
+    for (output, attention, relevance), expected in zip(seen, outputs, strict=True):
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+        received = attention.received_from_patches.sum(-1)
+        torch.testing.assert_close(received, torch.ones(2, 2))
+        assert attention.entropy.shape == (2, 2, prefix + 16)
+        assert relevance.shape == (2, 5, 16)

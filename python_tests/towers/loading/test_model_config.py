@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tir_kernels.errors import FewShotError
+from tir_kernels.towers import vision_tower
 from tir_kernels.towers.loading.models import load_model
 from tir_kernels.towers.loading.new_models import write_model
 
@@ -108,8 +109,14 @@ def test_weights_that_seem_larger_than_they_are(folder, tiny_config, unbuilt):
         (
             "vision_cfg",
             {"timm_model_name": "hf-hub:a/b"},
-            "image tower is 'hf-hub:a/b' of the timm",
+            r"image tower is 'hf-hub:a/b' of the timm library, whose version .* has no model of",
         ),
+        (
+            "vision_cfg",
+            {"timm_model_name": "test_convnext"},
+            "image tower is 'test_convnext' of the timm library, which is no plain vision",
+        ),
+        ("vision_cfg", {"timm_model_name": 3}, "image tower is 3 of the timm library"),
         ("vision_cfg", {"layers": [3, 4, 6, 3]}, "image tower is a ResNet"),
     ],
 )
@@ -119,9 +126,34 @@ def test_towers_of_other_libraries(folder, tiny_config, unbuilt, section, settin
 
 
 def test_architectures_with_other_towers(unbuilt):
-    for name in ("roberta-ViT-B-32", "ViT-B-16-SigLIP", "RN50", "coca_roberta-ViT-B-32"):
+    for name in ("roberta-ViT-B-32", "convnext_base", "RN50", "coca_roberta-ViT-B-32"):
         with pytest.raises(FewShotError, match=f"model: {name} can't be used: its "):
             load_model(name, "weights.pt")
+
+
+def test_a_tower_of_timm_that_is_larger_than_its_weights(folder, tiny_config, unbuilt):
+    tiny_config["model_cfg"]["vision_cfg"] |= {"timm_model_name": "vit_giant_patch14_224"}
+    refuse(folder, tiny_config, r"describes a model of 1e\+09 parameters, but the weights are")
+
+
+@pytest.mark.parametrize(
+    ("name", "pool", "proj"),
+    [("test_vit", "token", "linear"), ("vit_pe_core_tiny_patch16_384", "map", None)],
+)
+def test_a_model_with_a_tower_of_timm_loads(tmp_path, tiny_config, name, pool, proj):
+    config = tiny_config["model_cfg"]
+    config["vision_cfg"] = {"timm_model_name": name, "timm_pool": pool, "timm_proj": proj}
+    config["vision_cfg"]["image_size"] = 384 if proj is None else 160
+    config["custom_text"] = True
+    parts = {key: value for key, value in config.items() if key != "custom_text"}
+    model = open_clip.CustomTextCLIP(**parts).eval()
+    write_model(model, tiny_config, tmp_path)
+    found = load_model(str(tmp_path))
+    for key, value in model.state_dict().items():
+        assert torch.equal(found.model.state_dict()[key], value.half().float())
+    side = config["vision_cfg"]["image_size"]
+    assert found.preprocess.shape == (3, side, side)
+    assert vision_tower(found.model).module is found.model.visual.trunk
 
 
 def test_a_text_tower_that_no_method_can_use(folder, tiny_config):

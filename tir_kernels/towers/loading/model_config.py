@@ -17,6 +17,7 @@ from torch import Tensor
 from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.files import MIB, read_text
 from tir_kernels.text import setting
+from tir_kernels.towers.loading.timm_names import parameters_of_timm, problem_of_timm
 from tir_kernels.towers.loading.weights import StateDict
 
 _MODEL = setting("model")
@@ -90,8 +91,7 @@ def check_config(config: dict[str, Any], found: list[StateDict], source: str) ->
         source: Where the configuration is from, for errors.
 
     Raises:
-        FewShotError: A value is of a wrong type or out of bounds, or the towers are not open_clip's
-            own.
+        FewShotError: A value is of a wrong type or out of bounds, or a tower can't be used.
     """
     refuse_other_towers(config, source)
     _check_flags(config, ("quick_gelu", "custom_text", "nonscalar_logit_scale"), source)
@@ -126,19 +126,19 @@ def _sections_in(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_other_towers(config: dict[str, Any], source: str) -> None:
-    """Name towers of other libraries, whose building may need the network, before it is tried."""
+    """Name towers that can't be used, whose building may need the network, before it is tried."""
     vision, text = config.get("vision_cfg"), config.get("text_cfg")
     other = ""
     if isinstance(text, dict) and text.get("hf_model_name"):
         other = f"text tower is {text['hf_model_name']!r} of the transformers library"
     elif isinstance(vision, dict) and vision.get("timm_model_name"):
-        other = f"image tower is {vision['timm_model_name']!r} of the timm library"
+        other = problem_of_timm(vision["timm_model_name"])
     elif isinstance(vision, dict) and isinstance(vision.get("layers"), (list, tuple)):
         other = "image tower is a ResNet"
     if other:
         raise FewShotError(
-            f"{_MODEL}: {source} can't be used: its {other}, and only open_clip's own CLIP "
-            "transformers can be re-weighted; choose an architecture such as ViT-B-16"
+            f"{_MODEL}: {source} can't be used: its {other}, and only open_clip's own "
+            "transformers and timm's can be re-weighted; choose an architecture such as ViT-B-16"
         )
 
 
@@ -205,6 +205,9 @@ def _num_parameters(config: dict[str, Any]) -> float:
     for name, kind in _sections_in(config).items():
         settings: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(kind)}
         settings |= config[name]
+        if settings.get("timm_model_name"):
+            count += parameters_of_timm(settings["timm_model_name"])
+            continue
         ratio = settings["mlp_ratio"] if isinstance(settings["mlp_ratio"], (int, float)) else 4
         count += settings["layers"] * (4 + 2 * ratio) * settings["width"] ** 2
         count += settings.get("vocab_size", 0) * settings["width"]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
+import torch.nn.functional as F
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tir_kernels import JointSpace
-
-Map = Callable[[Tensor], Tensor]  # (B, L, D) -> (B, L, K), of each token by itself
 
 
 class AfterBlocks:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers.attention import Attention, AttentionRope, resolve_self_attn_mask
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tir_kernels.towers.attention import (
     OpenedAttention,

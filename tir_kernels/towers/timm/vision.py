@@ -112,8 +112,9 @@ class EvaVision(TimmVision):
 
     def _require_steady_positions(self) -> None:
         tower = self.module
-        changes_positions = tower.patch_drop is not None or getattr(tower.rope, "aug_active", False)
-        if tower.training and changes_positions:
+        if not tower.training or tower.rope is None:
+            return
+        if tower.patch_drop is not None or getattr(tower.rope, "aug_active", False):
             raise ValueError(
                 "model drops patches or shifts their positions at random while training, which its "
                 "parts can't repeat alike; call model.eval(), or make it without patch_drop_rate "
