@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tir_kernels import JointSpace
 from tir_kernels.towers.attention import OpenedAttention, OpenedLinear, attend, join_heads
 from tir_kernels.towers.blocks import BlockBase
-from tir_kernels.towers.opening import Opened
-from tir_kernels.towers.protocol import Linear, Modifier
+from tir_kernels.towers.opening import NO_CHANGES, Changes, Opened
+from tir_kernels.towers.protocol import Linear
 from tir_kernels.towers.run import features_of_patches, joint_space_of, unchanged_tokens
 
 
@@ -66,20 +66,18 @@ class _OpenedAttention(OpenedAttention, SmallAttention):
     def output(self, attended: Tensor) -> Tensor:
         return self.out_proj(join_heads(attended))
 
-    def forward(
-        self, x: Tensor, modifiers: Sequence[Modifier] = (), hidden: Tensor | None = None
-    ) -> Tensor:
-        return self.output(attend(self.call_of(x, None, modifiers, hidden)))
+    def forward(self, x: Tensor, changes: Changes = NO_CHANGES) -> Tensor:
+        return self.output(attend(self.call_of(x, None, changes)))
 
 
 class _OpenedBlock(Opened, SmallBlock):
     plain = SmallBlock
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden, modifiers = self.enter(x)
-        if not modifiers:
+        hidden, changes = self.enter(x)
+        if not changes.modifiers:
             return self.plain_forward(hidden)
-        return hidden + self.attn(self.norm(hidden), modifiers, x)
+        return hidden + self.attn(self.norm(hidden), changes)
 
 
 class _Block(BlockBase):

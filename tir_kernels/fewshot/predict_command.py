@@ -40,15 +40,15 @@ if TYPE_CHECKING:
     "--probabilities", is_flag=True, help="Add a column with the probability of each class."
 )
 @click.option(
-    "--batch-size",
-    type=Count(1, 10**6, "no memory holds as many"),
-    default=64,
-    help="Images that are classified at once; no result depends on it but for rounding.",
-)
-@click.option(
     "--precision",
     type=click.Choice(PRECISIONS),
     help="Type of products: float32, or that of an autocast region; by default as in training.",
+)
+@click.option(
+    "--batch-size",
+    default=64,
+    type=Count(1, 10**6, "no memory holds as many"),
+    help="Images that are classified at once; no result depends on it but for rounding.",
 )
 @click.option(
     "--device", default=AUTO, help="cpu, cuda, cuda:1, ...; auto is cuda if there is one."

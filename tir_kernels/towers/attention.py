@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tir_kernels import weighted_attention
-from tir_kernels.towers.opening import Opened
-from tir_kernels.towers.protocol import AttentionCall, Modifier
+from tir_kernels.towers.opening import NO_CHANGES, Changes, Opened
+from tir_kernels.towers.protocol import AttentionCall
 
 
 def attend(call: AttentionCall) -> Tensor:
@@ -96,25 +95,17 @@ class OpenedAttention(Opened):
         return next((name for name in named if name != "auto"), "auto")
 
     def call_of(
-        self,
-        tokens: Tensor,
-        mask: Tensor | None = None,
-        modifiers: Sequence[Modifier] = (),
-        hidden: Tensor | None = None,
+        self, tokens: Tensor, mask: Tensor | None = None, changes: Changes = NO_CHANGES
     ) -> AttentionCall:
-        """The attention call of tokens (B, L, D), as the modifiers leave it.
+        """The attention call of tokens (B, L, D), as adapters leave it.
 
         Args:
             tokens: (B, L, D), normalised as the block does it.
             mask: Added to the scores.
-            modifiers: Of this pass; they get ``hidden``.
-            hidden: (B, L, D), what entered the block.
+            changes: Of the pass under way, from the block.
         """
         query, key, value = self.project(tokens, slice(0, 3))
-        call = AttentionCall(query, key, value, mask=mask, backend=self._backend)
-        for modifier in modifiers:
-            call = modifier(call, tokens if hidden is None else hidden)
-        return call
+        return changes.of(AttentionCall(query, key, value, mask=mask, backend=self._backend))
 
     def first_tokens(self, tokens: Tensor, count: int) -> Tensor:
         """(B, L, D) -> (B, count, D): the output of the first tokens, which attend to all."""

@@ -7,13 +7,30 @@ names stay, copies of it are independent, it can be pickled, and compiled code t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from tir_kernels.towers.protocol import Modifier
+from tir_kernels.towers.protocol import AttentionCall, Modifier
 
 _SET_ASIDE = "forward_set_aside"  # attribute that keeps another tool's forward
+
+
+class Changes(NamedTuple):
+    """What the adapters of a block change in its attention, in the pass under way."""
+
+    modifiers: tuple[Modifier, ...] = ()
+    hidden: Tensor | None = None  # (B, L, D), what entered the block
+
+    def of(self, call: AttentionCall) -> AttentionCall:
+        """The call as the modifiers leave it."""
+        for modifier in self.modifiers:
+            assert self.hidden is not None
+            call = modifier(call, self.hidden)
+        return call
+
+
+NO_CHANGES = Changes()
 
 
 class Opened:
@@ -27,14 +44,14 @@ class Opened:
     plain: ClassVar[type[nn.Module]]
     tir_adapters: tuple[Any, ...]
 
-    def enter(self, hidden: Tensor) -> tuple[Tensor, tuple[Modifier, ...]]:
-        """(B, L, D) as the adapters of this block change them, and the pass's modifiers."""
-        modifiers = []
+    def enter(self, hidden: Tensor) -> tuple[Tensor, Changes]:
+        """(B, L, D) as the adapters of this block change them, and what they change further on."""
+        entered, modifiers = hidden, []
         for adapter in self.tir_adapters:
             hidden, modifier = adapter.enter(hidden)
             if modifier is not None:
                 modifiers.append(modifier)
-        return hidden, tuple(modifiers)
+        return hidden, Changes(tuple(modifiers), entered)
 
     def plain_forward(self, *arguments: Any, **options: Any) -> Any:
         """The forward of the module without adapters, another tool's if one has put its own."""

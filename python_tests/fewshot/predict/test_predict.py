@@ -3,18 +3,15 @@
 import csv
 import errno
 import io
-import json
 import os
 import re
 import shutil
 import sys
 import tarfile
 
-import numpy as np
 import pytest
 import torch
 from command_line import assert_refused
-from PIL import Image
 
 from tir_kernels import fewshot
 from tir_kernels.fewshot.classifier.folder import ABOUT_FILE
@@ -249,26 +246,6 @@ def test_changed_settings_are_refused(predict, classifier, drawn, tmp_path, caps
     assert main(["predict", str(other), str(drawn), "--out", str(out), "--device=cpu"]) == 2
     assert "classifier was content" in capsys.readouterr().err
     assert predict(drawn, "--out", out, "--batch-size=3") == 0
-
-
-def test_white_is_what_it_was_when_the_classifier_was_made(predict, classifier, drawn, tmp_path):
-    deep, own = tmp_path / "deep.png", shutil.copytree(classifier, tmp_path / "own")
-    grey = np.asarray(Image.open(next(drawn.rglob("*.png"))).convert("L"), dtype=np.uint16)
-    Image.fromarray(grey * 16).save(deep)
-    about = own / ABOUT_FILE
-    about.write_text(json.dumps({**json.loads(about.read_text()), "white_value": 4095}))
-    rows = {}
-    for name, folder, options in (
-        ("unset", classifier, []),
-        ("given", classifier, ["--white-value=4095"]),
-        ("kept", own, []),
-        ("told otherwise", own, ["--white-value=65535"]),
-    ):
-        out = tmp_path / f"{name}.csv"
-        command = ["predict", str(folder), str(deep), "--out", str(out), "--device=cpu", *options]
-        assert main([*command, "--probabilities"]) == 0
-        rows[name] = out.read_text()
-    assert rows["kept"] == rows["given"] != rows["unset"] == rows["told otherwise"]
 
 
 def test_two_into_one_file_are_refused(predict, drawn, tmp_path, monkeypatch, capsys):

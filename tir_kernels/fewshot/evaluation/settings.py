@@ -42,11 +42,7 @@ class EvaluateSettings(fields.Checked):
     group_column: str | None = fields.text(None, GROUP_COLUMN_HELP)
     skip_unreadable: bool = fields.flag("Leave out images that can't be read, and count them.")
     bootstrap: int = fields.whole(
-        2000,
-        "Resamples for the 95 % intervals; 0: none.",
-        least=0,
-        most=10**6,
-        reason="it is plenty",
+        2000, "Resamples for the 95 % intervals; 0: none.", least=0, most=10**6, reason="plenty"
     )
     seed: int = fields.seed("Seed of the resamples.")
     batch_size: int = fields.whole(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from tir_kernels.towers.attention import (
     project_parts,
     split_heads,
 )
-from tir_kernels.towers.protocol import Modifier
+from tir_kernels.towers.opening import NO_CHANGES, Changes
 
 
 class OpenedMultiheadAttention(OpenedAttention, nn.MultiheadAttention):
@@ -41,8 +40,7 @@ class OpenedMultiheadAttention(OpenedAttention, nn.MultiheadAttention):
         need_weights: bool = True,
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
-        modifiers: Sequence[Modifier] = (),
-        hidden: Tensor | None = None,
+        changes: Changes = NO_CHANGES,
     ) -> tuple[Tensor, Tensor | None]:
         """As the plain module's, for one input and a mask that is added.
 
@@ -51,8 +49,7 @@ class OpenedMultiheadAttention(OpenedAttention, nn.MultiheadAttention):
             need_weights: Also return the attention, (B, L, L).
             attn_mask: Added to the scores, (L, L) or (B H, L, L).
             average_attn_weights: Over the heads; else the attention is (B, H, L, L).
-            modifiers: Of the pass under way, from the block.
-            hidden: (B, L, D), what entered the block.
+            changes: Of the pass under way, from the block.
 
         Raises:
             ValueError: Several inputs, or a mask of booleans.
@@ -62,9 +59,7 @@ class OpenedMultiheadAttention(OpenedAttention, nn.MultiheadAttention):
                 "this attention takes one input: query, key and value must be the same"
             )
         tokens = query if self.batch_first else query.transpose(0, 1)
-        call = self.call_of(
-            tokens, _added_mask(attn_mask, len(tokens), self.num_heads), modifiers, hidden
-        )
+        call = self.call_of(tokens, _added_mask(attn_mask, len(tokens), self.num_heads), changes)
         output = self.output(attend(call))
         if not self.batch_first:
             output = output.transpose(0, 1)
@@ -91,14 +86,10 @@ class OpenedCustomAttention(OpenedAttention, Attention):
         return self.out_drop(self.out_proj(self.ln_inner(join_heads(attended))))
 
     def forward(
-        self,
-        x: Tensor,
-        attn_mask: Tensor | None = None,
-        modifiers: Sequence[Modifier] = (),
-        hidden: Tensor | None = None,
+        self, x: Tensor, attn_mask: Tensor | None = None, changes: Changes = NO_CHANGES
     ) -> Tensor:
         mask = _added_mask(attn_mask, len(x), self.num_heads)
-        return self.output(attend(self.call_of(x, mask, modifiers, hidden)))
+        return self.output(attend(self.call_of(x, mask, changes)))
 
 
 def _added_mask(mask: Tensor | None, batch: int, num_heads: int) -> Tensor | None:

@@ -35,9 +35,9 @@ class _OpenedBlock(Opened, ResidualAttentionBlock):
     ) -> Tensor:
         batch_first = self.attn.batch_first
         entered = q_x if batch_first else q_x.transpose(0, 1)
-        changed, modifiers = self.enter(entered)
+        changed, changes = self.enter(entered)
         hidden = changed if batch_first else changed.transpose(0, 1)
-        if not modifiers:
+        if not changes.modifiers:
             return self.plain_forward(hidden, k_x, v_x, attn_mask=attn_mask)
         tokens = self.ln_1(hidden)
         mask = None if attn_mask is None else attn_mask.to(tokens.dtype)
@@ -47,8 +47,7 @@ class _OpenedBlock(Opened, ResidualAttentionBlock):
             tokens,
             need_weights=False,
             attn_mask=mask,
-            modifiers=modifiers,
-            hidden=entered,
+            changes=changes,
         )
         return _after_attention(self, hidden, attended)
 
@@ -59,10 +58,10 @@ class _OpenedCustomBlock(Opened, CustomResidualAttentionBlock):
     plain = CustomResidualAttentionBlock
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        hidden, modifiers = self.enter(x)
-        if not modifiers:
+        hidden, changes = self.enter(x)
+        if not changes.modifiers:
             return self.plain_forward(hidden, attn_mask=attn_mask)
-        attended = self.attn(self.ln_1(hidden), attn_mask, modifiers, x)
+        attended = self.attn(self.ln_1(hidden), attn_mask, changes)
         return _after_attention(self, hidden, attended)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,30 +14,30 @@ from tir_kernels.towers.open_clip.blocks import OpenClipBlock, blocks_of
 from tir_kernels.towers.run import EncodesText
 
 
+@dataclass(eq=False)
 class OpenClipText(EncodesText):
     """open_clip's text tower, whether it is part of the model (CLIP) or a module of its own."""
 
-    def __init__(self, owner: Any, path: str, pool_type: str, eos_id: int | None) -> None:
-        self._owner = owner
-        self._path = path
-        self._pool_type = pool_type
-        self._eos_id = eos_id
+    owner: Any
+    path: str  # of its transformer in the model
+    pool_type: str
+    eos_id: int | None
 
     @property
     def blocks(self) -> list[OpenClipBlock]:
-        return blocks_of(self._owner.transformer, self._path)
+        return blocks_of(self.owner.transformer, self.path)
 
     @property
     def is_causal(self) -> bool:
         # The class token at the end sees all, and its place is counted from the front.
-        return self._owner.attn_mask is not None and self._class_token is None
+        return self.owner.attn_mask is not None and self._class_token is None
 
     @property
     def _class_token(self) -> Tensor | None:
-        return getattr(self._owner, "cls_emb", None)
+        return getattr(self.owner, "cls_emb", None)
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        embedding = self._owner.token_embedding
+        embedding = self.owner.token_embedding
         return embedding(token_ids.to(embedding.weight.device))
 
     def last_position(self, token_ids: Tensor) -> Tensor:
@@ -49,14 +50,14 @@ class OpenClipText(EncodesText):
             return token_ids.new_full((len(token_ids),), token_ids.shape[1])
         positions = torch.arange(token_ids.shape[1], device=token_ids.device)
         one_position_each = positions.expand(len(token_ids), -1)[..., None]
-        pooled = text_global_pool(one_position_each, token_ids, self._pool_type, self._eos_id)
+        pooled = text_global_pool(one_position_each, token_ids, self.pool_type, self.eos_id)
         if pooled.dim() != 2:
-            raise ValueError(f"model's text pooling {self._pool_type!r} keeps every token")
+            raise ValueError(f"model's text pooling {self.pool_type!r} keeps every token")
         return pooled[:, 0]
 
     def key_mask(self, token_ids: Tensor) -> Tensor | None:
         """(C, T) token ids -> (C, L), which of the blocks' tokens are attended to, if not all."""
-        owner, class_token = self._owner, self._class_token
+        owner, class_token = self.owner, self._class_token
         if class_token is None and not getattr(owner, "use_pad_mask", False):
             return None
         kept = token_ids != owner.pad_id
@@ -70,12 +71,12 @@ class OpenClipText(EncodesText):
         dtype = embeddings.dtype
         if autocast_dtype(embeddings.device.type) is None:
             # That of the blocks; embeddings may have another.
-            dtype = self._owner.transformer.get_cast_dtype()
+            dtype = self.owner.transformer.get_cast_dtype()
         tokens = embeddings.to(dtype)
         if self._class_token is not None:
             class_token = self._class_token.to(dtype).expand(len(tokens), 1, -1)
             tokens = torch.cat([tokens, class_token], dim=1)
-        positions = self._owner.positional_embedding[: tokens.shape[1]]
+        positions = self.owner.positional_embedding[: tokens.shape[1]]
         return tokens + positions.to(dtype)
 
     def mask(self, length: int, key_mask: Tensor | None = None) -> Tensor | None:
@@ -84,7 +85,7 @@ class OpenClipText(EncodesText):
         Raises:
             ValueError: The tower masks keys, but those of the texts were not given.
         """
-        owner = self._owner
+        owner = self.owner
         causal = None if owner.attn_mask is None else owner.attn_mask[:length, :length]
         if key_mask is None:
             if self._class_token is not None or getattr(owner, "use_pad_mask", False):
@@ -101,8 +102,8 @@ class OpenClipText(EncodesText):
 
     def pool(self, hidden: Tensor, last_position: Tensor) -> Tensor:
         rows = torch.arange(len(hidden), device=hidden.device)
-        pooled = self._owner.ln_final(hidden[rows, last_position])
-        projection = self._owner.text_projection
+        pooled = self.owner.ln_final(hidden[rows, last_position])
+        projection = self.owner.text_projection
         if projection is None:
             return pooled
         return projection(pooled) if isinstance(projection, nn.Module) else pooled @ projection

@@ -20,6 +20,10 @@ class Timm:
     texts = ""
 
     @staticmethod
+    def text_tower(model: nn.Module) -> None:
+        """Nothing: these towers know images alone."""
+
+    @staticmethod
     def vision_tower(model: Any) -> TimmVision | None:
         """The opened tower, if the model is one or has one.
 
@@ -33,10 +37,6 @@ class Timm:
             path = "trunk." if tower is model else "visual.trunk."
             return _opened(tower.trunk, path, tower.head)
         return _opened(model) if isinstance(model, (VisionTransformer, Eva)) else None
-
-    @staticmethod
-    def text_tower(model: nn.Module) -> None:
-        """Nothing: these towers know images alone."""
 
 
 def _opened(trunk: Any, path: str = "", head: nn.Module | None = None) -> TimmVision:

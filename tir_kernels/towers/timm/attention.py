@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +19,8 @@ from tir_kernels.towers.attention import (
     project_parts,
     split_heads,
 )
-from tir_kernels.towers.protocol import AttentionCall, Modifier
+from tir_kernels.towers.opening import NO_CHANGES, Changes
+from tir_kernels.towers.protocol import AttentionCall
 
 
 class OpenedTimmAttention(OpenedAttention):
@@ -80,17 +80,13 @@ class OpenedTimmAttention(OpenedAttention):
         self,
         tokens: Tensor,
         mask: Tensor | None = None,
-        modifiers: Sequence[Modifier] = (),
-        hidden: Tensor | None = None,
+        changes: Changes = NO_CHANGES,
         rope: Tensor | None = None,
     ) -> AttentionCall:
         """As of any attention, with the rotary positions (..., N, 2 d) of N patches."""
         call = super().call_of(tokens, mask)
         query, key = (self._rotated(part, rope, call.value) for part in (call.query, call.key))
-        call = call._replace(query=query, key=key)
-        for modifier in modifiers:
-            call = modifier(call, tokens if hidden is None else hidden)
-        return call
+        return changes.of(call._replace(query=query, key=key))
 
     def first_tokens(self, tokens: Tensor, count: int, rope: Tensor | None = None) -> Tensor:
         (query,) = self.project(tokens[:, :count], slice(0, 1))
@@ -110,16 +106,14 @@ class OpenedTimmAttention(OpenedAttention):
         self,
         x: Tensor,
         options: dict[str, Any],
-        modifiers: Sequence[Modifier],
-        hidden: Tensor | None,
+        changes: Changes,
     ) -> Tensor:
         """The forward pass.
 
         Args:
             x: (B, L, D), normalised as the block does it.
             options: ``attn_mask``, ``is_causal`` and perhaps ``rope``, as timm takes them.
-            modifiers: Of this pass.
-            hidden: (B, L, D), what entered the block.
+            changes: Of the pass under way, from the block.
 
         Raises:
             ValueError: A causal mask together with modifiers.
@@ -128,14 +122,14 @@ class OpenedTimmAttention(OpenedAttention):
         has_hidden_lora = (
             isinstance(self._own.qkv, OpenedLinear) and self._separate_bias is not None
         )
-        if not modifiers and not has_hidden_lora:
+        if not changes.modifiers and not has_hidden_lora:
             return self.plain_forward(x, **options)
-        if modifiers and options["is_causal"]:
+        if changes.modifiers and options["is_causal"]:
             raise ValueError("is_causal cannot be combined with re-weighted attention")
         mask = resolve_self_attn_mask(
             x.shape[1], x, options["attn_mask"], is_causal=options["is_causal"]
         )
-        call = self.call_of(x, mask, modifiers, hidden, options.get("rope"))
+        call = self.call_of(x, mask, changes, options.get("rope"))
         return self.output(attend(call), x)
 
 
@@ -149,11 +143,10 @@ class OpenedPlainAttention(OpenedTimmAttention, Attention):
         x: Tensor,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
-        modifiers: Sequence[Modifier] = (),
-        hidden: Tensor | None = None,
+        changes: Changes = NO_CHANGES,
     ) -> Tensor:
         options = {"attn_mask": attn_mask, "is_causal": is_causal}
-        return self.run(x, options, modifiers, hidden)
+        return self.run(x, options, changes)
 
 
 class _OpenedRotaryAttention(OpenedTimmAttention):
@@ -163,11 +156,10 @@ class _OpenedRotaryAttention(OpenedTimmAttention):
         rope: Tensor | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
-        modifiers: Sequence[Modifier] = (),
-        hidden: Tensor | None = None,
+        changes: Changes = NO_CHANGES,
     ) -> Tensor:
         options = {"rope": rope, "attn_mask": attn_mask, "is_causal": is_causal}
-        return self.run(x, options, modifiers, hidden)
+        return self.run(x, options, changes)
 
 
 class OpenedEvaAttention(_OpenedRotaryAttention, EvaAttention):

@@ -46,11 +46,11 @@ class _OpenedTimmBlock(Opened):
     def run(self, x: Tensor, options: dict[str, Any]) -> Tensor:
         """The forward pass of tokens (B, L, D), with the options of timm's forward."""
         own: Any = self
-        hidden, modifiers = self.enter(x)
-        if not modifiers:
+        hidden, changes = self.enter(x)
+        if not changes.modifiers:
             return self.plain_forward(hidden, **options)
         tokens = _norm_first(own, hidden)
-        attended = own.attn(tokens, **options, modifiers=modifiers, hidden=x)
+        attended = own.attn(tokens, **options, changes=changes)
         return _after_attention(own, hidden, attended)
 
 

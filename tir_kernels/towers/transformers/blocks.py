@@ -27,8 +27,8 @@ from tir_kernels.towers.attention import (
     split_heads,
 )
 from tir_kernels.towers.blocks import BlockBase
-from tir_kernels.towers.opening import Opened, put_on, require_own_forward, take_off
-from tir_kernels.towers.protocol import AttentionCall, Linear, Modifier
+from tir_kernels.towers.opening import Changes, Opened, put_on, require_own_forward, take_off
+from tir_kernels.towers.protocol import AttentionCall, Linear
 
 REGISTERED_NAME = "tir_kernels"
 
@@ -37,8 +37,7 @@ class _Pass(NamedTuple):
     """What one pass gives to a block's attention instead of its mask."""
 
     mask: Tensor | None
-    modifiers: tuple[Modifier, ...]
-    hidden: Tensor  # (B, L, D), what entered the block
+    changes: Changes
 
 
 def _attention(
@@ -63,8 +62,7 @@ def _attention(
     call = AttentionCall(
         query, key, value, scaling, mask=attention_mask.mask, backend=module.named_backend
     )
-    for modifier in attention_mask.modifiers:
-        call = modifier(call, attention_mask.hidden)
+    call = attention_mask.changes.of(call)
     attended = attend(call).transpose(1, 2).contiguous()
     if module.chosen_name != "eager":
         return attended, None
@@ -141,9 +139,9 @@ class _Layer(Opened):
     """The library's encoder layer, with adapters on it."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, **options: Any) -> Tensor:
-        hidden, modifiers = self.enter(hidden_states)
-        if modifiers:
-            attention_mask = _Pass(attention_mask, modifiers, hidden_states)
+        hidden, changes = self.enter(hidden_states)
+        if changes.modifiers:
+            attention_mask = _Pass(attention_mask, changes)
         return self.plain_forward(hidden, attention_mask, **options)
 
 

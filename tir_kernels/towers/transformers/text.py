@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,22 +15,22 @@ from tir_kernels.towers.transformers.blocks import TransformersBlock, blocks_of,
 _LEGACY_END_OF_TEXT = 2
 
 
+@dataclass(eq=False)
 class TransformersText(EncodesText):
     """SigLIP's text tower: every token sees all others, and the last one stands for the text."""
 
-    is_causal = False
+    owner: Any
+    path: str  # in the model
+    projection: Any
 
-    def __init__(self, owner: Any, path: str, projection: Any) -> None:
-        self._owner = owner
-        self._path = path
-        self._projection = projection
+    is_causal = False
 
     @property
     def blocks(self) -> list[TransformersBlock]:
-        return blocks_of(self._owner.encoder, self._path)
+        return blocks_of(self.owner.encoder, self.path)
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        embedding = self._owner.embeddings.token_embedding
+        embedding = self.owner.embeddings.token_embedding
         return embedding(token_ids.to(embedding.weight.device))
 
     def last_position(self, token_ids: Tensor) -> Tensor:
@@ -37,7 +38,7 @@ class TransformersText(EncodesText):
         return torch.full((len(token_ids),), token_ids.shape[1] - 1, device=token_ids.device)
 
     def start(self, embeddings: Tensor) -> Tensor:
-        positions = self._owner.embeddings.position_embedding.weight[: embeddings.shape[1]]
+        positions = self.owner.embeddings.position_embedding.weight[: embeddings.shape[1]]
         return embeddings.to(positions.dtype) + positions
 
     def key_mask(self, token_ids: Tensor) -> None:
@@ -48,8 +49,8 @@ class TransformersText(EncodesText):
 
     def pool(self, hidden: Tensor, last_position: Tensor) -> Tensor:
         rows = torch.arange(len(hidden), device=hidden.device)
-        pooled = self._owner.final_layer_norm(hidden[rows, last_position])
-        return pooled if self._projection is None else self._projection(pooled)
+        pooled = self.owner.final_layer_norm(hidden[rows, last_position])
+        return pooled if self.projection is None else self.projection(pooled)
 
 
 class ClipText(TransformersText):
@@ -59,13 +60,13 @@ class ClipText(TransformersText):
 
     def last_position(self, token_ids: Tensor) -> Tensor:
         """(C, T) token ids -> (C,) position of the end of text, as the model itself finds it."""
-        end = self._owner.eos_token_id
+        end = self.owner.eos_token_id
         if end == _LEGACY_END_OF_TEXT:
             return token_ids.argmax(1)
         return (token_ids == end).int().argmax(1)
 
     def mask(self, length: int, key_mask: Tensor | None = None) -> Tensor | None:
-        return causal_mask(length, self._owner.embeddings.position_embedding.weight.device)
+        return causal_mask(length, self.owner.embeddings.position_embedding.weight.device)
 
 
 def text_of(model: Any, kind: str) -> TransformersText:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,21 +14,21 @@ from tir_kernels.towers.run import features_of_patches, joint_space_of, unchange
 from tir_kernels.towers.transformers.blocks import TransformersBlock, blocks_of
 
 
+@dataclass(eq=False)
 class TransformersVision:
     """An image tower of transformers, in what CLIP's and SigLIP's share."""
 
-    num_prefix_tokens = 0
-    reads: int | None = None  # SigLIP's pool reads all tokens
-    patch_features = features_of_patches
+    module: Any
+    path: str  # in the model
+    projection: Any = None
 
-    def __init__(self, module: Any, path: str, projection: Any = None) -> None:
-        self.module = module
-        self._path = path
-        self._projection = projection
+    num_prefix_tokens = 0
+    reads: ClassVar[int | None] = None  # SigLIP's pool reads all tokens
+    patch_features = features_of_patches
 
     @property
     def blocks(self) -> list[TransformersBlock]:
-        return blocks_of(self.module.encoder, self._path)
+        return blocks_of(self.module.encoder, self.path)
 
     @property
     def joint_space(self) -> JointSpace:
@@ -62,7 +63,7 @@ class ClipVision(TransformersVision):
 
     @property
     def joint_space(self) -> JointSpace:
-        projection = None if self._projection is None else self._projection.weight.T
+        projection = None if self.projection is None else self.projection.weight.T
         return joint_space_of(self.module.post_layernorm, projection)
 
     def embed(self, images: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ class ClipVision(TransformersVision):
 
     def pool(self, hidden: Tensor) -> Tensor:
         pooled = self.module.post_layernorm(hidden[:, 0])
-        return pooled if self._projection is None else self._projection(pooled)
+        return pooled if self.projection is None else self.projection(pooled)
 
 
 class Siglip2Vision(TransformersVision):
