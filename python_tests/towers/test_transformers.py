@@ -1,6 +1,7 @@
 """CLIP, SigLIP and SigLIP 2 of transformers as towers, against the library's own modules."""
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -246,7 +247,7 @@ def test_towers_that_cannot_be_opened_are_refused() -> None:
 
 def test_models_of_an_old_library_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_clip()
-    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.6")
     for open_it in (towers.vision_tower, towers.text_tower):
         with pytest.raises(ValueError, match=r"of transformers 4\.57\.6, .*pip install"):
             open_it(model)
