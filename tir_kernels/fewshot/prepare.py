@@ -37,13 +37,13 @@ from tir_kernels.fewshot.run.runner import (
     RunPlan,
     run_episodes,
 )
-from tir_kernels.fewshot.run.trainer import Trainer
 from tir_kernels.fewshot.run.workers import Place
 from tir_kernels.fewshot.run_options import Inputs, Reading, RunOptions, settings_named
 from tir_kernels.fewshot.settings import ALL, AUTO, Protocol, Runtime
 from tir_kernels.fewshot.track.watcher import RunWatcher
 from tir_kernels.fewshot.train import loop
 from tir_kernels.fewshot.train.batch import CLASSIFIED_AT_ONCE
+from tir_kernels.fewshot.trainer import Trainer
 from tir_kernels.operators.choose import refusal
 from tir_kernels.text import setting
 from tir_kernels.towers.loading import models

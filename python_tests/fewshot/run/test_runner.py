@@ -22,10 +22,10 @@ from tir_kernels.fewshot.run.journal import JournalReader
 from tir_kernels.fewshot.run.records import Record
 from tir_kernels.fewshot.run.runner import RunPlan, run_episodes
 from tir_kernels.fewshot.run.summary import Estimate, print_summary, summarise
-from tir_kernels.fewshot.run.trainer import Trainer
 from tir_kernels.fewshot.settings import Arm, Protocol, Runtime
 from tir_kernels.fewshot.train import loop
 from tir_kernels.fewshot.train.loop import NonFiniteLossError
+from tir_kernels.fewshot.trainer import Trainer
 from tir_kernels.towers.loading.models import load_model
 
 METHODS = ("tir", "lora", "zero-shot")

@@ -18,7 +18,7 @@ LOGIT_SCALE_HELP = "Factor of the cosine in the logits; unset: 4, or 2 for one s
 TEMPLATE_HELP = (
     'Prompt, with {} for the class\'s words, in place of "a photo of a {}."; known: the one '
     "published for the data set whose classes these are. A learned context starts as the words in "
-    "front of {}, which must be as many tokens as it has (--context-tokens). Methods that train no "
+    "front of {}, which must be as many tokens as the context has vectors. Methods that train no "
     "prompt take it several times: a class is the mean of its prompts' embeddings of unit length."
 )
 

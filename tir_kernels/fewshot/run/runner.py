@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -22,10 +22,12 @@ from tir_kernels.fewshot.methods import Observer
 from tir_kernels.fewshot.run.folder import RunFolder
 from tir_kernels.fewshot.run.journal import Journal
 from tir_kernels.fewshot.run.records import OK, Record
-from tir_kernels.fewshot.run.trainer import Trainer
 from tir_kernels.fewshot.settings import Arm
 from tir_kernels.fewshot.train.memory import engine_errors_explained
 from tir_kernels.text import setting
+
+if TYPE_CHECKING:
+    from tir_kernels.fewshot.trainer import Trainer
 
 NON_FINITE_LOSS = "non-finite loss"
 NON_FINITE_LOGITS = "non-finite logits"
