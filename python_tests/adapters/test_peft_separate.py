@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from tir_kernels import adapters
 
+# The equalities of a family in all its kinds take long together.
+pytestmark = pytest.mark.slow
+
 peft = pytest.importorskip("peft")
 
 TOWERS = {"both": ("visual", "text"), "visual": ("visual",), "text": ("text",)}

@@ -24,6 +24,9 @@ from torch import Tensor, nn
 from tir_kernels import JointSpace, WeightRule, adapters
 from tir_kernels.towers import ImageEncoder, vision_tower
 
+# The equalities of a family in all its kinds take long together.
+pytestmark = pytest.mark.slow
+
 PLACEMENTS = ("tokens", "attention", "both")
 LAYERS = (1, 2)
 

@@ -27,6 +27,9 @@ from tir_kernels.analysis.measures import BlockView, Finding
 from tir_kernels.towers import ImageEncoder, vision_tower
 from tir_kernels.towers.protocol import Block
 
+# The equalities of a family in all its kinds take long together.
+pytestmark = pytest.mark.slow
+
 make_any_size = MODELS["DINOv3"]
 
 

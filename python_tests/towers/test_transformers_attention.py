@@ -17,6 +17,9 @@ from transformers.modeling_utils import AttentionInterface
 
 from tir_kernels import adapters, analysis, towers
 
+# The equalities of a family in all its kinds take long together.
+pytestmark = pytest.mark.slow
+
 PLACEMENTS = ("tokens", "attention", "both")
 
 

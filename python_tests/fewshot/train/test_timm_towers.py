@@ -18,6 +18,9 @@ from tir_kernels.adapters import PromptContext, add_lora
 from tir_kernels.fewshot import Episode, finetune_episode
 from tir_kernels.towers import text_tower
 
+# The equalities of a family in all its kinds take long together.
+pytestmark = pytest.mark.slow
+
 NAMES = ["cat", "dog", "a very long description of a tabby kitten"]
 END, PAD = 1, 0
 
