@@ -168,6 +168,7 @@ def test_deit_with_registers():
         assert found["massive activations", 2].values.eq(0).all(), "random weights have none"
 
 
+@pytest.mark.slow
 def test_on_the_real_model(real_data):
     """Classes that the model knows are told apart, late more than by chance."""
     model, images, labels, classes = real_images(real_data, "tinyimagenet", 4, 3)

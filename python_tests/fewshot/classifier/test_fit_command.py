@@ -294,6 +294,7 @@ def test_what_nobody_foresaw_is_written_to_a_file(arguments, tmp_path, capsys, m
     assert str(path) in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("kept_often")
 def test_tracked_is_as_untracked(arguments, tmp_path, whole, capsys):
     track = "--track=every=2,measures=sink-ratio"
@@ -313,6 +314,7 @@ def test_tracked_is_as_untracked(arguments, tmp_path, whole, capsys):
     assert read_tracked(stopped / ".fit") == rows
 
 
+@pytest.mark.slow
 def test_balanced_training(arguments, tmp_path, capsys):
     uneven = write_images(tmp_path / "uneven", {"ClassA": 2, "ClassB": 7})
     options = [*with_value(arguments, "--data", str(uneven)), "--folds=0"]

@@ -60,11 +60,13 @@ def test_killed_at_any_change_of_a_file(arguments, moments, capsys):
         assert [path for path in left if ".partial" not in path.name] == names
 
 
+@pytest.mark.slow
 def test_the_page_is_called_like_the_classifier(moments):
     out, _ = moments
     assert "<title>mine</title>" in (out / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_made_anew_beside_its_page(arguments, moments, tmp_path, capsys):
     """As a kill leaves it while a damaged classifier is written again."""
     out = tmp_path / "mine"

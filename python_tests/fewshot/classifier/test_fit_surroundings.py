@@ -74,6 +74,7 @@ def test_the_precision_is_the_classifiers_own(tmp_path, tiny_model_folder, preci
     assert f"- precision: {precision}" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_interrupted_while_it_is_saved_and_damaged_later(
     tmp_path, tiny_model_folder, capsys, monkeypatch
 ):

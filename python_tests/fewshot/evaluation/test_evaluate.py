@@ -231,6 +231,7 @@ def assert_evaluated(data, names, tmp_path):
     assert "<img" not in (out / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_folders_with_any_name(drawn, tmp_path):
     folder = os.fsencode(tmp_path / "data")
     names = [b"<img src=x>", b"=1+1", b"for\xeat", b"[bold]"]
@@ -240,6 +241,7 @@ def test_folders_with_any_name(drawn, tmp_path):
     assert_evaluated(tmp_path / "data", shown, tmp_path)
 
 
+@pytest.mark.slow
 def test_labels_with_any_name(drawn, test_copy, tmp_path):
     names = ["<img src=x>", "=1+1", "../x", "/etc/passwd"]
     rows = [

@@ -31,6 +31,7 @@ def inputs(drawn):
     return torch.stack([preprocess(Image.open(path).convert("RGB")) for path in paths])
 
 
+@pytest.mark.slow
 def test_alone_in_any_batch_and_in_any_order(made, inputs):
     with made.open() as scorer:
         expected = scorer.logits(inputs)

@@ -72,6 +72,7 @@ def test_after_stops_and_in_several_processes(overlapping, tmp_path, seed, endin
     assert rows(out) == expected
 
 
+@pytest.mark.slow
 def test_by_the_command(classifier, images, tmp_path):
     twice = [images, sorted(images.iterdir())[0]]
     arguments = ["predict", str(classifier), *map(str, twice), "--device=cpu", "--out"]

@@ -64,6 +64,7 @@ def test_without_a_file_rows_are_printed(predict, drawn, capsys):
     assert re.search(r"15 images classified, [\d.]+ images/s", captured.err)
 
 
+@pytest.mark.slow
 def test_a_folder_a_shard_and_a_list_give_the_same(predict, drawn, tmp_path, capsys):
     assert predict(drawn, "--out", tmp_path / "folder.csv") == 0
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
@@ -136,6 +137,7 @@ def test_no_image_at_all_is_an_error(predict, classifier, tmp_path, capsys):
     assert "no images in them; left out: 1 file ending in .tar" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_where_it_was_stopped(predict, drawn, tmp_path, monkeypatch):
     out, reference = tmp_path / "p.csv", tmp_path / "reference.csv"
     assert predict(drawn, "--out", reference, "--batch-size=1") == 0
@@ -158,6 +160,7 @@ def test_the_same_command_goes_on_where_it_was_stopped(predict, drawn, tmp_path,
         assert len(written) == 15 - max(0, sum(end < cut for end in ends) - 1)
 
 
+@pytest.mark.slow
 def test_images_that_came_later_follow_and_those_that_went_stay(predict, images, tmp_path):
     out = tmp_path / "p.csv"
     assert predict(images, "--out", out) == 0
@@ -192,6 +195,7 @@ def test_a_full_disk_loses_no_row(predict, drawn, tmp_path, monkeypatch, capsys)
     assert len(table(out)) == 15
 
 
+@pytest.mark.slow
 def test_parquet_goes_on_too(predict, images, tmp_path, monkeypatch):
     parquet = pytest.importorskip("pyarrow.parquet")
     out, work = tmp_path / "p.parquet", tmp_path / ".p.parquet.csv"
@@ -248,6 +252,7 @@ def test_changed_settings_are_refused(predict, classifier, drawn, tmp_path, caps
     assert predict(drawn, "--out", out, "--batch-size=3") == 0
 
 
+@pytest.mark.slow
 def test_two_into_one_file_are_refused(predict, drawn, tmp_path, monkeypatch, capsys):
     out = tmp_path / "p.csv"
     pid = os.fork()  # locks tell processes apart, and nothing within one
@@ -315,6 +320,7 @@ def test_nobody_reads_on(predict, drawn, monkeypatch, capsys):
     assert "standard output can't be written" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_page_shows_the_surest_and_the_least_sure(predict, drawn, tmp_path, capsys):
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
         tar.add(drawn, "=in")
