@@ -117,6 +117,7 @@ def test_opcheck(backend: str, device: str) -> None:
     torch.library.opcheck(ops.weighted_attention_backward.default, (grad_output, *saved))
 
 
+@pytest.mark.slow
 def test_compile_is_one_graph(backend: str, device: str) -> None:
     def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return tir_kernels.weighted_attention(q, k, v, backend=backend).square().sum()

@@ -137,6 +137,7 @@ def test_several_python_threads_at_once() -> None:
         assert_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_no_matrix_is_written(architecture: str) -> None:
     """A tile of scores is all that a worker keeps: 16384 tokens have a matrix of 1 GiB."""
     import resource

@@ -49,6 +49,7 @@ def fit(data, method=METHODS["zero-shot"], settings=SETTINGS, **more):
     return fewshot.fit(data, str(model_directory()), method=method, settings=settings, **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_saved_and_read_again_it_answers_the_same(name, data, paths, tmp_path):
     made = fit(data, METHODS[name])

@@ -172,6 +172,7 @@ def test_other_images_are_refused(arguments, tmp_path, data, capsys):
     assert_refused(capsys, with_value(options, "--data", str(other)), "--data was content ")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("kept_often")
 @pytest.mark.parametrize(("fold", "step"), [(1, 2), (None, 2)])
 def test_interrupted_is_as_never_interrupted(arguments, tmp_path, whole, capsys, fold, step):

@@ -232,6 +232,7 @@ def test_parquet_goes_on_too(predict, images, tmp_path, monkeypatch):
     assert not work.exists()
 
 
+@pytest.mark.slow
 def test_changed_settings_are_refused(predict, classifier, drawn, tmp_path, capsys):
     out = tmp_path / "p.csv"
     assert predict(drawn, "--out", out) == 0

@@ -4,12 +4,14 @@ import json
 import shutil
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from tir_kernels.fewshot.classifier.folder import ABOUT_FILE
 from tir_kernels.fewshot.command import main
 
 
+@pytest.mark.slow
 def test_white_is_what_it_was_when_the_classifier_was_made(classifier, drawn, tmp_path):
     deep, own = tmp_path / "deep.png", shutil.copytree(classifier, tmp_path / "own")
     grey = np.asarray(Image.open(next(drawn.rglob("*.png"))).convert("L"), dtype=np.uint16)

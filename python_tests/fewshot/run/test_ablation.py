@@ -94,6 +94,7 @@ def test_tuned_arms_stand_beside_the_probe_on_the_episodes_that_both_have():
     assert [own.beyond_probe for own in alone] == [None] * 3
 
 
+@pytest.mark.slow
 def test_what_a_corrected_test_does_not_separate_needs_more_episodes():
     """Whatever the differences: else a page would ask for fewer episodes than there are."""
     draw = random.Random(0)

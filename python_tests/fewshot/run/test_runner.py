@@ -222,6 +222,7 @@ def test_errors_of_the_engine_become_one_line(setting, error, message):
         setting.run(refuse)
 
 
+@pytest.mark.slow
 def test_real_engine_on_a_tiny_model(setting, tiny_model_folder):
     setting.model = load_model(str(tiny_model_folder))
     setting.images = ImageReader(setting.data, setting.model.preprocess)
