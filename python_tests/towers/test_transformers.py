@@ -25,11 +25,12 @@ from torch import Tensor, nn
 
 from tir_kernels import JointSpace, adapters, towers
 
-# The equalities of a family in all its kinds take long together.
-pytestmark = pytest.mark.slow
-
 PLACEMENTS = ("tokens", "attention", "both")
 OWN = ("eager", "sdpa")
+
+
+# The equalities of a family in all its kinds take long together.
+pytestmark = pytest.mark.slow
 
 
 def classes_for(kind: str, *groups: int) -> Tensor:
