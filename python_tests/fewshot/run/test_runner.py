@@ -48,7 +48,7 @@ class Setting:
         trainer = Trainer(self.model, self.plan.protocol.seed, self.runtime)
         stand_in = contextlib.nullcontext()
         if finetune is not None:
-            stand_in = mock.patch.object(loop, "finetune_episodes", fake_engine.at_once(finetune))
+            stand_in = mock.patch.object(loop, "finetune", fake_engine.at_once(finetune))
         with RunFolder(self.path.parent) as folder, folder.journal() as journal, stand_in:
             return list(
                 run_episodes(self.plan, self.data, self.images, trainer, folder, journal, **options)

@@ -315,7 +315,7 @@ def test_what_a_step_keeps_is_counted(model, tokenizer) -> None:
 
     def kept(count: int) -> int:
         alike = [replace(EPISODES[0], index=index) for index in range(count)]
-        return batch_of_episodes.bytes_of_a_step(job, alike)
+        return batch_of_episodes.cost_of_a_step(job, alike).kept_bytes
 
     assert kept(3) == pytest.approx(3 * kept(1), rel=0.15)
 

@@ -99,6 +99,8 @@ class TIR(LoRA):
 
 
 class _Reweighted(TunedTowers):
+    leaves_images_to_lora = False
+
     def __init__(self, method: TIR, kit: Kit, lora: Adapter, reweighting: Reweighting) -> None:
         super().__init__(method, kit, lora)
         self.reweighting = reweighting
@@ -129,7 +131,7 @@ class _Reweighted(TunedTowers):
         """Class embeddings (G, C, E): of unit length for the logits, and for the relevance."""
         from torch.nn.functional import normalize
 
-        final, intermediate = self.prompts(self._text_layer)
+        final, intermediate = self.texts(self._text_layer)
         deciding = self._centroids if self._by_centroids else intermediate
         return normalize(final.float(), dim=-1), deciding
 

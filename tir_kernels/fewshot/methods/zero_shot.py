@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tir_kernels.fewshot import fields
+from tir_kernels.fewshot.methods.frozen_images import FrozenImages
 from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method
 from tir_kernels.fewshot.methods.templates import templates
 
@@ -39,24 +40,17 @@ class ZeroShot(Method):
         yield FrozenFeatures(kit, self.logit_scale, self.template)
 
 
-class FrozenFeatures(Learner):
-    """Cosines of the tower's own image features with the class prompts' embeddings.
-
-    The base of all learners that leave both towers alone: their inputs are features (G, S, E).
-    """
+class FrozenFeatures(FrozenImages):
+    """Cosines of the tower's own image features with the class prompts' embeddings."""
 
     def __init__(
         self, kit: Kit, logit_scale: float | None, template: tuple[str, ...] | None = None
     ) -> None:
         from tir_kernels.fewshot.methods.prompts import Prompts, default_logit_scale
 
-        self._encoder = kit.encoder
+        super().__init__(kit)
         self._prompts = [Prompts.of_kit(kit, 0, each) for each in template or (None,)]
         self._logit_scale = default_logit_scale(logit_scale, kit.shots)
-
-    def inputs(self, images: Tensor) -> Tensor:
-        tokens = self._encoder.embed(images.flatten(0, 1))
-        return self._encoder.features(tokens).unflatten(0, images.shape[:2])
 
     def classes(self) -> Tensor:
         """(G, C, E) class embeddings of unit length."""

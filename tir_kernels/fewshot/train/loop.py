@@ -17,7 +17,7 @@ from tir_kernels.fewshot.train.batch import (
     Job,
     NonFiniteLossError,
     StepListener,
-    bytes_of_a_step,
+    cost_of_a_step,
     finetune_batch,
 )
 from tir_kernels.fewshot.train.memory import available_bytes, with_one_memory_error
@@ -27,6 +27,7 @@ Tokenizer = Callable[[list[str]], Tensor]
 _USABLE_SHARE = 0.85  # of the memory that is free
 _STEP_FACTOR = 1.3  # what a step takes over what its forward pass keeps: gradients under way
 _CPU_IMAGES = 64  # trained at once: more than that only overflows the caches
+_CPU_EPISODES = 16  # of features alone, whose images are held meanwhile
 _DEFAULT_RUNTIME = Runtime()
 
 
@@ -115,7 +116,13 @@ def finetune_episodes(
         ValueError, TypeError: Unsuitable images, labels, names, model or ``runtime.parallel``.
         torch.OutOfMemoryError: Memory does not suffice for a single episode.
     """
-    job = Job(model, tokenizer, method, seed, runtime, observers)
+    return finetune(Job(model, tokenizer, method, seed, runtime, observers), episodes, on_step)
+
+
+def finetune(
+    job: Job, episodes: Sequence[Episode], on_step: StepListener | None = None
+) -> list[EpisodeResult | NonFiniteLossError]:
+    """As :func:`finetune_episodes`, for what a job says."""
     alike: dict[tuple, list[int]] = {}
     for position, episode in enumerate(episodes):
         episode.check()
@@ -142,9 +149,9 @@ def finetune_episodes(
             return
         half = (len(positions) + 1) // 2
         warnings.warn(
-            f"{len(positions)} episodes at once do not fit into the memory of {runtime.device}; "
+            f"{len(positions)} episodes at once do not fit into the memory of {job.device}; "
             f"going on with {half}",
-            stacklevel=3,
+            stacklevel=4,
         )
         run(positions[:half])
         run(positions[half:])
@@ -216,8 +223,14 @@ def _fitting(job: Job, episode: Episode) -> int:
     if not job.method.steps:
         return 1
     with with_one_memory_error():
-        needed = bytes_of_a_step(job, [episode])
-    fitting = int(_USABLE_SHARE * available_bytes(job.device) / (_STEP_FACTOR * needed))
+        step = cost_of_a_step(job, [episode])
+    needed = _STEP_FACTOR * step.kept_bytes
+    if not step.runs_image_tower:
+        held = (episode.support_images, episode.query_images)
+        needed += sum(images.nbytes for images in held if isinstance(images, Tensor))
+    fitting = int(_USABLE_SHARE * available_bytes(job.device) / needed)
     if job.device.type == "cpu":
-        fitting = min(fitting, _CPU_IMAGES // len(episode.support_images))
+        images = len(episode.support_images)
+        most = _CPU_IMAGES // images if step.runs_image_tower else _CPU_EPISODES
+        fitting = min(fitting, most)
     return max(1, fitting)
