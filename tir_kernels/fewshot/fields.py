@@ -195,6 +195,12 @@ def added_later(field: Any) -> Any:
     return dataclasses.field(default=field.default, metadata={**field.metadata, "is_later": True})
 
 
+def inherited(owner: type, name: str, default: object) -> Any:
+    """The field of a base class, with another default."""
+    (field,) = (each for each in dataclasses.fields(owner) if each.name == name)
+    return dataclasses.field(default=default, metadata=field.metadata)
+
+
 def as_settings(options: Any) -> dict[str, Any]:
     """The fields of a dataclass by their names, as a run's settings hold them.
 

@@ -134,13 +134,18 @@ def read_support(data: ImageData, images: ImageReader, shots: int | None, seed: 
     )
 
 
-def require_balance(method: Method, settings: FitSettings) -> None:
-    """Check that a method can be trained with the balance of the settings.
+def require_fitting(method: Method, settings: FitSettings) -> None:
+    """Check that a method can be trained with the batches and the balance of the settings.
 
     Raises:
         FewShotError: It can't, or sampling has no batch size.
     """
     balance = setting("balance", settings.balance)
+    if settings.batch_size is not None and method.needs_all_images:
+        raise FewShotError(
+            f"method {method.name} compares all images with one another at every step; leave "
+            f"{setting('batch_size')} out"
+        )
     if settings.balance == "sampling" and not method.steps:
         raise FewShotError(
             f"{balance} draws the images of training steps, and method {method.name} has none; "
@@ -204,7 +209,7 @@ class Fitter:
     white_value: float | None = None
 
     def __post_init__(self) -> None:
-        require_balance(self.method, self.settings)
+        require_fitting(self.method, self.settings)
 
     def fit(
         self,

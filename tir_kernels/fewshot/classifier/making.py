@@ -13,7 +13,7 @@ from tir_kernels.fewshot.classifier.expected import expected_accuracy
 from tir_kernels.fewshot.classifier.fitting import (
     Fitter,
     read_support,
-    require_balance,
+    require_fitting,
     with_subjects,
 )
 from tir_kernels.fewshot.data.dataset import load_data
@@ -64,7 +64,7 @@ def fit(
         torch.OutOfMemoryError: Memory does not suffice: set ``batch_size``, or fewer ``shots``.
     """
     method = method_class(DEFAULT_METHODS[0])() if method is None else method
-    require_balance(method, settings)
+    require_fitting(method, settings)
     runtime = replace(runtime, device=resolve_device(runtime.device)[0])
     inputs = Inputs(os.fspath(data), model, None, class_names, pretrained)
     listed = load_data(

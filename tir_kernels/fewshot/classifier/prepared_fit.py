@@ -21,7 +21,7 @@ from tir_kernels.fewshot.classifier.fitting import (
     Fitter,
     Support,
     read_support,
-    require_balance,
+    require_fitting,
     takes_class_weights,
     with_subjects,
 )
@@ -104,7 +104,7 @@ class PreparedFit:
         runtime: Runtime,
         messages: Messages,
     ) -> None:
-        require_balance(options.method, settings)
+        require_fitting(options.method, settings)
         self._inputs, self._reading, self._messages = inputs, reading, messages
         device = usable_device(runtime, reading, messages)
         self._runtime = replace(runtime, device=device)

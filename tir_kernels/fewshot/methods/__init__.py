@@ -15,6 +15,7 @@ METHODS = {
     "lora": "tir_kernels.fewshot.methods.lora:LoRA",
     "zero-shot": "tir_kernels.fewshot.methods.zero_shot:ZeroShot",
     "linear-probe": "tir_kernels.fewshot.methods.linear_probe:LinearProbe",
+    "mind": "tir_kernels.fewshot.methods.mind:Mind",
     "tip-adapter": "tir_kernels.fewshot.methods.tip_adapter:TipAdapter",
 }
 DEFAULT_METHODS = tuple(METHODS)[:2]

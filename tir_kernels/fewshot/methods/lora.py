@@ -165,12 +165,19 @@ class TunedTowers(Learner):
     def show_classes(self, classes: Any) -> Tensor:
         return classes
 
+    def features(self, inputs: Tensor) -> Tensor:
+        """(G, S, ...) inputs -> (G, S, E), not normalised."""
+        if self.inputs_kind is not None:
+            return inputs
+        return self._encoder.features(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])
+
     def logits(self, inputs: Tensor, classes: Any) -> Tensor:
+        return self.cosine_logits(self.features(inputs), classes)
+
+    def cosine_logits(self, features: Tensor, classes: Tensor) -> Tensor:
+        """(G, S, E) and unit (G, C, E) -> (G, S, C)."""
         from tir_kernels.fewshot.methods.prompts import cosine_logits
 
-        features = inputs
-        if self.inputs_kind is None:
-            features = self._encoder.features(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])
         return cosine_logits(features, classes, self._logit_scale)
 
     def parameters(self) -> list[ParameterGroup]:
