@@ -1,0 +1,52 @@
+"""Presets: what they set, what overrides them, and what is kept of them."""
+
+import pytest
+
+from tir_kernels.fewshot.arms import fields_of, make_arms
+from tir_kernels.fewshot.methods import TIR, LoRA, method_class
+from tir_kernels.fewshot.presets import PRESETS
+
+PAPER = {
+    "lora_towers": "vision",
+    "context_tokens": 0,
+    "logit_scale": 100.0,
+    "lora_schedule": "cosine/8",
+}
+
+
+def arms_of(*texts, methods=(), shared=None, preset=None):
+    return {arm.name: arm.method for arm in make_arms(methods, texts, shared or {}, preset)}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_settings_exist_and_are_allowed(name):
+    for method, settings in PRESETS[name].methods.items():
+        assert settings.keys() <= fields_of(method_class(method)).keys()
+        method_class(method)(**settings)
+
+
+def test_program_is_the_default():
+    found = arms_of(methods=("lora", "tir"), preset="program")
+    assert found == {"lora": LoRA(), "tir": TIR()}
+
+
+def test_paper():
+    found = arms_of(methods=("lora", "tir", "zero-shot"), preset="paper")
+    assert found["lora"] == LoRA(steps=250, **PAPER)
+    assert found["tir"] == TIR(steps=100, **PAPER)
+    assert found["zero-shot"] == method_class("zero-shot")()
+
+
+def test_what_is_said_goes_before_the_preset():
+    texts = ("mine=tir,preset=paper,steps=7", "other=tir,preset=program", "plain=lora")
+    found = arms_of(*texts, shared={"lora_rank": 4, "logit_scale": 9.0}, preset="paper")
+    assert found["mine"] == TIR(steps=7, lora_rank=4, **(PAPER | {"logit_scale": 9.0}))
+    assert found["other"] == TIR(lora_rank=4, logit_scale=9.0)
+    assert found["plain"] == LoRA(steps=250, lora_rank=4, **(PAPER | {"logit_scale": 9.0}))
+
+
+def test_refused():
+    with pytest.raises(ValueError, match="preset must be one of paper, program; got 'papers'"):
+        arms_of("x=tir,preset=papers")
+    with pytest.raises(ValueError, match="arm 'x': preset paper says nothing of zero-shot"):
+        arms_of("x=zero-shot,preset=paper")
