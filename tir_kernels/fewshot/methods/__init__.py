@@ -15,6 +15,7 @@ METHODS = {
     "lora": "tir_kernels.fewshot.methods.lora:LoRA",
     "zero-shot": "tir_kernels.fewshot.methods.zero_shot:ZeroShot",
     "linear-probe": "tir_kernels.fewshot.methods.linear_probe:LinearProbe",
+    "atha": "tir_kernels.fewshot.methods.atha:ATHA",
     "mind": "tir_kernels.fewshot.methods.mind:Mind",
     "tip-adapter": "tir_kernels.fewshot.methods.tip_adapter:TipAdapter",
 }
