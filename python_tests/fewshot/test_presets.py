@@ -3,8 +3,8 @@
 import pytest
 
 from tir_kernels.fewshot.arms import fields_of, make_arms
-from tir_kernels.fewshot.methods import TIR, LoRA, method_class
-from tir_kernels.fewshot.presets import PRESETS
+from tir_kernels.fewshot.methods import METHODS, TIR, LoRA, Mind, method_class
+from tir_kernels.fewshot.presets import settings_of
 
 PAPER = {
     "lora_towers": "vision",
@@ -18,11 +18,18 @@ def arms_of(*texts, methods=(), shared=None, preset=None):
     return {arm.name: arm.method for arm in make_arms(methods, texts, shared or {}, preset)}
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_settings_exist_and_are_allowed(name):
-    for method, settings in PRESETS[name].methods.items():
-        assert settings.keys() <= fields_of(method_class(method)).keys()
-        method_class(method)(**settings)
+@pytest.mark.parametrize("method", METHODS)
+def test_settings_exist_and_are_allowed(method):
+    kind = method_class(method)
+    for name in vars(kind).get("presets", {}):
+        settings = settings_of(name, kind)
+        assert settings.keys() <= fields_of(kind).keys()
+        kind(**settings)
+
+
+def test_a_method_has_no_presets_of_its_bases():
+    assert settings_of("paper", LoRA)
+    assert not settings_of("paper", Mind)
 
 
 def test_program_is_the_default():

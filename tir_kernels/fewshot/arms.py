@@ -9,7 +9,7 @@ from typing import Any
 
 from tir_kernels.fewshot.fields import kinds_of
 from tir_kernels.fewshot.methods import Method, method_class
-from tir_kernels.fewshot.presets import preset_named
+from tir_kernels.fewshot.presets import settings_of
 from tir_kernels.fewshot.settings import Arm
 
 PRESET = "preset"  # in the place of a field
@@ -53,7 +53,7 @@ def make_arms(
     for _, method, own in chosen:
         name = own.pop(PRESET, preset)
         if name is not None:
-            for field, value in preset_named(name).methods.get(method.name, {}).items():
+            for field, value in settings_of(name, method).items():
                 own.setdefault(field, value)
     return tuple(_arm(*each) for each in chosen)
 
@@ -106,7 +106,7 @@ def _parse(text: str) -> tuple[str, type[Method], dict[str, Any]]:
         field: value if field == PRESET else _value(name, method, field, value)
         for field, value in given.items()
     }
-    if PRESET in options and method.name not in preset_named(options[PRESET]).methods:
+    if PRESET in options and not settings_of(options[PRESET], method):
         raise ValueError(f"arm {name!r}: preset {options[PRESET]} says nothing of {method.name}")
     return name, method, options
 

@@ -9,62 +9,30 @@ from typing import TYPE_CHECKING, Any
 from tir_kernels.text import Notice, setting
 
 if TYPE_CHECKING:
+    from tir_kernels.fewshot.methods import Method
     from tir_kernels.fewshot.settings import Arm
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings of methods, and of a command beside them.
+    """What a preset is, and what it sets beside methods, whose own classes say the rest.
 
     Args:
-        source: Where they are published, in words for the help text.
-        methods: Name of a method -> its settings; methods that are not named keep their defaults.
+        source: Where the settings are published, in words for the help text.
         command: Settings of views and images.
     """
 
     source: str
-    methods: Mapping[str, Mapping[str, Any]]
     command: Mapping[str, Any] = field(default_factory=dict)
 
 
-_VISION_ONLY = {
-    "lora_towers": "vision",
-    "context_tokens": 0,
-    "logit_scale": 100.0,
-    "lora_schedule": "cosine/8",
-}
-_BOTH_WITH_CONTEXT = {
-    "steps": 100,
-    "lora_towers": "both",
-    "context_tokens": 4,
-    "logit_scale": None,
-    "lora_schedule": "constant",
-}
-_REWEIGHTING = {
-    "top_ratio": 0.3,
-    "strength": 0.5,
-    "rule": "linear",
-    "layers": None,
-    "placement": "tokens",
-    "relevance": "text",
-    "selection": "relevance",
-}
-
 PRESETS = {
     "paper": Preset(
-        "as arXiv 2605.25799 describes it: LoRA on the vision tower alone, logit scale 100",
-        {
-            "lora": {"steps": 250, **_VISION_ONLY},
-            "tir": {"steps": 100, **_VISION_ONLY, **_REWEIGHTING},
-        },
+        "as arXiv 2605.25799 describes it: LoRA on the vision tower alone, logit scale 100"
     ),
     "program": Preset(
         "as its authors' program trains: LoRA on both towers, a learned context, logit scale 4 "
-        "(2 at one shot)",
-        {
-            "lora": _BOTH_WITH_CONTEXT,
-            "tir": {**_BOTH_WITH_CONTEXT, **_REWEIGHTING},
-        },
+        "(2 at one shot)"
     ),
 }
 
@@ -80,17 +48,26 @@ def preset_named(name: str) -> Preset:
     return PRESETS[name]
 
 
+def settings_of(name: str, method: type[Method]) -> Mapping[str, Any]:
+    """What a preset sets of a method; nothing where its class, apart from its bases, has none.
+
+    Raises:
+        ValueError: There is no such preset.
+    """
+    preset_named(name)
+    presets: Mapping[str, Mapping[str, Any]] = vars(method).get("presets", {})
+    return presets.get(name, {})
+
+
 def tell_preset(name: str | None, arms: Sequence[Arm], tell: Callable[[str], None]) -> None:
     """Say what a preset, if one is chosen, sets of arms, and beside them."""
     if name is None:
         return
-    chosen = preset_named(name)
-    parts = [
-        f"{arm.name} has "
-        + ", ".join(f"{key}={getattr(arm.method, key)}" for key in chosen.methods[arm.method.name])
-        for arm in arms
-        if arm.method.name in chosen.methods
-    ]
-    if chosen.command:
-        parts.append(", ".join(setting(key, value) for key, value in chosen.command.items()))
+    parts = []
+    for arm in arms:
+        if own := settings_of(name, type(arm.method)):
+            values = ", ".join(f"{key}={getattr(arm.method, key)}" for key in own)
+            parts.append(f"{arm.name} has {values}")
+    if command := preset_named(name).command:
+        parts.append(", ".join(setting(key, value) for key, value in command.items()))
     tell(Notice(f"{setting('preset', name)}: " + "; ".join(parts)))
