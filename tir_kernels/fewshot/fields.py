@@ -42,10 +42,18 @@ def seed(help: str) -> Any:
     return whole(0, help, least=0, most=2**63 - 1, reason="generators take 63 bits")
 
 
+FIVE = "five"
+
+
 def views(help: str) -> Any:
-    """The number of further views of each image to train on."""
-    return whole(
-        0, help, least=0, most=1000, reason="so many views of one image are the same views again"
+    """The number of further views of each image to train on, or the word for five fixed views."""
+    return whole_or(
+        FIVE,
+        0,
+        help,
+        least=0,
+        most=1000,
+        reason="so many views of one image are the same views again",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -216,7 +216,7 @@ class PreparedRun:
 
     def _settings(self) -> dict[str, Any]:
         """All that decides an episode's numbers, as JSON values by the names of the settings."""
-        settings = asdict(self._protocol) | {
+        settings = as_settings(self._protocol) | {
             "precision": self._runtime.precision,
             # As it was given: another number of processes, on other devices, may continue.
             "device": self._given_device,
@@ -229,8 +229,6 @@ class PreparedRun:
             },
         }
         # Runs from before there were these have none, and no word on them.
-        if not self._protocol.augment:
-            del settings["augment"]
         if self._data.group_column:
             settings["group_column"] = self._data.group_column
         if self._options.track is not None:

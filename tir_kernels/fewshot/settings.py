@@ -57,12 +57,17 @@ class Protocol(fields.Checked):
         "Seed of the choice of episodes, and of each method's initialisation and dropout. Each of "
         "a seed's episodes is another draw."
     )
-    augment: int = fields.views(
-        "Train on this many views of each support image beside the image itself; 0 for none. The "
-        "cross-domain few-shot benchmark takes 4. A view is a part of the image of 8 to 100 % of "
-        "its area and a ratio of sides of 3/4 to 4/3, scaled up to the model's size, flipped half "
-        "of the time, with brightness, contrast and saturation times a random number from 0.6 to "
-        "1.4. Views are drawn once per episode, from the seed and its number alone."
+    augment: int | str = fields.added_later(
+        fields.views(
+            "Train on this many views of each support image beside the image itself; 0 for none. "
+            "The cross-domain few-shot benchmark takes 4. A view is a part of the image of 8 to "
+            "100 % of its area and a ratio of sides of 3/4 to 4/3, scaled up to the model's size, "
+            "flipped half of the time, with brightness, contrast and saturation times a random "
+            "number from 0.6 to 1.4. Or five, the views of the program of arXiv 2605.25799: the "
+            "image; it rotated by -45 to 45 degrees, with these factors, and flipped half of the "
+            "time; it rotated; with factors; flipped half of the time. Views are drawn once per "
+            "episode, from the seed and its number alone."
+        )
     )
 
     @property
@@ -85,8 +90,9 @@ class FitSettings(fields.Checked):
     seed: int = fields.seed(
         "Seed of the choice of images, and of the method's initialisation and dropout."
     )
-    augment: int = fields.views(
-        "Train on this many views of each image beside the image itself; 0 for none."
+    augment: int | str = fields.views(
+        "Train on this many random views of each image beside the image itself; 0 for none; or on "
+        "five fixed kinds of views, itself included; as in run."
     )
     batch_size: int | None = fields.whole(
         None,

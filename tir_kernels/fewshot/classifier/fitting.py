@@ -15,7 +15,7 @@ from tir_kernels.fewshot.classifier.about import About, BaseModel
 from tir_kernels.fewshot.classifier.classifier import Classifier
 from tir_kernels.fewshot.data.dataset import ImageClass, ImageData
 from tir_kernels.fewshot.data.reader import ImageReader
-from tir_kernels.fewshot.data.views import with_views
+from tir_kernels.fewshot.data.views import views_per_image, with_views
 from tir_kernels.fewshot.episode import Episode, random_state
 from tir_kernels.fewshot.methods import Method, Observer
 from tir_kernels.fewshot.prepare import versions
@@ -260,9 +260,10 @@ class Fitter:
     def episode(self, support: Support, query: Support | None = None) -> Episode:
         """Support images with their views, and images to classify, as the engine takes them."""
         preprocess, device = self.model.preprocess, self.runtime.device
-        pixels, views = support.pixels.to(device), 1 + self.settings.augment
+        augment, pixels = self.settings.augment, support.pixels.to(device)
+        views = views_per_image(augment)
         if views > 1:
-            pixels = with_views(pixels, views - 1, random_state(self.settings.seed, 0, stream=2))
+            pixels = with_views(pixels, augment, random_state(self.settings.seed, 0, stream=2))
         asked = pixels[:0] if query is None else query.pixels.to(device)
         return Episode(
             class_names=[entry.words for entry in support.classes],
