@@ -118,8 +118,8 @@ def real(
     return _field(default, help, check)
 
 
-def choice(default: str, choices: Collection[str], help: str) -> Any:
-    """One of several words."""
+def choice(default: str | None, choices: Collection[str], help: str) -> Any:
+    """One of several words; with ``None`` for the default it may be left unset."""
 
     def check(name: str, value: object) -> str:
         if value not in choices:

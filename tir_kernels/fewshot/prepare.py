@@ -23,6 +23,7 @@ from tir_kernels.fewshot.devices import is_slow_at, resolve_device
 from tir_kernels.fewshot.fields import as_settings
 from tir_kernels.fewshot.known_template import with_known_template
 from tir_kernels.fewshot.prompt_check import check_prompts, cut_names_are_known
+from tir_kernels.fewshot.resizing import with_resize
 from tir_kernels.fewshot.run.folder import (
     SUMMARY_NAME,
     RunFolder,
@@ -112,6 +113,7 @@ class PreparedRun:
             loaded = models.load_model(
                 self._inputs.model, self._inputs.pretrained, device=self.plan.device
             )
+        loaded = with_resize(loaded, self._protocol.resize)
         methods = [arm.method for arm in self.plan.arms]
         for note in (*loaded.notes, *check_prompts(self._data, loaded.tokenizer, methods)):
             self._messages.tell(note)

@@ -13,6 +13,13 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 AUTO = "auto"
 ALL = "all"
 BALANCES = ("none", "loss", "sampling")
+CROP, SQUASH, SQUASH_BILINEAR = RESIZES = ("crop", "squash", "squash-bilinear")
+_RESIZE_HELP = (
+    "How images get the model's size: crop scales the shorter side and cuts off what the longer "
+    "one has beyond the middle; squash scales both sides, whatever their ratio; squash-bilinear "
+    "does so with bilinear instead of the model's interpolation, as published programs of "
+    "cross-domain few-shot learning. Unset: as the model's preprocessing says, for CLIP crop."
+)
 GROUP_COLUMN_HELP = (
     "Column of a table, or of a data set of Hugging Face, whose values are the subjects that "
     "images show, such as patients or lesions: no subject is on both sides, among images that are "
@@ -33,7 +40,7 @@ def _backend(name: str, value: object) -> object:
 
 @dataclass(frozen=True)
 class Protocol(fields.Checked):
-    """The episodes of a run: N-way K-shot, and the seed that draws them."""
+    """The episodes of a run: N-way K-shot, the seed that draws them, and their images' form."""
 
     ways: int | str = fields.whole_or(
         ALL, 5, "Classes of each episode, drawn anew; all: every class of the data.", least=2
@@ -69,6 +76,7 @@ class Protocol(fields.Checked):
             "episode, from the seed and its number alone."
         )
     )
+    resize: str | None = fields.added_later(fields.choice(None, RESIZES, _RESIZE_HELP))
 
     @property
     def queries_per_class(self) -> int | None:
@@ -93,6 +101,9 @@ class FitSettings(fields.Checked):
     augment: int | str = fields.views(
         "Train on this many random views of each image beside the image itself; 0 for none; or on "
         "five fixed kinds of views, itself included; as in run."
+    )
+    resize: str | None = fields.added_later(
+        fields.choice(None, RESIZES, f"{_RESIZE_HELP} The classifier keeps it.")
     )
     batch_size: int | None = fields.whole(
         None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from tir_kernels.fewshot.data.dataset import ImageClass, ImageData
 from tir_kernels.fewshot.data.reader import ImageReader
 from tir_kernels.fewshot.data.views import views_per_image, with_views
 from tir_kernels.fewshot.episode import Episode, random_state
+from tir_kernels.fewshot.fields import as_settings
 from tir_kernels.fewshot.methods import Method, Observer
 from tir_kernels.fewshot.prepare import versions
 from tir_kernels.fewshot.settings import FitSettings, Runtime
@@ -251,7 +252,7 @@ class Fitter:
             white_value=self.white_value,
             support=tuple(support.counts),
             support_digests=tuple(support.digests),
-            settings=asdict(self.settings),
+            settings=as_settings(self.settings),
             figures={**(figures or {}), **known},
             versions=versions(),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from tir_kernels.fewshot.known_template import method_with_known_template
 from tir_kernels.fewshot.methods import Method
 from tir_kernels.fewshot.prepare import image_reader, note_slowness, usable_device, versions
 from tir_kernels.fewshot.prompt_check import check_prompts, cut_names_are_known
+from tir_kernels.fewshot.resizing import with_resize
 from tir_kernels.fewshot.run.progress import Messages
 from tir_kernels.fewshot.run.records import OK, Record
 from tir_kernels.fewshot.run.tracked import Track, TrackFile
@@ -154,6 +155,7 @@ class PreparedFit:
             loaded = models.load_model(
                 self._inputs.model, self._inputs.pretrained, device=self._runtime.device
             )
+        loaded = with_resize(loaded, self._fit_settings.resize)
         cut = check_prompts(self._data, loaded.tokenizer, [self._options.method])
         for note in (*loaded.notes, *cut):
             self._messages.tell(note)
@@ -237,7 +239,7 @@ class PreparedFit:
     def _settings(self, loaded: LoadedModel) -> dict[str, Any]:
         """All that decides the classifier's numbers, as JSON values by the settings' names."""
         method, track = self._options.method, self._options.track
-        settings = asdict(self._fit_settings) | {
+        settings = as_settings(self._fit_settings) | {
             "precision": self._runtime.precision,
             "device": self._runtime.device,
             "backend": self._runtime.backend,
