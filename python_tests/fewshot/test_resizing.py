@@ -104,6 +104,19 @@ def test_a_run_is_of_its_resize(wide_images, tmp_path, capsys, monkeypatch):
     assert_refused(capsys, [*arguments, "--resize=squeeze", "--out", "x"], "squeeze")
 
 
+def test_raw_words_are_a_setting_of_the_run(make_images, tmp_path, capsys):
+    root = make_images({"SeaLake": 4, "River": 4})
+    arguments = ["run", "--data", str(root), "--model", "fake", "--method", "zero-shot"]
+    arguments += ["--ways=2", "--shots=1", "--queries=2", "--episodes=1", "--backend=reference"]
+    arguments += ["--out", str(tmp_path / "out")]
+    assert fake_engine.run_main([*arguments, "--class-names=raw"]) == 0
+    assert "class names are raw: River is 'River', SeaLake is 'SeaLake'" in capsys.readouterr().err
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())["settings"]
+    assert settings["class_names"] == "raw"
+    assert fake_engine.run_main(arguments) == 2
+    assert "--class-names was raw, is unset" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_model_is_saved_with_its_resize(tiny_model_folder, tmp_path):
     loaded = with_resize(load_model(str(tiny_model_folder)), "crop")

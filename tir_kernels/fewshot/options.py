@@ -155,8 +155,9 @@ _READING_OPTIONS = [
         "--class-names",
         "FILE_OR_SET",
         "JSON or CSV file: class -> words, or the names of a data set: "
-        f"{', '.join(KNOWN_SETS)}. Without it, the words are those of such a set if it has all "
-        "classes, or else come from the names of folders or labels.",
+        f"{', '.join(KNOWN_SETS)}; or raw: the names of folders or labels as they are, with spaces "
+        "for underscores. Without it, the words are those of such a set if it has all classes, or "
+        "else come from the names, made lower case and parted into words.",
     ),
     _name_option(
         "--cache",

@@ -19,6 +19,7 @@ from tir_kernels.fewshot.data.draw import require_groups, with_ways
 from tir_kernels.fewshot.data.queries import all_queries_note
 from tir_kernels.fewshot.data.reader import ImageReader, Preprocess
 from tir_kernels.fewshot.data.split import load_split
+from tir_kernels.fewshot.data.words import RAW
 from tir_kernels.fewshot.devices import is_slow_at, resolve_device
 from tir_kernels.fewshot.fields import as_settings
 from tir_kernels.fewshot.known_template import with_known_template
@@ -231,6 +232,8 @@ class PreparedRun:
             },
         }
         # Runs from before there were these have none, and no word on them.
+        if self._inputs.class_names == RAW:
+            settings["class_names"] = RAW
         if self._data.group_column:
             settings["group_column"] = self._data.group_column
         if self._options.track is not None:

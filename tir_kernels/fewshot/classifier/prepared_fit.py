@@ -27,6 +27,7 @@ from tir_kernels.fewshot.classifier.fitting import (
 )
 from tir_kernels.fewshot.classifier.folder import load_classifier, save_classifier
 from tir_kernels.fewshot.data.dataset import load_data
+from tir_kernels.fewshot.data.words import RAW
 from tir_kernels.fewshot.fields import as_settings
 from tir_kernels.fewshot.known_template import method_with_known_template
 from tir_kernels.fewshot.methods import Method
@@ -248,6 +249,7 @@ class PreparedFit:
             "arms": {method.name: {"method": method.name, **as_settings(method)}},
             "track": None if track is None else str(track),
             "white_value": self._reading.white_value,
+            "class_names": RAW if self._inputs.class_names == RAW else None,
         }
         return {name: value for name, value in settings.items() if value is not None}
 
