@@ -16,6 +16,7 @@ METHODS = {
     "zero-shot": "tir_kernels.fewshot.methods.zero_shot:ZeroShot",
     "linear-probe": "tir_kernels.fewshot.methods.linear_probe:LinearProbe",
     "tip-adapter": "tir_kernels.fewshot.methods.tip_adapter:TipAdapter",
+    "coop": "tir_kernels.fewshot.methods.coop:CoOp",
 }
 DEFAULT_METHODS = tuple(METHODS)[:2]
 DEMO_METHODS = tuple(METHODS)[:3]
