@@ -18,6 +18,7 @@ METHODS = {
     "atha": "tir_kernels.fewshot.methods.atha:ATHA",
     "mind": "tir_kernels.fewshot.methods.mind:Mind",
     "tip-adapter": "tir_kernels.fewshot.methods.tip_adapter:TipAdapter",
+    "coop": "tir_kernels.fewshot.methods.coop:CoOp",
 }
 DEFAULT_METHODS = tuple(METHODS)[:2]
 DEMO_METHODS = tuple(METHODS)[:3]
