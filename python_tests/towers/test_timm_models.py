@@ -109,7 +109,7 @@ def test_weights_of_one_and_lora_of_zero_change_nothing(family: str) -> None:
     before, plain, images = Untouched(model), copy.deepcopy(model), images_for(model)
     expected = encode(plain, images)
     with adapters.add_lora(model, rank=2, towers=["visual"]):
-        for placement in (None, *PLACEMENTS):
+        for placement in (None, *PLACEMENTS, "values"):
             handle = None
             if placement is not None:
                 handle = adapters.add_reweighting(model, LAYERS, placement, rule="none")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tir_kernels import adapters, towers
 
-PLACEMENTS = ("tokens", "attention", "both")
+PLACEMENTS = ("tokens", "attention", "both", "values")
 REGISTERS = 4
 
 
@@ -50,8 +50,9 @@ def make_classes(*groups: int) -> Tensor:
 
 
 def plain_block(block: Any, tokens: Tensor, weights: Tensor, placement: str) -> Tensor:
-    inside = torch.ones_like(weights) if placement == "tokens" else weights
-    if placement != "attention":
+    ones = torch.ones_like(weights)
+    inside = weights if placement in ("attention", "both") else ones
+    if placement in ("tokens", "both"):
         tokens = weights[..., None] * tokens
     attention, normed = block.attn, block.norm1(tokens)
     projected = attention.qkv(normed).unflatten(-1, (3, attention.num_heads, -1))
@@ -59,7 +60,8 @@ def plain_block(block: Any, tokens: Tensor, weights: Tensor, placement: str) -> 
     q, k = attention.q_norm(q), attention.k_norm(k)
     scores = q @ k.mT * attention.scale
     terms = inside.clamp(min=0)[:, None, None] * (scores - scores.amax(-1, keepdim=True)).exp()
-    attended = (terms / terms.sum(-1, keepdim=True)) @ v
+    of_values = (weights if placement == "values" else ones)[:, None, :, None]
+    attended = (terms / terms.sum(-1, keepdim=True)) @ (of_values * v)
     attended = attention.proj(attention.norm(attended.transpose(1, 2).flatten(2)))
     tokens = tokens + block.ls1(attended)
     return tokens + block.ls2(block.mlp(block.norm2(tokens)))

@@ -60,7 +60,10 @@ class TIR(LoRA):
         None, "Vision blocks that are re-weighted; unset means depth - 4 and depth - 2."
     )
     placement: str = fields.choice(
-        "tokens", PLACEMENTS, '"tokens" (the published method), "attention" or "both".'
+        "tokens",
+        PLACEMENTS,
+        '"tokens" (the published method), "attention" (in the softmax), "both", or "values" (of '
+        "the attention, whose softmax stays as it is).",
     )
     text_layer: int | None = fields.whole(
         None, "Text block whose class embeddings give the relevance; unset: depth - 2."
