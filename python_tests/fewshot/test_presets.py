@@ -1,10 +1,13 @@
 """Presets: what they set, what overrides them, and what is kept of them."""
 
 import pytest
+from fewshot import fake_engine
+from fewshot.command_line import with_value
 
 from tir_kernels.fewshot.arms import fields_of, make_arms
 from tir_kernels.fewshot.methods import METHODS, TIR, LoRA, Mind, method_class
 from tir_kernels.fewshot.presets import settings_of
+from tir_kernels.fewshot.run.folder import read_settings
 
 PAPER = {
     "lora_towers": "vision",
@@ -57,3 +60,20 @@ def test_refused():
         arms_of("x=tir,preset=papers")
     with pytest.raises(ValueError, match="arm 'x': preset paper says nothing of zero-shot"):
         arms_of("x=zero-shot,preset=paper")
+
+
+def test_a_run_takes_keeps_and_tells_a_preset(arguments, tmp_path, capsys):
+    without = [each for each in arguments if not each.startswith("--steps")]
+    own = [*without, "--method=tir", "--arm=x=lora,preset=program", "--preset=paper", "--steps=2"]
+    assert fake_engine.run_main(own) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "--preset paper: tir has steps=2, lora_towers=vision, context_tokens=0" in told
+    assert "--augment five" in told
+    kept = read_settings(tmp_path / "out")["settings"]
+    assert (kept["augment"], kept["resize"]) == ("five", "squash-bilinear")
+    assert kept["arms"]["tir"] | PAPER | {"steps": 2} == kept["arms"]["tir"]
+    assert "lora_towers" not in kept["arms"]["x"]
+    # What is said beside it goes first.
+    other = with_value([*own, "--augment=0"], "--out", str(tmp_path / "other"))
+    assert fake_engine.run_main(other) == 0
+    assert "augment" not in read_settings(tmp_path / "other")["settings"]

@@ -28,7 +28,9 @@ class Preset:
 
 PRESETS = {
     "paper": Preset(
-        "as arXiv 2605.25799 describes it: LoRA on the vision tower alone, logit scale 100"
+        "as arXiv 2605.25799 describes it: LoRA on the vision tower alone, logit scale 100, five "
+        "views, images squashed",
+        {"augment": "five", "resize": "squash-bilinear"},
     ),
     "program": Preset(
         "as its authors' program trains: LoRA on both towers, a learned context, logit scale 4 "
