@@ -17,6 +17,7 @@ METHODS = {
     "linear-probe": "tir_kernels.fewshot.methods.linear_probe:LinearProbe",
     "tip-adapter": "tir_kernels.fewshot.methods.tip_adapter:TipAdapter",
     "coop": "tir_kernels.fewshot.methods.coop:CoOp",
+    "maple": "tir_kernels.fewshot.methods.maple:MaPLe",
 }
 DEFAULT_METHODS = tuple(METHODS)[:2]
 DEMO_METHODS = tuple(METHODS)[:3]
