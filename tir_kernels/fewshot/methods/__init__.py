@@ -19,6 +19,7 @@ METHODS = {
     "mind": "tir_kernels.fewshot.methods.mind:Mind",
     "tip-adapter": "tir_kernels.fewshot.methods.tip_adapter:TipAdapter",
     "coop": "tir_kernels.fewshot.methods.coop:CoOp",
+    "maple": "tir_kernels.fewshot.methods.maple:MaPLe",
 }
 DEFAULT_METHODS = tuple(METHODS)[:2]
 DEMO_METHODS = tuple(METHODS)[:3]

@@ -21,13 +21,14 @@ class Prompts(nn.Module):
     Attributes:
         vectors: (G, num_vectors, W) parameter, the contexts.
         num_blocks: Depth of the text tower.
+        first: Place of the first word, behind tokens such as start-of-text.
     """
 
     def __init__(self, contexts: Sequence[PromptContext]) -> None:
         super().__init__()
         self.num_blocks = contexts[0].num_blocks
+        self.first = contexts[0].first
         self._tower = contexts[0].tower
-        self._first = contexts[0].first
         embeddings = [context.embeddings for context in contexts]
         longest = max(each.shape[1] for each in embeddings)
         # Attention is causal wherever prompts differ in length, so what follows changes nothing.
@@ -56,11 +57,16 @@ class Prompts(nn.Module):
         """(G, C, E) class embeddings of the last text block, and of block ``text_layer``."""
         num_episodes = len(self.vectors)
         context = self.vectors.repeat_interleave(len(self._embeddings) // num_episodes, 0)
-        embeddings = PromptContext.insert(context, self._embeddings, self._first)
+        embeddings = PromptContext.insert(context, self._embeddings, self.first)
         final, intermediate = self._tower.encode(
             embeddings, self._last_position, text_layer, self._key_mask
         )
         return final.unflatten(0, (num_episodes, -1)), intermediate.unflatten(0, (num_episodes, -1))
+
+    def words(self, count: int) -> Tensor:
+        """(G, count, W) embeddings of the first words, where all classes have the same."""
+        embeddings = self._embeddings.unflatten(0, (len(self.vectors), -1))
+        return embeddings[:, 0, self.first : self.first + count]
 
     def encode(self, contexts: Tensor) -> Tensor:
         """(G, K, C, M, W) contexts, or (G, K, 1, M, W) of all classes -> (G, K, C, E).
@@ -76,7 +82,7 @@ class Prompts(nn.Module):
             own = own.unflatten(0, (num_episodes, 1, -1))
             return own.expand(-1, copies, *own.shape[2:]).flatten(0, 2)
 
-        embeddings = PromptContext.insert(contexts, repeated(self._embeddings), self._first)
+        embeddings = PromptContext.insert(contexts, repeated(self._embeddings), self.first)
         mask = None if self._key_mask is None else repeated(self._key_mask)
         last_position = repeated(self._last_position)
         return self._tower.encode(embeddings, last_position, None, mask)[0].unflatten(0, shape)

@@ -39,6 +39,10 @@ class OpenClipVision:
     def embed(self, images: Tensor) -> Tensor:
         return self.module._embeds(images)
 
+    def norm_pre(self, tokens: Tensor) -> Tensor:
+        """What tokens with positions go through in front of the first block, each alone."""
+        return self.module.ln_pre(tokens)
+
     def pool(self, hidden: Tensor) -> Tensor:
         pooled, _ = self.module._pool(hidden)
         return pooled if self.module.proj is None else pooled @ self.module.proj

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -70,6 +70,14 @@ class TimmVision:
     def embed(self, images: Tensor) -> Tensor:
         tower = self.module
         return tower.norm_pre(tower.patch_drop(tower._pos_embed(tower.patch_embed(images))))
+
+    @property
+    def norm_pre(self) -> Callable[[Tensor], Tensor] | None:
+        """What tokens with positions go through in front of the first block, each alone.
+
+        ``None`` where later blocks take positions too, which only the tower's own tokens have.
+        """
+        return self.module.norm_pre if getattr(self.module, "rope", None) is None else None
 
     def pool(self, hidden: Tensor) -> Tensor:
         tower = self.module

@@ -67,7 +67,11 @@ class ClipVision(TransformersVision):
         return joint_space_of(self.module.post_layernorm, projection)
 
     def embed(self, images: Tensor) -> Tensor:
-        return self.module.pre_layrnorm(self.module.embeddings(images))
+        return self.norm_pre(self.module.embeddings(images))
+
+    def norm_pre(self, tokens: Tensor) -> Tensor:
+        """What tokens with positions go through in front of the first block, each alone."""
+        return self.module.pre_layrnorm(tokens)
 
     def pool(self, hidden: Tensor) -> Tensor:
         pooled = self.module.post_layernorm(hidden[:, 0])
