@@ -23,6 +23,7 @@ from tir_kernels.fewshot.data.words import RAW
 from tir_kernels.fewshot.devices import is_slow_at, resolve_device
 from tir_kernels.fewshot.fields import as_settings
 from tir_kernels.fewshot.known_template import with_known_template
+from tir_kernels.fewshot.method_check import check_methods
 from tir_kernels.fewshot.prompt_check import check_prompts, cut_names_are_known
 from tir_kernels.fewshot.resizing import with_resize
 from tir_kernels.fewshot.run.folder import (
@@ -95,8 +96,10 @@ class PreparedRun:
         self.plan = RunPlan(protocol, options.episodes, arms, self._runtime.device, parallel)
         for note in self._data.notes:
             messages.tell(note)
+        classes = self._data.classes
+        self._ways = protocol.ways if isinstance(protocol.ways, int) else len(classes)
         self._data.require(
-            ways=protocol.ways if isinstance(protocol.ways, int) else len(self._data.classes),
+            ways=self._ways,
             shots=protocol.shots,
             queries=protocol.queries_per_class,
         )
@@ -118,6 +121,10 @@ class PreparedRun:
         methods = [arm.method for arm in self.plan.arms]
         for note in (*loaded.notes, *check_prompts(self._data, loaded.tokenizer, methods)):
             self._messages.tell(note)
+        words = [entry.words for entry in self._data.classes[: self._ways]]
+        check_methods(
+            loaded, {arm.name: arm.method for arm in self.plan.arms}, words, self._runtime
+        )
         return loaded
 
     def finished(self) -> Summary | None:

@@ -21,6 +21,7 @@ from tir_kernels.fewshot.data.decoding import Decoding
 from tir_kernels.fewshot.data.reader import ImageReader
 from tir_kernels.fewshot.devices import resolve_device
 from tir_kernels.fewshot.known_template import method_with_known_template
+from tir_kernels.fewshot.method_check import check_methods
 from tir_kernels.fewshot.methods import DEFAULT_METHODS, Method, method_class
 from tir_kernels.fewshot.prompt_check import check_prompts
 from tir_kernels.fewshot.resizing import with_resize
@@ -77,6 +78,7 @@ def fit(
     for note in (*listed.notes, *loaded.notes):
         warnings.warn(note, stacklevel=2)
     check_prompts(listed, loaded.tokenizer, [method])
+    check_methods(loaded, {method.name: method}, [each.words for each in listed.classes], runtime)
     images = ImageReader(
         listed,
         loaded.preprocess,

@@ -30,6 +30,7 @@ from tir_kernels.fewshot.data.dataset import load_data
 from tir_kernels.fewshot.data.words import RAW
 from tir_kernels.fewshot.fields import as_settings
 from tir_kernels.fewshot.known_template import method_with_known_template
+from tir_kernels.fewshot.method_check import check_methods
 from tir_kernels.fewshot.methods import Method
 from tir_kernels.fewshot.prepare import image_reader, note_slowness, usable_device, versions
 from tir_kernels.fewshot.prompt_check import check_prompts, cut_names_are_known
@@ -157,9 +158,12 @@ class PreparedFit:
                 self._inputs.model, self._inputs.pretrained, device=self._runtime.device
             )
         loaded = with_resize(loaded, self._fit_settings.resize)
-        cut = check_prompts(self._data, loaded.tokenizer, [self._options.method])
+        method = self._options.method
+        cut = check_prompts(self._data, loaded.tokenizer, [method])
         for note in (*loaded.notes, *cut):
             self._messages.tell(note)
+        words = [entry.words for entry in self._data.classes]
+        check_methods(loaded, {method.name: method}, words, self._runtime)
         return loaded
 
     def _read_support(self, loaded: LoadedModel) -> Support:
