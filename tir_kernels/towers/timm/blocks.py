@@ -135,7 +135,9 @@ class TimmBlock(BlockBase):
             }
         qkv = attention.qkv
         shape = (3, qkv.out_features // 3, qkv.in_features)
-        return {name: Linear(qkv, shape) for name in ("q", "k", "v")}
+        has_bias_apart = getattr(attention, "q_bias", None) is not None
+        is_called = not has_bias_apart or attention.qkv_bias_separate
+        return {name: Linear(qkv, shape, is_called) for name in ("q", "k", "v")}
 
     def norm_first(self, hidden: Tensor) -> Tensor:
         return _norm_first(self.module, hidden)
