@@ -122,9 +122,8 @@ class PreparedRun:
         for note in (*loaded.notes, *check_prompts(self._data, loaded.tokenizer, methods)):
             self._messages.tell(note)
         words = [entry.words for entry in self._data.classes[: self._ways]]
-        check_methods(
-            loaded, {arm.name: arm.method for arm in self.plan.arms}, words, self._runtime
-        )
+        own = {arm.name: arm.method for arm in self.plan.arms}
+        check_methods(loaded, own, words, self._protocol.shots, self._runtime)
         return loaded
 
     def finished(self) -> Summary | None:

@@ -78,7 +78,8 @@ def fit(
     for note in (*listed.notes, *loaded.notes):
         warnings.warn(note, stacklevel=2)
     check_prompts(listed, loaded.tokenizer, [method])
-    check_methods(loaded, {method.name: method}, [each.words for each in listed.classes], runtime)
+    words = [each.words for each in listed.classes]
+    check_methods(loaded, {method.name: method}, words, settings.shots or 2, runtime)
     images = ImageReader(
         listed,
         loaded.preprocess,

@@ -163,7 +163,9 @@ class PreparedFit:
         for note in (*loaded.notes, *cut):
             self._messages.tell(note)
         words = [entry.words for entry in self._data.classes]
-        check_methods(loaded, {method.name: method}, words, self._runtime)
+        # Where all images are taken, their number is not known yet: more than one.
+        shots = self._fit_settings.shots or 2
+        check_methods(loaded, {method.name: method}, words, shots, self._runtime)
         return loaded
 
     def _read_support(self, loaded: LoadedModel) -> Support:
