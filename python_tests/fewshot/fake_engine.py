@@ -96,7 +96,7 @@ def run_main(arguments, *, draws_page=False):
         return main(arguments)
 
 
-def no_check(model, tokenizer, method, class_names, runtime):
+def no_check(model, tokenizer, method, class_names, shots, runtime):
     """In place of ``require_parts``, since the stand-in has no towers."""
 
 
