@@ -16,6 +16,14 @@ METHODS = {
     "zero-shot": "tir_kernels.fewshot.methods.zero_shot:ZeroShot",
     "linear-probe": "tir_kernels.fewshot.methods.linear_probe:LinearProbe",
     "tip-adapter": "tir_kernels.fewshot.methods.tip_adapter:TipAdapter",
+    "tip-adapter-loo": "tir_kernels.fewshot.methods.tip_adapter_loo:TipAdapterLOO",
+    "tip-adapter-f": "tir_kernels.fewshot.methods.tip_adapter_f:TipAdapterF",
+    "centroid": "tir_kernels.fewshot.methods.centroid:Centroid",
+    "zs-lp": "tir_kernels.fewshot.methods.zs_lp:ZSLP",
+    "clap": "tir_kernels.fewshot.methods.clap:CLAP",
+    "lp++": "tir_kernels.fewshot.methods.lp_plus_plus:LPPlusPlus",
+    "clip-adapter": "tir_kernels.fewshot.methods.clip_adapter:CLIPAdapter",
+    "taskres": "tir_kernels.fewshot.methods.taskres:TaskRes",
 }
 DEFAULT_METHODS = tuple(METHODS)[:2]
 DEMO_METHODS = tuple(METHODS)[:3]
