@@ -24,6 +24,7 @@ METHODS = {
     "lp++": "tir_kernels.fewshot.methods.lp_plus_plus:LPPlusPlus",
     "clip-adapter": "tir_kernels.fewshot.methods.clip_adapter:CLIPAdapter",
     "taskres": "tir_kernels.fewshot.methods.taskres:TaskRes",
+    "prolip": "tir_kernels.fewshot.methods.prolip:ProLIP",
 }
 DEFAULT_METHODS = tuple(METHODS)[:2]
 DEMO_METHODS = tuple(METHODS)[:3]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tir_kernels import JointSpace
 from tir_kernels.towers.run import features_of_patches, joint_space_of, unchanged_tokens
@@ -69,8 +69,17 @@ class ClipVision(TransformersVision):
     def embed(self, images: Tensor) -> Tensor:
         return self.module.pre_layrnorm(self.module.embeddings(images))
 
+    @property
+    def final_projection(self) -> Tensor | None:
+        # Of another kind where an adapter of other programs is put on it.
+        is_plain = type(self.projection) is nn.Linear and self.projection.bias is None
+        return self.projection.weight.T if is_plain else None
+
+    def unprojected(self, hidden: Tensor) -> Tensor:
+        return self.module.post_layernorm(hidden[:, 0])
+
     def pool(self, hidden: Tensor) -> Tensor:
-        pooled = self.module.post_layernorm(hidden[:, 0])
+        pooled = self.unprojected(hidden)
         return pooled if self.projection is None else self.projection(pooled)
 
 
