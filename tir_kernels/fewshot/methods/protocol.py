@@ -40,6 +40,10 @@ class Learner:
     def fit(self, inputs: Tensor, labels: Tensor) -> None:
         """Learn in closed form from inputs (G, S, ...) and labels (G, S), before any step."""
 
+    def training_set(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What steps see, or draw from, made of inputs (G, S, ...) and labels (G, S): all of it."""
+        return inputs, labels
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """(G,) losses of logits (G, S, C) and labels (G, S): mean weighted cross entropy."""
         from torch.nn.functional import cross_entropy
@@ -55,7 +59,7 @@ class Learner:
         return self.loss(self.logits(inputs, self.classes()), labels)
 
     def parameters(self) -> Sequence[ParameterGroup]:
-        """Everything that is stepped; empty where nothing is."""
+        """Everything that is stepped, asked after ``fit``; empty where nothing is."""
         return ()
 
     def carried(self) -> Sequence[Tensor]:
