@@ -18,6 +18,7 @@ METHODS = {
     "tip-adapter": "tir_kernels.fewshot.methods.tip_adapter:TipAdapter",
     "coop": "tir_kernels.fewshot.methods.coop:CoOp",
     "maple": "tir_kernels.fewshot.methods.maple:MaPLe",
+    "plot": "tir_kernels.fewshot.methods.plot:PLOT",
 }
 DEFAULT_METHODS = tuple(METHODS)[:2]
 DEMO_METHODS = tuple(METHODS)[:3]
