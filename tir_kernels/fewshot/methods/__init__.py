@@ -17,6 +17,7 @@ METHODS = {
     "linear-probe": "tir_kernels.fewshot.methods.linear_probe:LinearProbe",
     "tip-adapter": "tir_kernels.fewshot.methods.tip_adapter:TipAdapter",
     "coop": "tir_kernels.fewshot.methods.coop:CoOp",
+    "cocoop": "tir_kernels.fewshot.methods.cocoop:CoCoOp",
     "maple": "tir_kernels.fewshot.methods.maple:MaPLe",
     "plot": "tir_kernels.fewshot.methods.plot:PLOT",
 }
