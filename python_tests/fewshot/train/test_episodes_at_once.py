@@ -67,7 +67,7 @@ def test_at_once_is_as_alone(tokenizer, name: str, dropout: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("placement", ["attention", "both"])
+@pytest.mark.parametrize("placement", ["attention", "both", "values"])
 def test_placements(tokenizer, placement: str) -> None:
     method = replace(METHOD, placement=placement, steps=5)
     model = steady_model(method)

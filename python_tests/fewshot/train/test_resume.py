@@ -64,6 +64,17 @@ def train(method, keeper=None, precision="float32", batch_size=None):
     return result, losses
 
 
+def test_what_steps_carry_goes_on_too():
+    method = as_method("mind", steps=6, lora_dropout=0.25)
+    expected, all_losses = train(method)
+    keeper = Keeper([2])
+    with pytest.raises(StopError):
+        train(method, keeper)
+    found, losses = train(method, keeper)
+    assert losses == all_losses[2:]
+    assert torch.equal(found.query_logits, expected.query_logits)
+
+
 @pytest.mark.parametrize("name", ["tir", "lora"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("batch_size", [None, 4])

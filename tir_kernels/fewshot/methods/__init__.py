@@ -15,6 +15,8 @@ METHODS = {
     "lora": "tir_kernels.fewshot.methods.lora:LoRA",
     "zero-shot": "tir_kernels.fewshot.methods.zero_shot:ZeroShot",
     "linear-probe": "tir_kernels.fewshot.methods.linear_probe:LinearProbe",
+    "atha": "tir_kernels.fewshot.methods.atha:ATHA",
+    "mind": "tir_kernels.fewshot.methods.mind:Mind",
     "tip-adapter": "tir_kernels.fewshot.methods.tip_adapter:TipAdapter",
     "coop": "tir_kernels.fewshot.methods.coop:CoOp",
     "cocoop": "tir_kernels.fewshot.methods.cocoop:CoCoOp",
