@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, cast
 
 import torch
@@ -67,16 +68,24 @@ class ImageEncoder:
     def _pooled_tokens(self, tokens: Tensor) -> Tensor:
         """(N, L, D) that enter the first block -> those that the pool reads."""
         *blocks, last = self._tower.blocks
+        hidden = self._run(blocks, tokens)
+        count, first = self._tower.reads, None
+        if self._class_token_only and count is not None:
+            first = last.first_tokens(hidden, count)
+        return last(hidden) if first is None else first
+
+    def patch_features(self, tokens: Tensor) -> Tensor:
+        """(N, L, D) that enter the first block -> (N, patches, E) in the joint space."""
+        return self._tower.patch_features(self._run(self._tower.blocks, tokens))
+
+    def _run(self, blocks: Sequence[Block], tokens: Tensor) -> Tensor:
         hidden = tokens
         for block in blocks:
             if self._checkpoint and torch.is_grad_enabled():
                 hidden = _checkpointed(block, hidden)
             else:
                 hidden = block(hidden)
-        count, first = self._tower.reads, None
-        if self._class_token_only and count is not None:
-            first = last.first_tokens(hidden, count)
-        return last(hidden) if first is None else first
+        return hidden
 
 
 def _checkpointed(block: Block, hidden: Tensor) -> Tensor:

@@ -26,7 +26,9 @@ METHODS = {
     "taskres": "tir_kernels.fewshot.methods.taskres:TaskRes",
     "prolip": "tir_kernels.fewshot.methods.prolip:ProLIP",
     "coop": "tir_kernels.fewshot.methods.coop:CoOp",
+    "cocoop": "tir_kernels.fewshot.methods.cocoop:CoCoOp",
     "maple": "tir_kernels.fewshot.methods.maple:MaPLe",
+    "plot": "tir_kernels.fewshot.methods.plot:PLOT",
     "mind": "tir_kernels.fewshot.methods.mind:Mind",
     "atha": "tir_kernels.fewshot.methods.atha:ATHA",
 }
