@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from open_clip.transformer import AttentionalPooler
-from torch import Tensor
+from torch import Tensor, nn
 
 from tir_kernels import JointSpace
 from tir_kernels.towers.open_clip.blocks import OpenClipBlock, blocks_of
@@ -50,6 +50,11 @@ class AttentionPooledVision(OpenClipVision):
     @property
     def reads(self) -> None:
         return None
+
+    @property
+    def pools(self) -> list[nn.Module]:
+        pools = (self.module.attn_pool, self.module.attn_pool_contrastive)
+        return [pool for pool in pools if pool is not None]
 
     @property
     def joint_space(self) -> JointSpace:

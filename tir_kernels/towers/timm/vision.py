@@ -48,6 +48,10 @@ class TimmVision:
         return 2 if isinstance(self.module, VisionTransformerDistilled) else 1
 
     @property
+    def pools(self) -> list[nn.Module]:
+        return [] if self.module.attn_pool is None else [self.module.attn_pool]
+
+    @property
     def blocks(self) -> Sequence[TimmBlock]:
         return [
             TimmBlock(block, f"{self._path}blocks.{layer}")

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tir_kernels import JointSpace
 from tir_kernels.towers.run import features_of_patches, joint_space_of, unchanged_tokens
@@ -29,6 +29,10 @@ class TransformersVision:
     @property
     def blocks(self) -> list[TransformersBlock]:
         return blocks_of(self.module.encoder, self.path)
+
+    @property
+    def pools(self) -> list[nn.Module]:
+        return [self.module.head]
 
     @property
     def joint_space(self) -> JointSpace:
@@ -59,6 +63,7 @@ class ClipVision(TransformersVision):
 
     num_prefix_tokens = 1
     reads = 1
+    pools: ClassVar[list[nn.Module]] = []  # its class token alone
     compared_tokens = unchanged_tokens
 
     @property
