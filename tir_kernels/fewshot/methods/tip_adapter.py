@@ -28,6 +28,7 @@ class TipAdapter(Method):
     name = "tip-adapter"
     source = "arXiv 2207.09519"
     family = "frozen features"
+    shown_fields = ("alpha", "beta")
 
     alpha: float = fields.real(1.0, "Weight of the cache beside the text.", least=0)
     beta: float = fields.real(5.5, "Sharpness of the cache.", least=0)
