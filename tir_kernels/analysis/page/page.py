@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from tir_kernels.analysis.figures import Chart, Dots, Drawing, draw
+from tir_kernels.analysis.figures import Chart, Dots, Drawing, Ranks, draw
 from tir_kernels.analysis.figures.styles import SHADES, dashes, shade
 from tir_kernels.analysis.page.accuracy import accuracy_table, episodes_of, verdict
 from tir_kernels.analysis.page.columns import blocks_of
@@ -143,7 +143,7 @@ def _fitting_page(
     pictures = -(-_PICTURES // len(runs))
     parts = []
     if len(runs) > 1:
-        parts.append(Part("", "", "", field_sections(blocks_of(runs, baseline))))
+        parts.append(Part("", "", "", field_sections(blocks_of(runs, baseline), styles)))
     for number, run in enumerate(runs):
         prefix = f"{number}-" if len(runs) > 1 else ""
         sections = run_sections(run, styles, prefix, pictures)
@@ -249,6 +249,11 @@ def _data(chart: Chart) -> Table:
     rows: list[tuple[Cell, ...]] = []
     columns = ("panel", "line", "at", "value", "half of the 95 % interval", "episodes")
     for panel in chart.panels:
+        if isinstance(panel, Ranks):
+            rows += [
+                (panel.title, arm, "mean rank", rank, None, None) for arm, _, rank in panel.rows
+            ]
+            continue
         if isinstance(panel, Dots):
             for arm, _, values, mean in panel.rows:
                 rows.append((panel.title, arm, "mean", mean.mean, mean.half_width, mean.episodes))

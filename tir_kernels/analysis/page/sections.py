@@ -25,6 +25,7 @@ from tir_kernels.analysis.page.curves import (
 )
 from tir_kernels.analysis.page.field import field_tables, quoted_beside
 from tir_kernels.analysis.page.gallery import Gallery, gallery
+from tir_kernels.analysis.page.ranks import can_be_ranked, ranking, why_not_drawn
 from tir_kernels.analysis.page.runs import ReportedRun
 from tir_kernels.analysis.page.similarity import similarity_panels
 from tir_kernels.analysis.page.tables import Table
@@ -137,13 +138,22 @@ def _comparison_sections(run: ReportedRun, words: Mapping[str, str]) -> list[Sec
     return sections
 
 
-def field_sections(blocks: Sequence[Block]) -> list[Section]:
-    """Several runs side by side."""
+def field_sections(blocks: Sequence[Block], styles: Mapping[str, int]) -> list[Section]:
+    """Several runs side by side, and the arms' ranks where there are data sets enough."""
     sections = []
     for block in blocks:
         title = f"All data sets, {block.title}"
         caption = topics.FIELD_CAPTION.format(baseline=block.baseline)
         sections.append(Section(title, caption, tables=tuple(field_tables(block))))
+        if can_be_ranked(block):
+            title = f"Ranks over data sets, {block.title}"
+            if missing := why_not_drawn():
+                sections.append(Section(title, missing=missing))
+                continue
+            panel, caption = ranking(block, styles)
+            shots = "any" if block.shots is None else block.shots
+            chart = Chart(f"ranks-{shots}-shots", "Critical differences", (panel,))
+            sections.append(Section(title, caption, topics.RANKS_REFUTED, charts=(chart,)))
     return sections
 
 

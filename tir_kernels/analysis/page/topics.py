@@ -148,3 +148,7 @@ FIELD_CAPTION = (
     "Rows are arms, columns data sets. Below, each arm minus {baseline} on the same episodes; and, "
     "where papers report numbers for these data sets, those, quoted and apart."
 )
+RANKS_REFUTED = (
+    "With few data sets such a test tells hardly anything apart: that a bar joins two arms does "
+    "not show that they are alike."
+)
