@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tir_kernels.fewshot.fields import Checked
+from tir_kernels.fewshot.methods.families import Described
 from tir_kernels.fewshot.methods.kit import Kit, ParameterGroup
 
 if TYPE_CHECKING:
@@ -83,12 +84,9 @@ class Learner:
 
 
 @dataclass(frozen=True)
-class Method(Checked):
+class Method(Described, Checked):
     """A method's options: its fields, made and checked by ``tir_kernels.fewshot.fields``."""
 
-    name: ClassVar[str]  # in the registry
-    source: ClassVar[str]  # where it was published
-    family: ClassVar[str]  # "frozen features", "tuned towers", "inference only", "source-trained"
     steps = 0  # of training; a field where they can be chosen
     fit_takes_class_weights = False  # whether a learner's fit heeds them; steps do
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # of its own, see fewshot/presets.py
