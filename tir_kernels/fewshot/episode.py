@@ -64,6 +64,8 @@ class Episode:
         shots: Support images per class without their views; ``None``: S / C.
         views_per_image: Support images in a row that are views of one; ``None``: what ``shots``
             says. Classes of unequal size have these and no ``shots``.
+        support_names, query_names: (S,) and (Q,) names by which the same pixels are known again in
+            another episode, ``None`` for views that are of this one alone; empty: there are none.
     """
 
     class_names: list[str]
@@ -78,6 +80,8 @@ class Episode:
     skipped: tuple[str, ...] = ()
     shots: int | None = None
     views_per_image: int | None = None
+    support_names: tuple[str | None, ...] = ()
+    query_names: tuple[str | None, ...] = ()
 
     @property
     def images_per_class(self) -> int:

@@ -14,7 +14,7 @@ from small_images import write_images
 
 from tir_kernels.analysis.page.page import write_page
 from tir_kernels.errors import FewShotError
-from tir_kernels.fewshot import Protocol, finetune_episode, finetune_episodes
+from tir_kernels.fewshot import Protocol, Runtime, finetune_episode, finetune_episodes
 from tir_kernels.fewshot.arms import make_arms
 from tir_kernels.fewshot.data import load
 from tir_kernels.fewshot.data import reader as reading
@@ -138,7 +138,11 @@ def test_no_more_than_a_batch_is_in_memory(make_images, reads_in_parts, monkeypa
             return inputs.mean((3, 4))[..., :2]
 
     for one in (episode, again):
-        (logits,) = batch._classify(Learner(), 2, [one.query_images], device=torch.device("cpu"))
+        learner = Learner()
+        queries = batch._InputSet(
+            batch.Job(None, None, None, 0, Runtime()), learner, [one], "query_images"
+        )
+        (logits,) = batch._classify(learner, 2, queries)
         torch.testing.assert_close(logits[0], one.query_images[:].mean((2, 3))[:, :2])
     assert max(sizes) == 4
     assert sum(sizes) == 2 * 46

@@ -1,5 +1,7 @@
 """Features of episodes' images are made once for all methods that leave the image tower alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from fewshot.training_cases import EPISODES, make_model, make_tokenizer
@@ -9,6 +11,8 @@ from tir_kernels.fewshot.methods.lora import LoRA
 from tir_kernels.fewshot.train.batch import Job
 from tir_kernels.fewshot.train.inputs import SharedInputs
 from tir_kernels.fewshot.train.loop import finetune
+
+METHOD = methods.TipAdapter()
 
 
 @pytest.fixture
@@ -60,3 +64,24 @@ def test_other_episodes_are_forgotten(counted):
     shared.keep_only(EPISODES[2:])
     run(model, methods.ZeroShot(), shared)
     assert sum(seen) == 2 * before
+
+
+def test_named_images_are_known_again_in_other_episodes(counted):
+    model, seen = counted
+    shared = SharedInputs()
+    first = EPISODES[0]
+    names = tuple(f"image {i}" for i in range(len(first.support_images)))
+    first = replace(first, support_names=names)
+    # The same support in other order, one of them a view that has no name.
+    order = torch.tensor([3, 2, 1, 0, 4, 5])
+    support_names = (names[3], None, *(names[i] for i in order[2:]))
+    other = replace(
+        first, support_images=first.support_images[order], support_names=support_names, index=9
+    )
+    finetune(Job(model, make_tokenizer(), METHOD, 0, Runtime(), shared=shared), [first])
+    before = sum(seen)
+    shared.keep_only([other])
+    (found,) = finetune(Job(model, make_tokenizer(), METHOD, 0, Runtime(), shared=shared), [other])
+    assert sum(seen) - before == 1 + len(other.query_images)
+    (expected,) = finetune(Job(model, make_tokenizer(), METHOD, 0, Runtime()), [other])
+    torch.testing.assert_close(found.query_logits, expected.query_logits)

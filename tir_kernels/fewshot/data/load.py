@@ -55,23 +55,29 @@ def load_episode(
     classes = [data.classes[c] for c in plan.classes]
     drawing = _Drawing(plan, data, images, shots, queries)
     support = [drawing.support(c) for c in range(len(classes))]
-    query_counts, query_images = drawing.queries(device)
-    support_pixels = torch.stack(list(itertools.chain(*support))).to(device)
+    queried, query_images = drawing.queries(device)
+    support_pixels = torch.stack([image for own in support for _, image in own]).to(device)
     if augment:
         support_pixels = with_views(
             support_pixels, augment, random_state(seed, plan.index, stream=2)
         )
     labels = torch.arange(len(classes), device="cpu")
+    views = views_per_image(augment)
+    of_this_alone = (None,) * (views - 1)
     return Episode(
         class_names=[entry.words for entry in classes],
         support_images=images.preprocess.normalise(support_pixels),
-        support_labels=labels.repeat_interleave(shots * views_per_image(augment)),
+        support_labels=labels.repeat_interleave(shots * views),
         query_images=query_images,
         index=plan.index,
-        query_labels=labels.repeat_interleave(torch.tensor(query_counts, device="cpu")),
+        query_labels=labels.repeat_interleave(torch.tensor([*map(len, queried)], device="cpu")),
         folders=tuple(entry.folder for entry in classes),
         skipped=tuple(itertools.chain(*drawing.skipped)),
         shots=shots,
+        support_names=tuple(
+            each for own in support for name, _ in own for each in (name, *of_this_alone)
+        ),
+        query_names=tuple(itertools.chain(*queried)),
     )
 
 
@@ -114,17 +120,17 @@ class _Drawing:
         self.skipped: list[list[str]] = [[] for _ in plan.classes]
         self._read = self._expected(plan)
 
-    def support(self, c: int) -> list[Tensor]:
-        """The support images of a class, (3, H, W) each; to be asked for before any queries."""
+    def support(self, c: int) -> list[tuple[str, Tensor]]:
+        """The support images of a class, by name, (3, H, W) each; asked for before any queries."""
         entry = self._support[c]
         readable = self._readable(c, entry, self._orders["support"][c])
         found = list(itertools.islice(readable, self._shots))
         self._require(c, len(found), self._shots)
         self._support_groups.update(entry.groups[position] for position, _ in found if entry.groups)
-        return [image for _, image in found]
+        return [(entry.files[position], image) for position, image in found]
 
-    def queries(self, device: str | torch.device) -> tuple[list[int], Images]:
-        """The number of query images of each class, and all of these images, normalised.
+    def queries(self, device: str | torch.device) -> tuple[list[list[str]], Images]:
+        """The names of the query images of each class, and all of these images, normalised.
 
         They are of other groups than the support of all classes.
         """
@@ -135,14 +141,20 @@ class _Drawing:
                 for entry, own in zip(self._asked, positions, strict=True)
                 for position in own
             ]
-            return list(map(len, positions)), QueryImages(self._images, wanted, device)
-        found = []
+            names = [
+                [entry.files[position] for position in own]
+                for entry, own in zip(self._asked, positions, strict=True)
+            ]
+            return names, QueryImages(self._images, wanted, device)
+        found: list[list[tuple[str, Tensor]]] = []
         for c, entry in enumerate(self._asked):
             readable = self._readable(c, entry, self._left(c))
-            found.append([image for _, image in itertools.islice(readable, self._queries)])
+            taken = itertools.islice(readable, self._queries)
+            found.append([(entry.files[position], image) for position, image in taken])
             self._require_queries(c, len(found[-1]))
-        pixels = torch.stack(list(itertools.chain(*found))).to(device)
-        return list(map(len, found)), self._images.preprocess.normalise(pixels)
+        pixels = torch.stack([image for own in found for _, image in own]).to(device)
+        names = [[name for name, _ in own] for own in found]
+        return names, self._images.preprocess.normalise(pixels)
 
     def _left(self, c: int) -> Iterator[int]:
         """The images of a class that may be queries, in drawing order; where all are, in theirs."""
