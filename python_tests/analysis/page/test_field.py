@@ -233,3 +233,7 @@ def test_facts_that_data_sets_do_not_share_are_told_of_each(tmp_path):
         "isic2018: 3 ways, 25 queries per class, 3 episodes."
     )
     assert told in accuracy_table(block).notes
+    others = {"ways": "all", "queries": "all", "augment": "five"}
+    (block,) = blocks(make(tmp_path / "all", others=others))
+    told = "all classes, all other images as queries, five fixed views of each support image, "
+    assert any(note.startswith(told) for note in accuracy_table(block).notes)
