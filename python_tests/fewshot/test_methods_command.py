@@ -42,7 +42,7 @@ def test_a_method_is_shown_with_help_on_each_option(capsys):
     text = printed(capsys, "tir", "tip-adapter", "tir")
     assert text.count("tir: LoRA and a prompt context") == 1
     assert "T: towers tuned on the support images. Source: arXiv 2605.25799.\n" in text
-    assert "  --placement tokens (tokens|attention|both)  " in text
+    assert "  --placement tokens (tokens|attention|both" in text
     assert "  --alpha 1.0  Weight of the cache beside the text.\n" in text
     assert "``" not in text
 

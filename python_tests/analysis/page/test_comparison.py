@@ -51,7 +51,7 @@ def test_a_stopped_run_tells_the_episodes_of_each_arm_and_compares_what_both_hav
     assert float(compared["tir@both"]["minus lora, points"]) == pytest.approx(by_hand, abs=0.05)
     assert compared["tir@random"]["p (Holm)"] == "–"
     assert compared["tir@random"]["minus lora, points"] == ""
-    assert compared["linear-probe"]["minus linear-probe, points"] == "–"
+    assert compared["linear-probe[inverse_penalty=100]"]["minus linear-probe, points"] == "–"
     assert float(compared["tir"]["minus linear-probe, points"]) < 0
     sinks = [title for title in tables if title.endswith("last step minus first")]
     assert len(sinks) == 3

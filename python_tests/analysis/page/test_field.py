@@ -129,11 +129,12 @@ def test_an_arm_that_a_data_set_lacks_has_no_mean(tmp_path):
     assert block.baseline == "lora"
     found = cells(accuracy_table(block))
     assert found["lora"]["isic2018"] == found["lora"]["mean"] == "–"
-    assert found["linear-probe"]["eurosat"] == "–"
+    probe = "linear-probe[inverse_penalty=100]"
+    assert found[probe]["eurosat"] == "–"
     assert found["zero-shot"]["mean"].estimate.episodes == 6
     lines = cells(difference_table(block))
-    assert lines["linear-probe"] == {
-        "arm": "linear-probe",
+    assert lines[probe] == {
+        "arm": probe,
         "label": "F",
         **dict.fromkeys(["eurosat", "isic2018", "mean"], "–"),
     }
@@ -233,3 +234,7 @@ def test_facts_that_data_sets_do_not_share_are_told_of_each(tmp_path):
         "isic2018: 3 ways, 25 queries per class, 3 episodes."
     )
     assert told in accuracy_table(block).notes
+    others = {"ways": "all", "queries": "all", "augment": "five"}
+    (block,) = blocks(make(tmp_path / "all", others=others))
+    told = "all classes, all other images as queries, five fixed views of each support image, "
+    assert any(note.startswith(told) for note in accuracy_table(block).notes)

@@ -14,6 +14,21 @@ from tir_kernels.fewshot.run.summary import Estimate, paired
 # Settings that leave the episodes alone, and that arms are not held against each other by.
 _BESIDE_THE_TASK = {"arms", "method", "track", "device", "backend"}
 
+_FACTS = {  # in the order in which they are told
+    "ways": "{} ways",
+    "queries": "{} queries per class",
+    "augment": "{} random views beside each support image",
+    "resize": "images resized by {}",
+    "class_names": "{} class names",
+    "precision": "{}",
+    "seed": "seed {}",
+}
+_WORDS: dict[tuple[str, object], str] = {  # in place of these, for one value
+    ("ways", "all"): "all classes",
+    ("queries", "all"): "all other images as queries",
+    ("augment", "five"): "five fixed views of each support image",
+}
+
 
 class Row(NamedTuple):
     """An arm over several data sets; one that has other shown options elsewhere is another row.
@@ -101,20 +116,11 @@ class Column:
     def facts(self) -> dict[str, str]:
         """What the numbers stand on, in words."""
         settings, about = self.runs[0].settings, self.runs[0].about
-        words = {
-            "ways": "{} ways",
-            "queries": "{} queries per class",
-            "augment": "{} random views beside each image",
-            "precision": "{}",
-            "seed": "seed {}",
-        }
         told = {
-            name: text.format(settings[name]) for name, text in words.items() if name in settings
+            name: _WORDS.get((name, settings[name]), text.format(settings[name]))
+            for name, text in _FACTS.items()
+            if name in settings
         }
-        if settings.get("ways") == "all":
-            told["ways"] = "all classes"
-        if settings.get("queries") == "all":
-            told["queries"] = "all other images as queries"
         if "model" in about:
             told["model"] = str(about["model"])
         return {**told, "episodes": f"{len(self.episodes)} episodes"}
