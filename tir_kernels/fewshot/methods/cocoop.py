@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tir_kernels.fewshot import fields
-from tir_kernels.fewshot.methods.coop import SCALE_HELP
+from tir_kernels.fewshot.methods.coop import CoOp
 from tir_kernels.fewshot.methods.frozen_images import FrozenImages
 from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method, ParameterGroup
 from tir_kernels.fewshot.methods.templates import single_template, templates
@@ -39,26 +39,14 @@ class CoCoOp(Method):
     source = "arXiv 2203.05557"
     family = "tuned towers"
 
-    steps: int = fields.whole(
-        100,
-        "Full-batch training steps per episode.",
-        least=1,
-        most=10**6,
-        reason="no few-shot training takes as many",
-    )
-    context_tokens: int = fields.whole(
-        4,
-        "Learned prompt context vectors.",
-        least=1,
-        most=1024,
-        reason="no text tower has as many positions",
-    )
+    steps: int = fields.inherited(CoOp, "steps", 100)
+    context_tokens: int = fields.inherited(CoOp, "context_tokens", 4)
     context_lr: float = fields.real(
         2e-3,
         "SGD's learning rate for context and network (momentum 0.9, weight decay 5e-4).",
         least=0,
     )
-    logit_scale: float = fields.real(100.0, SCALE_HELP, least=0)
+    logit_scale: float = fields.inherited(CoOp, "logit_scale", 100.0)
     template: tuple[str, ...] | None = templates(TEMPLATE_HELP)
 
     def __post_init__(self) -> None:

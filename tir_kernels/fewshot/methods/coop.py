@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 STARTS = ("words", "random")
 SCOPES = ("shared", "per-class")
-SCALE_HELP = "Factor of the cosine in the logits."
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class CoOp(Method):
         "SGD's learning rate for the context (momentum 0.9, weight decay 5e-4).",
         least=0,
     )
-    logit_scale: float = fields.real(100.0, SCALE_HELP, least=0)
+    logit_scale: float = fields.real(100.0, "Factor of the cosine in the logits.", least=0)
     template: tuple[str, ...] | None = templates(TEMPLATE_HELP)
 
     def __post_init__(self) -> None:

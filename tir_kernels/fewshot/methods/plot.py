@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tir_kernels.fewshot import fields
-from tir_kernels.fewshot.methods.coop import SCALE_HELP
+from tir_kernels.fewshot.methods.coop import CoOp
 from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method, ParameterGroup
 from tir_kernels.fewshot.methods.templates import single_template, templates
 from tir_kernels.fewshot.methods.zero_shot import TEMPLATE_HELP
@@ -41,13 +41,7 @@ class PLOT(Method):
     source = "arXiv 2210.01253"
     family = "tuned towers"
 
-    steps: int = fields.whole(
-        100,
-        "Full-batch training steps per episode.",
-        least=1,
-        most=10**6,
-        reason="no few-shot training takes as many",
-    )
+    steps: int = fields.inherited(CoOp, "steps", 100)
     prompts_per_class: int = fields.whole(
         4,
         "Learned prompts of each class.",
@@ -67,7 +61,7 @@ class PLOT(Method):
         "SGD's learning rate for the contexts (momentum 0.9, weight decay 5e-4).",
         least=0,
     )
-    logit_scale: float = fields.real(100.0, SCALE_HELP, least=0)
+    logit_scale: float = fields.inherited(CoOp, "logit_scale", 100.0)
     template: tuple[str, ...] | None = templates(TEMPLATE_HELP)
 
     def __post_init__(self) -> None:
