@@ -22,7 +22,7 @@ METHODS = {
     "zero-shot": fewshot.methods.ZeroShot(),
     "linear-probe": fewshot.methods.LinearProbe(),
     "tip-adapter": fewshot.methods.TipAdapter(),
-    "tip-adapter-loo": fewshot.methods.TipAdapterLOO(),
+    "zs-lp": fewshot.methods.ZSLP(steps=2),
     "lp++": fewshot.methods.LPPlusPlus(steps=12),
     "prolip": fewshot.methods.ProLIP(steps=2),
 }

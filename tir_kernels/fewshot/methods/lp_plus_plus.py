@@ -21,7 +21,7 @@ _ALPHA_START = 250.0  # times the mean cosine of the right class
 
 @dataclass(frozen=True)
 class LPPlusPlus(Method):
-    """LP++: a linear probe plus texts with a learned weight for each class, without any setting.
+    """LP++: a linear probe plus texts with a learned weight for each class, without learning rates.
 
     ``logits = f Wᵀ + b + α ⊙ (f tᵀ)``, without a logit scale, which α stands for. W starts as the
     sums of the classes' features, b as 0, each α as 250 times the mean over classes of the mean
@@ -62,7 +62,7 @@ class _Probe(FrozenFeatures):
         features, labels = self.averaged(inputs, labels)
         members = self.members(labels)
         count = features.shape[1]
-        cosines = self.logits_of(features, self.texts())
+        cosines = (features @ self.texts().mT).float()
         own = (members * cosines).sum(1) / members.sum(1).clamp(min=1)  # (G, C)
         largest = torch.linalg.matrix_norm(features, 2).square()  # λ_max of fᵀ f
         rates = {
@@ -79,10 +79,6 @@ class _Probe(FrozenFeatures):
             factor = rates[name].sqrt().reshape(-1, *[1] * (start.dim() - 1))
             self._factors[name] = factor
             self._stepped[name] = nn.Parameter(start / factor)
-
-    @staticmethod
-    def logits_of(features: Tensor, vectors: Tensor) -> Tensor:
-        return (features @ vectors.mT).float()
 
     def training_set(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return self.averaged(inputs, labels)

@@ -119,5 +119,6 @@ class _Searched(FrozenFeatures):
 def _refuse() -> None:
     raise ValueError(
         "tip-adapter-loo leaves out one support image of a class and asks the others, so it needs "
-        "at least 2 of each class; take tip-adapter with fixed numbers, or more shots"
+        "at least 2 of each class; take tip-adapter with fixed numbers, or more images (the "
+        "held-out trainings of a classifier see fewer than it does)"
     )
