@@ -137,6 +137,24 @@ def siglip_tokenizer() -> Any:
     )  # fmt: skip
 
 
+def siglip2_tokenizer() -> Any:
+    """The library's own kind for ``siglip2``, with the tokens of ``siglip_tokenizer``."""
+    from tokenizers import processors
+
+    symbols = ["▁", *(chr(code) for code in range(33, 127))]
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    tokens = [*special, *symbols, *(f"▁{symbol}" for symbol in symbols[1:])]
+    tokenizer = transformers.Siglip2Tokenizer(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=[("▁", symbol) for symbol in symbols[1:]], padding_side="right",
+        model_max_length=64, model_input_names=["input_ids"],
+    )  # fmt: skip
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", 1)]
+    )
+    return tokenizer
+
+
 def write_folder(folder: Any, kind: str) -> Any:
     """A model of a kind as transformers writes it; the model is returned."""
     if kind == "clip":
@@ -147,11 +165,14 @@ def write_folder(folder: Any, kind: str) -> Any:
         )  # fmt: skip
         processor = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
     else:
-        tokenizer = siglip_tokenizer()
-        model = make_siglip(
-            text={"vocab_size": len(tokenizer), "max_position_embeddings": 64, "eos_token_id": 1}
-        )
-        processor = transformers.SiglipImageProcessor(size={"height": 32, "width": 32})
+        tokenizer = siglip_tokenizer() if kind == "siglip" else siglip2_tokenizer()
+        text = {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "eos_token_id": 1}
+        if kind == "siglip":
+            model = make_siglip(text=text)
+            processor = transformers.SiglipImageProcessor(size={"height": 32, "width": 32})
+        else:
+            model = make_siglip2(text=text)
+            processor = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
     for part in (model, processor, tokenizer):
         part.save_pretrained(folder)
     return model

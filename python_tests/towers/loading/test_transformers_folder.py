@@ -13,15 +13,22 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from small_transformers import image_features, text_features, transformers, write_folder
+from small_transformers import (
+    image_features,
+    inputs_of,
+    text_features,
+    transformers,
+    write_folder,
+)
 
 from tir_kernels.adapters import PromptContext
 from tir_kernels.adapters.prompt_text import CutNameWarning
 from tir_kernels.errors import FewShotError
+from tir_kernels.towers import ImageEncoder
 from tir_kernels.towers.loading.models import load_model
 from tir_kernels.towers.loading.saving import save_model
 
-KINDS = ("clip", "siglip")
+KINDS = ("clip", "siglip", "siglip2")
 TEXTS = ["A photo of a Cat.", "b", "a centred satellite photo of annual crop land " * 3]
 
 
@@ -37,6 +44,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def folder(request: pytest.FixtureRequest, folders: dict[str, Path], tmp_path: Path) -> Path:
     """A model's folder, to be changed."""
     return Path(shutil.copytree(folders[request.param], tmp_path / "model"))
+
+
+@pytest.fixture(params=["clip", "siglip"])
+def fixed_size(request: pytest.FixtureRequest, folders: dict[str, Path], tmp_path: Path) -> Path:
+    """As ``folder``, of a model whose configuration says the size of its images."""
+    return Path(shutil.copytree(folders[request.param], tmp_path / "model"))
+
+
+@pytest.fixture
+def siglip2(folders: dict[str, Path], tmp_path: Path) -> Path:
+    """As ``folder``, of a model for images of any grid."""
+    return Path(shutil.copytree(folders["siglip2"], tmp_path / "model"))
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +75,15 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 def drawn_images() -> list[Image.Image]:
     random = np.random.default_rng(0)
-    sizes = ((50, 40), (33, 90), (300, 200), (32, 32), (7, 31))
+    sizes = ((50, 40), (33, 90), (300, 200), (32, 32), (7, 31), (77, 77), (20, 20))
     return [Image.fromarray(random.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
+
+
+def given_by_the_library(processor: Any, image: Image.Image) -> Any:
+    """What the library's model takes; where grids follow from images, of one that is square."""
+    if hasattr(processor, "max_num_patches") and image.width != image.height:
+        image = image.resize((32, 32), Image.Resampling.BILINEAR)
+    return processor(images=image, return_tensors="pt")
 
 
 @torch.no_grad()
@@ -68,13 +94,16 @@ def test_features_are_those_of_the_library(folder: Path) -> None:
     theirs = transformers.AutoModel.from_pretrained(folder).eval()
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     for image in drawn_images():
-        expected = processor(images=image, return_tensors="pt")["pixel_values"]
+        expected = given_by_the_library(processor, image)
         found = loaded.preprocess(image)[None]
         assert found.dtype == torch.float32
-        assert found.shape[1:] == loaded.preprocess.shape
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-        features = image_features(loaded.model, found)
-        torch.testing.assert_close(features, image_features(theirs, expected))
+        assert found.shape[1:] == loaded.preprocess.shape == (3, 32, 32)
+        taken = inputs_of(theirs, found)["pixel_values"]
+        torch.testing.assert_close(taken, expected["pixel_values"], rtol=1e-5, atol=1e-6)
+        features = theirs.get_image_features(**expected).pooler_output
+        torch.testing.assert_close(image_features(loaded.model, found), features)
+        encoder = ImageEncoder(loaded.model)
+        torch.testing.assert_close(encoder.features(encoder.embed(found)), features)
         back = loaded.preprocess.to_image(found)[0]
         assert np.array_equal(back, loaded.preprocess.to_pixels(image).permute(1, 2, 0).numpy())
 
@@ -105,8 +134,8 @@ def test_prompts_are_the_librarys_texts(folder: Path) -> None:
     expected = text_features(loaded.model, loaded.tokenizer([f"a a a a {n}." for n in names]))
     prompts = PromptContext(loaded.model, loaded.tokenizer, names)
     assert prompts.first == int(loaded.model.config.model_type == "clip")
-    word = loaded.tokenizer(["a"])[0, prompts.first]
-    prompts.vectors.copy_(prompts.tower.embed(word.expand(1, 4))[0])
+    words = loaded.tokenizer(["a a a a"])[:, prompts.first : prompts.first + 4]
+    prompts.vectors.copy_(prompts.tower.embed(words)[0])
     # The published program keeps the words of its prompts in float16.
     torch.testing.assert_close(prompts()[0], expected, rtol=0, atol=5e-3)
     whole = PromptContext(loaded.model, loaded.tokenizer, names, num_vectors=0)
@@ -126,8 +155,9 @@ def test_real_images(real_data: Path, folders: dict[str, Path]) -> None:
         processor = transformers.AutoImageProcessor.from_pretrained(folder)
         for path in paths:
             image = Image.open(path).convert("RGB")
-            expected = processor(images=image, return_tensors="pt")["pixel_values"][0]
-            torch.testing.assert_close(loaded.preprocess(image), expected, rtol=1e-5, atol=1e-6)
+            expected = given_by_the_library(processor, image)["pixel_values"]
+            found = inputs_of(loaded.model, loaded.preprocess(image)[None])["pixel_values"]
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_saved_model_is_the_same(folder: Path, tmp_path: Path) -> None:
@@ -208,16 +238,10 @@ def test_the_attention_of_a_folder_is_not_taken(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "change", "words"),
     [
-        ("config.json", {"model_type": "siglip2"}, "grid of patches of its own.*fixed resolution"),
         ("config.json", {"model_type": "bert"}, "model_type 'bert': .*'clip' or 'siglip'"),
         ("config.json", {"quantization_config": {"bits": 4}}, "holds quantised weights"),
         ("config.json", {"vision_config": 3}, "vision_config must be an object"),
         ("preprocessor_config.json", {"rescale_factor": 1}, "must rescale pixels by 1/255"),
-        (
-            "preprocessor_config.json",
-            {"size": {"shortest_edge": 40}, "do_center_crop": False},
-            r"gives images of .* the model takes \(3, 32, 32\)",
-        ),
     ],
 )
 def test_unsuitable_settings_are_refused(
@@ -237,7 +261,6 @@ def test_unsuitable_settings_are_refused(
         ("text_config", "num_hidden_layers", 3, "layers.2.* is missing"),
         ("text_config", "num_hidden_layers", "3", "transformers can't build|whole number"),
         ("text_config", "max_position_embeddings", 2**20, "8,192 is the most"),
-        ("vision_config", "image_size", 10**6, "more than 65,536 patches"),
         ("text_config", "hidden_act", "nonsense", "transformers can't build"),
     ],
 )
@@ -247,6 +270,55 @@ def test_configurations_of_other_weights_are_refused(
     edit(folder / "config.json", lambda content: content[section].update({name: value}))
     with pytest.raises(FewShotError, match=words):
         load_model(str(folder))
+
+
+def test_images_of_another_size_are_refused(fixed_size: Path) -> None:
+    change = {"size": {"shortest_edge": 40}, "do_center_crop": False}
+    edit(fixed_size / "preprocessor_config.json", lambda content: content.update(change))
+    with pytest.raises(FewShotError, match=r"gives images of .* the model takes \(3, 32, 32\)"):
+        load_model(str(fixed_size))
+    edit(fixed_size / "config.json", lambda c: c["vision_config"].update(image_size=10**6))
+    with pytest.raises(FewShotError, match=r"more than 65,536 patches.*vision_config\.image_size"):
+        load_model(str(fixed_size))
+
+
+@pytest.mark.parametrize(
+    "change", [{"patch_size": 16}, {"max_num_patches": 0}, {"max_num_patches": 10**6}]
+)
+def test_patches_of_another_size_are_refused(siglip2: Path, change: dict[str, Any]) -> None:
+    edit(siglip2 / "preprocessor_config.json", lambda content: content.update(change))
+    with pytest.raises(FewShotError, match=r"into patches of 8 pixels, at most 65,536; it has"):
+        load_model(str(siglip2))
+
+
+def test_more_positions_than_attention_takes_are_refused(siglip2: Path) -> None:
+    edit(siglip2 / "config.json", lambda c: c["vision_config"].update(num_patches=2**20))
+    with pytest.raises(FewShotError, match=r"more than 65,536 patches.*vision_config\.num_patches"):
+        load_model(str(siglip2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("most", "side"), [(16, 32), (30, 40), (4, 16), (100, 80)])
+def test_the_grid_is_the_largest_square(siglip2: Path, most: int, side: int) -> None:
+    edit(siglip2 / "preprocessor_config.json", lambda c: c.update(max_num_patches=most))
+    loaded = load_model(str(siglip2))
+    assert loaded.preprocess.shape == (3, side, side)
+    processor = transformers.AutoImageProcessor.from_pretrained(siglip2)
+    image = drawn_images()[5]
+    expected = loaded.model.get_image_features(**processor(images=image, return_tensors="pt"))
+    found = image_features(loaded.model, loaded.preprocess(image)[None])
+    torch.testing.assert_close(found, expected.pooler_output, rtol=1e-4, atol=1e-5)
+
+
+def test_siglip2s_processor_with_another_resizing(siglip2: Path) -> None:
+    own, image = load_model(str(siglip2)).preprocess, drawn_images()[2]
+    changed = own.with_resize(True, "bicubic")
+    assert changed.version != own.version
+    expected = torch.from_numpy(np.array(image.resize((32, 32), Image.Resampling.BICUBIC)))
+    assert torch.equal(changed.to_pixels(image), expected.permute(2, 0, 1))
+    assert torch.equal(own.with_resize(True).to_pixels(image), own.to_pixels(image))
+    with pytest.raises(FewShotError, match="can only squash images"):
+        own.with_resize(False)
 
 
 @pytest.mark.parametrize(

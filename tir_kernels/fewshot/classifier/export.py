@@ -61,7 +61,9 @@ def export_merged(classifier: Classifier, path: str | os.PathLike[str]) -> None:
         autoescape=False, trim_blocks=True,
     )  # fmt: skip
     readme = environment.get_template("merged.md.jinja").render(
-        is_reweighted=bool(reweighting), library=library_of(classifier.model)
+        is_reweighted=bool(reweighting),
+        library=library_of(classifier.model),
+        is_packed=classifier.model.config.get("model_type") == "siglip2",
     )
     try:
         with classifier.merged_lora():

@@ -16,6 +16,7 @@ from tir_kernels.towers.loading.model_config import CONFIG_NAME
 from tir_kernels.towers.loading.sources import (
     PICKLES,
     SAFETENSORS,
+    TRANSFORMERS_KINDS,
     is_of_transformers,
     problem_of,
     transformers_kind,
@@ -83,8 +84,7 @@ def _is_model(folder: Path) -> bool:
     if (folder / CONFIG_NAME).is_file():
         return True
     # Caches hold models of many kinds; those that are no CLIP are nobody's mistake.
-    kinds = ("clip", "siglip", "siglip2")
-    return is_of_transformers(folder) and transformers_kind(folder) in kinds
+    return is_of_transformers(folder) and transformers_kind(folder) in TRANSFORMERS_KINDS
 
 
 def _size(folder: Path) -> int:

@@ -35,8 +35,8 @@ _PRETRAINED = setting("pretrained")
 
 SAFETENSORS = (".safetensors",)
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
-TRANSFORMERS_KINDS = ("clip", "siglip")  # of config.json's "model_type"
-NO_TRANSFORMERS = "needs the transformers library: pip install 'transformers>=5,<6'"
+TRANSFORMERS_KINDS = ("clip", "siglip", "siglip2")  # of config.json's "model_type"
+NO_TRANSFORMERS = "needs the transformers library: pip install 'transformers>=5.2,<6'"
 _HUB = "hf-hub:"
 _REPOSITORY = re.compile(rf"({_HUB})?[\w.-]+/[\w.-]+")
 

@@ -31,19 +31,20 @@ from tir_kernels.towers.loading.model_config import (
 )
 from tir_kernels.towers.loading.sources import TRANSFORMERS_KINDS
 from tir_kernels.towers.loading.timm_names import refusal_of_timm
-from tir_kernels.towers.loading.transformers_preprocess import TransformersPreprocess
+from tir_kernels.towers.loading.transformers_preprocess import (
+    GridPreprocess,
+    TransformersPreprocess,
+)
 from tir_kernels.towers.loading.weights import load_weights, state_dicts
 
 _MODEL = setting("model")
 
 CONFIG_NAME = "config.json"
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-_REFUSED = {
-    "siglip2": (
-        "the processor of this kind gives every image a grid of patches of its own, but images are "
-        "trained on in batches of one size; pass a SigLIP 2 checkpoint of fixed resolution, such "
-        "as siglip2-base-patch16-224, whose model_type is 'siglip'"
-    )
+_CONFIGS = {
+    "clip": transformers.CLIPConfig,
+    "siglip": transformers.SiglipConfig,
+    "siglip2": transformers.Siglip2Config,
 }
 _MAX_SIZE = 2**24  # of a width or a vocabulary
 
@@ -99,7 +100,7 @@ def load_transformers_folder(folder: Path, weights: Path) -> LoadedModel:
     with offline():
         processor = _part(folder, "image processor", transformers.AutoImageProcessor)
         own_tokenizer = _part(folder, "tokenizer", transformers.AutoTokenizer)
-    preprocess = TransformersPreprocess(processor, config.vision_config.image_size, folder)
+    preprocess = _preprocess(processor, config, folder)
     tokenizer = TransformersTokenizer(own_tokenizer, config.text_config.max_position_embeddings)
     _check_tokenizer(tokenizer, model, folder)
     return LoadedModel(
@@ -123,12 +124,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if kind is None and isinstance(raw, dict) and "architecture" in raw:  # as timm writes them
         raise FewShotError(f"{_MODEL}: {refusal_of_timm(str(folder))}")
     if kind not in TRANSFORMERS_KINDS:
-        reason = _REFUSED.get(kind) if isinstance(kind, str) else None
-        reason = (
-            reason
-            or f"models of transformers can be of {' or '.join(map(repr, TRANSFORMERS_KINDS))}"
+        raise FewShotError(
+            f"{_MODEL}: {path} is of model_type {kind!r}: models of transformers can be of "
+            f"{' or '.join(map(repr, TRANSFORMERS_KINDS))}"
         )
-        raise FewShotError(f"{_MODEL}: {path} is of model_type {kind!r}: {reason}")
     if raw.get("quantization_config"):
         raise FewShotError(
             f"{_MODEL}: {folder} holds quantised weights; pass the model as it was before that"
@@ -151,22 +150,26 @@ def _build(raw: dict[str, Any], held: int, folder: Path) -> nn.Module:
     """
     source = str(folder / CONFIG_NAME)
     try:
-        kind = transformers.CLIPConfig if raw["model_type"] == "clip" else transformers.SiglipConfig
-        config = kind.from_dict(raw)
+        config = _CONFIGS[raw["model_type"]].from_dict(raw)
         vision, text = config.vision_config, config.text_config
         for name, section in (("vision_config", vision), ("text_config", text)):
             check_size(section.num_hidden_layers, f"{name}.num_hidden_layers", MAX_LAYERS, source)
             for key in ("hidden_size", "intermediate_size", "num_attention_heads"):
                 check_size(getattr(section, key), f"{name}.{key}", _MAX_SIZE, source)
-        for key in ("image_size", "patch_size", "num_channels"):
+        has_own_grid = raw["model_type"] == "siglip2"
+        size = "num_patches" if has_own_grid else "image_size"
+        for key in (size, "patch_size", "num_channels"):
             check_size(getattr(vision, key), f"vision_config.{key}", _MAX_SIZE, source)
         check_size(text.vocab_size, "text_config.vocab_size", _MAX_SIZE, source)
         length = text.max_position_embeddings
         check_size(length, "text_config.max_position_embeddings", MAX_CONTEXT_LENGTH, source)
-        if (vision.image_size // vision.patch_size) ** 2 > MAX_PATCHES:
+        num_patches = (
+            vision.num_patches if has_own_grid else (vision.image_size // vision.patch_size) ** 2
+        )
+        if num_patches > MAX_PATCHES:
             raise FewShotError(
                 f"{_MODEL}: {source}: images have more than {MAX_PATCHES:,} patches, the most that "
-                "attention can take; choose a smaller vision_config.image_size"
+                f"attention can take; choose a smaller vision_config.{size}"
             )
         options = {"attn_implementation": "sdpa", "dtype": torch.float32}
         with torch.device("meta"):
@@ -199,6 +202,26 @@ def _part(folder: Path, name: str, kind: Any) -> Any:
             f"{_MODEL}: {folder} has no usable {name}: {type(error).__name__}: "
             f"{first_line(error)}; put all files of the model's own into it"
         ) from error
+
+
+def _preprocess(processor: Any, config: Any, folder: Path) -> TransformersPreprocess:
+    """An image processor that fits a model.
+
+    Raises:
+        FewShotError: It does not.
+    """
+    vision = config.vision_config
+    if config.model_type != "siglip2":
+        return TransformersPreprocess(processor, vision.image_size, folder)
+    side = getattr(processor, "patch_size", None)
+    most = getattr(processor, "max_num_patches", None)
+    if side != vision.patch_size or not isinstance(most, int) or not 1 <= most <= MAX_PATCHES:
+        raise FewShotError(
+            f"{_MODEL}: the image processor of {folder} must cut images into patches of "
+            f"{vision.patch_size} pixels, at most {MAX_PATCHES:,}; it has patch_size {side} and "
+            f"max_num_patches {most}. Put the model's own into the folder"
+        )
+    return GridPreprocess(processor, folder)
 
 
 def _check_tokenizer(tokenizer: TransformersTokenizer, model: Any, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ class TransformersPreprocess(Preprocess):
             "crop_size": whole,
         }
         if interpolation is not None:
-            changes["resample"] = Image.Resampling[interpolation.upper()]
+            changes["resample"] = _resampling(interpolation)
         processor = type(self.processor).from_dict({**self.processor.to_dict(), **changes})
         return TransformersPreprocess(processor, height, self._folder)
 
@@ -89,3 +90,51 @@ class TransformersPreprocess(Preprocess):
             images=image, do_rescale=False, do_normalize=False, return_tensors="pt"
         )
         return output["pixel_values"][0].to(torch.uint8)
+
+
+class GridPreprocess(TransformersPreprocess):
+    """SigLIP 2's processor, which gives an image a grid of its own, on images that share one.
+
+    That grid is the largest square that ``max_num_patches`` allows: images that are not square are
+    squashed, and the processor does the rest.
+
+    Args:
+        processor: A ``Siglip2ImageProcessor``.
+        folder: Where it is from, for errors.
+
+    Raises:
+        FewShotError: As for any processor.
+    """
+
+    def __init__(self, processor: Any, folder: Path) -> None:
+        self._grid = math.isqrt(processor.max_num_patches)
+        super().__init__(processor, self._grid * processor.patch_size, folder)
+
+    def with_resize(self, is_squashed: bool, interpolation: str | None = None) -> GridPreprocess:
+        """The same processor with another interpolation.
+
+        Raises:
+            FewShotError: A crop is asked for, which the processor has no setting for.
+        """
+        if not is_squashed:
+            raise FewShotError(f"the image processor of {self._folder} can only squash images")
+        changes = {} if interpolation is None else {"resample": _resampling(interpolation)}
+        processor = type(self.processor).from_dict({**self.processor.to_dict(), **changes})
+        return GridPreprocess(processor, self._folder)
+
+    def _resized(self, image: Image.Image) -> Tensor:
+        _, height, width = self.shape
+        if image.width != image.height:
+            image = image.resize((width, height), self.processor.resample)
+        output = self.processor(
+            images=image, do_rescale=False, do_normalize=False, return_tensors="pt",
+            max_num_patches=self._grid**2,
+        )  # fmt: skip
+        side = self.processor.patch_size
+        patches = output["pixel_values"][0].to(torch.uint8)
+        patches = patches.view(self._grid, self._grid, side, side, 3)
+        return patches.permute(4, 0, 2, 1, 3).reshape(self.shape)
+
+
+def _resampling(interpolation: str) -> Image.Resampling:
+    return Image.Resampling[interpolation.upper()]

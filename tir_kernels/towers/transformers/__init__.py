@@ -17,15 +17,19 @@ if TYPE_CHECKING:
 _OLDEST = 5  # before, encoder layers took and gave other things
 
 # Library's module -> the classes in it that hold an image tower, and those that hold a text tower.
+# The last of each are what a model's towers are up to 5.5; then they are those in front of them.
 _IMAGES = {
-    "clip": ("CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection"),
-    "siglip": ("SiglipModel", "SiglipVisionModel"),
-    "siglip2": ("Siglip2Model", "Siglip2VisionModel"),
+    "clip": (
+        *("CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection"),
+        "CLIPVisionTransformer",
+    ),
+    "siglip": ("SiglipModel", "SiglipVisionModel", "SiglipVisionTransformer"),
+    "siglip2": ("Siglip2Model", "Siglip2VisionModel", "Siglip2VisionTransformer"),
 }
 _TEXTS = {
-    "clip": ("CLIPModel", "CLIPTextModel", "CLIPTextModelWithProjection"),
-    "siglip": ("SiglipModel", "SiglipTextModel"),
-    "siglip2": ("Siglip2Model", "Siglip2TextModel"),
+    "clip": ("CLIPModel", "CLIPTextModel", "CLIPTextModelWithProjection", "CLIPTextTransformer"),
+    "siglip": ("SiglipModel", "SiglipTextModel", "SiglipTextTransformer"),
+    "siglip2": ("Siglip2Model", "Siglip2TextModel", "Siglip2TextTransformer"),
 }
 
 
@@ -73,13 +77,13 @@ def _kind(model: nn.Module, classes: dict[str, tuple[str, ...]]) -> str | None:
     """
     for kind, names in classes.items():
         module = sys.modules.get(f"transformers.models.{kind}.modeling_{kind}")
-        known = tuple(getattr(module, name) for name in names) if module is not None else ()
+        known = tuple(getattr(module, name, ()) for name in names) if module is not None else ()
         if isinstance(model, known):
             version = sys.modules["transformers"].__version__
             if int(version.split(".")[0]) < _OLDEST:
                 raise ValueError(
                     f"model is of transformers {version}, whose towers can't be opened; "
-                    f"pip install 'transformers>={_OLDEST},<6'"
+                    "pip install 'transformers>=5.2,<6'"
                 )
             return kind
     return None
