@@ -184,7 +184,7 @@ def test_missing_options(capsys):
 
 def test_layers_that_the_model_does_not_have(arguments, capsys, tiny_model_folder):
     wrong = [*with_value(arguments, "--model", str(tiny_model_folder)), "--layers", "77"]
-    assert_refused(capsys, wrong, "episode 0, tir: ", "77")
+    assert_refused(capsys, wrong, "tir: --layers must lie between 0 and 4; got 77")
 
 
 def test_every_setting_is_an_option():
