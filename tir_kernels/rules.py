@@ -12,7 +12,7 @@ from .scalars import finite_number, real_number, whole_number
 if TYPE_CHECKING:
     from torch import Tensor
 
-PLACEMENTS = ("tokens", "attention", "both")
+PLACEMENTS = ("tokens", "attention", "both", "values")
 
 WeightOfCount = Callable[[int, int, float, float], float]
 LARGEST_WEIGHT = 2.0**128 - 2.0**104  # float32's largest number

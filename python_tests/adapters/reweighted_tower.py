@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tir_kernels import JointSpace
 from tir_kernels.towers import vision_tower
 
-PLACEMENTS = ("tokens", "attention", "both")
+PLACEMENTS = ("tokens", "attention", "both", "values")
 
 
 VARIANTS: dict[str, Callable[[], nn.Module]] = {
@@ -50,12 +50,15 @@ def linear_table(strength: float = 0.5) -> Tensor:
     return torch.tensor([1.0, *(1 - strength * (count - 3) for count in range(1, 6))])
 
 
-def plain_attention(attention: nn.Module, tokens: Tensor, weights: Tensor) -> Tensor:
+def plain_attention(
+    attention: nn.Module, tokens: Tensor, weights: Tensor, of_values: Tensor
+) -> Tensor:
     projected = F.linear(tokens, attention.in_proj_weight, attention.in_proj_bias)
     q, k, v = (part.unflatten(-1, (attention.num_heads, -1)) for part in projected.chunk(3, -1))
     is_own = isinstance(attention, Attention)
     if is_own:
         q, k = attention.ln_q(q), attention.ln_k(k)
+    v = of_values[..., None, None] * v
     scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.shape[-1])
     terms = weights.clamp(min=0)[:, None, None] * (scores - scores.amax(-1, keepdim=True)).exp()
     sums = terms.sum(-1, keepdim=True)
@@ -67,10 +70,12 @@ def plain_attention(attention: nn.Module, tokens: Tensor, weights: Tensor) -> Te
 
 
 def plain_block(block: nn.Module, tokens: Tensor, weights: Tensor, placement: str) -> Tensor:
-    if placement != "attention":
+    ones = torch.ones_like(weights)
+    if placement in ("tokens", "both"):
         tokens = weights[..., None] * tokens
-    inside = torch.ones_like(weights) if placement == "tokens" else weights
-    attended = plain_attention(block.attn, block.ln_1(tokens), inside)
+    inside = weights if placement in ("attention", "both") else ones
+    of_values = weights if placement == "values" else ones
+    attended = plain_attention(block.attn, block.ln_1(tokens), inside, of_values)
     tokens = tokens + block.ls_1(getattr(block, "ln_attn", nn.Identity())(attended))
     return tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
 

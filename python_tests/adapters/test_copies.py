@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from tir_kernels import adapters
 
-PLACEMENTS = ("tokens", "attention", "both")
+PLACEMENTS = ("tokens", "attention", "both", "values")
 
 
 def saved_and_loaded(model: nn.Module) -> nn.Module:

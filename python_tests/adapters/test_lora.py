@@ -233,7 +233,7 @@ def test_towers_can_be_adapted_apart() -> None:
     before.check()
 
 
-@pytest.mark.parametrize("placement", ["tokens", "attention", "both"])
+@pytest.mark.parametrize("placement", ["tokens", "attention", "both", "values"])
 @pytest.mark.parametrize("lora_first", [True, False])
 @pytest.mark.parametrize("remove_lora_first", [True, False])
 def test_together_with_reweighting(

@@ -170,7 +170,7 @@ def test_layers(given: Any, depth: int, expected: tuple[int, ...]) -> None:
         ({"layers": [5, -1]}, ValueError, r"each block once; got \(5, -1\)"),
         ({"layers": [1.0]}, TypeError, "whole numbers; got float"),
         ({"layers": [True]}, TypeError, "whole numbers; got bool"),
-        ({"placement": "values"}, ValueError, "placement must be one of tokens, attention, both"),
+        ({"placement": "heads"}, ValueError, "placement must be one of tokens, attention, both, "),
         ({"rule": "loud"}, ValueError, "kind must be one of linear, .*; got 'loud'"),
         ({"rule": 0.5}, TypeError, "rule must be a WeightRule or its kind; got float"),
     ],

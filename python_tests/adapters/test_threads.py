@@ -35,7 +35,7 @@ def results(model: nn.Module, images: Tensor, parameters: list[Tensor]) -> list[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("placement", ["tokens", "attention", "both"])
+@pytest.mark.parametrize("placement", ["tokens", "attention", "both", "values"])
 @pytest.mark.parametrize("has_lora", [True, False])
 def test_each_thread_gets_its_own_result(placement: str, has_lora: bool) -> None:
     model = make_clip()

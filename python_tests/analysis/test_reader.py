@@ -72,7 +72,7 @@ def test_views_hold_what_hooks_see(name):
 
 
 @pytest.mark.parametrize("name", TOWERS)
-@pytest.mark.parametrize("placement", ["tokens", "attention", "both"])
+@pytest.mark.parametrize("placement", ["tokens", "attention", "both", "values"])
 def test_adapters_are_on_while_it_is_read(name, placement):
     model, width = make_towers()[name]
     images, classes = torch.randn(2, 3, 32, 32), torch.randn(3, width)
@@ -90,7 +90,7 @@ def test_adapters_are_on_while_it_is_read(name, placement):
             for layer in (1, 3):
                 assert torch.equal(views[layer].counts, counts[layer].long())
                 weights = views[layer].call.key_weights
-                assert (weights is None) == (placement == "tokens")
+                assert (weights is None) == (placement in ("tokens", "values"))
             assert not torch.allclose(views[1].output, plain[1].output)
             assert torch.equal(views[1].hidden, plain[1].hidden)
         assert all(view.call.key_weights is None for view in plain)

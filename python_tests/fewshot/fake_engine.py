@@ -47,17 +47,16 @@ def fake_finetune(episode, method, seed, on_step):
 
 
 def at_once(finetune=None):
-    """``finetune_episodes`` by a stand-in for one episode, one after the other."""
+    """``loop.finetune`` by a stand-in for one episode, one after the other."""
 
-    def finetune_episodes(
-        model, tokenizer, episodes, method, *, seed, runtime, on_step=None, observers=()
-    ):
+    def finetune_together(job, episodes, on_step):
+        method = job.method
         results = []
-        for observer in observers:
+        for observer in job.observers:
             observer.start(episodes)
             observer.observe(0, None, torch.empty(len(episodes), 0, 0))  # features: no tower
         for position, episode in enumerate(episodes):
-            own_seed = episode_seed(seed, episode.index)
+            own_seed = episode_seed(job.seed, episode.index)
             try:
                 note_step = functools.partial(on_step, position)
                 results.append((finetune or fake_finetune)(episode, method, own_seed, note_step))
@@ -65,7 +64,7 @@ def at_once(finetune=None):
                 results.append(error)
         return results
 
-    return finetune_episodes
+    return finetune_together
 
 
 # To 8 x 8 pixels, and from them to numbers in [0, 1].
@@ -89,7 +88,7 @@ def run_main(arguments, *, draws_page=False):
     with contextlib.ExitStack() as stack:
         for name, stand_in in {
             "tir_kernels.towers.loading.models.load_model": fake_model,
-            "tir_kernels.fewshot.train.loop.finetune_episodes": at_once(),
+            "tir_kernels.fewshot.train.loop.finetune": at_once(),
             "tir_kernels.fewshot.train.loop.require_parts": no_check,
             **({} if draws_page else {"tir_kernels.fewshot.command.show_page": no_page}),
         }.items():
@@ -97,7 +96,7 @@ def run_main(arguments, *, draws_page=False):
         return main(arguments)
 
 
-def no_check(model, tokenizer, method, class_names, runtime):
+def no_check(model, tokenizer, method, class_names, shots, runtime):
     """In place of ``require_parts``, since the stand-in has no towers."""
 
 

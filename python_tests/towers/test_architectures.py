@@ -85,7 +85,7 @@ def test_weights_of_one_change_nothing(architecture: Architecture) -> None:
         return gradients(model, lambda: model.encode_image(images), images)
 
     expected = found()
-    for placement in ("tokens", "attention", "both"):
+    for placement in ("tokens", "attention", "both", "values"):
         ones = torch.ones(6)
         with adapters.add_reweighting(model, [0, 1], placement, table=ones) as handle:
             handle.set_class_embeddings(make_class_embeddings())

@@ -41,7 +41,7 @@ def test_lora_on_separate_projections() -> None:
     before.check()
 
 
-@pytest.mark.parametrize("placement", ["tokens", "attention", "both"])
+@pytest.mark.parametrize("placement", ["tokens", "attention", "both", "values"])
 @torch.no_grad()
 def test_reweighting_of_all_tokens(placement: str) -> None:
     model = make_small()

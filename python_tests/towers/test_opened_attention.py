@@ -116,6 +116,7 @@ class OperatorNames(TorchDispatchMode):
         ("tokens", ["token_weights"]),
         ("attention", ["reweighted_attention"]),
         ("both", ["token_weights", "weighted_attention"]),
+        ("values", ["token_weights", "weighted_attention"]),
     ],
 )
 @torch.no_grad()
@@ -144,7 +145,7 @@ class Reader:
         return call
 
 
-@pytest.mark.parametrize("placement", ["tokens", "attention", "both"])
+@pytest.mark.parametrize("placement", ["tokens", "attention", "both", "values"])
 @torch.no_grad()
 def test_a_reader_sees_the_attention_as_weighted(placement: str) -> None:
     model, reader, images = make_clip(), Reader(), make_images()
@@ -160,9 +161,11 @@ def test_a_reader_sees_the_attention_as_weighted(placement: str) -> None:
     assert block.adapters == ()
     weighted, plain = reader.matrices
     torch.testing.assert_close(weighted.sum(-1), torch.ones(4, 2, 17))
-    if placement != "tokens":  # whose weights vanish in the norm in front of the attention
+    if placement == "values":
+        assert torch.equal(weighted, plain)
+    elif placement != "tokens":  # whose weights vanish in the norm in front of the attention
         assert (weighted - plain).abs().max() > 1e-2
-    if placement == "attention":
+    if placement in ("attention", "values"):
         assert torch.equal(*reader.entered)
 
 

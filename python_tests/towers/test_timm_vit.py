@@ -2,11 +2,9 @@
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from oracle import pick_counts, plain_relevance
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 
 from tir_kernels import adapters, towers
 
-PLACEMENTS = ("tokens", "attention", "both")
+PLACEMENTS = ("tokens", "attention", "both", "values")
 REGISTERS = 4
 
 
@@ -50,8 +48,9 @@ def make_classes(*groups: int) -> Tensor:
 
 
 def plain_block(block: Any, tokens: Tensor, weights: Tensor, placement: str) -> Tensor:
-    inside = torch.ones_like(weights) if placement == "tokens" else weights
-    if placement != "attention":
+    ones = torch.ones_like(weights)
+    inside = weights if placement in ("attention", "both") else ones
+    if placement in ("tokens", "both"):
         tokens = weights[..., None] * tokens
     attention, normed = block.attn, block.norm1(tokens)
     projected = attention.qkv(normed).unflatten(-1, (3, attention.num_heads, -1))
@@ -59,7 +58,8 @@ def plain_block(block: Any, tokens: Tensor, weights: Tensor, placement: str) -> 
     q, k = attention.q_norm(q), attention.k_norm(k)
     scores = q @ k.mT * attention.scale
     terms = inside.clamp(min=0)[:, None, None] * (scores - scores.amax(-1, keepdim=True)).exp()
-    attended = (terms / terms.sum(-1, keepdim=True)) @ v
+    of_values = (weights if placement == "values" else ones)[:, None, :, None]
+    attended = (terms / terms.sum(-1, keepdim=True)) @ (of_values * v)
     attended = attention.proj(attention.norm(attended.transpose(1, 2).flatten(2)))
     tokens = tokens + block.ls1(attended)
     return tokens + block.ls2(block.mlp(block.norm2(tokens)))
@@ -259,16 +259,3 @@ def test_the_joint_space_is_the_norm_alone() -> None:
     tokens = torch.randn(2, 3, 32)
     norm = F.layer_norm(tokens, (32,), space.norm_weight, space.norm_bias, space.norm_eps)
     torch.testing.assert_close(norm, make_vit().norm(tokens))
-
-
-def test_peft_format_does_not_know_one_linear_map_for_three(tmp_path: Path) -> None:
-    model = make_vit()
-    lora = adapters.add_lora(model, rank=2, towers=["visual"])
-    with pytest.raises(TypeError, match=r"separate projections alone; keep lora\.factors\(\)"):
-        adapters.save_lora(lora, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    lora.remove()
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 1}')
-    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(TypeError, match="separate projections alone"):
-        adapters.load_lora(model, tmp_path)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from tir_kernels import JointSpace, adapters, towers
 
-PLACEMENTS = ("tokens", "attention", "both")
+PLACEMENTS = ("tokens", "attention", "both", "values")
 OWN = ("eager", "sdpa")
 
 
@@ -48,8 +48,9 @@ def each_alone(model: Any, hidden: Tensor) -> Tensor:
 
 
 def plain_layer(layer: Any, tokens: Tensor, weights: Tensor, placement: str) -> Tensor:
-    inside = torch.ones_like(weights) if placement == "tokens" else weights
-    if placement != "attention":
+    ones = torch.ones_like(weights)
+    inside = weights if placement in ("attention", "both") else ones
+    if placement in ("tokens", "both"):
         tokens = weights[..., None] * tokens
     attention, normed = layer.self_attn, layer.layer_norm1(tokens)
     q, k, v = (
@@ -58,7 +59,8 @@ def plain_layer(layer: Any, tokens: Tensor, weights: Tensor, placement: str) -> 
     )
     scores = q @ k.mT / 4
     terms = inside.clamp(min=0)[:, None, None] * (scores - scores.amax(-1, keepdim=True)).exp()
-    attended = (terms / terms.sum(-1, keepdim=True)) @ v
+    of_values = (weights if placement == "values" else ones)[:, None, :, None]
+    attended = (terms / terms.sum(-1, keepdim=True)) @ (of_values * v)
     tokens = tokens + attention.out_proj(attended.transpose(1, 2).flatten(2))
     return tokens + layer.mlp(layer.layer_norm2(tokens))
 

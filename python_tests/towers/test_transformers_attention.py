@@ -20,7 +20,7 @@ from tir_kernels import adapters, analysis, towers
 # The equalities of a family in all its kinds take long together.
 pytestmark = pytest.mark.slow
 
-PLACEMENTS = ("tokens", "attention", "both")
+PLACEMENTS = ("tokens", "attention", "both", "values")
 
 
 def adapted(kind: str, placement: str) -> tuple[Any, adapters.Reweighting]:

@@ -31,7 +31,8 @@ def merged_lora(
         TypeError, ValueError: An unsuitable model, or factors that do not fit it.
         RuntimeError: The model has LoRA on it.
     """
-    with add_lora(model, rank, alpha, 0.0) as lora:
+    towers = tuple(dict.fromkeys(name.partition(".")[0] for name in a))
+    with add_lora(model, rank, alpha, 0.0, towers=towers) as lora:
         lora.set_factors(a, b)
         originals = [(weight, weight.data) for weight in lora.weights()]
         for weight, value in originals:

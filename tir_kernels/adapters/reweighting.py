@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +14,11 @@ from tir_kernels import (
     JointSpace,
     TokenWeights,
     WeightRule,
-    reweight_tokens,
     reweighted_attention,
     token_weights,
 )
 from tir_kernels.adapters.handle import Handle, handles_on
+from tir_kernels.adapters.placing import placed
 from tir_kernels.adapters.selection import PatchOrder, hand_out
 from tir_kernels.rules import PLACEMENTS
 from tir_kernels.scalars import whole_number
@@ -36,7 +35,7 @@ class Reweighting(Handle):
 
     Attributes:
         layers: The vision blocks that are re-weighted.
-        placement: Where the weights act: "tokens", "attention" or "both".
+        placement: Where the weights act: "tokens", "attention", "both" or "values".
         table: (C + 1,) weights per count instead of the rule's, or ``None``.
         last_counts: Block -> (B, N) int32, how many classes selected each patch token in the last
             forward pass. A pass that is only traced for export leaves none.
@@ -210,16 +209,10 @@ class _ReweightedBlock:
             return hidden, self._derive
         weights, counts = handle.weights(hidden, self.layer)
         handle._keep(self.layer, counts)
-        modifier = None if handle.placement == "tokens" else partial(self._weigh, weights)
-        if handle.placement == "attention":
-            return hidden, modifier
-        return reweight_tokens(hidden, weights), modifier
+        return placed(hidden, weights, handle.placement, self.backend)
 
     def _derive(self, call: AttentionCall, hidden: Tensor) -> AttentionCall:
         weights = _DerivedKeyWeights(self.handle, self.layer, hidden)
-        return call._replace(key_weights=weights, backend=self.backend)
-
-    def _weigh(self, weights: Tensor, call: AttentionCall, hidden: Tensor) -> AttentionCall:
         return call._replace(key_weights=weights, backend=self.backend)
 
 
@@ -258,7 +251,8 @@ def add_reweighting(
         layers: Vision blocks, counted from 0, negative ones from the end; ``None`` means depth - 4
             and depth - 2, which is 8 and 10 of 12 (arXiv 2605.25799).
         placement: "tokens" (the block receives the weighted tokens: the published method),
-            "attention" (the weights act inside the block's softmax) or "both".
+            "attention" (the weights act inside the block's softmax), "both", or "values" (the
+            block's attention stays as it is, and the values are weighted: ``v <- w v``).
         rule: A ``WeightRule``, or the name of a kind with its defaults; ``None``: ``WeightRule()``.
         backend: Backend of the operators.
         table: (C + 1,) weights per count instead of the rule's; it may require gradients.

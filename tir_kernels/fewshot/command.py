@@ -25,6 +25,7 @@ from tir_kernels.fewshot.export_command import export
 from tir_kernels.fewshot.fit_command import fit
 from tir_kernels.fewshot.interrupts import INTERRUPTED, PROGRAM, leaving_at_once, terminable
 from tir_kernels.fewshot.methods import DEFAULT_METHODS, DEMO_METHODS
+from tir_kernels.fewshot.methods_command import methods
 from tir_kernels.fewshot.models_command import models
 from tir_kernels.fewshot.options import (
     NAME,
@@ -33,6 +34,7 @@ from tir_kernels.fewshot.options import (
     episodes_option,
     method_fields,
     method_options,
+    preset_option,
     reading_options,
     settings_options,
     source_options,
@@ -40,6 +42,7 @@ from tir_kernels.fewshot.options import (
     with_options,
 )
 from tir_kernels.fewshot.predict_command import predict
+from tir_kernels.fewshot.presets import tell_preset
 from tir_kernels.fewshot.report_command import report, show_page
 from tir_kernels.fewshot.run.workers import Place
 from tir_kernels.fewshot.run_options import Inputs, Reading, RunOptions, settings_named
@@ -71,6 +74,7 @@ def cli() -> None:
 @source_options(data_required=False)
 @drawing_options()
 @arm_options()
+@preset_option()
 @reading_options()
 @episodes_option(20)
 @settings_options()
@@ -85,6 +89,7 @@ def run(**options: Any) -> None:
 @cli.command()
 @source_options(data_required=False)
 @drawing_options()
+@preset_option()
 @reading_options()
 @episodes_option(20)
 @settings_options()
@@ -149,7 +154,7 @@ def _demo(out: str, options: dict[str, Any]) -> None:
     )
 
 
-for _command in (report, fit, predict, evaluate, export, models):
+for _command in (report, fit, predict, evaluate, export, models, methods):
     cli.add_command(_command)
 
 
@@ -171,7 +176,8 @@ def _run(then: Callable[[], None] | None = None, **options: Any) -> None:
         # A method that was registered after this module was imported has no options of its own.
         known = [field.name for field, _ in method_fields() if field.name in options]
         shared = {name: options[name] for name in known if options[name] is not None}
-        arms = make_arms(methods, options["arms"], shared)
+        preset = options.get("preset")
+        arms = make_arms(methods, options["arms"], shared, preset)
         track = options.get("track")
         tracking = None if track is None else Tracking.parse(track)
     with leaving_at_once(), console.status("loading libraries"):
@@ -180,6 +186,7 @@ def _run(then: Callable[[], None] | None = None, **options: Any) -> None:
         from tir_kernels.fewshot.run.progress import Messages
 
     messages = Messages(console, with_options)
+    tell_preset(preset, arms, messages.tell)
     chosen = RunOptions(options["out"], options["episodes"], arms, tracking)
     prepared = PreparedRun(
         chosen, taken(Inputs), taken(Reading), protocol, runtime, place, messages

@@ -17,7 +17,11 @@ from tir_kernels.towers.loading.loaded import LoadedModel
 
 
 def check_methods(
-    loaded: LoadedModel, methods: Mapping[str, Method], words: Sequence[str], runtime: Runtime
+    loaded: LoadedModel,
+    methods: Mapping[str, Method],
+    words: Sequence[str],
+    shots: int,
+    runtime: Runtime,
 ) -> None:
     """Build each method's learner on a model once, and take it off again.
 
@@ -25,6 +29,7 @@ def check_methods(
         loaded: The model.
         methods: Name of an arm -> its method.
         words: The words of as many classes as are told apart at once.
+        shots: Labelled images of each.
         runtime: Device and types.
 
     Raises:
@@ -35,6 +40,6 @@ def check_methods(
         try:
             # A lack of memory is explained where one trains.
             with cut_names_are_known(), suppress(torch.OutOfMemoryError):
-                loop.require_parts(loaded.model, loaded.tokenizer, method, words, runtime)
+                loop.require_parts(loaded.model, loaded.tokenizer, method, words, shots, runtime)
         except (ValueError, TypeError) as error:
             raise FewShotError(f"{name}: {setting_first(first_line(error))}") from error

@@ -10,6 +10,8 @@ from tir_kernels.fewshot.episode import Episode
 from tir_kernels.fewshot.methods import Method, Observer
 from tir_kernels.fewshot.settings import Runtime
 from tir_kernels.fewshot.train import loop
+from tir_kernels.fewshot.train.batch import Job
+from tir_kernels.fewshot.train.inputs import SharedInputs
 from tir_kernels.towers.loading.loaded import LoadedModel
 
 
@@ -32,6 +34,7 @@ class Trainer:
         self._model = model
         self._seed = seed
         self._runtime = replace(runtime, parallel=None)
+        self._shared = SharedInputs()
 
     def train(
         self,
@@ -52,16 +55,17 @@ class Trainer:
             For each episode an object with ``query_logits``, ``losses`` and ``support_accuracy``,
             or the exception where its loss became NaN or infinite.
         """
-        return loop.finetune_episodes(
+        self._shared.keep_only(episodes)
+        job = Job(
             self._model.model,
             self._model.tokenizer,
-            episodes,
             method,
-            seed=self._seed,
-            runtime=self._runtime,
-            on_step=on_step,
-            observers=observers,
+            self._seed,
+            self._runtime,
+            observers,
+            shared=self._shared,
         )
+        return loop.finetune(job, episodes, on_step)
 
     def fitting(self, episode: Episode, method: Method) -> int | None:
         """The number of such episodes that memory has room for at once.

@@ -67,7 +67,7 @@ def test_at_once_is_as_alone(tokenizer, name: str, dropout: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("placement", ["attention", "both"])
+@pytest.mark.parametrize("placement", ["attention", "both", "values"])
 def test_placements(tokenizer, placement: str) -> None:
     method = replace(METHOD, placement=placement, steps=5)
     model = steady_model(method)
@@ -315,7 +315,7 @@ def test_what_a_step_keeps_is_counted(model, tokenizer) -> None:
 
     def kept(count: int) -> int:
         alike = [replace(EPISODES[0], index=index) for index in range(count)]
-        return batch_of_episodes.bytes_of_a_step(job, alike)
+        return batch_of_episodes.cost_of_a_step(job, alike).kept_bytes
 
     assert kept(3) == pytest.approx(3 * kept(1), rel=0.15)
 

@@ -22,7 +22,8 @@ from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.fewshot.classifier.about import About
 from tir_kernels.fewshot.classifier.card import model_card
 from tir_kernels.fewshot.classifier.classifier import Classifier
-from tir_kernels.fewshot.methods.lora import FACTOR_PREFIX, factors_in, named_factors
+from tir_kernels.fewshot.methods.lora import FACTOR_PREFIX, TOWERS, factors_in, named_factors
+from tir_kernels.fewshot.resizing import with_resize
 from tir_kernels.fewshot.run.folder import SETTINGS_NAME, expanded_out, write_json, write_whole
 from tir_kernels.fewshot.settings import Runtime
 from tir_kernels.fewshot.strict_json import decode_json
@@ -117,6 +118,7 @@ def load_classifier(
             f"{loaded.fingerprint[:16]}: pass {setting('model')} and {setting('pretrained')} of "
             "the one it was made with"
         )
+    loaded = with_resize(loaded, about.resize)
     try:
         learned: dict[str, Tensor] = safetensors.torch.load_file(folder / LEARNED_FILE)
         if WEIGHTS_FILE in digests:
@@ -141,7 +143,11 @@ def _save_lora(classifier: Classifier, folder: Path) -> dict[str, Tensor]:
         return learned
     method: Any = classifier.about.method
     with add_lora(
-        classifier.model.model, method.lora_rank, method.lora_alpha, method.lora_dropout
+        classifier.model.model,
+        method.lora_rank,
+        method.lora_alpha,
+        method.lora_dropout,
+        towers=TOWERS[method.lora_towers],
     ) as lora:
         lora.set_factors(a, b)
         try:

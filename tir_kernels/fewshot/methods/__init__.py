@@ -14,8 +14,23 @@ METHODS = {
     "tir": "tir_kernels.fewshot.methods.tir:TIR",
     "lora": "tir_kernels.fewshot.methods.lora:LoRA",
     "zero-shot": "tir_kernels.fewshot.methods.zero_shot:ZeroShot",
+    "centroid": "tir_kernels.fewshot.methods.centroid:Centroid",
     "linear-probe": "tir_kernels.fewshot.methods.linear_probe:LinearProbe",
+    "zs-lp": "tir_kernels.fewshot.methods.zs_lp:ZSLP",
+    "clap": "tir_kernels.fewshot.methods.clap:CLAP",
+    "lp++": "tir_kernels.fewshot.methods.lp_plus_plus:LPPlusPlus",
     "tip-adapter": "tir_kernels.fewshot.methods.tip_adapter:TipAdapter",
+    "tip-adapter-loo": "tir_kernels.fewshot.methods.tip_adapter_loo:TipAdapterLOO",
+    "tip-adapter-f": "tir_kernels.fewshot.methods.tip_adapter_f:TipAdapterF",
+    "clip-adapter": "tir_kernels.fewshot.methods.clip_adapter:CLIPAdapter",
+    "taskres": "tir_kernels.fewshot.methods.taskres:TaskRes",
+    "prolip": "tir_kernels.fewshot.methods.prolip:ProLIP",
+    "coop": "tir_kernels.fewshot.methods.coop:CoOp",
+    "cocoop": "tir_kernels.fewshot.methods.cocoop:CoCoOp",
+    "maple": "tir_kernels.fewshot.methods.maple:MaPLe",
+    "plot": "tir_kernels.fewshot.methods.plot:PLOT",
+    "mind": "tir_kernels.fewshot.methods.mind:Mind",
+    "atha": "tir_kernels.fewshot.methods.atha:ATHA",
 }
 DEFAULT_METHODS = tuple(METHODS)[:2]
 DEMO_METHODS = tuple(METHODS)[:3]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tir_kernels.fewshot import fields
+from tir_kernels.fewshot.methods.frozen_images import FrozenImages
 from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class LinearProbe(Method):
     family = "frozen features"
 
     fit_takes_class_weights = True
+    shown_fields: ClassVar[tuple[str, ...]] = ("inverse_penalty",)
 
     inverse_penalty: float = fields.real(
         100.0, "C of scikit-learn's LogisticRegression (L2, L-BFGS).", least=0
@@ -37,23 +39,17 @@ class LinearProbe(Method):
         yield _Probe(self, kit)
 
 
-class _Probe(Learner):
+class _Probe(FrozenImages):
     def __init__(self, method: LinearProbe, kit: Kit) -> None:
+        super().__init__(kit)
         self._method = method
-        self._encoder = kit.encoder
-        self._num_classes = len(kit.class_names[0])
-
-    def inputs(self, images: Tensor) -> Tensor:
-        """(G, S, E) features of unit length."""
-        from torch.nn.functional import normalize
-
-        features = self._encoder.features(self._encoder.embed(images.flatten(0, 1)))
-        return normalize(features.float(), dim=-1).unflatten(0, images.shape[:2])
 
     def fit(self, inputs: Tensor, labels: Tensor) -> None:
         import torch
+        from torch.nn.functional import normalize
 
-        fitted = [self._fit_one(*own) for own in zip(inputs.cpu(), labels.cpu(), strict=True)]
+        features = normalize(inputs.float(), dim=-1).cpu()
+        fitted = [self._fit_one(*own) for own in zip(features, labels.cpu(), strict=True)]
         weights, biases = (torch.stack(each) for each in zip(*fitted, strict=True))
         self._weights, self._bias = weights.to(inputs.device), biases.to(inputs.device)
 
@@ -74,7 +70,9 @@ class _Probe(Learner):
         return rows, bias
 
     def logits(self, inputs: Tensor, classes: Any) -> Tensor:
-        return inputs @ self._weights.mT + self._bias[:, None]
+        from torch.nn.functional import normalize
+
+        return normalize(inputs.float(), dim=-1) @ self._weights.mT + self._bias[:, None]
 
     def trained(self) -> dict[str, Tensor]:
         """ "weights" (G, C, E) and "bias" (G, C)."""

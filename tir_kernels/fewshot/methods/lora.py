@@ -1,14 +1,16 @@
-"""LoRA on both towers and a learned prompt context: plain few-shot fine-tuning."""
+"""LoRA and a learned prompt context: plain few-shot fine-tuning."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tir_kernels.fewshot import fields
+from tir_kernels.fewshot.methods.frozen_images import FrozenImages
 from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method, ParameterGroup
+from tir_kernels.fewshot.methods.schedules import cosine
 from tir_kernels.fewshot.methods.templates import single_template, templates
 from tir_kernels.fewshot.methods.zero_shot import LOGIT_SCALE_HELP, TEMPLATE_HELP
 
@@ -19,11 +21,29 @@ if TYPE_CHECKING:
 
 
 FACTOR_PREFIX = "lora."  # of the names of its factors among all that was trained
+TOWERS = {"both": ("visual", "text"), "vision": ("visual",), "text": ("text",)}
+SCHEDULES = ("constant", "cosine", "cosine/8")
+
+
+# What the paper and the program of arXiv 2605.25799 set alike for LoRA, alone and re-weighted.
+PAPER = {
+    "lora_towers": "vision",
+    "context_tokens": 0,
+    "logit_scale": 100.0,
+    "lora_schedule": "cosine/8",
+}
+PROGRAM = {
+    "steps": 100,
+    "lora_towers": "both",
+    "context_tokens": 4,
+    "logit_scale": None,
+    "lora_schedule": "constant",
+}
 
 
 @dataclass(frozen=True)
 class LoRA(Method):
-    """LoRA on query, key and value of both towers, AdamW; a prompt context, SGD.
+    """LoRA on query, key and value of both towers or one, AdamW; a prompt context, SGD.
 
     Full-batch steps of cross entropy over scaled cosines, as in the program of arXiv 2605.25799.
     """
@@ -31,6 +51,7 @@ class LoRA(Method):
     name = "lora"
     source = "arXiv 2405.18541, as trained in arXiv 2605.25799"
     family = "tuned towers"
+    presets: ClassVar = {"paper": {"steps": 250, **PAPER}, "program": PROGRAM}
 
     steps: int = fields.whole(
         100,
@@ -41,7 +62,7 @@ class LoRA(Method):
     )
     lora_rank: int = fields.whole(
         16,
-        "Rank of LoRA on the query, key and value projections of both towers.",
+        "Rank of LoRA on the query, key and value projections of the towers that have it.",
         least=1,
         most=8192,
         reason="no layer is as wide",
@@ -67,6 +88,18 @@ class LoRA(Method):
     logit_scale: float | None = fields.real(None, LOGIT_SCALE_HELP)
     template: tuple[str, ...] | None = templates(TEMPLATE_HELP)
 
+    lora_towers: str = fields.added_later(
+        fields.choice("both", tuple(TOWERS), 'Towers with LoRA: "both", "vision" or "text".')
+    )
+    lora_schedule: str = fields.added_later(
+        fields.choice(
+            "constant",
+            SCHEDULES,
+            'LoRA\'s learning rate: "constant"; "cosine", which falls to 0 over the steps; or '
+            '"cosine/8", which falls as a cosine over eight times the steps, to 0.96.',
+        )
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         single_template(self.template)
@@ -86,6 +119,7 @@ class LoRA(Method):
             self.lora_rank,
             self.lora_alpha,
             self.lora_dropout,
+            towers=TOWERS[self.lora_towers],
             passes_input_gradient=False,  # as the published program trains
             num_episodes=len(kit.seeds),
             backend=kit.backend,
@@ -95,12 +129,17 @@ class LoRA(Method):
 
 
 class TunedTowers(Learner):
-    """Towers with LoRA and a prompt context; inputs are the embedded tokens (G, S, L, D).
+    """Towers with LoRA and a prompt context.
+
+    Inputs are the embedded tokens (G, S, L, D), or the features (G, S, E) of an image tower that
+    nothing changes.
 
     Attributes:
         lora: Handle of the adapter.
         prompts: The class prompts.
     """
+
+    leaves_images_to_lora = True  # whether nothing else changes the image tower
 
     def __init__(self, method: LoRA, kit: Kit, lora: Adapter) -> None:
         from tir_kernels.fewshot.methods.prompts import Prompts, default_logit_scale
@@ -110,28 +149,61 @@ class TunedTowers(Learner):
         self._method = method
         self._encoder = kit.encoder
         self._logit_scale = default_logit_scale(method.logit_scale, kit.shots)
+        if method.lora_towers == "text" and self.leaves_images_to_lora:
+            self.inputs_kind = FrozenImages.inputs_kind
+        self._texts_are_frozen = method.lora_towers == "vision" and not method.context_tokens
+        self._frozen_texts: tuple[Tensor, Tensor] | None = None
 
     def inputs(self, images: Tensor) -> Tensor:
-        return self._encoder.embed(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        inputs = self._encoder.embed(images.flatten(0, 1))
+        if self.inputs_kind is not None:
+            inputs = self._encoder.features(inputs)
+        return inputs.unflatten(0, images.shape[:2])
+
+    def texts(self, text_layer: int | None = None) -> tuple[Tensor, Tensor]:
+        """What ``Prompts`` gives for a layer that is always the same, once where nothing in it is
+        trained.
+        """
+        import torch
+
+        if not self._texts_are_frozen:
+            return self.prompts(text_layer)
+        if self._frozen_texts is None:
+            with torch.no_grad():
+                self._frozen_texts = self.prompts(text_layer)
+        return self._frozen_texts
 
     def classes(self) -> Any:
         """(G, C, E) class embeddings of unit length."""
         from torch.nn.functional import normalize
 
-        return normalize(self.prompts()[0].float(), dim=-1)
+        return normalize(self.texts()[0].float(), dim=-1)
 
     def show_classes(self, classes: Any) -> Tensor:
         return classes
 
+    def features(self, inputs: Tensor) -> Tensor:
+        """(G, S, ...) inputs -> (G, S, E), not normalised."""
+        if self.inputs_kind is not None:
+            return inputs
+        return self._encoder.features(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])
+
     def logits(self, inputs: Tensor, classes: Any) -> Tensor:
+        return self.cosine_logits(self.features(inputs), classes)
+
+    def cosine_logits(self, features: Tensor, classes: Tensor) -> Tensor:
+        """(G, S, E) and unit (G, C, E) -> (G, S, C)."""
         from tir_kernels.fewshot.methods.prompts import cosine_logits
 
-        features = self._encoder.features(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])
         return cosine_logits(features, classes, self._logit_scale)
 
     def parameters(self) -> list[ParameterGroup]:
-        lora = {"lr": self._method.lora_lr, "weight_decay": 0.01}
-        groups = [ParameterGroup(list(self.lora.parameters()), "AdamW", lora)]
+        method = self._method
+        lora = {"lr": method.lora_lr, "weight_decay": 0.01}
+        period = {"constant": None, "cosine": method.steps, "cosine/8": 8 * method.steps}
+        steps = period[method.lora_schedule]
+        schedule = None if steps is None else cosine(steps)
+        groups = [ParameterGroup(list(self.lora.parameters()), "AdamW", lora, schedule)]
         if self._method.context_tokens:
             context = {"lr": self._method.context_lr, "momentum": 0.9, "weight_decay": 5e-4}
             groups.append(ParameterGroup([self.prompts.vectors], "SGD", context))

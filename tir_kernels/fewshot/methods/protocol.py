@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tir_kernels.fewshot.fields import Checked
+from tir_kernels.fewshot.methods.families import Described
+from tir_kernels.fewshot.methods.kit import Kit, ParameterGroup
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from tir_kernels.towers import ImageEncoder
-
-
-class Kit(NamedTuple):
-    """The parts from which a method builds its learner, for G episodes that are trained at once."""
-
-    model: nn.Module  # frozen, in evaluation mode
-    tokenizer: Callable[[list[str]], Tensor]  # C texts -> (C, T) token ids
-    encoder: ImageEncoder  # images (N, 3, H, W) -> tokens -> features (N, E)
-    class_names: Sequence[Sequence[str]]  # G lists of C names, in words
-    seeds: Sequence[int]  # G, the only source of an episode's random numbers
-    shots: int  # support images per class, without their views
-    views: int  # support images in a row that are views of one, itself included
-    backend: str  # of the operators
-
-
-class ParameterGroup(NamedTuple):
-    """Parameters, and the name in ``torch.optim`` and settings of the optimizer that steps them."""
-
-    parameters: Sequence[nn.Parameter]
-    optimizer: str
-    settings: Mapping[str, Any]
+    from torch import Tensor
 
 
 class Learner:
     """A model with a method's parts for G episodes. Images come as (G, S, 3, H, W)."""
 
     class_weights: Tensor | None = None  # (C,) of the classes' images; None: all 1
+    # Learners whose inputs are of each image alone, and depend on nothing but the model, name what
+    # they are, such as "features": then they are computed once for all such learners.
+    inputs_kind: str | None = None
 
     def inputs(self, images: Tensor) -> Tensor:
         """The images' way as far as it is frozen: tokens (G, S, L, D), or features (G, S, E)."""
@@ -59,6 +41,10 @@ class Learner:
     def fit(self, inputs: Tensor, labels: Tensor) -> None:
         """Learn in closed form from inputs (G, S, ...) and labels (G, S), before any step."""
 
+    def training_set(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What steps see, or draw from, made of inputs (G, S, ...) and labels (G, S): all of it."""
+        return inputs, labels
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """(G,) losses of logits (G, S, C) and labels (G, S): mean weighted cross entropy."""
         from torch.nn.functional import cross_entropy
@@ -67,15 +53,27 @@ class Learner:
         losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), weights, reduction="none")
         return losses.unflatten(0, labels.shape).mean(1)
 
+    def training_losses(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """(G,) losses of a step, whose gradients are followed; ``loss`` of the logits unless more
+        than the logits matters.
+        """
+        return self.loss(self.logits(inputs, self.classes()), labels)
+
     def parameters(self) -> Sequence[ParameterGroup]:
-        """Everything that is stepped; empty where nothing is."""
+        """Everything that is stepped, asked after ``fit``; empty where nothing is."""
+        return ()
+
+    def carried(self) -> Sequence[Tensor]:
+        """What a step leaves for the next one besides parameters; steps write it in place."""
         return ()
 
     def train(self, mode: bool) -> None:
         """Switch what differs in training, such as dropout, on or off."""
 
     def next_step(self) -> None:
-        """Draw anew what is random in training; a part of the step, and of its CUDA graph."""
+        """Draw anew what is random in training, and count; a part of the step, and of its CUDA
+        graph. A training that goes on behind n steps calls it n times first.
+        """
 
     def trained(self) -> dict[str, Tensor]:
         """Name -> (G, ...) of all that was learned."""
@@ -86,14 +84,13 @@ class Learner:
 
 
 @dataclass(frozen=True)
-class Method(Checked):
+class Method(Described, Checked):
     """A method's options: its fields, made and checked by ``tir_kernels.fewshot.fields``."""
 
-    name: ClassVar[str]  # in the registry
-    source: ClassVar[str]  # where it was published
-    family: ClassVar[str]  # "frozen features", "tuned towers", "inference only", "source-trained"
     steps = 0  # of training; a field where they can be chosen
     fit_takes_class_weights = False  # whether a learner's fit heeds them; steps do
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # of its own, see fewshot/presets.py
+    needs_all_images = False  # at every step, so that there are no batches of them
 
     def start(self, kit: Kit) -> AbstractContextManager[Learner]:
         """A learner, whose parts are taken off the model again at the end of the context."""

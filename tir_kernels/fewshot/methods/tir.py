@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tir_kernels.fewshot import fields
-from tir_kernels.fewshot.methods.lora import LoRA, TunedTowers
+from tir_kernels.fewshot.methods.frozen_images import centroids
+from tir_kernels.fewshot.methods.lora import PAPER, PROGRAM, LoRA, TunedTowers
 from tir_kernels.fewshot.methods.protocol import Kit, Learner
 from tir_kernels.rules import PLACEMENTS, RULES, WeightRule
 
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
 
 RELEVANCES = ("text", "centroids")
 SELECTIONS = ("relevance", "attention", "random")
+REWEIGHTING = {
+    "top_ratio": 0.3,
+    "strength": 0.5,
+    "rule": "linear",
+    "layers": None,
+    "placement": "tokens",
+    "relevance": "text",
+    "selection": "relevance",
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,10 @@ class TIR(LoRA):
 
     name = "tir"
     source = "arXiv 2605.25799"
+    presets: ClassVar = {
+        "paper": {"steps": 100, **PAPER, **REWEIGHTING},
+        "program": {**PROGRAM, **REWEIGHTING},
+    }
 
     top_ratio: float = fields.real(0.3, "Share of the patch tokens each class selects, in [0, 1].")
     strength: float = fields.real(0.5, "β of the weight rule.")
@@ -47,7 +61,10 @@ class TIR(LoRA):
         None, "Vision blocks that are re-weighted; unset means depth - 4 and depth - 2."
     )
     placement: str = fields.choice(
-        "tokens", PLACEMENTS, '"tokens" (the published method), "attention" or "both".'
+        "tokens",
+        PLACEMENTS,
+        '"tokens" (the published method), "attention" (in the softmax), "both", or "values" (of '
+        "the attention, whose softmax stays as it is).",
     )
     text_layer: int | None = fields.whole(
         None, "Text block whose class embeddings give the relevance; unset: depth - 2."
@@ -99,6 +116,8 @@ class TIR(LoRA):
 
 
 class _Reweighted(TunedTowers):
+    leaves_images_to_lora = False
+
     def __init__(self, method: TIR, kit: Kit, lora: Adapter, reweighting: Reweighting) -> None:
         super().__init__(method, kit, lora)
         self.reweighting = reweighting
@@ -129,7 +148,7 @@ class _Reweighted(TunedTowers):
         """Class embeddings (G, C, E): of unit length for the logits, and for the relevance."""
         from torch.nn.functional import normalize
 
-        final, intermediate = self.prompts(self._text_layer)
+        final, intermediate = self.texts(self._text_layer)
         deciding = self._centroids if self._by_centroids else intermediate
         return normalize(final.float(), dim=-1), deciding
 
@@ -140,14 +159,6 @@ class _Reweighted(TunedTowers):
 
     def logits(self, inputs: Tensor, classes: Any) -> Tensor:
         return super().logits(inputs, self.show_classes(classes))
-
-
-def centroids(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """(G, S, E) features and (G, S) labels -> (G, C, E) float32 mean directions, of unit length."""
-    from torch.nn.functional import normalize, one_hot
-
-    members = one_hot(labels, num_classes).float()  # (G, S, C)
-    return normalize(members.mT @ normalize(features.float(), dim=-1), dim=-1)
 
 
 def _resolve_text_layer(layer: int | None, depth: int) -> int:

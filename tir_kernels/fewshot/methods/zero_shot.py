@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tir_kernels.fewshot import fields
+from tir_kernels.fewshot.methods.frozen_images import FrozenImages
 from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method
 from tir_kernels.fewshot.methods.templates import templates
 
@@ -39,34 +40,47 @@ class ZeroShot(Method):
         yield FrozenFeatures(kit, self.logit_scale, self.template)
 
 
-class FrozenFeatures(Learner):
+class FrozenFeatures(FrozenImages):
     """Cosines of the tower's own image features with the class prompts' embeddings.
 
-    The base of all learners that leave both towers alone: their inputs are features (G, S, E).
+    Args:
+        kit: The parts of the episodes.
+        logit_scale: Factor of the cosines; ``None``: that published for so many shots.
+        template: The prompts' words; ``None``: "a photo of a {}.".
+        reads_texts: Whether there are prompts at all; without them the model may have no texts.
     """
 
     def __init__(
-        self, kit: Kit, logit_scale: float | None, template: tuple[str, ...] | None = None
+        self,
+        kit: Kit,
+        logit_scale: float | None,
+        template: tuple[str, ...] | None = None,
+        reads_texts: bool = True,
     ) -> None:
         from tir_kernels.fewshot.methods.prompts import Prompts, default_logit_scale
 
-        self._encoder = kit.encoder
-        self._prompts = [Prompts.of_kit(kit, 0, each) for each in template or (None,)]
+        super().__init__(kit)
+        words = (template or (None,)) if reads_texts else ()
+        self._prompts = [Prompts.of_kit(kit, 0, each) for each in words]
         self._logit_scale = default_logit_scale(logit_scale, kit.shots)
+        self._texts: Tensor | None = None
 
-    def inputs(self, images: Tensor) -> Tensor:
-        tokens = self._encoder.embed(images.flatten(0, 1))
-        return self._encoder.features(tokens).unflatten(0, images.shape[:2])
-
-    def classes(self) -> Tensor:
-        """(G, C, E) class embeddings of unit length."""
+    def texts(self) -> Tensor:
+        """(G, C, E) embeddings of the class prompts, of unit length, made once."""
         import torch
         from torch.nn.functional import normalize
 
-        embeddings = [normalize(each()[0].float(), dim=-1) for each in self._prompts]
-        if len(embeddings) == 1:
-            return embeddings[0]
-        return normalize(torch.stack(embeddings).mean(0), dim=-1)
+        if self._texts is None:
+            with torch.no_grad():
+                embeddings = [normalize(each()[0].float(), dim=-1) for each in self._prompts]
+                self._texts = embeddings[0]
+                if len(embeddings) > 1:
+                    self._texts = normalize(torch.stack(embeddings).mean(0), dim=-1)
+        return self._texts
+
+    def classes(self) -> Any:
+        """(G, C, E) class embeddings of unit length."""
+        return self.texts()
 
     def show_classes(self, classes: Any) -> Tensor:
         return classes

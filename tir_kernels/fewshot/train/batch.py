@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from tir_kernels import towers
 from tir_kernels.fewshot.episode import Episode, Images, episode_seed
-from tir_kernels.fewshot.methods import Kit, Learner, Method, Observer
+from tir_kernels.fewshot.methods import Kit, Learner, Method, Observer, ParameterGroup
 from tir_kernels.fewshot.settings import Runtime
 from tir_kernels.fewshot.train.graph import LossLog, RepeatedStep
+from tir_kernels.fewshot.train.inputs import SharedInputs
 from tir_kernels.fewshot.train.memory import count_saved_bytes
 from tir_kernels.fewshot.train.resume import Batches, SavedTraining, TrainingState, batch_order
 
@@ -73,6 +74,7 @@ class Job:
         batch_size: Support images of each step, drawn in turn; ``None``: all of them.
         class_weights: (C,) weights of the classes' images in the loss; ``None``: all are 1.
         is_balanced: Whether the images of a step are of all classes alike; needs ``batch_size``.
+        shared: Inputs that earlier trainings on the same episodes made.
     """
 
     model: nn.Module
@@ -85,6 +87,7 @@ class Job:
     batch_size: int | None = None
     class_weights: Tensor | None = None
     is_balanced: bool = False
+    shared: SharedInputs = field(default_factory=SharedInputs)
 
     @property
     def device(self) -> torch.device:
@@ -119,19 +122,15 @@ def finetune_batch(
     for observer in job.observers:
         observer.start(episodes)
     with job.learner(episodes) as learner:
-        support_images = job.stacked(episodes, "support_images")
+        support, queries = (
+            _InputSet(job, learner, episodes, name) for name in ("support_images", "query_images")
+        )
         support_labels = job.stacked(episodes, "support_labels").long()
         if job.class_weights is not None:
             learner.class_weights = job.class_weights.to(job.device)
-        losses = _train(job, learner, support_images, support_labels, on_step)
+        losses = _train(job, learner, support, support_labels, on_step)
         num_classes = len(episodes[0].class_names)
-        support_logits, query_logits = _classify(
-            learner,
-            num_classes,
-            support_images,
-            [episode.query_images for episode in episodes],
-            device=job.device,
-        )
+        support_logits, query_logits = _classify(learner, num_classes, support, queries)
         correct = torch.stack(support_logits).argmax(2) == support_labels.cpu()
         results: list[EpisodeResult | NonFiniteLossError] = []
         for index, own in enumerate(losses):
@@ -152,45 +151,59 @@ def finetune_batch(
         return results
 
 
-def bytes_of_a_step(job: Job, episodes: Sequence[Episode]) -> int:
-    """The bytes that the forward pass of a training step keeps; 0 for a method without steps."""
+class StepCost(NamedTuple):
+    """What a training step takes.
+
+    Args:
+        kept_bytes: Bytes that its forward pass keeps, its inputs included.
+        runs_image_tower: Whether the images go through the tower at every step.
+    """
+
+    kept_bytes: int
+    runs_image_tower: bool
+
+
+def cost_of_a_step(job: Job, episodes: Sequence[Episode]) -> StepCost:
+    """The cost of a training step of a method that has some."""
     with job.learner(episodes) as learner:
-        if not learner.parameters():
-            return 0
-        inputs = _frozen_inputs(learner, job.stacked(episodes, "support_images"))
+        inputs = _InputSet(job, learner, episodes, "support_images").all()
         labels = job.stacked(episodes, "support_labels").long()
         with torch.no_grad():
             learner.fit(inputs, labels)
+            inputs, labels = learner.training_set(inputs, labels)
         learner.train(True)
         with count_saved_bytes([*job.model.parameters(), inputs]) as count:
-            _losses(learner, inputs, labels)
+            learner.training_losses(inputs, labels)
         learner.train(False)
-        return count.total + inputs.nbytes
+        return StepCost(count.total + inputs.nbytes, learner.inputs_kind is None)
 
 
 def _train(
-    job: Job, learner: Learner, images: Tensor, labels: Tensor, on_step: StepListener | None
+    job: Job, learner: Learner, images: _InputSet, labels: Tensor, on_step: StepListener | None
 ) -> list[list[float]]:
     """The losses of each episode; where one is not finite, those up to it."""
-    optimizers = _optimizers(learner, job.device)
-    learns = bool(optimizers) or type(learner).fit is not Learner.fit
+    learns = job.method.steps > 0 or type(learner).fit is not Learner.fit
     if not learns and not job.observers:
         return [[] for _ in labels]
-    inputs = _frozen_inputs(learner, images)
+    inputs = images.all()
     with torch.no_grad():
         learner.fit(inputs, labels)
+    # float16 alone has too little range for gradients.
+    is_scaled = job.runtime.precision == "float16"
+    groups = learner.parameters()
+    optimizers = [_optimizer(group, job.device, is_scaled) for group in groups]
     if not optimizers:
         _observe(job.observers, 0, learner, inputs, is_last=True)
         return [[] for _ in labels]
-    # float16 alone has too little range for gradients.
-    is_scaled = job.runtime.precision == "float16"
     scaler = torch.amp.GradScaler(job.device.type, enabled=is_scaled)
 
-    order = batch_order(labels[0], job.batch_size, job.seed, job.method.steps, job.is_balanced)
-    batches = Batches(inputs, labels, order)
+    with torch.no_grad():
+        seen, seen_labels = learner.training_set(inputs, labels)
+    order = batch_order(seen_labels[0], job.batch_size, job.seed, job.method.steps, job.is_balanced)
+    batches = Batches(seen, seen_labels, order)
 
     def take_step() -> Tensor:
-        losses = _losses(learner, batches.inputs, batches.labels)
+        losses = learner.training_losses(batches.inputs, batches.labels)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         # Each episode's gradients are those of its own loss: a sum keeps them apart.
@@ -212,6 +225,8 @@ def _train(
     while taken < job.method.steps and not log.all_failed:
         _observe(job.observers, taken, learner, inputs)
         batches.show(taken)
+        for optimizer, group in zip(optimizers, groups, strict=True):
+            _set_rate(optimizer, group, taken)
         log.add(step())
         taken += 1
         is_end = taken == job.method.steps
@@ -239,61 +254,89 @@ def _observe(
     learner.train(not is_last)
 
 
-@torch.no_grad()
-def _frozen_inputs(learner: Learner, images: Tensor) -> Tensor:
-    size = max(1, EMBEDDED_AT_ONCE // len(images))
-    if images.shape[1] <= size:
-        return learner.inputs(images)
-    return torch.cat([learner.inputs(each) for each in images.split(size, 1)], 1)
+class _InputSet:
+    """The images of that name of G episodes, as a learner's inputs.
 
-
-def _losses(learner: Learner, inputs: Tensor, labels: Tensor) -> Tensor:
-    return learner.loss(learner.logits(inputs, learner.classes()), labels)
-
-
-def _optimizers(learner: Learner, device: torch.device) -> list[torch.optim.Optimizer]:
-    optimizers = []
-    for group in learner.parameters():
-        settings: dict[str, Any] = {"fused": True, **group.settings}
-        if group.optimizer != "SGD":  # which keeps no count of steps
-            settings["capturable"] = device.type == "cuda"
-        optimizers.append(getattr(torch.optim, group.optimizer)(group.parameters, **settings))
-    return optimizers
-
-
-@torch.no_grad()
-def _classify(
-    learner: Learner,
-    num_classes: int,
-    *image_sets: Sequence[Images] | Tensor,
-    device: torch.device,
-) -> list[list[Tensor]]:
-    """Of each set of images, for each of G episodes (Q, C) float32 logits on the CPU.
-
-    Only the images of a batch are asked for at once, and brought to the device.
+    Only those that are asked for are read, and brought to the device.
     """
+
+    def __init__(self, job: Job, learner: Learner, episodes: Sequence[Episode], name: str) -> None:
+        self._learner, self.device = learner, job.device
+        self._images: list[Images] = [getattr(episode, name) for episode in episodes]
+        self.counts = [len(own) for own in self._images]
+        with torch.no_grad():
+            shared = [job.shared.of(learner, episode, name, job.device) for episode in episodes]
+        self._shared = [own for own in shared if own is not None]
+
+    def all(self) -> Tensor:
+        """(G, S, ...) of episodes that have as many images."""
+        size = max(1, EMBEDDED_AT_ONCE // len(self.counts))
+        return torch.cat([self.part(first, size) for first in range(0, max(self.counts), size)], 1)
+
+    @torch.no_grad()
+    def part(self, first: int, size: int) -> Tensor:
+        """(G, n, ...) of up to so many images from the first one on, filled up with black ones."""
+        rows = slice(first, first + size)
+        if len(self._shared) == len(self.counts):
+            return _one_length([own[rows] for own in self._shared])
+        return self._learner.inputs(
+            _one_length([own[rows] for own in self._images]).to(self.device)
+        )
+
+
+def _optimizer(
+    group: ParameterGroup, device: torch.device, is_scaled: bool
+) -> torch.optim.Optimizer:
+    # PyTorch's fused SGD takes memory as it finds it for its momentum, and leaves it so if the
+    # first gradients of a scaled loss overflow.
+    is_fused = not (is_scaled and group.optimizer == "SGD")
+    settings: dict[str, Any] = {"fused": is_fused, **group.settings}
+    if group.optimizer != "SGD":  # which keeps no count of steps
+        settings["capturable"] = device.type == "cuda"
+    if group.schedule is not None and device.type == "cuda":  # to be changed from outside a graph
+        settings["lr"] = torch.tensor(float(settings["lr"]), device=device)
+    return getattr(torch.optim, group.optimizer)(group.parameters, **settings)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, group: ParameterGroup, step: int) -> None:
+    """Let an optimizer have the learning rate of a step, counted from 0."""
+    if group.schedule is None:
+        return
+    rate = group.settings["lr"] * group.schedule(step)
+    for own in optimizer.param_groups:
+        if isinstance(own["lr"], Tensor):
+            own["lr"].fill_(rate)
+        else:
+            own["lr"] = rate
+
+
+@torch.no_grad()
+def _classify(learner: Learner, num_classes: int, *sets: _InputSet) -> list[list[Tensor]]:
+    """Of each set of images, for each of G episodes (Q, C) float32 logits on the CPU."""
     classes = learner.classes()
 
-    def logits(images: Sequence[Images]) -> list[Tensor]:
-        counts = [len(own) for own in images]
+    def logits(images: _InputSet) -> list[Tensor]:
+        counts = images.counts
         size = max(1, CLASSIFIED_AT_ONCE // len(counts))
-        found = [torch.empty(len(counts), 0, num_classes, dtype=torch.float32, device=device)]
+        found = [
+            torch.empty(len(counts), 0, num_classes, dtype=torch.float32, device=images.device)
+        ]
         for first in range(0, max(counts), size):
-            batch = _one_length([own[first : first + size] for own in images])
-            inputs = learner.inputs(batch.to(device))
-            found.append(learner.logits(inputs, classes).float())
+            found.append(learner.logits(images.part(first, size), classes).float())
         together = torch.cat(found, 1).cpu()
         return [own[:count] for own, count in zip(together, counts, strict=True)]
 
-    return [logits(list(images)) for images in image_sets]
+    return [logits(images) for images in sets]
 
 
 def _one_length(images: Sequence[Tensor]) -> Tensor:
-    """(G, n, 3, H, W) of G times up to n images, filled up with black ones."""
+    """(G, n, ...) of G times up to n images or their inputs, filled up with zeros."""
     longest = max(map(len, images))
     if all(len(own) == longest for own in images):
         return torch.stack(list(images))
-    return torch.stack([F.pad(own, (0, 0) * 3 + (0, longest - len(own))) for own in images])
+    return torch.stack(
+        [F.pad(own, (0, 0) * (own.dim() - 1) + (0, longest - len(own))) for own in images]
+    )
 
 
 def _prepare(stack: ExitStack, model: nn.Module, runtime: Runtime) -> None:

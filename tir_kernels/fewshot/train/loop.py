@@ -17,7 +17,7 @@ from tir_kernels.fewshot.train.batch import (
     Job,
     NonFiniteLossError,
     StepListener,
-    bytes_of_a_step,
+    cost_of_a_step,
     finetune_batch,
 )
 from tir_kernels.fewshot.train.memory import available_bytes, with_one_memory_error
@@ -27,6 +27,7 @@ Tokenizer = Callable[[list[str]], Tensor]
 _USABLE_SHARE = 0.85  # of the memory that is free
 _STEP_FACTOR = 1.3  # what a step takes over what its forward pass keeps: gradients under way
 _CPU_IMAGES = 64  # trained at once: more than that only overflows the caches
+_CPU_EPISODES = 16  # of features alone, whose images are held meanwhile
 _DEFAULT_RUNTIME = Runtime()
 
 
@@ -115,7 +116,13 @@ def finetune_episodes(
         ValueError, TypeError: Unsuitable images, labels, names, model or ``runtime.parallel``.
         torch.OutOfMemoryError: Memory does not suffice for a single episode.
     """
-    job = Job(model, tokenizer, method, seed, runtime, observers)
+    return finetune(Job(model, tokenizer, method, seed, runtime, observers), episodes, on_step)
+
+
+def finetune(
+    job: Job, episodes: Sequence[Episode], on_step: StepListener | None = None
+) -> list[EpisodeResult | NonFiniteLossError]:
+    """As :func:`finetune_episodes`, for what a job says."""
     alike: dict[tuple, list[int]] = {}
     for position, episode in enumerate(episodes):
         episode.check()
@@ -142,9 +149,9 @@ def finetune_episodes(
             return
         half = (len(positions) + 1) // 2
         warnings.warn(
-            f"{len(positions)} episodes at once do not fit into the memory of {runtime.device}; "
+            f"{len(positions)} episodes at once do not fit into the memory of {job.device}; "
             f"going on with {half}",
-            stacklevel=3,
+            stacklevel=4,
         )
         run(positions[:half])
         run(positions[half:])
@@ -161,6 +168,7 @@ def require_parts(
     tokenizer: Tokenizer,
     method: Method,
     class_names: Sequence[str],
+    shots: int,
     runtime: Runtime = _DEFAULT_RUNTIME,
 ) -> None:
     """Check that a model has what a method is built on, by building its learner and no more.
@@ -168,13 +176,14 @@ def require_parts(
     Args:
         model, tokenizer, method, runtime: As for :func:`finetune_episode`.
         class_names: The words of an episode's classes.
+        shots: Labelled images of each.
 
     Raises:
         ValueError, TypeError: It has not: no such layer, say, no text tower, or no room in it.
     """
     labels = torch.empty(0, dtype=torch.int64, device="cpu")
     images = torch.empty(0, 3, 1, 1, device="cpu")
-    episode = Episode(list(class_names), images, labels, images, shots=1, views_per_image=1)
+    episode = Episode(list(class_names), images, labels, images, shots=shots, views_per_image=1)
     # In float32, so that no weight is copied to another type.
     job = Job(model, tokenizer, method, 0, replace(runtime, precision="float32"))
     with with_one_memory_error(), job.learner([episode]):
@@ -241,8 +250,14 @@ def _fitting(job: Job, episode: Episode) -> int:
     if not job.method.steps:
         return 1
     with with_one_memory_error():
-        needed = bytes_of_a_step(job, [episode])
-    fitting = int(_USABLE_SHARE * available_bytes(job.device) / (_STEP_FACTOR * needed))
+        step = cost_of_a_step(job, [episode])
+    needed = _STEP_FACTOR * step.kept_bytes
+    if not step.runs_image_tower:
+        held = (episode.support_images, episode.query_images)
+        needed += sum(images.nbytes for images in held if isinstance(images, Tensor))
+    fitting = int(_USABLE_SHARE * available_bytes(job.device) / needed)
     if job.device.type == "cpu":
-        fitting = min(fitting, _CPU_IMAGES // len(episode.support_images))
+        images = len(episode.support_images)
+        most = _CPU_IMAGES // images if step.runs_image_tower else _CPU_EPISODES
+        fitting = min(fitting, most)
     return max(1, fitting)

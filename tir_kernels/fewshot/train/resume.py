@@ -50,6 +50,7 @@ class TrainingState:
             "step": step,
             "losses": [list(own) for own in self._log.finish()],
             "parameters": [parameter.detach().cpu() for parameter in self._parameters],
+            "carried": [each.detach().cpu() for each in self._learner.carried()],
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "scaler": self._scaler.state_dict(),
         }
@@ -66,6 +67,8 @@ class TrainingState:
         step: int = state["step"]
         for _ in range(step):
             self._learner.next_step()
+        for tensor, value in zip(self._learner.carried(), state.get("carried", ()), strict=True):
+            tensor.copy_(value)
         return step
 
 

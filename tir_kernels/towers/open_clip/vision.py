@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from open_clip.transformer import AttentionalPooler
-from torch import Tensor
+from torch import Tensor, nn
 
 from tir_kernels import JointSpace
 from tir_kernels.towers.open_clip.blocks import OpenClipBlock, blocks_of
@@ -39,8 +39,20 @@ class OpenClipVision:
     def embed(self, images: Tensor) -> Tensor:
         return self.module._embeds(images)
 
-    def pool(self, hidden: Tensor) -> Tensor:
+    def norm_pre(self, tokens: Tensor) -> Tensor:
+        """What tokens with positions go through in front of the first block, each alone."""
+        return self.module.ln_pre(tokens)
+
+    @property
+    def final_projection(self) -> Tensor | None:
+        return self.module.proj
+
+    def unprojected(self, hidden: Tensor) -> Tensor:
         pooled, _ = self.module._pool(hidden)
+        return pooled
+
+    def pool(self, hidden: Tensor) -> Tensor:
+        pooled = self.unprojected(hidden)
         return pooled if self.module.proj is None else pooled @ self.module.proj
 
 
@@ -50,6 +62,11 @@ class AttentionPooledVision(OpenClipVision):
     @property
     def reads(self) -> None:
         return None
+
+    @property
+    def pools(self) -> list[nn.Module]:
+        pools = (self.module.attn_pool, self.module.attn_pool_contrastive)
+        return [pool for pool in pools if pool is not None]
 
     @property
     def joint_space(self) -> JointSpace:
@@ -69,8 +86,8 @@ class AttentionPooledVision(OpenClipVision):
             tokens = _pool_each(tower.attn_pool, tokens)
         return _pool_each(tower.attn_pool_contrastive, tokens).to(hidden.device)
 
-    def pool(self, hidden: Tensor) -> Tensor:
-        pooled = super().pool(hidden)
+    def unprojected(self, hidden: Tensor) -> Tensor:
+        pooled = super().unprojected(hidden)
         # The pool of its own for images has one query, which open_clip keeps as an axis.
         return pooled if self.module.attn_pool_contrastive is None else pooled.squeeze(1)
 

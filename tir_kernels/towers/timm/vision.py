@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -48,6 +48,10 @@ class TimmVision:
         return 2 if isinstance(self.module, VisionTransformerDistilled) else 1
 
     @property
+    def pools(self) -> list[nn.Module]:
+        return [] if self.module.attn_pool is None else [self.module.attn_pool]
+
+    @property
     def blocks(self) -> Sequence[TimmBlock]:
         return [
             TimmBlock(block, f"{self._path}blocks.{layer}")
@@ -70,6 +74,14 @@ class TimmVision:
     def embed(self, images: Tensor) -> Tensor:
         tower = self.module
         return tower.norm_pre(tower.patch_drop(tower._pos_embed(tower.patch_embed(images))))
+
+    @property
+    def norm_pre(self) -> Callable[[Tensor], Tensor] | None:
+        """What tokens with positions go through in front of the first block, each alone.
+
+        ``None`` where later blocks take positions too, which only the tower's own tokens have.
+        """
+        return self.module.norm_pre if getattr(self.module, "rope", None) is None else None
 
     def pool(self, hidden: Tensor) -> Tensor:
         tower = self.module

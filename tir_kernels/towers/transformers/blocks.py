@@ -3,7 +3,8 @@
 No forward of an attention is replaced. While an adapter is on it, its configuration names the
 function that is registered here, which gets the modifiers of the pass under way in the place of the
 mask: every attention of the library hands that on as it is, and threads don't meet in an argument.
-A pass without modifiers goes to the function that the user has chosen for the model.
+A pass without modifiers goes to the function that the user has chosen for the model; of PyTorch's
+own, to this package's where that is faster.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import GELUActivation, QuickGELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.models.clip import modeling_clip
 from transformers.models.siglip import modeling_siglip
@@ -23,10 +26,12 @@ from tir_kernels.towers.attention import (
     OpenedLinear,
     attend,
     attention_matrix,
+    is_faster_than_pytorch,
     join_heads,
     split_heads,
 )
 from tir_kernels.towers.blocks import BlockBase
+from tir_kernels.towers.mlp import OpenedMlp
 from tir_kernels.towers.opening import Changes, Opened, put_on, require_own_forward, take_off
 from tir_kernels.towers.protocol import AttentionCall, Linear
 
@@ -55,6 +60,9 @@ def _attention(
         ValueError: Modifiers in a causal pass without a mask.
     """
     if not isinstance(attention_mask, _Pass):
+        if attention_mask is None and _is_plain(module, query, options):
+            call = AttentionCall(query, key, value, scaling, backend=module.named_backend)
+            return attend(call).transpose(1, 2).contiguous(), None
         chosen = module.chosen_attention
         return chosen(module, query, key, value, attention_mask, scaling=scaling, **options)
     if options.get("is_causal"):
@@ -67,6 +75,14 @@ def _attention(
     if module.chosen_name != "eager":
         return attended, None
     return attended, attention_matrix(call).to(attended.dtype)
+
+
+def _is_plain(module: Any, query: Tensor, options: dict[str, Any]) -> bool:
+    """Whether PyTorch's own attention was chosen where this package's is faster."""
+    is_causal = options.get("is_causal") or module.is_causal
+    is_simple = not is_causal and not options.get("dropout")
+    is_own = module.chosen_attention is sdpa_attention_forward
+    return is_simple and is_own and is_faster_than_pytorch(query)
 
 
 AttentionInterface.register(REGISTERED_NAME, _attention)
@@ -166,6 +182,34 @@ class _OpenedSiglip2Layer(_Layer, modeling_siglip2.Siglip2EncoderLayer):
         return super().forward(hidden_states, None, **options)
 
 
+class _Mlp(OpenedMlp):
+    """The library's MLP, alike in all of these models."""
+
+    kinds: ClassVar[Mapping[type, str]] = {
+        nn.GELU: "gelu",
+        GELUActivation: "gelu",
+        QuickGELUActivation: "quick_gelu",
+    }
+    fc1: nn.Module
+    activation_fn: nn.Module
+    fc2: nn.Module
+
+    def in_turn(self) -> list[nn.Module]:
+        return [self.fc1, self.activation_fn, self.fc2]
+
+
+class _OpenedClipMlp(_Mlp, modeling_clip.CLIPMLP):
+    plain = modeling_clip.CLIPMLP
+
+
+class _OpenedSiglipMlp(_Mlp, modeling_siglip.SiglipMLP):
+    plain = modeling_siglip.SiglipMLP
+
+
+class _OpenedSiglip2Mlp(_Mlp, modeling_siglip2.Siglip2MLP):
+    plain = modeling_siglip2.Siglip2MLP
+
+
 def _hides(mask: Tensor) -> bool:
     """Whether a mask, of booleans, of 0 and 1 or added to the scores, hides any token."""
     hidden = mask < 0 if mask.is_floating_point() else mask == 0
@@ -182,6 +226,7 @@ class TransformersBlock(BlockBase):
         **{each.plain: each for each in (_OpenedClipAttention, _OpenedSiglipAttention)},
         _OpenedSiglip2Attention.plain: _OpenedSiglip2Attention,
         nn.Linear: OpenedLinear,
+        **{each.plain: each for each in (_OpenedClipMlp, _OpenedSiglipMlp, _OpenedSiglip2Mlp)},
     }
 
     @property

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tir_kernels import JointSpace
 from tir_kernels.towers.run import features_of_patches, joint_space_of, unchanged_tokens
@@ -29,6 +29,10 @@ class TransformersVision:
     @property
     def blocks(self) -> list[TransformersBlock]:
         return blocks_of(self.module.encoder, self.path)
+
+    @property
+    def pools(self) -> list[nn.Module]:
+        return [self.module.head]
 
     @property
     def joint_space(self) -> JointSpace:
@@ -59,6 +63,7 @@ class ClipVision(TransformersVision):
 
     num_prefix_tokens = 1
     reads = 1
+    pools: ClassVar[list[nn.Module]] = []  # its class token alone
     compared_tokens = unchanged_tokens
 
     @property
@@ -67,10 +72,23 @@ class ClipVision(TransformersVision):
         return joint_space_of(self.module.post_layernorm, projection)
 
     def embed(self, images: Tensor) -> Tensor:
-        return self.module.pre_layrnorm(self.module.embeddings(images))
+        return self.norm_pre(self.module.embeddings(images))
+
+    def norm_pre(self, tokens: Tensor) -> Tensor:
+        """What tokens with positions go through in front of the first block, each alone."""
+        return self.module.pre_layrnorm(tokens)
+
+    @property
+    def final_projection(self) -> Tensor | None:
+        # Of another kind where an adapter of other programs is put on it.
+        is_plain = type(self.projection) is nn.Linear and self.projection.bias is None
+        return self.projection.weight.T if is_plain else None
+
+    def unprojected(self, hidden: Tensor) -> Tensor:
+        return self.module.post_layernorm(hidden[:, 0])
 
     def pool(self, hidden: Tensor) -> Tensor:
-        pooled = self.module.post_layernorm(hidden[:, 0])
+        pooled = self.unprojected(hidden)
         return pooled if self.projection is None else self.projection(pooled)
 
 
