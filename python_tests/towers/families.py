@@ -57,6 +57,17 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "text_cfg": {**_TEXT, "context_length": 32, "layers": 24},
         "custom_text": True,
     },
+    "open_clip registers": {
+        "embed_dim": 16,
+        "vision_cfg": {
+            "image_size": SIDE,
+            "timm_model_name": "vit_small_patch14_reg4_dinov2",
+            "timm_pool": "token",
+            "timm_proj": "linear",
+        },
+        "text_cfg": {**_TEXT, "context_length": 77},
+        "custom_text": True,
+    },
     "open_clip SigLIP 2": {
         "embed_dim": 32,
         "init_logit_bias": -10,
@@ -223,7 +234,7 @@ def _write_registers(folder: Path) -> None:
 FAMILIES = [
     *(
         Family(name, prefix, partial(_open_clip, name), partial(_write_open_clip, name))
-        for name, prefix in zip(_CONFIGS, (1, 1, 1, 0), strict=True)
+        for name, prefix in zip(_CONFIGS, (1, 1, 1, 5, 0), strict=True)
     ),
     *(
         Family(

@@ -127,6 +127,19 @@ def test_the_gallery_shows_images_of_all_classes_in_turn(maps):
     assert gallery({}, ["lora"], 5) is None
 
 
+def test_attention_in_pictures_is_told_as_a_share_of_all(maps):
+    """Tokens in front of the patches get some too, so patches' even share would be another."""
+    patches = maps[0, "lora"].weights.shape[1]
+    even = np.full_like(maps[0, "lora"].received_after, 1 / (patches + 5))
+    even[:, 0] = 3 / patches
+    changed = {
+        key: own._replace(received_before=even, received_after=even) for key, own in maps.items()
+    }
+    for picture in gallery(changed, ["lora", "tir"], 2).pictures:
+        words = f"from 0 to 3.0 times 1/{patches} of all, for {patches} patches."
+        assert picture.scales[1] == f"Attention received: {words}"
+
+
 def test_the_gallery_reads_the_files_of_the_episode_that_it_shows(maps):
     class Counted(dict):
         def __getitem__(self, key):

@@ -103,6 +103,7 @@ def _counts(maps: Maps) -> range:
 
 def _picture(own: Sequence[Maps], index: int) -> Picture:
     relevance = _range([each.relevance[index] for each in own])
+    patches = own[0].weights.shape[1]
     received = [
         array[index].astype(np.float32) * array.shape[1]
         for each in own
@@ -129,7 +130,9 @@ def _picture(own: Sequence[Maps], index: int) -> Picture:
         source=photo(first.images[index], _SIDE),
         scales=(
             f"Relevance: cosine from {relevance[0]:.3f} to {relevance[1]:.3f}.",
-            f"Attention received: from 0 to {top:.1f} times an even share.",
+            # Not an even share, which prefix tokens have too.
+            f"Attention received: from 0 to {top:.1f} times 1/{patches} of all, for {patches} "
+            "patches.",
         ),
         rows=tuple(rows),
     )

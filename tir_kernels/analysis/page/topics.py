@@ -64,7 +64,8 @@ TOPICS = (
         "entropy",
         "Spread of attention",
         ("attention-entropy",),
-        "How evenly the class token and the patches spread their attention; 1 is even.",
+        "How evenly patches, and a class token where there is one, spread their attention; 1 is "
+        "even.",
         "If fine-tuning made attention collapse onto few tokens, the line of {baseline} would "
         "fall; if it rises, the premise does not hold for these data.",
     ),
