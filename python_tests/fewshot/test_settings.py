@@ -83,7 +83,8 @@ def test_every_method_describes_itself(name):
     method = method_class(name)
     assert method.name == name
     assert method.source
-    assert method.family in ("frozen features", "tuned towers", "inference only", "source-trained")
+    families = "frozen features", "tuned towers", "inference only", "target-only adaptation"
+    assert method.family in families
     taken = {field.name for kind in (Protocol, Runtime, Inputs, Reading) for field in fields(kind)}
     assert not taken & {field.name for field in fields(method)}
     for field in fields(method):

@@ -24,10 +24,14 @@ class BlockBase:
     Attributes:
         opened: Class of a block, an attention or a linear map -> the class that stands in for it.
         attention_name: The block's attribute that is its attention.
+        last_linears: Names that the last linear map of its MLP may have.
+        batch_first: Whether the library's block takes the batch first.
     """
 
     opened: ClassVar[Mapping[type, type[Opened]]]
     attention_name: ClassVar[str] = "attn"
+    last_linears: ClassVar[tuple[str, ...]] = ("fc2",)
+    batch_first: bool = True
 
     def __init__(self, module: Any, path: str) -> None:
         self.module = module

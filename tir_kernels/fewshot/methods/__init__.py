@@ -16,6 +16,12 @@ METHODS = {
     "zero-shot": "tir_kernels.fewshot.methods.zero_shot:ZeroShot",
     "linear-probe": "tir_kernels.fewshot.methods.linear_probe:LinearProbe",
     "tip-adapter": "tir_kernels.fewshot.methods.tip_adapter:TipAdapter",
+    # The tower's forward pass is changed, and nothing is trained.
+    "test-time-registers": "tir_kernels.fewshot.methods.registers:TestTimeRegisters",
+    "sink-redistribution": "tir_kernels.fewshot.methods.sink_redistribution:SinkRedistribution",
+    "sink-suppression": "tir_kernels.fewshot.methods.sink_suppression:SinkSuppression",
+    "attention-temperature": "tir_kernels.fewshot.methods.temperature:AttentionTemperature",
+    "paint": "tir_kernels.fewshot.methods.paint:Paint",
 }
 DEFAULT_METHODS = tuple(METHODS)[:2]
 DEMO_METHODS = tuple(METHODS)[:3]

@@ -84,7 +84,8 @@ class Method(Checked):
 
     name: ClassVar[str]  # in the registry
     source: ClassVar[str]  # where it was published
-    family: ClassVar[str]  # "frozen features", "tuned towers", "inference only", "source-trained"
+    # "frozen features", "tuned towers", "inference only" or "target-only adaptation".
+    family: ClassVar[str]
     steps = 0  # of training; a field where they can be chosen
     fit_takes_class_weights = False  # whether a learner's fit heeds them; steps do
 

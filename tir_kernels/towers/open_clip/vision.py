@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from open_clip.transformer import AttentionalPooler
 from torch import Tensor
@@ -38,6 +39,10 @@ class OpenClipVision:
 
     def embed(self, images: Tensor) -> Tensor:
         return self.module._embeds(images)
+
+    def blank_token(self) -> Tensor:
+        """(D,), what a token of zeros behind the positional embedding enters the first block as."""
+        return self.module.ln_pre(torch.zeros_like(self.module.class_embedding))
 
     def pool(self, hidden: Tensor) -> Tensor:
         pooled, _ = self.module._pool(hidden)

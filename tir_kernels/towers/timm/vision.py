@@ -71,6 +71,22 @@ class TimmVision:
         tower = self.module
         return tower.norm_pre(tower.patch_drop(tower._pos_embed(tower.patch_embed(images))))
 
+    def blank_token(self) -> Tensor:
+        """(D,), what a token of zeros behind the positional embedding enters the first block as.
+
+        Raises:
+            TypeError: Blocks turn queries and keys by the place of their patch.
+        """
+        tower = self.module
+        if getattr(tower, "rope", None) is not None:
+            raise TypeError(
+                f"model's image tower, timm's {type(tower).__name__} with rotary positions, takes "
+                "no registers behind its patches: each has to have a place among them; choose a "
+                "tower whose positions are added, such as ViT-B-16"
+            )
+        weight = next(tower.blocks.parameters())
+        return tower.norm_pre(weight.new_zeros(tower.embed_dim))
+
     def pool(self, hidden: Tensor) -> Tensor:
         tower = self.module
         pooled = tower.forward_head(tower.norm(hidden), pre_logits=self._head is None)

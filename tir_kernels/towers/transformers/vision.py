@@ -50,6 +50,10 @@ class TransformersVision:
     def embed(self, images: Tensor) -> Tensor:
         return self.module.embeddings(images)
 
+    def blank_token(self) -> Tensor:
+        """(D,), what a token of zeros behind the positional embedding enters the first block as."""
+        return torch.zeros_like(self.module.post_layernorm.weight)
+
     def pool(self, hidden: Tensor) -> Tensor:
         return self.module.head(self.module.post_layernorm(hidden))
 
@@ -68,6 +72,9 @@ class ClipVision(TransformersVision):
 
     def embed(self, images: Tensor) -> Tensor:
         return self.module.pre_layrnorm(self.module.embeddings(images))
+
+    def blank_token(self) -> Tensor:
+        return self.module.pre_layrnorm(super().blank_token())
 
     def pool(self, hidden: Tensor) -> Tensor:
         pooled = self.module.post_layernorm(hidden[:, 0])
@@ -92,6 +99,13 @@ class Siglip2Vision(TransformersVision):
         patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
         shapes = torch.tensor(grid, device=images.device).expand(batch, 2)
         return embeddings(patches, shapes)
+
+    def blank_token(self) -> Tensor:
+        """Refuse tokens behind the patches, whose number the model's masks are made for."""
+        raise TypeError(
+            "model's image tower, transformers' SigLIP 2 for images of any grid, takes no "
+            "registers behind its patches, since it masks these; choose one of fixed resolution"
+        )
 
 
 _KINDS = {"clip": ClipVision, "siglip": TransformersVision, "siglip2": Siglip2Vision}
