@@ -72,10 +72,9 @@ def inputs_of(model: Any, images: Tensor) -> dict[str, Tensor]:
     """What the model itself takes for square images."""
     if "Siglip2" not in type(model.vision_model).__name__:  # of a model that PEFT wraps too
         return {"pixel_values": images}
-    from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
-
-    packed = torch.stack([convert_image_to_patches(image, 8) for image in images])
     side = images.shape[-1] // 8
+    grid = images.unflatten(3, (side, 8)).unflatten(2, (side, 8))  # (B, 3, side, 8, side, 8)
+    packed = grid.permute(0, 2, 4, 3, 5, 1).reshape(len(images), side * side, -1)
     return {
         "pixel_values": packed,
         "pixel_attention_mask": torch.ones(packed.shape[:2], dtype=torch.int64),

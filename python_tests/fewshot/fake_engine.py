@@ -89,10 +89,15 @@ def run_main(arguments, *, draws_page=False):
         for name, stand_in in {
             "tir_kernels.towers.loading.models.load_model": fake_model,
             "tir_kernels.fewshot.train.loop.finetune": at_once(),
+            "tir_kernels.fewshot.train.loop.require_parts": no_check,
             **({} if draws_page else {"tir_kernels.fewshot.command.show_page": no_page}),
         }.items():
             stack.enter_context(mock.patch(name, stand_in))
         return main(arguments)
+
+
+def no_check(model, tokenizer, method, class_names, shots, runtime):
+    """In place of ``require_parts``, since the stand-in has no towers."""
 
 
 def no_page(folders, out):

@@ -166,7 +166,7 @@ def test_bad_models(arguments, tmp_path, capsys, tiny_model_folder):
         (["--top-ratio", "1.5"], ["--top-ratio must lie in [0, 1]; got 1.5"]),
         (["--lora-dropout", "1"], ["--lora-dropout must lie in [0, 1)"]),
         (["--rule", "cubic"], ["--rule", "'linear', "]),
-        (["--method", "maple"], ["--method", "'zero-shot'"]),
+        (["--method", "magic"], ["--method", "'zero-shot'"]),
         (["--backend", "abacus"], ["--backend", "'auto', 'reference', "]),
         (["--device", "cuda:77"], ["--device cuda:77 can't be used here"]),
         (["--lora-rnak", "3"], ["No such option", "--lora-rank"]),

@@ -32,7 +32,8 @@ ATOL = 1e-4
 def as_method(name: str, **changes: Any) -> Method:
     """A method with the options of ``METHOD`` that it has too."""
     chosen = method_class(name)
-    options = {field.name: getattr(METHOD, field.name, None) for field in fields(chosen)}
+    own = [field.name for field in fields(chosen) if hasattr(METHOD, field.name)]
+    options = {name: getattr(METHOD, name) for name in own}
     return chosen(**(options | changes))
 
 

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -236,30 +235,3 @@ def test_only_the_first_tokens_are_computed_in_the_last_block() -> None:
             encoder = ImageEncoder(model)
             encoder.features(encoder.embed(images_for(model)))
         assert lengths == [count], family
-
-
-@torch.no_grad()
-def test_peft_reads_lora_of_separate_projections(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    model = MODELS["EVA-02"]()
-    plain, images = copy.deepcopy(model), images_for(model)
-    with adapters.add_lora(model, rank=2, alpha=3, towers=["visual"]) as lora:
-        for parameter in lora.parameters():
-            nn.init.normal_(parameter, std=0.2)
-        lora.train(False)
-        expected = encode(model, images)
-        adapters.save_lora(lora, tmp_path)
-    assert not torch.allclose(expected, encode(plain, images), atol=1e-2)
-    read = peft.PeftModel.from_pretrained(plain, str(tmp_path)).eval()
-    torch.testing.assert_close(read.base_model.model.encode_image(images), expected)
-
-
-@pytest.mark.parametrize("family", ["PE-Core", "EVA", "SigLIP"])
-def test_peft_has_no_form_for_packed_linear_maps(family: str, tmp_path: Path) -> None:
-    """EVA's forward would pass PEFT's change of them by."""
-    with (
-        adapters.add_lora(MODELS[family](), rank=2, towers=["visual"]) as lora,
-        pytest.raises(TypeError, match=r"keep lora\.factors\(\)"),
-    ):
-        adapters.save_lora(lora, tmp_path)
-    assert list(tmp_path.iterdir()) == []

@@ -2,11 +2,9 @@
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from oracle import pick_counts, plain_relevance
@@ -261,16 +259,3 @@ def test_the_joint_space_is_the_norm_alone() -> None:
     tokens = torch.randn(2, 3, 32)
     norm = F.layer_norm(tokens, (32,), space.norm_weight, space.norm_bias, space.norm_eps)
     torch.testing.assert_close(norm, make_vit().norm(tokens))
-
-
-def test_peft_format_does_not_know_one_linear_map_for_three(tmp_path: Path) -> None:
-    model = make_vit()
-    lora = adapters.add_lora(model, rank=2, towers=["visual"])
-    with pytest.raises(TypeError, match=r"separate projections alone; keep lora\.factors\(\)"):
-        adapters.save_lora(lora, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    lora.remove()
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 1}')
-    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(TypeError, match="separate projections alone"):
-        adapters.load_lora(model, tmp_path)

@@ -15,8 +15,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from tir_kernels.adapters.lora import TOWERS, LoRA, Place, add_lora, packed
-from tir_kernels.adapters.lora_layout import Layout, Owner, layout_of
+from tir_kernels.adapters import lora_layout
+from tir_kernels.adapters.lora import TOWERS, LoRA, add_lora, packed
+from tir_kernels.adapters.lora_layout import Owner
 from tir_kernels.towers import open_tower
 
 CONFIG_FILE = "adapter_config.json"
@@ -25,8 +26,9 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _MAX_CONFIG_BYTES = 16 * 2**20
 
 _NO_FORMAT = (
-    "PEFT's format is known for models with nn.MultiheadAttention or separate projections alone; "
-    "keep lora.factors() of this one with torch.save, and give them to set_factors()"
+    "PEFT's format is known for attention by nn.MultiheadAttention, or with nn.Linear projections "
+    "that it calls; keep lora.factors() of this model with torch.save, and give them to "
+    "set_factors()"
 )
 # Modules that torch.compile and data parallelism put around another.
 _WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module"})
@@ -53,28 +55,33 @@ def save_lora(lora: LoRA, directory: str | os.PathLike[str]) -> None:
 
     Raises:
         RuntimeError: The handle was removed from its model.
-        TypeError: The model's attention has query, key and value in one ``nn.Linear``.
+        TypeError: Queries, keys and values come neither from an ``nn.MultiheadAttention`` nor from
+            ``nn.Linear`` modules that the model calls, one for each or one for all three.
+        ValueError: The handle holds the factors of several episodes.
         OSError: The directory cannot be written.
     """
-    factors = {name: (a.detach(), b.detach()) for name, (a, b) in lora.factors().items()}
-    if not factors:
+    pairs = {name: (a.detach(), b.detach()) for name, (a, b) in lora.factors().items()}
+    if not pairs:
         raise RuntimeError("LoRA is removed from its model already: save it before remove()")
-    layout = layout_of([place for places in lora.places.values() for place in places])
-    if layout is None:
+    if any(a.dim() == 3 for a, _ in pairs.values()):
+        raise ValueError(
+            "LoRA of num_episodes has several adapters in one: give one episode's factors to "
+            "set_factors() of LoRA without num_episodes, and save that"
+        )
+    places = [(name, place) for name, places in lora.places.items() for place in places]
+    owners = [owner for name, place in places if (owner := Owner.of(name, place)) is not None]
+    if len(owners) < len(places):
         raise TypeError(_NO_FORMAT)
-    owners = [Owner.of(name, place) for name, places in lora.places.items() for place in places]
-    tensors: dict[str, Tensor] = {}
-    for owner in owners:
-        pairs = {name: factors[f"{owner.place}.{name}"] for name in owner.names}
-        for key, tensor in layout.write(owner, pairs).items():
-            tensors[key] = tensor.cpu().contiguous()
+    settings = lora_layout.settings(owners, lora)
+    tensors = lora_layout.write(owners, pairs, settings["r"])
+    tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
     config = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": None,
         "inference_mode": True,
-        "target_modules": layout.pattern([owner.path for owner in owners]),
-        **layout.settings(lora),
+        "target_modules": lora_layout.pattern(owners),
+        **settings,
         "lora_dropout": lora.dropout,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -99,8 +106,9 @@ def load_lora(
     """Add LoRA to a model, with the factors of a PEFT adapter.
 
     Factors written by :func:`save_lora` come back bit for bit. An adapter that PEFT trained on an
-    ``nn.MultiheadAttention``, whose one pair of rank R mixes queries, keys and values, becomes LoRA
-    of rank R with the same A in all three. The towers that the adapter does not cover get no LoRA;
+    ``nn.MultiheadAttention``, or on one ``nn.Linear`` for all three, whose one pair of rank R mixes
+    queries, keys and values, becomes LoRA of rank R with the same A in all three: exact, but with
+    dropout of its own for each. The towers that the adapter does not cover get no LoRA;
     separate projections that it does not cover get one whose B is zero.
 
     Args:
@@ -122,10 +130,9 @@ def load_lora(
     directory = Path(directory)
     config = _read_config(directory / CONFIG_FILE)
     tensors = _read_tensors(directory / WEIGHTS_FILE)
-    layout, owners = _owners(model)
-    adapted = _adapted(directory, tensors, layout, owners)
-    _check_tensors(directory, tensors, layout, adapted, config["r"])
-    rank, pairs = layout.read(adapted, tensors, config["r"])
+    adapted = _adapted(directory, tensors, _owners(model))
+    _check_tensors(directory, tensors, adapted, config["r"])
+    rank, pairs = lora_layout.read(adapted, tensors)
     lora = add_lora(
         model,
         rank,
@@ -217,35 +224,30 @@ def _without_wrappers(key: str) -> str:
     return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
 
 
-def _owners(model: nn.Module) -> tuple[Layout, list[Owner]]:
-    """The modules that can take LoRA, and how PEFT's format lays it out."""
+def _owners(model: nn.Module) -> list[Owner]:
+    """The modules that can take LoRA of PEFT's format."""
     owners: list[Owner] = []
-    layout = None
     for tower in TOWERS:
         with suppress(TypeError, ValueError):  # an adapter need not cover a tower of another kind
             for layer, block in enumerate(open_tower(model, tower).blocks):
-                places: list[Place] = list(packed(block))
-                layout = layout_of(places) or layout
-                if layout_of(places) is not None:
-                    owners += [Owner.of(f"{tower}.{layer}", place) for place in places]
-    if layout is None:
+                found = [Owner.of(f"{tower}.{layer}", place) for place in packed(block)]
+                owners += [owner for owner in found if owner is not None]
+    if not owners:
         open_tower(model, TOWERS[0])  # says why not
         raise TypeError(_NO_FORMAT)
-    return layout, owners
+    return owners
 
 
 def _tower(owner: Owner) -> str:
     return owner.place.split(".")[0]
 
 
-def _adapted(
-    directory: Path, tensors: dict[str, Tensor], layout: Layout, owners: list[Owner]
-) -> list[Owner]:
+def _adapted(directory: Path, tensors: dict[str, Tensor], owners: list[Owner]) -> list[Owner]:
     """What of a model is adapted: a tower in all its blocks or none, and nothing else."""
-    keys = {owner: list(layout.shapes(owner, 1)) for owner in owners}
+    keys = {owner: list(owner.shapes(1)) for owner in owners}
     known = {key for each in keys.values() for key in each}
     if unknown := [key for key in tensors if key not in known]:
-        pattern = layout.pattern([owner.path for owner in owners])
+        pattern = lora_layout.pattern(owners)
         raise ValueError(
             f"{directory} adapts what cannot take LoRA in this model ({unknown[0]!r}); use the "
             f"model it was made for, and target_modules={pattern!r} in PEFT"
@@ -256,7 +258,7 @@ def _adapted(
     adapted = []
     for tower in towers:
         of_tower = [owner for owner in owners if _tower(owner) == tower]
-        adapted += [o for o in of_tower if not layout.may_lack(o, of_tower, set(tensors))]
+        adapted += [o for o in of_tower if not lora_layout.may_lack(o, of_tower, set(tensors))]
     for owner in adapted:
         if missing := [key for key in keys[owner] if key not in tensors]:
             raise ValueError(
@@ -267,10 +269,10 @@ def _adapted(
 
 
 def _check_tensors(
-    directory: Path, tensors: dict[str, Tensor], layout: Layout, owners: list[Owner], rank: int
+    directory: Path, tensors: dict[str, Tensor], owners: list[Owner], rank: int
 ) -> None:
     for owner in owners:
-        for key, shape in layout.shapes(owner, rank).items():
+        for key, shape in owner.shapes(rank).items():
             tensor = tensors[key]
             if tensor.shape != shape or not tensor.is_floating_point():
                 raise ValueError(
@@ -282,4 +284,4 @@ def _check_tensors(
                     f"{directory}: {key!r} holds NaN or infinite values; the training "
                     "that wrote them diverged, so train the adapter anew"
                 )
-        layout.refuse(directory, owner, tensors)
+        lora_layout.refuse_output(directory, owner, tensors)

@@ -110,6 +110,13 @@ def tokenize(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
         return tokenizer(texts)
 
 
+def words_in_front(tokenizer: Tokenizer, template: str | None) -> int:
+    """How many tokens a template has in front of the name; ``None``: "a photo of a {}."."""
+    words, rest = (f"{CONTEXT_WORDS} ", ".") if template is None else _around_name(template)
+    one, other = tokenize(tokenizer, [f"{words}{PLACEHOLDER}{rest}", f"{words}photo{rest}"])
+    return int((one != other).nonzero()[0]) - _first_word(tokenizer)
+
+
 def _first_word(tokenizer: Tokenizer) -> int:
     """How many tokens there are in front of the first word of a text."""
     one, other = tokenize(tokenizer, [PLACEHOLDER, "photo"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,7 +43,7 @@ class AppendedTokens(Handle):
                 "model's blocks have adapters that would take registers for patches; call their "
                 "remove() first"
             )
-        self._blank: Tensor = _blank_token(tower)  # refuses towers with places for patches alone
+        self._norm_pre = _norm_pre(tower)
         self._places: list[tuple[Block, _Entrance]] = []
         self._watches: list[RemovableHandle] = []
         self._enter_at(blocks[0], appends=True)
@@ -60,8 +60,8 @@ class AppendedTokens(Handle):
     def _watch(self, hook: RemovableHandle) -> None:
         self._watches.append(hook)
 
-    def tokens(self, batch: int) -> Tensor | None:
-        """(B, R, D), what is appended to each image's tokens as they enter the first block."""
+    def tokens(self, hidden: Tensor) -> Tensor | None:
+        """(B, R, D), what is appended to tokens (B, L, D) as they enter the first block."""
         raise NotImplementedError
 
     @property
@@ -84,10 +84,10 @@ class _Entrance:
         self.handle = handle
 
     def enter(self, hidden: Tensor) -> tuple[Tensor, Modifier | None]:
-        tokens = None if self.handle is None else self.handle.tokens(len(hidden))
+        tokens = None if self.handle is None else self.handle.tokens(hidden)
         if tokens is None:
             return hidden, None
-        return torch.cat([hidden, tokens.to(hidden.device, hidden.dtype)], 1), None
+        return torch.cat([hidden, tokens.to(hidden)], 1), None
 
 
 class _Drop:
@@ -100,14 +100,17 @@ class _Drop:
         return hidden[:, : hidden.shape[1] - self.handle.count]
 
 
-def _blank_token(tower: VisionTower) -> Tensor:
-    blank = getattr(tower, "blank_token", None)
-    if blank is None:
+def _norm_pre(tower: VisionTower) -> Callable[[Tensor], Tensor]:
+    """What tokens with positions go through in front of the tower's first block."""
+    norm_pre = getattr(tower, "norm_pre", None)  # towers need not have it
+    if norm_pre is None:
+        kind = type(getattr(tower, "module", tower)).__name__
         raise TypeError(
-            f"registers need an image tower that says what a token of zeros is behind its "
-            f"positions; {type(tower).__name__} has no blank_token()"
+            f"model's image tower, a {kind}, takes no registers behind its patches: its blocks "
+            "have rotary positions or masks, which are those of patches alone; choose an "
+            "architecture such as ViT-B-16"
         )
-    return blank().detach()
+    return norm_pre
 
 
 class TestTimeRegisters(AppendedTokens):
@@ -146,10 +149,9 @@ class TestTimeRegisters(AppendedTokens):
             if not 0 <= numbers[0] <= numbers[-1] <= most:
                 raise ValueError(f"neurons of block {layer} must be of 0 to {most}; got {numbers}")
             chosen = [[Neuron(layer, number) in own for number in numbers] for own in groups]
-            device = self._blank.device
             self._columns[layer] = (
-                torch.tensor(numbers, device=device),
-                torch.tensor(chosen, device=device),
+                torch.tensor(numbers),
+                torch.tensor(chosen),
             )
             self._watch(on_neurons(block, _Edit(self, layer)))
             if layer not in (0, len(self._blocks) - 1):
@@ -169,10 +171,11 @@ class TestTimeRegisters(AppendedTokens):
     def count(self) -> int:
         return self.registers if self._is_on else 0
 
-    def tokens(self, batch: int) -> Tensor | None:
+    def tokens(self, hidden: Tensor) -> Tensor | None:
         if not self.count:
             return None
-        return self._blank.expand(batch, self.count, -1)
+        batch, _, width = hidden.shape
+        return self._norm_pre(hidden.new_zeros(batch, self.count, width))
 
     def edit(self, layer: int, values: Tensor) -> Tensor:
         """(B, L, K) activations of a block's neurons, those of the register neurons moved."""

@@ -9,23 +9,31 @@ from typing import Any
 
 from tir_kernels.fewshot.fields import kinds_of
 from tir_kernels.fewshot.methods import Method, method_class
+from tir_kernels.fewshot.presets import settings_of
 from tir_kernels.fewshot.settings import Arm
+
+PRESET = "preset"  # in the place of a field
 
 
 def make_arms(
-    methods: Sequence[str], arms: Sequence[str], shared: Mapping[str, Any]
+    methods: Sequence[str],
+    arms: Sequence[str],
+    shared: Mapping[str, Any],
+    preset: str | None = None,
 ) -> tuple[Arm, ...]:
     """The arms of a run.
 
     Args:
         methods: Names of methods, each an arm of its own name.
         arms: Texts ``NAME=METHOD,field=value,…``; a list's numbers are joined by commas, as in
-            ``tir@late=tir,layers=8,10``, and texts by ``|``.
+            ``tir@late=tir,layers=8,10``, and texts by ``|``. The field ``preset`` names a preset,
+            for what the arm does not set itself.
         shared: Field -> value, for each arm that has the field and does not set it itself.
+        preset: Preset of the arms that name none, for what neither they nor ``shared`` set.
 
     Raises:
-        ValueError, TypeError: An unknown method or field, a value it does not take, two arms of
-            one name, or a shared field that no arm has.
+        ValueError, TypeError: An unknown method, field or preset, a value it does not take, two
+            arms of one name, or a shared field that no arm has.
     """
     # A method named twice is still one method.
     chosen: list[tuple[str, type[Method], dict[str, Any]]] = [
@@ -42,6 +50,11 @@ def make_arms(
             raise ValueError(f"{field} is no setting of {', '.join(names)}; leave it out")
         for own in owners:
             own.setdefault(field, value)
+    for _, method, own in chosen:
+        name = own.pop(PRESET, preset)
+        if name is not None:
+            for field, value in settings_of(name, method).items():
+                own.setdefault(field, value)
     return tuple(_arm(*each) for each in chosen)
 
 
@@ -81,7 +94,7 @@ def _parse(text: str) -> tuple[str, type[Method], dict[str, Any]]:
         key, equals, value = setting.partition("=")
         if equals:
             field = key.strip().replace("-", "_")
-            if field not in fields_of(method):
+            if field != PRESET and field not in fields_of(method):
                 known = ", ".join(fields_of(method)) or "none"
                 raise ValueError(f"arm {name!r}: {method.name} has no {field!r}; it has {known}")
             given[field] = value.strip()
@@ -89,7 +102,12 @@ def _parse(text: str) -> tuple[str, type[Method], dict[str, Any]]:
             given[field] += f",{setting}"
         else:
             raise ValueError(f"arm {name!r}: {setting.strip()!r} is no field=value")
-    options = {field: _value(name, method, field, value) for field, value in given.items()}
+    options = {
+        field: value if field == PRESET else _value(name, method, field, value)
+        for field, value in given.items()
+    }
+    if PRESET in options and not settings_of(options[PRESET], method):
+        raise ValueError(f"arm {name!r}: preset {options[PRESET]} says nothing of {method.name}")
     return name, method, options
 
 

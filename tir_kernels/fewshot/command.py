@@ -33,6 +33,7 @@ from tir_kernels.fewshot.options import (
     episodes_option,
     method_fields,
     method_options,
+    preset_option,
     reading_options,
     settings_options,
     source_options,
@@ -40,6 +41,7 @@ from tir_kernels.fewshot.options import (
     with_options,
 )
 from tir_kernels.fewshot.predict_command import predict
+from tir_kernels.fewshot.presets import tell_preset
 from tir_kernels.fewshot.report_command import report, show_page
 from tir_kernels.fewshot.run.workers import Place
 from tir_kernels.fewshot.run_options import Inputs, Reading, RunOptions, settings_named
@@ -71,6 +73,7 @@ def cli() -> None:
 @source_options(data_required=False)
 @drawing_options()
 @arm_options()
+@preset_option()
 @reading_options()
 @episodes_option(20)
 @settings_options()
@@ -85,6 +88,7 @@ def run(**options: Any) -> None:
 @cli.command()
 @source_options(data_required=False)
 @drawing_options()
+@preset_option()
 @reading_options()
 @episodes_option(20)
 @settings_options()
@@ -171,7 +175,8 @@ def _run(then: Callable[[], None] | None = None, **options: Any) -> None:
         # A method that was registered after this module was imported has no options of its own.
         known = [field.name for field, _ in method_fields() if field.name in options]
         shared = {name: options[name] for name in known if options[name] is not None}
-        arms = make_arms(methods, options["arms"], shared)
+        preset = options.get("preset")
+        arms = make_arms(methods, options["arms"], shared, preset)
         track = options.get("track")
         tracking = None if track is None else Tracking.parse(track)
     with leaving_at_once(), console.status("loading libraries"):
@@ -180,6 +185,7 @@ def _run(then: Callable[[], None] | None = None, **options: Any) -> None:
         from tir_kernels.fewshot.run.progress import Messages
 
     messages = Messages(console, with_options)
+    tell_preset(preset, arms, messages.tell)
     chosen = RunOptions(options["out"], options["episodes"], arms, tracking)
     prepared = PreparedRun(
         chosen, taken(Inputs), taken(Reading), protocol, runtime, place, messages

@@ -42,10 +42,18 @@ def seed(help: str) -> Any:
     return whole(0, help, least=0, most=2**63 - 1, reason="generators take 63 bits")
 
 
+FIVE = "five"
+
+
 def views(help: str) -> Any:
-    """The number of further views of each image to train on."""
-    return whole(
-        0, help, least=0, most=1000, reason="so many views of one image are the same views again"
+    """The number of further views of each image to train on, or the word for five fixed views."""
+    return whole_or(
+        FIVE,
+        0,
+        help,
+        least=0,
+        most=1000,
+        reason="so many views of one image are the same views again",
     )
 
 
@@ -110,8 +118,8 @@ def real(
     return _field(default, help, check)
 
 
-def choice(default: str, choices: Collection[str], help: str) -> Any:
-    """One of several words."""
+def choice(default: str | None, choices: Collection[str], help: str) -> Any:
+    """One of several words; with ``None`` for the default it may be left unset."""
 
     def check(name: str, value: object) -> str:
         if value not in choices:
@@ -193,6 +201,12 @@ def checked(
 def added_later(field: Any) -> Any:
     """A field that methods did not always have: see ``as_settings``."""
     return dataclasses.field(default=field.default, metadata={**field.metadata, "is_later": True})
+
+
+def inherited(owner: type, name: str, default: object) -> Any:
+    """The field of a base class, with another default."""
+    (field,) = (each for each in dataclasses.fields(owner) if each.name == name)
+    return dataclasses.field(default=default, metadata=field.metadata)
 
 
 def as_settings(options: Any) -> dict[str, Any]:

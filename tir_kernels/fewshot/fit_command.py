@@ -17,10 +17,12 @@ from tir_kernels.fewshot.options import (
     method_fields,
     method_options,
     one_method_option,
+    preset_option,
     reading_options,
     source_options,
     with_options,
 )
+from tir_kernels.fewshot.presets import tell_preset
 from tir_kernels.fewshot.report_command import PAGE_NAME, show_page
 from tir_kernels.fewshot.run.workers import Place
 from tir_kernels.fewshot.run_options import Inputs, Reading, settings_named
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     "Folder of the classifier, which is made. The same command continues a fit that was stopped.",
 )
 @one_method_option()
+@preset_option()
 @reading_options()
 @fit_settings_options()
 @click.option(
@@ -86,7 +89,8 @@ def _prepared(options: dict[str, Any]) -> PreparedFit:
         settings, runtime = taken(FitSettings), taken(Runtime)
         known = [field.name for field, _ in method_fields() if field.name in options]
         given = {name: options[name] for name in known if options[name] is not None}
-        (arm,) = make_arms([options["method"]], (), given)
+        preset = options["preset"]
+        (arm,) = make_arms([options["method"]], (), given, preset)
         tracking = _tracking(options["track"])
     with console.status("loading libraries"):
         from tir_kernels.fewshot.classifier.prepared_fit import FitOptions, PreparedFit
@@ -94,6 +98,7 @@ def _prepared(options: dict[str, Any]) -> PreparedFit:
 
     chosen = FitOptions(options["out"], arm.method, tracking)
     messages = Messages(console, with_options)
+    tell_preset(preset, [arm], messages.tell)
     return PreparedFit(chosen, taken(Inputs), taken(Reading), settings, runtime, messages)
 
 

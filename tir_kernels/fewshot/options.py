@@ -15,6 +15,7 @@ from tir_kernels.fewshot.data.known import KNOWN_SETS
 from tir_kernels.fewshot.fields import kinds_of
 from tir_kernels.fewshot.methods import DEFAULT_METHODS, METHODS, method_class
 from tir_kernels.fewshot.option_kinds import NAME, Choice, Count, NumberOr, WholeNumbers
+from tir_kernels.fewshot.presets import PRESETS, preset_named
 from tir_kernels.fewshot.settings import AUTO, GROUP_COLUMN_HELP, FitSettings, Protocol, Runtime
 from tir_kernels.text import Notice, printable
 
@@ -154,8 +155,9 @@ _READING_OPTIONS = [
         "--class-names",
         "FILE_OR_SET",
         "JSON or CSV file: class -> words, or the names of a data set: "
-        f"{', '.join(KNOWN_SETS)}. Without it, the words are those of such a set if it has all "
-        "classes, or else come from the names of folders or labels.",
+        f"{', '.join(KNOWN_SETS)}; or raw: the names of folders or labels as they are, with spaces "
+        "for underscores. Without it, the words are those of such a set if it has all classes, or "
+        "else come from the names, made lower case and parted into words.",
     ),
     _name_option(
         "--cache",
@@ -248,6 +250,27 @@ def source_options(
     )
     folder = click.option("--out", type=NAME, required=True, metavar=metavar, help=out)
     return _adding([data, *_SOURCE_OPTIONS, folder])
+
+
+def preset_option() -> Callable[[Callable], Callable]:
+    """The option of settings that go together; what is set beside it goes first."""
+
+    def apply(context: click.Context, option: click.Parameter, name: str | None) -> str | None:
+        if name is not None:
+            own = {parameter.name for parameter in context.command.params}
+            settings = preset_named(name).command
+            context.default_map = {key: settings[key] for key in own & settings.keys()}
+        return name
+
+    return click.option(
+        "--preset",
+        type=Choice(lambda: PRESETS),
+        is_eager=True,  # the other options' defaults follow from it
+        callback=apply,
+        help="Settings that go together, for all that is not set otherwise: "
+        + "; ".join(f"{name}, {each.source}" for name, each in PRESETS.items())
+        + ".",
+    )
 
 
 def one_method_option() -> Callable[[Callable], Callable]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -19,10 +19,13 @@ from tir_kernels.fewshot.data.draw import require_groups, with_ways
 from tir_kernels.fewshot.data.queries import all_queries_note
 from tir_kernels.fewshot.data.reader import ImageReader, Preprocess
 from tir_kernels.fewshot.data.split import load_split
+from tir_kernels.fewshot.data.words import RAW
 from tir_kernels.fewshot.devices import is_slow_at, resolve_device
 from tir_kernels.fewshot.fields import as_settings
 from tir_kernels.fewshot.known_template import with_known_template
+from tir_kernels.fewshot.method_check import check_methods
 from tir_kernels.fewshot.prompt_check import check_prompts, cut_names_are_known
+from tir_kernels.fewshot.resizing import with_resize
 from tir_kernels.fewshot.run.folder import (
     SUMMARY_NAME,
     RunFolder,
@@ -93,8 +96,10 @@ class PreparedRun:
         self.plan = RunPlan(protocol, options.episodes, arms, self._runtime.device, parallel)
         for note in self._data.notes:
             messages.tell(note)
+        classes = self._data.classes
+        self._ways = protocol.ways if isinstance(protocol.ways, int) else len(classes)
         self._data.require(
-            ways=protocol.ways if isinstance(protocol.ways, int) else len(self._data.classes),
+            ways=self._ways,
             shots=protocol.shots,
             queries=protocol.queries_per_class,
         )
@@ -112,9 +117,13 @@ class PreparedRun:
             loaded = models.load_model(
                 self._inputs.model, self._inputs.pretrained, device=self.plan.device
             )
+        loaded = with_resize(loaded, self._protocol.resize)
         methods = [arm.method for arm in self.plan.arms]
         for note in (*loaded.notes, *check_prompts(self._data, loaded.tokenizer, methods)):
             self._messages.tell(note)
+        words = [entry.words for entry in self._data.classes[: self._ways]]
+        own = {arm.name: arm.method for arm in self.plan.arms}
+        check_methods(loaded, own, words, self._protocol.shots, self._runtime)
         return loaded
 
     def finished(self) -> Summary | None:
@@ -216,7 +225,7 @@ class PreparedRun:
 
     def _settings(self) -> dict[str, Any]:
         """All that decides an episode's numbers, as JSON values by the names of the settings."""
-        settings = asdict(self._protocol) | {
+        settings = as_settings(self._protocol) | {
             "precision": self._runtime.precision,
             # As it was given: another number of processes, on other devices, may continue.
             "device": self._given_device,
@@ -229,8 +238,8 @@ class PreparedRun:
             },
         }
         # Runs from before there were these have none, and no word on them.
-        if not self._protocol.augment:
-            del settings["augment"]
+        if self._inputs.class_names == RAW:
+            settings["class_names"] = RAW
         if self._data.group_column:
             settings["group_column"] = self._data.group_column
         if self._options.track is not None:

@@ -96,10 +96,11 @@ def settings_named() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, RuntimeError) as error:
-        raise FewShotError(_setting_first(str(error))) from error
+        raise FewShotError(setting_first(str(error))) from error
 
 
-def _setting_first(message: str) -> str:
+def setting_first(message: str) -> str:
+    """A message with the setting marked that it begins with, if it does."""
     match = re.match(r"(\w+)([ =:])", message)
     methods = map(method_class, METHODS)
     kinds = (Protocol, FitSettings, Runtime, Inputs, Reading, RunOptions, *methods)

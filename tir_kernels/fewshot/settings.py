@@ -13,6 +13,13 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 AUTO = "auto"
 ALL = "all"
 BALANCES = ("none", "loss", "sampling")
+CROP, SQUASH, SQUASH_BILINEAR = RESIZES = ("crop", "squash", "squash-bilinear")
+_RESIZE_HELP = (
+    "How images get the model's size: crop scales the shorter side and cuts off what the longer "
+    "one has beyond the middle; squash scales both sides, whatever their ratio; squash-bilinear "
+    "does so with bilinear instead of the model's interpolation, as published programs of "
+    "cross-domain few-shot learning. Unset: as the model's preprocessing says, for CLIP crop."
+)
 GROUP_COLUMN_HELP = (
     "Column of a table, or of a data set of Hugging Face, whose values are the subjects that "
     "images show, such as patients or lesions: no subject is on both sides, among images that are "
@@ -33,7 +40,7 @@ def _backend(name: str, value: object) -> object:
 
 @dataclass(frozen=True)
 class Protocol(fields.Checked):
-    """The episodes of a run: N-way K-shot, and the seed that draws them."""
+    """The episodes of a run: N-way K-shot, the seed that draws them, and their images' form."""
 
     ways: int | str = fields.whole_or(
         ALL, 5, "Classes of each episode, drawn anew; all: every class of the data.", least=2
@@ -57,13 +64,19 @@ class Protocol(fields.Checked):
         "Seed of the choice of episodes, and of each method's initialisation and dropout. Each of "
         "a seed's episodes is another draw."
     )
-    augment: int = fields.views(
-        "Train on this many views of each support image beside the image itself; 0 for none. The "
-        "cross-domain few-shot benchmark takes 4. A view is a part of the image of 8 to 100 % of "
-        "its area and a ratio of sides of 3/4 to 4/3, scaled up to the model's size, flipped half "
-        "of the time, with brightness, contrast and saturation times a random number from 0.6 to "
-        "1.4. Views are drawn once per episode, from the seed and its number alone."
+    augment: int | str = fields.added_later(
+        fields.views(
+            "Train on this many views of each support image beside the image itself; 0 for none. "
+            "The cross-domain few-shot benchmark takes 4. A view is a part of the image of 8 to "
+            "100 % of its area and a ratio of sides of 3/4 to 4/3, scaled up to the model's size, "
+            "flipped half of the time, with brightness, contrast and saturation times a random "
+            "number from 0.6 to 1.4. Or five, the views of the program of arXiv 2605.25799: the "
+            "image; it rotated by -45 to 45 degrees, with these factors, and flipped half of the "
+            "time; it rotated; with factors; flipped half of the time. Views are drawn once per "
+            "episode, from the seed and its number alone."
+        )
     )
+    resize: str | None = fields.added_later(fields.choice(None, RESIZES, _RESIZE_HELP))
 
     @property
     def queries_per_class(self) -> int | None:
@@ -85,8 +98,12 @@ class FitSettings(fields.Checked):
     seed: int = fields.seed(
         "Seed of the choice of images, and of the method's initialisation and dropout."
     )
-    augment: int = fields.views(
-        "Train on this many views of each image beside the image itself; 0 for none."
+    augment: int | str = fields.views(
+        "Train on this many random views of each image beside the image itself; 0 for none; or on "
+        "five fixed kinds of views, itself included; as in run."
+    )
+    resize: str | None = fields.added_later(
+        fields.choice(None, RESIZES, f"{_RESIZE_HELP} The classifier keeps it.")
     )
     batch_size: int | None = fields.whole(
         None,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from tir_kernels.towers.opening import Opened, put_on, require_own_forward, take_off
 from tir_kernels.towers.protocol import AttentionCall, BlockAdapter
@@ -22,13 +23,23 @@ class BlockBase:
         path: Its path in the model.
 
     Attributes:
-        opened: Class of a block, an attention or a linear map -> the class that stands in for it.
+        opened: Class of a block, an attention, a linear map or an MLP -> the class that stands in
+            for it.
+        products: Class of a module -> the names of its parameters that are multiplied, or added to
+            a product: those that an autocast region converts.
         attention_name: The block's attribute that is its attention.
         last_linears: Names that the last linear map of its MLP may have.
         batch_first: Whether the library's block takes the batch first.
     """
 
     opened: ClassVar[Mapping[type, type[Opened]]]
+    products: ClassVar[Mapping[type, tuple[str, ...]]] = {
+        **dict.fromkeys((nn.Linear, NonDynamicallyQuantizableLinear), ("weight", "bias")),
+        nn.MultiheadAttention: (
+            *("in_proj_weight", "in_proj_bias"),
+            *("q_proj_weight", "k_proj_weight", "v_proj_weight"),
+        ),
+    }
     attention_name: ClassVar[str] = "attn"
     last_linears: ClassVar[tuple[str, ...]] = ("fc2",)
     batch_first: bool = True

@@ -54,7 +54,7 @@ def text_tower(model: Any) -> EncodesText:
         "is_causal",
         ("text_tower", "texts"),
         f", since this needs texts; got {type(model).__name__} "
-        f"with text tower {_kind(model, 'text')}",
+        + (f"with text tower {_kind(model, 'text')}" if hasattr(model, "text") else "without any"),
     )
 
 

@@ -1,80 +1,47 @@
-"""Frozen layers of an open_clip model, for the time of a training, in the form it uses most."""
+"""Frozen layers of opened towers, for the time of a training, in the form it uses most.
+
+Both contexts serve the blocks of a model's towers and what these pool their tokens with. What a
+family's blocks do not know stays as it is, and so does a tower that can't be opened.
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
 
-from tir_kernels.operators.bias_activation import bias_activation
 from tir_kernels.operators.choose import backend_with
-
-
-class _FrozenMlp(nn.Sequential):
-    """Linear, activation, linear: the bias goes into the activation, whose result is not kept."""
-
-    def __init__(self, original: nn.Sequential, kind: str, backend: str) -> None:
-        super().__init__(OrderedDict(original.named_children()))  # open_clip reads them by name
-        self.kind = kind
-        self.backend = backend
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        first: Any = self[0]
-        second: Any = self[2]
-        product = F.linear(hidden, first.weight)
-        activated = bias_activation(product, first.bias, self.kind, backend=self.backend)
-        return F.linear(activated, second.weight, second.bias)
-
-
-def _activation_kind(mlp: Any) -> str | None:
-    """The kernels' name for the activation of a block's MLP; ``None`` where they can't serve."""
-    if not (
-        isinstance(mlp, nn.Sequential)
-        and len(mlp) == 3
-        and isinstance(mlp[0], nn.Linear)
-        and isinstance(mlp[2], nn.Linear)
-        and not any(p.requires_grad for p in mlp.parameters())
-        and not any(_has_hooks(module) for module in mlp.modules())  # they would not be called
-    ):
-        return None
-    if isinstance(mlp[1], QuickGELU):
-        return "quick_gelu"
-    return "gelu" if isinstance(mlp[1], nn.GELU) and mlp[1].approximate == "none" else None
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds)
+from tir_kernels.towers.blocks import BlockBase
+from tir_kernels.towers.find import open_tower
+from tir_kernels.towers.mlp import FusedActivation, OpenedMlp
+from tir_kernels.towers.opening import Opened, is_untouched, put_on, take_off
 
 
 @contextmanager
 def frozen_mlps(model: nn.Module, backend: str = "auto") -> Iterator[None]:
     """Let the MLPs of frozen blocks on a CPU run through ``bias_activation``.
 
-    On a GPU, PyTorch's products take the bias along themselves.
+    Those with exact or quick GELU do; an MLP whose first layer learns its bias, has hooks or is not
+    a plain ``nn.Linear`` runs as ever.
 
     Args:
-        model: An open_clip model.
+        model: A model with towers that can be opened.
         backend: Backend of ``bias_activation`` where it offers that.
     """
-    backend = backend_with(backend, "bias_activation")
-    originals: list[tuple[Any, Any]] = []
+    fused = FusedActivation(backend_with(backend, "bias_activation"))
+    served: list[nn.Module] = []
     try:
-        for block in [m for m in model.modules() if isinstance(m, ResidualAttentionBlock)]:
-            kind = _activation_kind(block.mlp)
-            if kind is not None and block.mlp[0].weight.device.type == "cpu":
-                originals.append((block, block.mlp))
-                block.mlp = _FrozenMlp(block.mlp, kind, backend)
+        for module, block in _layers(model):
+            stand_in = block.opened.get(type(module))
+            if stand_in and issubclass(stand_in, OpenedMlp) and is_untouched(module):
+                served.append(module)
+                put_on(module, fused, block.opened)
         yield
     finally:
-        for block, mlp in originals:
-            block.mlp = mlp
+        for module in served:
+            take_off(module, fused)
 
 
 @contextmanager
@@ -82,16 +49,49 @@ def cast_blocks(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Keep the matrices of frozen blocks in the type that an autocast region multiplies in.
 
     Autocast would convert each of them in every pass, since it remembers only those that learn.
+    The towers must run in such a region, and in parts: open_clip's text tower by itself would give
+    its tokens the type of its matrices. Parameters that learn, of float64 or of another class than
+    ``nn.Parameter`` (quantised, distributed) stay as they are.
+
+    Args:
+        model: A model with towers that can be opened.
+        dtype: The region's type.
     """
     kept: list[tuple[nn.Parameter, Tensor]] = []
     try:
-        for block in [m for m in model.modules() if isinstance(m, ResidualAttentionBlock)]:
-            for name, parameter in block.named_parameters():
-                is_product = "ln_" not in name and "ls_" not in name and "low_rank" not in name
-                if is_product and not parameter.requires_grad:
+        for module, block in _layers(model):
+            plain = module.plain if isinstance(module, Opened) else type(module)
+            for name in block.products.get(plain, ()) if is_untouched(module) else ():
+                parameter = module._parameters.get(name)
+                if parameter is not None and _is_converted(parameter, dtype):
                     kept.append((parameter, parameter.data))
                     parameter.data = parameter.data.to(dtype)
         yield
     finally:
         for parameter, original in kept:
             parameter.data = original
+
+
+def _is_converted(parameter: nn.Parameter, dtype: torch.dtype) -> bool:
+    """Whether autocast would convert it in every pass."""
+    return (
+        type(parameter) is nn.Parameter
+        and not parameter.requires_grad
+        and parameter.is_floating_point()
+        and parameter.dtype not in (dtype, torch.float64)
+    )
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, BlockBase]]:
+    """The modules of a model's blocks and pools, each with a block of its family."""
+    for kind in ("visual", "text"):
+        try:
+            tower = open_tower(model, kind)
+        except (TypeError, ValueError):  # of an unknown kind, or there is none
+            continue
+        blocks = [block for block in tower.blocks if isinstance(block, BlockBase)]
+        if not blocks:
+            continue
+        for part in (*(block.module for block in blocks), *getattr(tower, "pools", ())):
+            for module in part.modules():
+                yield module, blocks[0]

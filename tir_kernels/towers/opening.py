@@ -74,6 +74,16 @@ def require_own_forward(module: nn.Module) -> None:
         )
 
 
+def is_untouched(module: nn.Module) -> bool:
+    """Whether a module runs by its class alone: without hooks, and without another tool's forward.
+
+    Global hooks are not looked at.
+    """
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    is_hooked = any(getattr(module, kind) for kind in kinds)
+    return not (is_hooked or "forward" in vars(module) or _SET_ASIDE in vars(module))
+
+
 def put_on(module: Any, adapter: Any, opened: Mapping[type, type[Opened]]) -> None:
     """Put an adapter on a module, whose class must be a key of ``opened`` or one of its values."""
     if not isinstance(module, Opened):

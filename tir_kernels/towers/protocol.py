@@ -1,7 +1,6 @@
 """The seams of the towers: what adapters may rely on, and what a new family has to give.
 
-B images or texts, L tokens, D model width, H heads, d head width, E joint width.
-"""
+B images or texts, L tokens, D model width, H heads, d head width, E joint width."""
 
 from __future__ import annotations
 
@@ -47,6 +46,7 @@ class Linear(NamedTuple):
 
     owner: nn.Module  # takes the low-rank change, as the submodule ``low_rank``
     shape: tuple[int, int, int]  # parts, output width, input width
+    is_called: bool = True  # False: the library reads the owner's weight past its forward
 
 
 class Block(Protocol):

@@ -107,6 +107,20 @@ def test_other_images_or_preprocessing_get_other_files(setting):
     assert decoded() == 5
 
 
+def test_images_of_one_resize_serve_no_other(tmp_path):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    Image.effect_noise((60, 40), 90).convert("RGB").save(tmp_path / "images" / "a" / "wide.png")
+    setting, own = Setting(tmp_path / "images", tmp_path / "cache"), Preprocess(PreprocessCfg(8))
+    seen = []
+    for changed in (own, own.with_resize(True), own.with_resize(True, "bilinear")):
+        first, again = (setting.reader(Counting(changed.config)) for _ in range(2))
+        seen.append(first(0))
+        assert first.preprocess.decoded == 1
+        assert torch.equal(again(0), seen[-1])
+        assert again.preprocess.decoded == 0
+    assert len(torch.unique(torch.stack(seen), dim=0)) == len(setting.files) == 3
+
+
 def flip_bit(path, position):
     content = bytearray(path.read_bytes())
     content[position] ^= 4

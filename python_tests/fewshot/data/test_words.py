@@ -12,6 +12,7 @@ from tir_kernels.fewshot.data.words import (
     class_words,
     default_words,
     published_note,
+    raw_words,
     read_class_names,
 )
 
@@ -123,6 +124,42 @@ def test_copies_of_a_set_may_spell_it_otherwise():
         "healthy bell pepper leaf",
     ]
     assert "plantvillage" in note
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("AnnualCrop", "AnnualCrop"),
+        ("Apple___Apple_scab", "Apple Apple scab"),
+        ("Corn_(maize)___Common_rust_", "Corn (maize) Common rust"),
+        ("Spider_mites Two-spotted_spider_mite", "Spider mites Two-spotted spider mite"),
+        ("001.Black_footed_Albatross", "001.Black footed Albatross"),
+        ("MEL", "MEL"),
+        ("___", "___"),
+    ],
+)
+def test_raw_words(name, words):
+    assert raw_words(name) == words
+
+
+def test_raw_words_go_before_those_of_a_known_set(make_images):
+    for known in known_sets().values():
+        words, note = class_words(list(known.words), "raw")
+        assert words == {name: raw_words(name) for name in known.words}
+        assert note.startswith("class names are raw: ")
+    root = make_images({"SeaLake": 1, "HerbaceousVegetation": 1})
+    raw = load_data(root, class_names="raw")
+    assert [entry.words for entry in raw.classes] == ["HerbaceousVegetation", "SeaLake"]
+    assert "HerbaceousVegetation is 'HerbaceousVegetation'" in raw.notes[0]
+    assert " as published " in raw.notes[1]  # it is that set all the same
+    assert raw.fingerprint != load_data(root).fingerprint
+
+
+def test_raw_words_must_be_words_and_differ():
+    with pytest.raises(FewShotError, match=r"'leaf rust' and 'Leaf_rust' have the same words"):
+        class_words(["leaf rust", "Leaf_rust"], "raw")
+    with pytest.raises(FewShotError, match="is not UTF-8"):
+        class_words([os.fsdecode(b"for\xeat"), "field"], "raw")
 
 
 def test_a_set_is_taken_only_if_it_has_all_classes(make_images):

@@ -82,6 +82,7 @@ def test_without_change_it_is_zero_shot(model):
         torch.testing.assert_close(learn(model, method).query_logits, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("towers", ["vision", "text"])
 @pytest.mark.parametrize("kind", [LoRA, TIR])
 def test_at_once_is_alone(model, towers, kind):

@@ -64,6 +64,17 @@ def train(method, keeper=None, precision="float32", batch_size=None):
     return result, losses
 
 
+def test_what_steps_carry_goes_on_too():
+    method = as_method("mind", steps=6, lora_dropout=0.25)
+    expected, all_losses = train(method)
+    keeper = Keeper([2])
+    with pytest.raises(StopError):
+        train(method, keeper)
+    found, losses = train(method, keeper)
+    assert losses == all_losses[2:]
+    assert torch.equal(found.query_logits, expected.query_logits)
+
+
 @pytest.mark.parametrize("name", ["tir", "lora"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("batch_size", [None, 4])
@@ -149,3 +160,16 @@ def test_class_weights_are_those_of_the_loss():
     assert first_loss(None) == pytest.approx(zero + one)
     assert first_loss(torch.tensor([0.6, 3.0])) == pytest.approx(0.6 * zero + 3 * one)
     assert zero != pytest.approx(one)
+
+
+@pytest.mark.slow
+def test_first_steps_that_overflow_leave_no_momentum(monkeypatch):
+    """What memory held before would be taken for it."""
+    method = as_method("lora", steps=14, lora_lr=1e-3, logit_scale=100.0)
+    expected, _ = train(method, None, "float16")
+    assert expected.losses[0] == expected.losses[1] != expected.losses[-1]
+    plain = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **more: plain(*a, **more).fill_(9.0))
+    found, _ = train(method, None, "float16")
+    assert found.losses == expected.losses
+    assert torch.equal(found.trained["context"], expected.trained["context"])

@@ -148,6 +148,15 @@ def test_custom_text_towers_take_flat_names(folder, model, state):
     assert torch.equal(loaded.model.text.token_embedding.weight, model.token_embedding.weight)
 
 
+def test_a_text_tower_far_deeper_than_the_image_tower(folder):
+    """As PE-Core-B's, which has most of the model's tensors."""
+    text = {**CONFIG["text_cfg"], "layers": 9}
+    write_config(folder, custom_text=True, text_cfg__layers=9)
+    model = open_clip.CustomTextCLIP(**{**CONFIG, "text_cfg": text})
+    for prefix in ("", "module.", "text."):
+        assert_loaded(load(folder, prefixed(model.state_dict(), prefix)), model)
+
+
 def test_scalars_of_one_dimension_and_a_missing_bias(folder, state):
     write_config(folder, init_logit_bias=-10)
     state["logit_scale"] = state["logit_scale"].reshape(1)

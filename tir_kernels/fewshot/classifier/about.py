@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tir_kernels.fewshot.fields import as_settings
 from tir_kernels.fewshot.methods import Method, method_class
-from tir_kernels.fewshot.settings import PRECISIONS
+from tir_kernels.fewshot.settings import PRECISIONS, RESIZES
 from tir_kernels.files import expand_user
 
 if TYPE_CHECKING:
@@ -88,6 +88,11 @@ class About:
     white_value: float | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def resize(self) -> str | None:
+        """How its images get the model's size; ``None``: as the model's preprocessing says."""
+        return self.settings.get("resize")  # none of classifiers from before there was a choice
+
     def to_json(self) -> dict[str, Any]:
         """The content of ``classifier.json``."""
         return {
@@ -133,6 +138,9 @@ class About:
         white_value = content.get("white_value")  # none of classifiers from before it was kept
         if white_value is not None and not 0 < white_value < float("inf"):
             raise ValueError(f"white_value is {white_value}")
+        settings = content["settings"]
+        if settings.get("resize") not in (None, *RESIZES):
+            raise ValueError(f"resize is {settings['resize']!r}")
         return cls(
             labels=tuple(str(each["label"]) for each in classes),
             words=tuple(str(each["words"]) for each in classes),
@@ -147,6 +155,6 @@ class About:
             temperature=temperature,
             white_value=white_value,
             figures=content["figures"],
-            settings=content["settings"],
+            settings=settings,
             versions=content["versions"],
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,8 +15,9 @@ from tir_kernels.fewshot.classifier.about import About, BaseModel
 from tir_kernels.fewshot.classifier.classifier import Classifier
 from tir_kernels.fewshot.data.dataset import ImageClass, ImageData
 from tir_kernels.fewshot.data.reader import ImageReader
-from tir_kernels.fewshot.data.views import with_views
+from tir_kernels.fewshot.data.views import views_per_image, with_views
 from tir_kernels.fewshot.episode import Episode, random_state
+from tir_kernels.fewshot.fields import as_settings
 from tir_kernels.fewshot.methods import Method, Observer
 from tir_kernels.fewshot.prepare import versions
 from tir_kernels.fewshot.settings import FitSettings, Runtime
@@ -134,13 +135,18 @@ def read_support(data: ImageData, images: ImageReader, shots: int | None, seed: 
     )
 
 
-def require_balance(method: Method, settings: FitSettings) -> None:
-    """Check that a method can be trained with the balance of the settings.
+def require_fitting(method: Method, settings: FitSettings) -> None:
+    """Check that a method can be trained with the batches and the balance of the settings.
 
     Raises:
         FewShotError: It can't, or sampling has no batch size.
     """
     balance = setting("balance", settings.balance)
+    if settings.batch_size is not None and method.needs_all_images:
+        raise FewShotError(
+            f"method {method.name} compares all images with one another at every step; leave "
+            f"{setting('batch_size')} out"
+        )
     if settings.balance == "sampling" and not method.steps:
         raise FewShotError(
             f"{balance} draws the images of training steps, and method {method.name} has none; "
@@ -204,7 +210,7 @@ class Fitter:
     white_value: float | None = None
 
     def __post_init__(self) -> None:
-        require_balance(self.method, self.settings)
+        require_fitting(self.method, self.settings)
 
     def fit(
         self,
@@ -246,7 +252,7 @@ class Fitter:
             white_value=self.white_value,
             support=tuple(support.counts),
             support_digests=tuple(support.digests),
-            settings=asdict(self.settings),
+            settings=as_settings(self.settings),
             figures={**(figures or {}), **known},
             versions=versions(),
         )
@@ -255,9 +261,10 @@ class Fitter:
     def episode(self, support: Support, query: Support | None = None) -> Episode:
         """Support images with their views, and images to classify, as the engine takes them."""
         preprocess, device = self.model.preprocess, self.runtime.device
-        pixels, views = support.pixels.to(device), 1 + self.settings.augment
+        augment, pixels = self.settings.augment, support.pixels.to(device)
+        views = views_per_image(augment)
         if views > 1:
-            pixels = with_views(pixels, views - 1, random_state(self.settings.seed, 0, stream=2))
+            pixels = with_views(pixels, augment, random_state(self.settings.seed, 0, stream=2))
         asked = pixels[:0] if query is None else query.pixels.to(device)
         return Episode(
             class_names=[entry.words for entry in support.classes],

@@ -23,6 +23,7 @@ from tir_kernels.fewshot.classifier.about import About
 from tir_kernels.fewshot.classifier.card import model_card
 from tir_kernels.fewshot.classifier.classifier import Classifier
 from tir_kernels.fewshot.methods.lora import FACTOR_PREFIX, TOWERS, factors_in, named_factors
+from tir_kernels.fewshot.resizing import with_resize
 from tir_kernels.fewshot.run.folder import SETTINGS_NAME, expanded_out, write_json, write_whole
 from tir_kernels.fewshot.settings import Runtime
 from tir_kernels.fewshot.strict_json import decode_json
@@ -117,6 +118,7 @@ def load_classifier(
             f"{loaded.fingerprint[:16]}: pass {setting('model')} and {setting('pretrained')} of "
             "the one it was made with"
         )
+    loaded = with_resize(loaded, about.resize)
     try:
         learned: dict[str, Tensor] = safetensors.torch.load_file(folder / LEARNED_FILE)
         if WEIGHTS_FILE in digests:

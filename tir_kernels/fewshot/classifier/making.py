@@ -13,7 +13,7 @@ from tir_kernels.fewshot.classifier.expected import expected_accuracy
 from tir_kernels.fewshot.classifier.fitting import (
     Fitter,
     read_support,
-    require_balance,
+    require_fitting,
     with_subjects,
 )
 from tir_kernels.fewshot.data.dataset import load_data
@@ -21,8 +21,10 @@ from tir_kernels.fewshot.data.decoding import Decoding
 from tir_kernels.fewshot.data.reader import ImageReader
 from tir_kernels.fewshot.devices import resolve_device
 from tir_kernels.fewshot.known_template import method_with_known_template
+from tir_kernels.fewshot.method_check import check_methods
 from tir_kernels.fewshot.methods import DEFAULT_METHODS, Method, method_class
 from tir_kernels.fewshot.prompt_check import check_prompts
+from tir_kernels.fewshot.resizing import with_resize
 from tir_kernels.fewshot.run_options import Inputs
 from tir_kernels.fewshot.settings import FitSettings, Runtime
 from tir_kernels.towers.loading.models import load_model
@@ -49,8 +51,8 @@ def fit(
             size.
         model, pretrained: The base model, see ``load_model``.
         method: Method with its options; ``None``: the published one, as ``tir-finetune`` takes it.
-        settings: Images per class, seed, views, the estimate of the accuracy, and the column of
-            subjects.
+        settings: Images per class, seed, views, resizing, the estimate of the accuracy, and the
+            column of subjects.
         runtime: Device and types.
         class_names: Words of the classes, see ``class_words``.
         on_step: Called with the step, from 0, and its loss after each step on all images.
@@ -64,7 +66,7 @@ def fit(
         torch.OutOfMemoryError: Memory does not suffice: set ``batch_size``, or fewer ``shots``.
     """
     method = method_class(DEFAULT_METHODS[0])() if method is None else method
-    require_balance(method, settings)
+    require_fitting(method, settings)
     runtime = replace(runtime, device=resolve_device(runtime.device)[0])
     inputs = Inputs(os.fspath(data), model, None, class_names, pretrained)
     listed = load_data(
@@ -72,10 +74,12 @@ def fit(
     )
     settings = with_subjects(settings, listed)
     method = method_with_known_template(method, listed)
-    loaded = load_model(model, pretrained, device=runtime.device)
+    loaded = with_resize(load_model(model, pretrained, device=runtime.device), settings.resize)
     for note in (*listed.notes, *loaded.notes):
         warnings.warn(note, stacklevel=2)
     check_prompts(listed, loaded.tokenizer, [method])
+    words = [each.words for each in listed.classes]
+    check_methods(loaded, {method.name: method}, words, settings.shots or 2, runtime)
     images = ImageReader(
         listed,
         loaded.preprocess,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,20 @@ from tir_kernels.fewshot.classifier.fitting import (
     Fitter,
     Support,
     read_support,
-    require_balance,
+    require_fitting,
     takes_class_weights,
     with_subjects,
 )
 from tir_kernels.fewshot.classifier.folder import load_classifier, save_classifier
 from tir_kernels.fewshot.data.dataset import load_data
+from tir_kernels.fewshot.data.words import RAW
 from tir_kernels.fewshot.fields import as_settings
 from tir_kernels.fewshot.known_template import method_with_known_template
+from tir_kernels.fewshot.method_check import check_methods
 from tir_kernels.fewshot.methods import Method
 from tir_kernels.fewshot.prepare import image_reader, note_slowness, usable_device, versions
 from tir_kernels.fewshot.prompt_check import check_prompts, cut_names_are_known
+from tir_kernels.fewshot.resizing import with_resize
 from tir_kernels.fewshot.run.progress import Messages
 from tir_kernels.fewshot.run.records import OK, Record
 from tir_kernels.fewshot.run.tracked import Track, TrackFile
@@ -104,7 +107,7 @@ class PreparedFit:
         runtime: Runtime,
         messages: Messages,
     ) -> None:
-        require_balance(options.method, settings)
+        require_fitting(options.method, settings)
         self._inputs, self._reading, self._messages = inputs, reading, messages
         device = usable_device(runtime, reading, messages)
         self._runtime = replace(runtime, device=device)
@@ -154,9 +157,15 @@ class PreparedFit:
             loaded = models.load_model(
                 self._inputs.model, self._inputs.pretrained, device=self._runtime.device
             )
-        cut = check_prompts(self._data, loaded.tokenizer, [self._options.method])
+        loaded = with_resize(loaded, self._fit_settings.resize)
+        method = self._options.method
+        cut = check_prompts(self._data, loaded.tokenizer, [method])
         for note in (*loaded.notes, *cut):
             self._messages.tell(note)
+        words = [entry.words for entry in self._data.classes]
+        # Where all images are taken, their number is not known yet: more than one.
+        shots = self._fit_settings.shots or 2
+        check_methods(loaded, {method.name: method}, words, shots, self._runtime)
         return loaded
 
     def _read_support(self, loaded: LoadedModel) -> Support:
@@ -237,7 +246,7 @@ class PreparedFit:
     def _settings(self, loaded: LoadedModel) -> dict[str, Any]:
         """All that decides the classifier's numbers, as JSON values by the settings' names."""
         method, track = self._options.method, self._options.track
-        settings = asdict(self._fit_settings) | {
+        settings = as_settings(self._fit_settings) | {
             "precision": self._runtime.precision,
             "device": self._runtime.device,
             "backend": self._runtime.backend,
@@ -246,6 +255,7 @@ class PreparedFit:
             "arms": {method.name: {"method": method.name, **as_settings(method)}},
             "track": None if track is None else str(track),
             "white_value": self._reading.white_value,
+            "class_names": RAW if self._inputs.class_names == RAW else None,
         }
         return {name: value for name, value in settings.items() if value is not None}
 

@@ -18,7 +18,7 @@ from tir_kernels.fewshot.data.dataset import (
 )
 from tir_kernels.fewshot.data.queries import QueryImages
 from tir_kernels.fewshot.data.reader import ImageReader
-from tir_kernels.fewshot.data.views import with_views
+from tir_kernels.fewshot.data.views import views_per_image, with_views
 from tir_kernels.fewshot.episode import Episode, EpisodePlan, Images, random_state
 
 _HELD_BYTES = 128 * 2**20  # most pixels of queries that are held; as float32 four times as much
@@ -32,7 +32,7 @@ def load_episode(
     shots: int,
     queries: int | None,
     device: str | torch.device = "cpu",
-    augment: int = 0,
+    augment: int | str = 0,
     seed: int = 0,
 ) -> Episode:
     """Read an episode's images.
@@ -46,7 +46,7 @@ def load_episode(
             groups. Where they are too many to be held, they are read when they are classified.
         device: Device on which the images are normalised and augmented, and left; labels stay on
             the CPU.
-        augment: Augmented views of each support image, see ``draw_views``.
+        augment: Augmented views of each support image, see ``with_views``.
         seed: Seed of the run, which decides the views together with the episode's number.
 
     Raises:
@@ -65,7 +65,7 @@ def load_episode(
     return Episode(
         class_names=[entry.words for entry in classes],
         support_images=images.preprocess.normalise(support_pixels),
-        support_labels=labels.repeat_interleave(shots * (1 + augment)),
+        support_labels=labels.repeat_interleave(shots * views_per_image(augment)),
         query_images=query_images,
         index=plan.index,
         query_labels=labels.repeat_interleave(torch.tensor(query_counts, device="cpu")),

@@ -11,6 +11,9 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
+from tir_kernels.fewshot.data.fixed_views import draw_fixed_views, fixed_view
+from tir_kernels.fewshot.fields import FIVE
+
 _AREA = (0.08, 1.0)
 _LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
 _JITTER = 0.4
@@ -77,17 +80,31 @@ def apply_view(pixels: Tensor, view: View) -> Tensor:
     return image.mul_(255).round_().to(torch.uint8)
 
 
-def with_views(pixels: Tensor, views: int, random: np.random.RandomState) -> Tensor:
+def views_per_image(augment: int | str) -> int:
+    """The views of an image, itself included, by the setting ``augment``."""
+    return 5 if augment == FIVE else 1 + int(augment)
+
+
+def with_views(pixels: Tensor, augment: int | str, random: np.random.RandomState) -> Tensor:
     """Each image followed by its views.
 
     Args:
         pixels: (S, 3, H, W) uint8, on any device.
-        views: Views of each image.
+        augment: Random views of each image, see ``draw_views``; or "five" for the fixed kinds of
+            ``draw_fixed_views``, of which the image is the first.
         random: Generator that they are drawn with, on the CPU.
 
     Returns:
-        (S * (1 + views), 3, H, W) uint8.
+        (S * V, 3, H, W) uint8, V as ``views_per_image`` says.
     """
+    if augment == FIVE:
+        images = [
+            each
+            for image in pixels.cpu()
+            for each in (image, *(fixed_view(image, view) for view in draw_fixed_views(random)))
+        ]
+        return torch.stack(images).to(pixels.device)
+    views = int(augment)
     drawn = iter(draw_views(random, len(pixels) * views, *pixels.shape[-2:]))
     return torch.stack(
         [

@@ -22,6 +22,9 @@ from tir_kernels.text import setting
 
 _CLASS_NAMES = setting("class_names")
 
+# In place of a file or a known set: the names of folders or labels as they are.
+RAW = "raw"
+
 # A number that may count classes, and what parts it from the word behind it.
 _INDEX = re.compile(r"^(?P<number>\d{1,9})(?P<separator>[\s._-]+)(?=[^\W\d_])")
 
@@ -88,11 +91,11 @@ def class_words(
     Args:
         names: The classes' names: those of folders, or labels of a list.
         given: The words: a mapping from name to words, a JSON or CSV file that holds one, or one of
-            ``KNOWN_SETS``. ``None``: those of the known set that has all the names, and without
-            such a set ``default_words``.
+            ``KNOWN_SETS``; or "raw" for ``raw_words``. ``None``: those of the known set that has
+            all the names, and without such a set ``default_words``.
 
     Returns:
-        Name -> words, and a line for the user where words were guessed, else "".
+        Name -> words, and a line for the user where words were guessed or are raw, else "".
 
     Raises:
         FewShotError: A class has no words, or the same words as another.
@@ -103,6 +106,10 @@ def class_words(
             return _default_words(names)
         note = f"class names are those of {known}: {_examples(_known(known, names))}"
         return _checked(_known(known, names)), note
+    if given == RAW:
+        _require_utf8(names)
+        words = _checked({name: raw_words(name) for name in names})
+        return words, f"class names are raw: {_examples(words)}"
     if isinstance(given, str) and given in KNOWN_SETS:
         # The set's own names stand beside those found, for the hint at a name that is not known.
         given = {**known_set(given).words, **_known(given, names)}
@@ -121,8 +128,16 @@ def class_words(
     return _checked(words), ""
 
 
-def _default_words(names: Sequence[str]) -> tuple[dict[str, str], str]:
-    """Words that come from the names alone, and what may not be as it was meant."""
+def raw_words(name: str) -> str:
+    """A class's name as published programs put it into prompts: a space for each underscore.
+
+    ``AnnualCrop`` stays so; ``Apple___Apple_scab`` -> "Apple Apple scab", since CLIP's tokenizer
+    makes one space of several.
+    """
+    return " ".join(name.replace("_", " ").split()) or name
+
+
+def _require_utf8(names: Sequence[str]) -> None:
     for name in names:
         if shown_name(name) != name:
             raise FewShotError(
@@ -130,6 +145,11 @@ def _default_words(names: Sequence[str]) -> tuple[dict[str, str], str]:
                 "prompts; rename it, or give words for all classes with "
                 f"{setting('class_names', 'FILE')}"
             )
+
+
+def _default_words(names: Sequence[str]) -> tuple[dict[str, str], str]:
+    """Words that come from the names alone, and what may not be as it was meant."""
+    _require_utf8(names)
     has_index = _have_indices(names)
     words = _checked({name: default_words(name, has_index=has_index) for name in names})
     if all(re.fullmatch(r"n\d{8}|\d+([.,]\d*)?", name) for name in names):
@@ -170,9 +190,10 @@ def published_note(place: str, counts: Mapping[str, int], given: object) -> str:
     Args:
         place: The data, for the note.
         counts: Class -> number of its images.
-        given: As for ``class_words``; where the user gave words, the data is taken for no set.
+        given: As for ``class_words``; where the user gave words of their own, the data is taken for
+            no set.
     """
-    name = known_name(list(counts)) if given is None else given
+    name = known_name(list(counts)) if given in (None, RAW) else given
     if not isinstance(name, str) or name not in KNOWN_SETS:
         return ""
     known, total = known_set(name), sum(counts.values())
@@ -239,7 +260,7 @@ def read_class_names(path: str | Path) -> dict[str, str]:
     ending = path.suffix.lower()
     if ending not in (".json", ".csv", ".tsv"):
         raise FewShotError(
-            f"{_CLASS_NAMES}: {path} must end in .json or .csv, or be one of "
+            f"{_CLASS_NAMES}: {path} must end in .json or .csv, or be {RAW} or one of "
             f"{', '.join(KNOWN_SETS)}"
         )
     text = read_document(path, "class_names", at_most=NAMES_BYTES)

@@ -15,7 +15,11 @@ METHODS = {
     "lora": "tir_kernels.fewshot.methods.lora:LoRA",
     "zero-shot": "tir_kernels.fewshot.methods.zero_shot:ZeroShot",
     "linear-probe": "tir_kernels.fewshot.methods.linear_probe:LinearProbe",
+    "atha": "tir_kernels.fewshot.methods.atha:ATHA",
+    "mind": "tir_kernels.fewshot.methods.mind:Mind",
     "tip-adapter": "tir_kernels.fewshot.methods.tip_adapter:TipAdapter",
+    "coop": "tir_kernels.fewshot.methods.coop:CoOp",
+    "maple": "tir_kernels.fewshot.methods.maple:MaPLe",
     # The tower's forward pass is changed, and nothing is trained.
     "test-time-registers": "tir_kernels.fewshot.methods.registers:TestTimeRegisters",
     "sink-redistribution": "tir_kernels.fewshot.methods.sink_redistribution:SinkRedistribution",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tir_kernels.fewshot import fields
 from tir_kernels.fewshot.methods.frozen_images import FrozenImages
@@ -25,6 +25,22 @@ TOWERS = {"both": ("visual", "text"), "vision": ("visual",), "text": ("text",)}
 SCHEDULES = ("constant", "cosine", "cosine/8")
 
 
+# What the paper and the program of arXiv 2605.25799 set alike for LoRA, alone and re-weighted.
+PAPER = {
+    "lora_towers": "vision",
+    "context_tokens": 0,
+    "logit_scale": 100.0,
+    "lora_schedule": "cosine/8",
+}
+PROGRAM = {
+    "steps": 100,
+    "lora_towers": "both",
+    "context_tokens": 4,
+    "logit_scale": None,
+    "lora_schedule": "constant",
+}
+
+
 @dataclass(frozen=True)
 class LoRA(Method):
     """LoRA on query, key and value of both towers or one, AdamW; a prompt context, SGD.
@@ -35,6 +51,7 @@ class LoRA(Method):
     name = "lora"
     source = "arXiv 2405.18541, as trained in arXiv 2605.25799"
     family = "tuned towers"
+    presets: ClassVar = {"paper": {"steps": 250, **PAPER}, "program": PROGRAM}
 
     steps: int = fields.whole(
         100,
@@ -165,12 +182,19 @@ class TunedTowers(Learner):
     def show_classes(self, classes: Any) -> Tensor:
         return classes
 
+    def features(self, inputs: Tensor) -> Tensor:
+        """(G, S, ...) inputs -> (G, S, E), not normalised."""
+        if self.inputs_kind is not None:
+            return inputs
+        return self._encoder.features(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])
+
     def logits(self, inputs: Tensor, classes: Any) -> Tensor:
+        return self.cosine_logits(self.features(inputs), classes)
+
+    def cosine_logits(self, features: Tensor, classes: Tensor) -> Tensor:
+        """(G, S, E) and unit (G, C, E) -> (G, S, C)."""
         from tir_kernels.fewshot.methods.prompts import cosine_logits
 
-        features = inputs
-        if self.inputs_kind is None:
-            features = self._encoder.features(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])
         return cosine_logits(features, classes, self._logit_scale)
 
     def parameters(self) -> list[ParameterGroup]:

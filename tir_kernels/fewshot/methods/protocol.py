@@ -88,6 +88,8 @@ class Method(Checked):
     family: ClassVar[str]
     steps = 0  # of training; a field where they can be chosen
     fit_takes_class_weights = False  # whether a learner's fit heeds them; steps do
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # of its own, see fewshot/presets.py
+    needs_all_images = False  # at every step, so that there are no batches of them
 
     def start(self, kit: Kit) -> AbstractContextManager[Learner]:
         """A learner, whose parts are taken off the model again at the end of the context."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tir_kernels.fewshot import fields
-from tir_kernels.fewshot.methods.lora import LoRA, TunedTowers
+from tir_kernels.fewshot.methods.lora import PAPER, PROGRAM, LoRA, TunedTowers
 from tir_kernels.fewshot.methods.protocol import Kit, Learner
 from tir_kernels.rules import PLACEMENTS, RULES, WeightRule
 
@@ -21,6 +21,15 @@ if TYPE_CHECKING:
 
 RELEVANCES = ("text", "centroids")
 SELECTIONS = ("relevance", "attention", "random")
+REWEIGHTING = {
+    "top_ratio": 0.3,
+    "strength": 0.5,
+    "rule": "linear",
+    "layers": None,
+    "placement": "tokens",
+    "relevance": "text",
+    "selection": "relevance",
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,10 @@ class TIR(LoRA):
 
     name = "tir"
     source = "arXiv 2605.25799"
+    presets: ClassVar = {
+        "paper": {"steps": 100, **PAPER, **REWEIGHTING},
+        "program": {**PROGRAM, **REWEIGHTING},
+    }
 
     top_ratio: float = fields.real(0.3, "Share of the patch tokens each class selects, in [0, 1].")
     strength: float = fields.real(0.5, "β of the weight rule.")

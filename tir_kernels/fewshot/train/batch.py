@@ -182,7 +182,9 @@ def _train(
 ) -> list[list[float]]:
     """The losses of each episode; where one is not finite, those up to it."""
     groups = learner.parameters()
-    optimizers = [_optimizer(group, job.device) for group in groups]
+    # float16 alone has too little range for gradients.
+    is_scaled = job.runtime.precision == "float16"
+    optimizers = [_optimizer(group, job.device, is_scaled) for group in groups]
     learns = bool(optimizers) or type(learner).fit is not Learner.fit
     if not learns and not job.observers:
         return [[] for _ in labels]
@@ -192,8 +194,6 @@ def _train(
     if not optimizers:
         _observe(job.observers, 0, learner, inputs, is_last=True)
         return [[] for _ in labels]
-    # float16 alone has too little range for gradients.
-    is_scaled = job.runtime.precision == "float16"
     scaler = torch.amp.GradScaler(job.device.type, enabled=is_scaled)
 
     order = batch_order(labels[0], job.batch_size, job.seed, job.method.steps, job.is_balanced)
@@ -281,8 +281,13 @@ class _InputSet:
         )
 
 
-def _optimizer(group: ParameterGroup, device: torch.device) -> torch.optim.Optimizer:
-    settings: dict[str, Any] = {"fused": True, **group.settings}
+def _optimizer(
+    group: ParameterGroup, device: torch.device, is_scaled: bool
+) -> torch.optim.Optimizer:
+    # PyTorch's fused SGD takes memory as it finds it for its momentum, and leaves it so if the
+    # first gradients of a scaled loss overflow.
+    is_fused = not (is_scaled and group.optimizer == "SGD")
+    settings: dict[str, Any] = {"fused": is_fused, **group.settings}
     if group.optimizer != "SGD":  # which keeps no count of steps
         settings["capturable"] = device.type == "cuda"
     if group.schedule is not None and device.type == "cuda":  # to be changed from outside a graph

@@ -163,6 +163,33 @@ def finetune(
     return [results[position] for position in range(len(episodes))]
 
 
+def require_parts(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    method: Method,
+    class_names: Sequence[str],
+    shots: int,
+    runtime: Runtime = _DEFAULT_RUNTIME,
+) -> None:
+    """Check that a model has what a method is built on, by building its learner and no more.
+
+    Args:
+        model, tokenizer, method, runtime: As for :func:`finetune_episode`.
+        class_names: The words of an episode's classes.
+        shots: Labelled images of each.
+
+    Raises:
+        ValueError, TypeError: It has not: no such layer, say, no text tower, or no room in it.
+    """
+    labels = torch.empty(0, dtype=torch.int64, device="cpu")
+    images = torch.empty(0, 3, 1, 1, device="cpu")
+    episode = Episode(list(class_names), images, labels, images, shots=shots, views_per_image=1)
+    # In float32, so that no weight is copied to another type.
+    job = Job(model, tokenizer, method, 0, replace(runtime, precision="float32"))
+    with with_one_memory_error(), job.learner([episode]):
+        pass
+
+
 def require_parallel(runtime: Runtime, methods: Sequence[Method]) -> None:
     """Check that so many episodes may be trained at once.
 

@@ -6,7 +6,7 @@ The pixels are what is worth keeping: a quarter of the input's size, and the sam
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import PIL
@@ -34,6 +34,7 @@ class Preprocess:
         config: Size, resizing and normalisation.
 
     Attributes:
+        config: As given.
         shape: (3, H, W) of an image.
         version: Text that differs wherever the pixels of an image may differ.
 
@@ -45,11 +46,27 @@ class Preprocess:
         *resize, _to_tensor, normalize_ = image_transform_v2(config, is_train=False).transforms
         self._mean, self._std = normalize_.mean, normalize_.std
         self._resize = Compose(resize)
+        self.config = config
         height, width = (
             config.size if isinstance(config.size, (tuple, list)) else 2 * (config.size,)
         )
         self.shape = (3, height, width)
         self.version = json.dumps([_VERSION, int(PIL.__version__.split(".")[0]), asdict(config)])
+
+    def with_resize(self, is_squashed: bool, interpolation: str | None = None) -> Preprocess:
+        """The same with another way to the model's size.
+
+        Args:
+            is_squashed: Whether both sides are scaled, in place of the shorter one and a crop.
+            interpolation: "bicubic" or "bilinear"; ``None``: as it is.
+        """
+        return Preprocess(
+            replace(
+                self.config,
+                resize_mode="squash" if is_squashed else "shortest",
+                interpolation=interpolation or self.config.interpolation,
+            )
+        )
 
     def __call__(self, image: Image.Image) -> Tensor:
         """The model's input, (3, H, W) float32, of an RGB image."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import open_clip
 import safetensors.torch
 import torch
 
@@ -34,7 +34,7 @@ def save_model(loaded: LoadedModel, folder: Path) -> list[Path]:
     """Write a model as a local model of its library: configuration, weights and tokenizer.
 
     Args:
-        loaded: The model, with the weights that it has now.
+        loaded: The model, with the weights and the preprocessing that it has now.
         folder: Made if it is missing; files of these names in it are replaced.
 
     Returns:
@@ -51,7 +51,7 @@ def save_model(loaded: LoadedModel, folder: Path) -> list[Path]:
         name, settings = WEIGHTS_NAME, [folder / CONFIG_NAME]
         config: dict[str, Any] = {
             "model_cfg": loaded.config,
-            "preprocess_cfg": open_clip.get_model_preprocess_cfg(model),
+            "preprocess_cfg": asdict(loaded.preprocess.config),
         }
         settings[0].write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     else:  # of transformers

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import timm
 
 from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.files import MIB, expand_user, read_text
@@ -27,6 +28,7 @@ from tir_kernels.towers.loading.hub import (
     tokenizer_files,
 )
 from tir_kernels.towers.loading.model_config import CONFIG_NAME, read_config, refuse_other_towers
+from tir_kernels.towers.loading.timm_names import refusal_of_timm
 
 _MODEL = setting("model")
 _PRETRAINED = setting("pretrained")
@@ -262,6 +264,8 @@ def _unknown_model(name: str) -> str:
         return (
             f"{_MODEL}: {name} is a file; pass its architecture and {setting('pretrained', name)}"
         )
+    if timm.is_model(name.removeprefix("timm/")):
+        return f"{_MODEL}: {refusal_of_timm(name)}"
     # Case, separators and OpenAI's "@336px" are the usual slips, and would spoil the likeness.
     names = {_plain(known): known for known in open_clip.list_models()}
     close = get_close_matches(_plain(name), names, n=3, cutoff=0.5)

@@ -24,6 +24,16 @@ def problem_of_timm(name: Any) -> str:
     return ""
 
 
+def refusal_of_timm(name: str) -> str:
+    """What to do with a model of timm, which has no text tower, behind its name."""
+    return (
+        f"{name} is an image tower of the timm library alone, and classes are named by texts: pass "
+        "an open_clip model that has such an image tower, or from Python give the tower to "
+        "tir_kernels.fewshot.finetune_episode with a method that reads no texts, such as "
+        "linear-probe"
+    )
+
+
 @functools.cache
 def parameters_of_timm(name: str) -> int:
     """How many parameters an image tower has; nothing is kept of it."""

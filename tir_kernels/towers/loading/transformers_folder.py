@@ -30,6 +30,7 @@ from tir_kernels.towers.loading.model_config import (
     num_bytes,
 )
 from tir_kernels.towers.loading.sources import TRANSFORMERS_KINDS
+from tir_kernels.towers.loading.timm_names import refusal_of_timm
 from tir_kernels.towers.loading.transformers_preprocess import TransformersPreprocess
 from tir_kernels.towers.loading.weights import load_weights, state_dicts
 
@@ -119,6 +120,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise FewShotError(f"{_MODEL}: can't read {path}: {first_line(error)}") from error
     kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if kind is None and isinstance(raw, dict) and "architecture" in raw:  # as timm writes them
+        raise FewShotError(f"{_MODEL}: {refusal_of_timm(str(folder))}")
     if kind not in TRANSFORMERS_KINDS:
         reason = _REFUSED.get(kind) if isinstance(kind, str) else None
         reason = (

@@ -36,7 +36,7 @@ class TransformersPreprocess(Preprocess):
     """
 
     def __init__(self, processor: Any, side: int, folder: Path) -> None:
-        self.processor = processor
+        self.processor, self._folder = processor, folder
         settings = processor.to_dict()
         factor = settings.get("rescale_factor", 1 / 255)
         if not settings.get("do_rescale", True) or abs(255 * factor - 1) > 1e-6:
@@ -62,6 +62,27 @@ class TransformersPreprocess(Preprocess):
                 f"{_MODEL}: the image processor of {folder} gives images of {sorted(shapes)}, but "
                 f"the model takes {self.shape}; set its size and crop to {side} pixels"
             )
+
+    def with_resize(
+        self, is_squashed: bool, interpolation: str | None = None
+    ) -> TransformersPreprocess:
+        """The same processor with other settings, which not every one heeds.
+
+        Raises:
+            FewShotError: It then gives images of other sizes.
+        """
+        _, height, width = self.shape
+        whole = {"height": height, "width": width}
+        changes: dict[str, Any] = {
+            "do_resize": True,
+            "do_center_crop": not is_squashed,
+            "size": whole if is_squashed else {"shortest_edge": height},
+            "crop_size": whole,
+        }
+        if interpolation is not None:
+            changes["resample"] = Image.Resampling[interpolation.upper()]
+        processor = type(self.processor).from_dict({**self.processor.to_dict(), **changes})
+        return TransformersPreprocess(processor, height, self._folder)
 
     def _resized(self, image: Image.Image) -> Tensor:
         output = self.processor(

@@ -203,7 +203,13 @@ def _readings(
     except Exception:  # of another format than its names say; the differences tell
         tensors = dict(tensors)
     names = _names_in_files(expected)
-    known = Counter(prefix for name in tensors for prefix, rest in _splits(name) if rest in names)
+    known = Counter(
+        prefix
+        for name in tensors
+        for prefix, rest in _splits(name)
+        # The name of a text tower's own part is no sign of another model, however deep that is.
+        if rest in names and not (_is_text(prefix) and f"text.{rest}" in names)
+    )
     if not known:
         return
     most = max(known.values())
@@ -240,6 +246,10 @@ def _names_in_files(expected: Mapping[str, Tensor]) -> dict[str, str]:
     """Name in a file -> the model's name: a text tower of its own may be saved without "text."."""
     names = {name.removeprefix("text."): name for name in expected}
     return names | {name: name for name in expected}
+
+
+def _is_text(prefix: str) -> bool:
+    return prefix == "text." or prefix.endswith(".text.")
 
 
 def _splits(name: str) -> Iterator[tuple[str, str]]:

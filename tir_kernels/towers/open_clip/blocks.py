@@ -8,11 +8,13 @@ from typing import Any, ClassVar
 from open_clip.transformer import (
     Attention,
     CustomResidualAttentionBlock,
+    QuickGELU,
     ResidualAttentionBlock,
 )
 from torch import Tensor, nn
 
 from tir_kernels.towers.blocks import BlockBase
+from tir_kernels.towers.mlp import OpenedMlp
 from tir_kernels.towers.open_clip.attention import (
     OpenedCustomAttention,
     OpenedMultiheadAttention,
@@ -72,6 +74,16 @@ def _after_attention(block: Any, hidden: Tensor, attended: Tensor) -> Tensor:
     return hidden + block.ls_2(block.mlp(block.ln_2(hidden)))
 
 
+class _OpenedMlp(OpenedMlp, nn.Sequential):
+    """The MLP of open_clip's blocks."""
+
+    plain = nn.Sequential
+    kinds: ClassVar[Mapping[type, str]] = {nn.GELU: "gelu", QuickGELU: "quick_gelu"}
+
+    def in_turn(self) -> list[nn.Module]:
+        return list(self)
+
+
 class OpenClipBlock(BlockBase):
     """A block of one of open_clip's transformers."""
 
@@ -80,6 +92,11 @@ class OpenClipBlock(BlockBase):
         CustomResidualAttentionBlock: _OpenedCustomBlock,
         nn.MultiheadAttention: OpenedMultiheadAttention,
         Attention: OpenedCustomAttention,
+        nn.Sequential: _OpenedMlp,
+    }
+    products: ClassVar[Mapping[type, tuple[str, ...]]] = {
+        **BlockBase.products,
+        Attention: ("in_proj_weight", "in_proj_bias"),
     }
     last_linears: ClassVar[tuple[str, ...]] = ("c_proj",)
 

@@ -52,7 +52,10 @@ class OpenClipText(EncodesText):
         one_position_each = positions.expand(len(token_ids), -1)[..., None]
         pooled = text_global_pool(one_position_each, token_ids, self.pool_type, self.eos_id)
         if pooled.dim() != 2:
-            raise ValueError(f"model's text pooling {self.pool_type!r} keeps every token")
+            raise ValueError(
+                f"model's text pooling {self.pool_type!r} keeps every token, so that none stands "
+                "for the text; choose a model with pool_type first, last, argmax or eos"
+            )
         return pooled[:, 0]
 
     def key_mask(self, token_ids: Tensor) -> Tensor | None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from open_clip.transformer import AttentionalPooler
-from torch import Tensor
+from torch import Tensor, nn
 
 from tir_kernels import JointSpace
 from tir_kernels.towers.open_clip.blocks import OpenClipBlock, blocks_of
@@ -40,9 +39,9 @@ class OpenClipVision:
     def embed(self, images: Tensor) -> Tensor:
         return self.module._embeds(images)
 
-    def blank_token(self) -> Tensor:
-        """(D,), what a token of zeros behind the positional embedding enters the first block as."""
-        return self.module.ln_pre(torch.zeros_like(self.module.class_embedding))
+    def norm_pre(self, tokens: Tensor) -> Tensor:
+        """What tokens with positions go through in front of the first block, each alone."""
+        return self.module.ln_pre(tokens)
 
     def pool(self, hidden: Tensor) -> Tensor:
         pooled, _ = self.module._pool(hidden)
@@ -55,6 +54,11 @@ class AttentionPooledVision(OpenClipVision):
     @property
     def reads(self) -> None:
         return None
+
+    @property
+    def pools(self) -> list[nn.Module]:
+        pools = (self.module.attn_pool, self.module.attn_pool_contrastive)
+        return [pool for pool in pools if pool is not None]
 
     @property
     def joint_space(self) -> JointSpace:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+from timm.layers import GELU, Mlp, QuickGELU
 from timm.layers.attention import Attention, AttentionRope
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from tir_kernels.towers.attention import OpenedLinear
 from tir_kernels.towers.blocks import BlockBase
+from tir_kernels.towers.mlp import OpenedMlp
 from tir_kernels.towers.opening import Opened, put_on, require_own_forward, take_off
 from tir_kernels.towers.protocol import AttentionCall, BlockAdapter, Linear
 from tir_kernels.towers.timm.attention import (
@@ -95,6 +97,20 @@ class _OpenedEvaBlockPostNorm(_OpenedRotaryBlock, EvaBlockPostNorm):
     plain = EvaBlockPostNorm
 
 
+class _OpenedMlp(OpenedMlp, Mlp):
+    """timm's usual MLP."""
+
+    plain = Mlp
+    kinds: ClassVar[Mapping[type, str]] = {
+        nn.GELU: "gelu",
+        GELU: "gelu",
+        QuickGELU: "quick_gelu",
+    }
+
+    def in_turn(self) -> list[nn.Module]:
+        return [self.fc1, self.act, self.drop1, self.norm, self.fc2, self.drop2]
+
+
 class TimmBlock(BlockBase):
     """A block of timm's VisionTransformer."""
 
@@ -102,6 +118,7 @@ class TimmBlock(BlockBase):
         Block: _OpenedBlock,
         Attention: OpenedPlainAttention,
         nn.Linear: OpenedLinear,
+        Mlp: _OpenedMlp,
     }
     blocks: ClassVar[tuple[type, ...]] = (Block,)
     attentions: ClassVar[tuple[type, ...]] = (Attention,)
@@ -118,7 +135,9 @@ class TimmBlock(BlockBase):
             }
         qkv = attention.qkv
         shape = (3, qkv.out_features // 3, qkv.in_features)
-        return {name: Linear(qkv, shape) for name in ("q", "k", "v")}
+        has_bias_apart = getattr(attention, "q_bias", None) is not None
+        is_called = not has_bias_apart or attention.qkv_bias_separate
+        return {name: Linear(qkv, shape, is_called) for name in ("q", "k", "v")}
 
     def norm_first(self, hidden: Tensor) -> Tensor:
         return _norm_first(self.module, hidden)
@@ -178,6 +197,7 @@ class EvaTowerBlock(TimmBlock):
         EvaAttention: OpenedEvaAttention,
         AttentionRope: OpenedAttentionRope,
         nn.Linear: OpenedLinear,
+        Mlp: _OpenedMlp,
     }
     blocks: ClassVar[tuple[type, ...]] = (EvaBlock, EvaBlockPostNorm)
     attentions: ClassVar[tuple[type, ...]] = (EvaAttention, AttentionRope)

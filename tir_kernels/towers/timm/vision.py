@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -48,6 +48,10 @@ class TimmVision:
         return 2 if isinstance(self.module, VisionTransformerDistilled) else 1
 
     @property
+    def pools(self) -> list[nn.Module]:
+        return [] if self.module.attn_pool is None else [self.module.attn_pool]
+
+    @property
     def blocks(self) -> Sequence[TimmBlock]:
         return [
             TimmBlock(block, f"{self._path}blocks.{layer}")
@@ -71,21 +75,13 @@ class TimmVision:
         tower = self.module
         return tower.norm_pre(tower.patch_drop(tower._pos_embed(tower.patch_embed(images))))
 
-    def blank_token(self) -> Tensor:
-        """(D,), what a token of zeros behind the positional embedding enters the first block as.
+    @property
+    def norm_pre(self) -> Callable[[Tensor], Tensor] | None:
+        """What tokens with positions go through in front of the first block, each alone.
 
-        Raises:
-            TypeError: Blocks turn queries and keys by the place of their patch.
+        ``None`` where later blocks take positions too, which only the tower's own tokens have.
         """
-        tower = self.module
-        if getattr(tower, "rope", None) is not None:
-            raise TypeError(
-                f"model's image tower, timm's {type(tower).__name__} with rotary positions, takes "
-                "no registers behind its patches: each has to have a place among them; choose a "
-                "tower whose positions are added, such as ViT-B-16"
-            )
-        weight = next(tower.blocks.parameters())
-        return tower.norm_pre(weight.new_zeros(tower.embed_dim))
+        return self.module.norm_pre if getattr(self.module, "rope", None) is None else None
 
     def pool(self, hidden: Tensor) -> Tensor:
         tower = self.module

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import GELUActivation, QuickGELUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.models.clip import modeling_clip
 from transformers.models.siglip import modeling_siglip
@@ -27,6 +28,7 @@ from tir_kernels.towers.attention import (
     split_heads,
 )
 from tir_kernels.towers.blocks import BlockBase
+from tir_kernels.towers.mlp import OpenedMlp
 from tir_kernels.towers.opening import Changes, Opened, put_on, require_own_forward, take_off
 from tir_kernels.towers.protocol import AttentionCall, Linear
 
@@ -166,6 +168,34 @@ class _OpenedSiglip2Layer(_Layer, modeling_siglip2.Siglip2EncoderLayer):
         return super().forward(hidden_states, None, **options)
 
 
+class _Mlp(OpenedMlp):
+    """The library's MLP, alike in all of these models."""
+
+    kinds: ClassVar[Mapping[type, str]] = {
+        nn.GELU: "gelu",
+        GELUActivation: "gelu",
+        QuickGELUActivation: "quick_gelu",
+    }
+    fc1: nn.Module
+    activation_fn: nn.Module
+    fc2: nn.Module
+
+    def in_turn(self) -> list[nn.Module]:
+        return [self.fc1, self.activation_fn, self.fc2]
+
+
+class _OpenedClipMlp(_Mlp, modeling_clip.CLIPMLP):
+    plain = modeling_clip.CLIPMLP
+
+
+class _OpenedSiglipMlp(_Mlp, modeling_siglip.SiglipMLP):
+    plain = modeling_siglip.SiglipMLP
+
+
+class _OpenedSiglip2Mlp(_Mlp, modeling_siglip2.Siglip2MLP):
+    plain = modeling_siglip2.Siglip2MLP
+
+
 def _hides(mask: Tensor) -> bool:
     """Whether a mask, of booleans, of 0 and 1 or added to the scores, hides any token."""
     hidden = mask < 0 if mask.is_floating_point() else mask == 0
@@ -182,6 +212,7 @@ class TransformersBlock(BlockBase):
         **{each.plain: each for each in (_OpenedClipAttention, _OpenedSiglipAttention)},
         _OpenedSiglip2Attention.plain: _OpenedSiglip2Attention,
         nn.Linear: OpenedLinear,
+        **{each.plain: each for each in (_OpenedClipMlp, _OpenedSiglipMlp, _OpenedSiglip2Mlp)},
     }
 
     @property

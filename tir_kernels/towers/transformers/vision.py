@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tir_kernels import JointSpace
 from tir_kernels.towers.run import features_of_patches, joint_space_of, unchanged_tokens
@@ -31,6 +31,10 @@ class TransformersVision:
         return blocks_of(self.module.encoder, self.path)
 
     @property
+    def pools(self) -> list[nn.Module]:
+        return [self.module.head]
+
+    @property
     def joint_space(self) -> JointSpace:
         return JointSpace(norm_eps=None)
 
@@ -50,9 +54,9 @@ class TransformersVision:
     def embed(self, images: Tensor) -> Tensor:
         return self.module.embeddings(images)
 
-    def blank_token(self) -> Tensor:
-        """(D,), what a token of zeros behind the positional embedding enters the first block as."""
-        return torch.zeros_like(self.module.post_layernorm.weight)
+    def norm_pre(self, tokens: Tensor) -> Tensor:
+        """What tokens with positions go through in front of the first block, each alone."""
+        return tokens
 
     def pool(self, hidden: Tensor) -> Tensor:
         return self.module.head(self.module.post_layernorm(hidden))
@@ -63,6 +67,7 @@ class ClipVision(TransformersVision):
 
     num_prefix_tokens = 1
     reads = 1
+    pools: ClassVar[list[nn.Module]] = []  # its class token alone
     compared_tokens = unchanged_tokens
 
     @property
@@ -71,10 +76,11 @@ class ClipVision(TransformersVision):
         return joint_space_of(self.module.post_layernorm, projection)
 
     def embed(self, images: Tensor) -> Tensor:
-        return self.module.pre_layrnorm(self.module.embeddings(images))
+        return self.norm_pre(self.module.embeddings(images))
 
-    def blank_token(self) -> Tensor:
-        return self.module.pre_layrnorm(super().blank_token())
+    def norm_pre(self, tokens: Tensor) -> Tensor:
+        """What tokens with positions go through in front of the first block, each alone."""
+        return self.module.pre_layrnorm(tokens)
 
     def pool(self, hidden: Tensor) -> Tensor:
         pooled = self.module.post_layernorm(hidden[:, 0])
@@ -83,6 +89,8 @@ class ClipVision(TransformersVision):
 
 class Siglip2Vision(TransformersVision):
     """SigLIP 2's image tower for images of any grid, here of images that share one."""
+
+    norm_pre: ClassVar[None] = None  # type: ignore[assignment]  # masks are those of patches
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, L, D); H and W are multiples of the patches' side."""
@@ -99,13 +107,6 @@ class Siglip2Vision(TransformersVision):
         patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
         shapes = torch.tensor(grid, device=images.device).expand(batch, 2)
         return embeddings(patches, shapes)
-
-    def blank_token(self) -> Tensor:
-        """Refuse tokens behind the patches, whose number the model's masks are made for."""
-        raise TypeError(
-            "model's image tower, transformers' SigLIP 2 for images of any grid, takes no "
-            "registers behind its patches, since it masks these; choose one of fixed resolution"
-        )
 
 
 _KINDS = {"clip": ClipVision, "siglip": TransformersVision, "siglip2": Siglip2Vision}
