@@ -14,6 +14,7 @@ from tir_kernels.adapters.registers import add_test_time_registers, find_registe
 from tir_kernels.adapters.reweighting import Reweighting, add_reweighting, reweighting_of
 from tir_kernels.adapters.selection import MostAttended, RandomOrder
 from tir_kernels.adapters.sinks import FirstOf, NormOutliers
+from tir_kernels.adapters.training_noise import add_random_registers, add_temperature_dropout
 
 __all__ = [
     "DeepPrompts",
@@ -28,9 +29,11 @@ __all__ = [
     "add_image_prompts",
     "add_lora",
     "add_paying_attention",
+    "add_random_registers",
     "add_reweighting",
     "add_sink_redistribution",
     "add_sink_suppression",
+    "add_temperature_dropout",
     "add_test_time_registers",
     "add_text_prompts",
     "find_register_neurons",

@@ -26,6 +26,9 @@ METHODS = {
     "sink-suppression": "tir_kernels.fewshot.methods.sink_suppression:SinkSuppression",
     "attention-temperature": "tir_kernels.fewshot.methods.temperature:AttentionTemperature",
     "paint": "tir_kernels.fewshot.methods.paint:Paint",
+    # Published with training on a source domain, here on the support images alone.
+    "temperature-dropout": "tir_kernels.fewshot.methods.temperature_dropout:TemperatureDropout",
+    "random-registers": "tir_kernels.fewshot.methods.random_registers:RandomRegisters",
 }
 DEFAULT_METHODS = tuple(METHODS)[:2]
 DEMO_METHODS = tuple(METHODS)[:3]
