@@ -28,10 +28,14 @@ def _with_random_values(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def make_clip(implementation: str = "sdpa", **text: Any) -> Any:
+def make_clip(
+    implementation: str = "sdpa", image: dict[str, Any] | None = None, **text: Any
+) -> Any:
     """17 image tokens of width 32, 3 vision and 2 text blocks, embeddings of width 16."""
     config = transformers.CLIPConfig(
-        text_config={**_TEXT, **text}, vision_config={**_IMAGE, "image_size": 32}, projection_dim=16
+        text_config={**_TEXT, **text},
+        vision_config={**_IMAGE, "image_size": 32, **(image or {})},
+        projection_dim=16,
     )
     return _made(transformers.CLIPModel, config, implementation)
 
@@ -47,10 +51,15 @@ def make_siglip(
     return _made(transformers.SiglipModel, config, implementation)
 
 
-def make_siglip2(implementation: str = "sdpa") -> Any:
+def make_siglip2(
+    implementation: str = "sdpa",
+    text: dict[str, Any] | None = None,
+    image: dict[str, Any] | None = None,
+) -> Any:
     """As ``make_siglip``, for packed patches."""
     config = transformers.Siglip2Config(
-        text_config={**_TEXT, "projection_size": 32}, vision_config={**_IMAGE, "num_patches": 16}
+        text_config={**_TEXT, "projection_size": 32, **(text or {})},
+        vision_config={**_IMAGE, "num_patches": 16, **(image or {})},
     )
     return _made(transformers.Siglip2Model, config, implementation)
 

@@ -96,10 +96,10 @@ def test_a_method(add, run_command):
     for episode, result in zip(EPISODES, results, strict=True):
         alone = finetune_episode(make_model(), make_tokenizer(), episode, NearestCentroid())
         torch.testing.assert_close(result.query_logits, alone.query_logits)
-    records = run_command("--method", "centroid", "--arm", "sharp=centroid,logit_scale=50")
-    assert {record.arm for record in records} == {"centroid", "sharp"}
+    records = run_command("--method", "prototypes", "--arm", "sharp=prototypes,logit_scale=50")
+    assert {record.arm for record in records} == {"prototypes", "sharp"}
     assert {record.correct for record in records if record.arm == "sharp"} == {
-        record.correct for record in records if record.arm == "centroid"
+        record.correct for record in records if record.arm == "prototypes"
     }
 
 

@@ -19,10 +19,8 @@ from tiny_clip import (
 from tir_kernels import adapters
 from tir_kernels.towers import ImageEncoder, text_tower, vision_tower
 
-MODELS = {
-    name: VARIANTS[name]
-    for name in ("clip", "length first", "no first norm, layer scale", "own blocks")
-}
+MODELS = ("clip", "length first", "no first norm, layer scale", "own blocks")
+SLOW = pytest.mark.slow
 
 
 def draw(*shape, seed=0):
@@ -39,11 +37,11 @@ def image_hooks(norm, blocks, prompts):
     return places
 
 
-@pytest.mark.parametrize("depth", [1, 3, 6])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("depth", [pytest.param(1, marks=SLOW), 3, pytest.param(6, marks=SLOW)])
+@pytest.mark.parametrize("name", ["clip", *(pytest.param(each, marks=SLOW) for each in MODELS[1:])])
 @torch.no_grad()
 def test_images(name, depth):
-    model, images, prompts = MODELS[name](), make_images(4), draw(depth, 2, 3, 32)
+    model, images, prompts = VARIANTS[name](), make_images(4), draw(depth, 2, 3, 32)
     tower = model.visual
     places = image_hooks(tower.ln_pre, tower.transformer.resblocks, prompts)
     with hooked(places, not tower.transformer.batch_first):
@@ -177,8 +175,8 @@ def test_a_copy_has_prompts_of_its_own():
     [
         lambda: make_clip(ATTENTION_POOL),
         lambda: make_clip({"pool_type": "avg"}),
-        lambda: pytest.importorskip("timm_models").make_eva(),
-        lambda: pytest.importorskip("small_transformers").make_siglip(),
+        pytest.param(lambda: pytest.importorskip("timm_models").make_eva(), marks=SLOW),
+        pytest.param(lambda: pytest.importorskip("small_transformers").make_siglip(), marks=SLOW),
     ],
     ids=["attention pool", "mean", "rotary", "SigLIP"],
 )

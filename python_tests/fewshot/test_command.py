@@ -231,7 +231,7 @@ def test_demo_compares_three_methods_on_drawn_images(tmp_path, capsys, monkeypat
     assert fake_engine.run_main(arguments) == 0
     assert drawn == [tmp_path / "out" / "images"]
     assert len(results(tmp_path / "out")) == 6
-    assert "tir − zero-shot" in capsys.readouterr().out
+    assert "tir (T) − zero-shot (F)" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
 
     def fail(root):
@@ -289,7 +289,8 @@ def test_arms_of_one_method_are_compared(arguments, tmp_path, capsys):
     arms = ["--arm", "late=tir,layers=2,3,steps=1", "--arm", "text=tip-adapter,alpha=0"]
     assert fake_engine.run_main([*arguments, "--method", "tir", *arms]) == 0
     captured = capsys.readouterr()
-    assert "late − text" in captured.out
+    assert "late (T) − text (F)" in captured.out
+    assert "│ text[alpha=0, " in captured.out  # as the method wants it
     records = results(tmp_path / "out")
     assert {record.arm for record in records} == {"tir", "late", "text"}
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())["settings"]["arms"]

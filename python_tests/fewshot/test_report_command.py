@@ -70,7 +70,13 @@ def test_report_writes_into_the_runs_folder_or_where_it_is_told(
 
 
 def test_report_prints_tables(finished, capsys):
-    for style, part in (("csv", "arm,episodes,"), ("markdown", "| arm |"), ("latex", r"\toprule")):
+    parts = {
+        "text": "│ tir ",
+        "csv": "arm,label,episodes,",
+        "markdown": "| arm |",
+        "latex": r"\toprule",
+    }
+    for style, part in parts.items():
         assert main(["report", str(finished), "--format", style, "--baseline", "tir"]) == 0
         captured = capsys.readouterr()
         assert part in captured.out

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tir_kernels.fewshot.methods import DEFAULT_METHODS
-from tir_kernels.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,21 +44,7 @@ def ablation_arms() -> tuple[str, ...]:
 
 def print_ablation(ablation: Ablation, console: Console) -> None:
     """Print the tables that the run's page has: accuracies, and how the arms change sinks."""
-    from rich.table import Table
-    from rich.text import Text
-
     from tir_kernels.analysis.page.comparison import comparison_tables
-    from tir_kernels.analysis.page.tables import shown
+    from tir_kernels.analysis.page.terminal import print_tables
 
-    notes: dict[str, None] = {}
-    for own in comparison_tables(ablation):
-        table = Table(title=Text(printable(own.title)))
-        for name in own.columns:
-            table.add_column(Text(printable(name)), overflow="fold")
-        for row in own.rows:
-            table.add_row(*(Text(shown(cell)) for cell in row))
-        console.print(table)
-        for note in own.notes:
-            if note not in notes:  # what holds for all tables is said once
-                console.print(Text(printable(note)))
-        notes |= dict.fromkeys(own.notes)
+    print_tables(comparison_tables(ablation), console)

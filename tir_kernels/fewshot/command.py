@@ -25,6 +25,7 @@ from tir_kernels.fewshot.export_command import export
 from tir_kernels.fewshot.fit_command import fit
 from tir_kernels.fewshot.interrupts import INTERRUPTED, PROGRAM, leaving_at_once, terminable
 from tir_kernels.fewshot.methods import DEFAULT_METHODS, DEMO_METHODS
+from tir_kernels.fewshot.methods_command import methods
 from tir_kernels.fewshot.models_command import models
 from tir_kernels.fewshot.options import (
     NAME,
@@ -153,7 +154,7 @@ def _demo(out: str, options: dict[str, Any]) -> None:
     )
 
 
-for _command in (report, fit, predict, evaluate, export, models):
+for _command in (report, fit, predict, evaluate, export, models, methods):
     cli.add_command(_command)
 
 

@@ -40,6 +40,7 @@ from tir_kernels.fewshot.run.runner import (
     RunPlan,
     run_episodes,
 )
+from tir_kernels.fewshot.run.shown_arms import shown_arms
 from tir_kernels.fewshot.run.workers import Place
 from tir_kernels.fewshot.run_options import Inputs, Reading, RunOptions, settings_named
 from tir_kernels.fewshot.settings import ALL, AUTO, Protocol, Runtime
@@ -169,7 +170,7 @@ class PreparedRun:
         # Here, since it brings SciPy, which no training needs to wait for.
         from tir_kernels.fewshot.run.summary import summarise
 
-        return summarise(records, self.arms)
+        return summarise(records, shown_arms(self._settings(), self.arms))
 
     def _run_episodes(self, folder: RunFolder) -> None:
         with folder.journal() as journal:

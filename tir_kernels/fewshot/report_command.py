@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 PAGE_NAME = "report.html"
-FORMATS = ("csv", "markdown", "latex")
+FORMATS = ("text", "csv", "markdown", "latex")
 
 
 @click.command()
@@ -38,12 +38,13 @@ FORMATS = ("csv", "markdown", "latex")
     "--format",
     "style",
     type=click.Choice(FORMATS),
-    help="Print the tables in this format, and write no page.",
+    help="Print the tables in this format, text being for the terminal, and write no page.",
 )
 def report(run_dirs: tuple[str, ...], out: str | None, baseline: str | None, style: str | None):
     """Write a page to look at: accuracy, measures through training, and pictures.
 
-    Several runs, as in report runs/*, stand side by side: arms against data sets.
+    Several runs, as in report runs/*, stand side by side: arms against data sets, a table for each
+    number of shots. Below stands what papers report on the same data sets, marked as quoted.
     """
     if style is not None and out is not None:
         raise FewShotError(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tir_kernels import weighted_attention
+from tir_kernels.operators.choose import load_backend
 from tir_kernels.towers.opening import NO_CHANGES, Changes, Opened
 from tir_kernels.towers.protocol import AttentionCall
 
@@ -48,11 +49,25 @@ def attend(call: AttentionCall) -> Tensor:
     return weights.attend(query, key, value, scale)
 
 
+@torch.compiler.assume_constant_result
+def _has_cpu_kernels() -> bool:
+    return not load_backend("cpu").unavailable()
+
+
+def is_faster_than_pytorch(tokens: Tensor) -> bool:
+    """Whether plain attention is faster by ``weighted_attention`` than by PyTorch's own.
+
+    It is on a CPU, by far in 16 bits. What is exported or traced keeps PyTorch's own, for programs
+    that don't have this package.
+    """
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return False
+    return tokens.device.type == "cpu" and tokens.dtype != torch.float64 and _has_cpu_kernels()
+
+
 def _unweighted_attention(call: AttentionCall) -> Tensor:
     query, key, value, scale, _, mask, backend = call
-    # Faster than PyTorch's own on a CPU, by far in 16 bits.
-    is_faster = query.device.type == "cpu" and query.dtype != torch.float64
-    if mask is None and (is_faster or backend != "auto"):
+    if mask is None and (backend != "auto" or is_faster_than_pytorch(query)):
         return weighted_attention(query, key, value, scale=scale, backend=backend)
     mask = None if mask is None else mask.to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,14 @@ from tir_kernels import JointSpace
 from tir_kernels.scalars import whole_number
 from tir_kernels.towers.find import vision_tower
 from tir_kernels.towers.protocol import Block, TextTower, VisionTower
+
+
+class ProjectingTower(VisionTower, Protocol):
+    """An image tower that may end with a projection: ``pool(h) = unprojected(h) @ projection``."""
+
+    @property
+    def final_projection(self) -> Tensor | None: ...  # (D, E); None: it ends otherwise
+    def unprojected(self, hidden: Tensor) -> Tensor: ...  # (B, L, D) -> (B, D)
 
 
 class ImageEncoder:
@@ -40,19 +49,43 @@ class ImageEncoder:
         """(N, 3, H, W) -> (N, L, D), what enters the first block."""
         return self._tower.embed(images)
 
+    @property
+    def projection(self) -> Tensor | None:
+        """(D, E) with which ``features`` are ``unprojected @ projection``; ``None``: there is none,
+        or the tower's family does not say.
+        """
+        return getattr(self._tower, "final_projection", None)
+
     def features(self, tokens: Tensor) -> Tensor:
         """(N, L, D) that enter the first block -> (N, E) image features."""
+        return self._tower.pool(self._pooled_tokens(tokens))
+
+    def unprojected(self, tokens: Tensor) -> Tensor:
+        """(N, L, D) that enter the first block -> (N, D) before ``projection``, if there is one."""
+        tower = cast(ProjectingTower, self._tower)
+        return tower.unprojected(self._pooled_tokens(tokens))
+
+    def _pooled_tokens(self, tokens: Tensor) -> Tensor:
+        """(N, L, D) that enter the first block -> those that the pool reads."""
         *blocks, last = self._tower.blocks
+        hidden = self._run(blocks, tokens)
+        count, first = self._tower.reads, None
+        if self._class_token_only and count is not None:
+            first = last.first_tokens(hidden, count)
+        return last(hidden) if first is None else first
+
+    def patch_features(self, tokens: Tensor) -> Tensor:
+        """(N, L, D) that enter the first block -> (N, patches, E) in the joint space."""
+        return self._tower.patch_features(self._run(self._tower.blocks, tokens))
+
+    def _run(self, blocks: Sequence[Block], tokens: Tensor) -> Tensor:
         hidden = tokens
         for block in blocks:
             if self._checkpoint and torch.is_grad_enabled():
                 hidden = _checkpointed(block, hidden)
             else:
                 hidden = block(hidden)
-        count, first = self._tower.reads, None
-        if self._class_token_only and count is not None:
-            first = last.first_tokens(hidden, count)
-        return self._tower.pool(last(hidden) if first is None else first)
+        return hidden
 
 
 def _checkpointed(block: Block, hidden: Tensor) -> Tensor:

@@ -33,17 +33,30 @@ def write_run(
     data="made/eurosat",
     is_tracked=True,
     finished=None,
+    correct=None,
+    options=None,
+    others=None,
 ):
-    """A run's folder; arms are name -> method, finished is arm -> its episodes with a result."""
+    """A run's folder.
+
+    Arms are name -> method, finished is arm -> its episodes with a result, correct is arm -> the
+    right answers of 75 in each episode, options is arm -> its options, others are settings.
+    """
     arms = ARMS if arms is None else arms
     finished = {} if finished is None else finished
+    correct = {} if correct is None else correct
+    options = {} if options is None else options
     folder.mkdir(parents=True)
     settings = {
         "ways": len(classes),
         "shots": shots,
         "queries": 15,
         "seed": 0,
-        "arms": {arm: {"method": method, "steps": 30} for arm, method in arms.items()},
+        "arms": {
+            arm: {"method": method, "steps": 30, **options.get(arm, {})}
+            for arm, method in arms.items()
+        },
+        **({} if others is None else others),
     }
     about = {"data": data, "model": "ViT-S-32"}
     content = {"episodes": episodes, "settings": settings, "about": about}
@@ -53,8 +66,9 @@ def write_run(
         for number, arm in enumerate(arms):
             if episode not in finished.get(arm, range(episodes)):
                 continue
-            correct = min(75, 25 + 7 * number + (5 * episode * (number + 1)) % 9)
-            records.append(_record(episode, arm, classes, correct).to_line())
+            hits = min(75, 25 + 7 * number + (5 * episode * (number + 1)) % 9)
+            hits = correct[arm][episode] if arm in correct else hits
+            records.append(_record(episode, arm, classes, hits).to_line())
             if is_tracked:
                 tracks.append(_track(episode, arm, number, arms[arm], len(classes)).to_line())
                 write_maps(folder, number, _maps(episode, arm, number, classes))

@@ -4,7 +4,10 @@ import io
 
 import browser
 import pytest
+from made_runs import ARMS, write_run
 from PIL import Image
+
+from tir_kernels.analysis.page import write_page
 
 pytestmark = [
     pytest.mark.slow,
@@ -52,6 +55,32 @@ def test_screens_show_something_and_do_not_scroll_sideways(tab, width, scheme):
     assert len(colours) > 500
     _, paper = max(colours)
     assert (min(paper) > 230) if scheme == "light" else (max(paper) < 50)
+
+
+@pytest.fixture(scope="module")
+def field(tmp_path_factory):
+    """The page of three data sets with a quoted table and a diagram, and names that are nasty."""
+    root = tmp_path_factory.mktemp("field")
+    arms = {**ARMS, "_<img src=x onerror=alert(1)>$a$": "tip-adapter"}
+    folders = [
+        write_run(root / data, arms=arms, classes=list("abcde"), is_tracked=False, data=data)
+        for data in ("eurosat", "isic2018", "chestx")
+    ]
+    with browser.opened(write_page(folders, root / "all.html")) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(375, "dark"), (1280, "light")])
+def test_many_data_sets_do_not_scroll_sideways_either(field, width, scheme):
+    field.show(width, scheme)
+    assert field.evaluate("document.documentElement.scrollWidth") <= width
+    assert field.evaluate("document.querySelectorAll('img').length") == 0
+    diagram = "document.querySelector('.ranks svg').getBoundingClientRect().width"
+    assert 200 < field.evaluate(diagram) < width
+    style = "getComputedStyle(document.querySelector('{}')).color"
+    quoted = field.evaluate(style.format(".quoted td"))
+    assert quoted == field.evaluate(style.format(".note"))
+    assert quoted != field.evaluate(style.format("figure:not(.quoted) td"))
 
 
 def test_text_stands_out_from_the_page_in_both_schemes(tab):

@@ -11,6 +11,7 @@ from tir_kernels.analysis.page.similarity import similarity_panels
 from tir_kernels.analysis.similarity import linear_cka
 from tir_kernels.fewshot.run.folder import read_run
 from tir_kernels.fewshot.run.maps import RunMaps
+from tir_kernels.fewshot.run.shown_arms import shown_arms
 from tir_kernels.fewshot.run.tracked import Series, Track
 
 STYLES = {"lora": 0, "tir": 1}
@@ -59,8 +60,8 @@ def test_lines_through_blocks_are_those_after_training_beside_all_before(quantit
 
 
 def test_changes_are_paired_by_episode(quantity):
-    table = change_table([quantity], STYLES, "lora")
-    assert table.columns == ("measure", "lora", "tir", "tir − lora")
+    table = change_table([quantity], shown_arms({}, list(STYLES)), "lora")
+    assert table.columns == ("measure", "lora (T)", "tir (T)", "tir − lora")
     ((name, lora, tir, pair),) = table.rows
     assert name == "x"
     assert (lora.estimate.mean, lora.estimate.episodes) == (3, 2)
@@ -70,7 +71,7 @@ def test_changes_are_paired_by_episode(quantity):
 
 def test_without_a_second_step_nothing_has_changed():
     once = {"lora": {0: {0: (1.0, 3.0)}}}
-    assert change_table(quantities(tracks(once)), STYLES, "lora") is None
+    assert change_table(quantities(tracks(once)), shown_arms({}, list(STYLES)), "lora") is None
 
 
 def test_a_change_is_over_the_blocks_that_both_ends_have():

@@ -31,13 +31,17 @@ def test_a_run_without_tracking_has_its_accuracy_and_says_how_to_get_the_rest(un
 def test_several_runs_stand_side_by_side(untracked, tmp_path):
     other = write_run(tmp_path / "other", classes=list("abcde"), is_tracked=False)
     source = text_of(write_page([other, untracked], tmp_path / "all.html"))
-    assert sections(source)[:2] == ["All data sets", "Accuracy"]
+    assert sections(source)[:3] == [
+        "All data sets, 1 shot per class",
+        "All data sets, 5 shots per class",
+        "Accuracy",
+    ]
     assert sections(source).count("Accuracy") == 2
     assert "<title>2 runs</title>" in source
     tables = tables_text([other, untracked], "markdown")
     assert "1 shot per class" in tables
-    assert "| arm | eurosat | mean |" in tables
-    assert "| arm | isic2018 | mean |" in tables
+    assert "| arm | label | eurosat |" in tables
+    assert "| arm | label | isic2018 |" in tables
     both = tables_text([untracked, other, other], "csv")
     assert "eurosat (other)" in both
 
@@ -53,10 +57,10 @@ def test_a_file_that_is_no_page_is_kept(untracked, tmp_path):
 
 
 def test_the_baseline_is_chosen(untracked):
-    first, second = tables_text([untracked], "csv", baseline="tir").split("\n\n")
+    first, _quoted, second = tables_text([untracked], "csv", baseline="tir").split("\n\n")
     assert first.startswith("Accuracy of each arm\narm,")
     rows = {row[0]: row for row in csv.reader(first.splitlines())}
-    assert rows["lora"][4] == "0 of 3"
+    assert rows["lora"][5] == "0 of 3"
     title, heads, *lines = csv.reader(second.splitlines())
     assert title == ["Arms compared"]
     rows = {row[0]: dict(zip(heads, row, strict=True)) for row in lines}

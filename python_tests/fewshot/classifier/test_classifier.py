@@ -22,6 +22,9 @@ METHODS = {
     "zero-shot": fewshot.methods.ZeroShot(),
     "linear-probe": fewshot.methods.LinearProbe(),
     "tip-adapter": fewshot.methods.TipAdapter(),
+    "tip-adapter-loo": fewshot.methods.TipAdapterLOO(),
+    "lp++": fewshot.methods.LPPlusPlus(steps=12),
+    "prolip": fewshot.methods.ProLIP(steps=2),
 }
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tir_kernels import adapters, fewshot
 from tir_kernels.demo import model_directory, write_image_folder
 from tir_kernels.fewshot import finetune_episode, finetune_episodes
 from tir_kernels.fewshot.methods import method_class
+from tir_kernels.fewshot.methods.centroid import Centroid
 from tir_kernels.fewshot.methods.paint import Paint
 from tir_kernels.fewshot.methods.sink_redistribution import SinkRedistribution
 from tir_kernels.fewshot.methods.sink_suppression import SinkSuppression
@@ -57,9 +59,19 @@ def unit(rows):
 
 
 @pytest.mark.parametrize("method", NEUTRAL, ids=named)
-def test_the_neutral_setting_is_zero_shot(model, method):
+def test_the_neutral_setting_is_zero_shot_or_centroid(model, method):
     expected = learn(model, ZeroShot()).query_logits
     assert torch.equal(learn(model, method).query_logits, expected)
+    views = EPISODES[0].support_images + torch.tensor([0.0, 0.5])[:, None, None, None, None]
+    episode = replace(
+        EPISODES[0],
+        support_images=views.transpose(0, 1).flatten(0, 1),
+        support_labels=EPISODES[0].support_labels.repeat_interleave(2),
+        shots=2,
+    )
+    expected = learn(model, Centroid(logit_scale=4.0), episode).query_logits
+    found = learn(model, by_centroids(method), episode).query_logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", CHANGED, ids=named)

@@ -27,6 +27,7 @@ KINDS = {
     "per class": CoOp(**FAST, context_scope="per-class"),
     "random per class": CoOp(**FAST, context_start="random", context_scope="per-class"),
 }
+SCOPES = ["shared", pytest.param("per-class", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def text_features(model, tokens, context):
     return hidden[torch.arange(len(tokens)), tokens.argmax(1)] @ model.text_projection
 
 
-@pytest.mark.parametrize("scope", ["shared", "per-class"])
+@pytest.mark.parametrize("scope", SCOPES)
 def test_steps_are_those_of_a_plain_loop(model, scope):
     episode = EPISODES[1]
     tokens = make_tokenizer()([f"a photo of a {name}." for name in episode.class_names])
@@ -76,7 +77,7 @@ def test_steps_are_those_of_a_plain_loop(model, scope):
     torch.testing.assert_close(found.trained["context"], context.detach(), atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("scope", ["shared", "per-class"])
+@pytest.mark.parametrize("scope", SCOPES)
 def test_without_a_rate_it_is_zero_shot(model, scope):
     method = CoOp(steps=2, context_lr=0, context_scope=scope)
     for template in (None, ("a photo of a {}.",)):

@@ -19,7 +19,7 @@ from tir_kernels.adapters import reweighting_of
 from tir_kernels.fewshot import Runtime, finetune_episode, finetune_episodes
 from tir_kernels.fewshot.fields import as_settings
 from tir_kernels.fewshot.methods import Observer
-from tir_kernels.fewshot.methods.tir import centroids
+from tir_kernels.fewshot.methods.frozen_images import centroids
 
 CONTROLS = [
     {"relevance": "centroids"},

@@ -1,6 +1,7 @@
 """The findings of an ablation, from a journal and its tracks."""
 
 import io
+import json
 import random
 
 import pytest
@@ -18,6 +19,7 @@ from tir_kernels.fewshot.ablate import (
 from tir_kernels.fewshot.arms import make_arms
 from tir_kernels.fewshot.run.ablation import References, compare, read_ablation
 from tir_kernels.fewshot.run.journal import Journal
+from tir_kernels.fewshot.run.shown_arms import shown_arms
 from tir_kernels.fewshot.run.statistics import episodes_needed
 from tir_kernels.fewshot.run.tracked import Series, Track, TrackFile
 
@@ -45,7 +47,14 @@ def run(tmp_path):
     journal.append(record(4, "tir", **FAILED))
     journal.close()
     tracks.close()
+    write_settings(tmp_path)
     return tmp_path
+
+
+def write_settings(folder):
+    arms = {arm: {"method": "tir" if arm == "random" else arm} for arm in ARMS}
+    content = {"episodes": 5, "settings": {"arms": arms}}
+    (folder / "settings.json").write_text(json.dumps(content))
 
 
 def test_accuracy_is_compared_with_the_baseline(run):
@@ -83,7 +92,8 @@ def test_tuned_arms_stand_beside_the_probe_on_the_episodes_that_both_have():
         "zero": {0: 0.25, 2: 0.5},
     }
     methods = {"lora": "lora", "probe": "linear-probe", "zero": "zero-shot"}
-    references = References.among(methods, "lora")
+    settings = {"arms": {arm: {"method": method} for arm, method in methods.items()}}
+    references = References.among(shown_arms(settings, list(methods)), "lora")
     assert references == References("lora", "probe", ("probe", "zero"))
     lora, probe, zero = compare(values, references)
     assert (lora.beyond_probe.mean, lora.beyond_probe.episodes) == (0.375, 2)
@@ -124,6 +134,7 @@ def test_a_run_without_tracks_has_accuracies_alone(tmp_path):
     journal = Journal(tmp_path / "episodes.jsonl")
     journal.append(record(0, "lora"))
     journal.close()
+    write_settings(tmp_path)
     ablation = read_ablation(tmp_path, ARMS, "lora")
     assert ablation.changes == ()
     assert [own.value.episodes for own in ablation.accuracy] == [1, 0, 0, 0]

@@ -21,6 +21,7 @@ from tir_kernels.fewshot.run.folder import RunFolder
 from tir_kernels.fewshot.run.journal import JournalReader
 from tir_kernels.fewshot.run.records import Record
 from tir_kernels.fewshot.run.runner import RunPlan, run_episodes
+from tir_kernels.fewshot.run.shown_arms import shown_arms
 from tir_kernels.fewshot.run.summary import Estimate, print_summary, summarise
 from tir_kernels.fewshot.settings import Arm, Protocol, Runtime
 from tir_kernels.fewshot.train import loop
@@ -199,7 +200,7 @@ def test_non_finite_results_are_recorded_and_the_run_goes_on(setting):
             assert record.final_loss is None
             assert record.total == 12
     assert JournalReader(setting.path.parent).news() == records
-    summary = summarise(records, METHODS)
+    summary = summarise(records, shown_arms({}, METHODS))
     assert summary.failures == (
         "lora: non-finite loss in episodes 0, 1, 2, 3; "
         "zero-shot: non-finite logits in episodes 0, 1, 2, 3"
@@ -279,7 +280,7 @@ def test_pairs_use_the_episodes_both_have():
         record(2, "lora", 0.6, 2.0, skipped=("x.png",)),
         record(3, "tir", 0.1),
     ]
-    summary = summarise(records, ("tir", "lora"))
+    summary = summarise(records, shown_arms({}, ("tir", "lora")))
     tir, lora = summary.arms
     assert tir.accuracy == Estimate.of([0.8, 0.6, 0.9, 0.1])
     assert lora.accuracy == Estimate.of([0.7, 0.6])
@@ -300,17 +301,34 @@ def printed(summary):
 
 def test_tables():
     records = [record(e, m, 0.5 + 0.1 * e + 0.05 * (m == "tir")) for e in range(3) for m in METHODS]
-    text = printed(summarise(records, METHODS))
+    text = printed(summarise(records, shown_arms({}, METHODS)))
     assert "65.00 ± 24.84" in text
-    for pair in ("tir − lora", "tir − zero-shot", "lora − zero-shot"):
+    for pair in ("tir (T) − lora (T)", "tir (T) − zero-shot (F)", "lora (T) − zero-shot (F)"):
         assert pair in text
+    assert "F: frozen features only; T: towers tuned on the support images." in text
     assert "+5.00 ± 0.00" in text
     assert "no interval" not in text
 
 
+def test_of_many_arms_differences_to_the_baseline_are_printed():
+    arms = ["tir", "lora", *"abcde"]
+    records = [record(e, arm, 0.5 + 0.01 * e * n) for e in range(3) for n, arm in enumerate(arms)]
+    summary = summarise(records, shown_arms({}, arms))
+    text = printed(summary)
+    assert "Paired difference to lora, mean" in text
+    assert "tir (T) − lora (T)" in text
+    assert "a (?) − lora (T)" in text
+    assert "a (?) − b (?)" not in text
+    assert len(summary.differences) == 21
+    (first,) = [pair for pair in summary.to_baseline if pair.first == "tir"]
+    assert first.accuracy.mean == pytest.approx(-0.01)
+    (last,) = [pair for pair in summary.to_baseline if pair.first == "e"]
+    assert last.accuracy.mean == pytest.approx(0.05)
+
+
 def test_tables_say_what_is_missing():
     records = [record(0, "tir", 0.5, skipped=("a/1.png",)), record(0, "lora", None)]
-    text = printed(summarise(records, ("tir", "lora")))
+    text = printed(summarise(records, shown_arms({}, ("tir", "lora"))))
     assert "50.00 (no interval)" in text
     assert "One episode gives no interval" in text
     assert "no result" in text

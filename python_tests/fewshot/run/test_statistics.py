@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tir_kernels.fewshot.run.statistics import episodes_needed, holm, p_value
+from tir_kernels.fewshot.run.statistics import episodes_needed, holm, mean_of_means, p_value
 from tir_kernels.fewshot.run.summary import Estimate
 
 
@@ -18,6 +18,28 @@ def test_p_value_is_scipys() -> None:
     assert p_value(Estimate.of([])) is None
     assert p_value(Estimate.of([0.0, 0.0])) == 1
     assert p_value(Estimate.of([0.5, 0.5])) == 0
+
+
+def test_the_mean_of_two_means_is_welchs() -> None:
+    """Half of a sum has half of the difference's interval, whose degrees of freedom are Welch's."""
+    draw = np.random.default_rng(0)
+    first, second = draw.normal(0.6, 0.1, 9).tolist(), draw.normal(0.4, 0.3, 21).tolist()
+    found = mean_of_means([Estimate.of(first), Estimate.of(second)])
+    welch = stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
+    assert found.mean == pytest.approx((np.mean(first) + np.mean(second)) / 2)
+    assert found.half_width == pytest.approx((welch.high - welch.low) / 4, rel=1e-9)
+    assert found.episodes == 30
+
+
+def test_the_mean_of_means_needs_all_of_them() -> None:
+    whole = Estimate.of([0.5, 0.7])
+    alone = mean_of_means([whole])
+    assert (alone.episodes, alone.mean) == (2, whole.mean)
+    assert alone.half_width == pytest.approx(whole.half_width)
+    assert mean_of_means([whole, Estimate.of([])]) == Estimate(2, None, None)
+    assert mean_of_means([whole, Estimate.of([0.2])]) == Estimate(3, 0.4, None)
+    assert mean_of_means([Estimate.of([0.5, 0.5]), Estimate.of([0.7, 0.7])]) == Estimate(4, 0.6, 0)
+    assert mean_of_means([]) == Estimate(0, None, None)
 
 
 def test_holm_by_hand() -> None:

@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from tir_kernels.analysis.figures.elements import FONT, PANEL, TITLE, Place, page_elements
-from tir_kernels.analysis.figures.panels import Chart, Dots, Lines
+from tir_kernels.analysis.figures.panels import Chart, Dots, Lines, Ranks
 from tir_kernels.analysis.figures.styles import GRID, MUTED, TEXT, dashes, shade
 from tir_kernels.text import printable
 
@@ -74,7 +74,14 @@ class Drawing(NamedTuple):
 def draw(chart: Chart) -> Drawing:
     """Draw a chart, once for all forms of it: Matplotlib takes most of a report's time."""
     with own_settings(chart.name):
-        figure, places = _whole(chart)
+        first = chart.panels[0]
+        if isinstance(first, Ranks):
+            # Here, since its libraries are an extra.
+            from tir_kernels.analysis.figures.ranks import ranks_figure
+
+            figure, places = ranks_figure(first)
+        else:
+            figure, places = _whole(chart)
         return drawn(figure, chart, places)
 
 
@@ -163,13 +170,14 @@ def _sheet(
 
 
 def _whole(chart: Chart) -> tuple[Figure, list[Place]]:
-    heights = [_height(panel) + _TITLE for panel in chart.panels]
+    panels = [panel for panel in chart.panels if not isinstance(panel, Ranks)]  # drawn elsewhere
+    heights = [_height(panel) + _TITLE for panel in panels]
     columns = min(_COLUMNS, len(heights))
     rows = [heights[start : start + columns] for start in range(0, len(heights), columns)]
     entries = 2 * columns  # of the legend in a row
     foot = 0.1 + 0.2 * math.ceil(len(chart.legend) / entries) if chart.legend else 0.0
     figure, all_axes, places = _sheet(rows, _margins(chart, above=_TITLE + 0.08), foot)
-    for number, (axes, panel) in enumerate(zip(all_axes, chart.panels, strict=True)):
+    for number, (axes, panel) in enumerate(zip(all_axes, panels, strict=True)):
         axes.set_gid(PANEL.format(number))
         _draw(axes, chart, panel)
         axes.set_title(_short(panel.title, 52), gid=TITLE)

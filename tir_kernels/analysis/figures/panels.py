@@ -77,6 +77,27 @@ class Dots(NamedTuple):
         return not any(values for _, _, values, _ in self.rows)
 
 
+class Ranks(NamedTuple):
+    """A critical-difference diagram: mean ranks on an axis, and bars over what no test separates.
+
+    Attributes:
+        title: Quantity that is ranked.
+        rows: (name, style, mean rank), at least two.
+        p_values: Of the tests of each row with each.
+        significance: Below which p separates.
+    """
+
+    title: str
+    rows: tuple[tuple[str, int, float], ...]
+    p_values: tuple[tuple[float, ...], ...]
+    significance: float
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no row."""
+        return not self.rows
+
+
 class Chart(NamedTuple):
     """Panels that belong together, and are one file.
 
@@ -90,6 +111,11 @@ class Chart(NamedTuple):
 
     name: str
     title: str
-    panels: tuple[Lines | Dots, ...]
+    panels: tuple[Lines | Dots | Ranks, ...]
     legend: tuple[tuple[str, int], ...] = ()
     is_ordered: bool = False
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether its panel has a row of its own."""
+        return any(isinstance(panel, Ranks) for panel in self.panels)

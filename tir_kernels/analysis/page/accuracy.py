@@ -1,9 +1,8 @@
-"""Accuracy of arms: in one run, in words, and in several data sets side by side."""
+"""Accuracy of the arms of one run: as a table, as a chart, and in words."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from statistics import fmean
+from collections.abc import Mapping
 
 from tir_kernels.analysis.figures import Chart, Dots
 from tir_kernels.analysis.page.comparison import ACCURACY, NOT_APPLICABLE, separation
@@ -20,7 +19,7 @@ _FEW = 4  # arms that a sentence names one by one
 
 def accuracy_table(run: ReportedRun) -> Table:
     """Accuracy of each arm, and its bad episodes."""
-    columns = ["arm", "episodes", "accuracy, %"]
+    columns = ["arm", "label", "episodes", "accuracy, %"]
     if run.zero_shot is not None:
         columns.append(f"episodes below {run.zero_shot}")
     notes = ["Mean ± 95 % interval of Student's t over episodes."]
@@ -32,6 +31,7 @@ def accuracy_table(run: ReportedRun) -> Table:
         notes.append(f"Without a result, and left out: {run.summary.failures}.")
     if run.summary.skipped_images:
         notes.append(f"{len(run.summary.skipped_images)} unreadable images were replaced.")
+    notes.append(run.legend)
     return Table(
         "Accuracy of each arm",
         tuple(columns),
@@ -42,7 +42,8 @@ def accuracy_table(run: ReportedRun) -> Table:
 
 def _row(run: ReportedRun, arm: str) -> tuple[Cell, ...]:
     own = run.accuracies[arm]
-    row: list[Cell] = [arm, len(own), _percent(run.accuracy(arm))]
+    shown = run.shown[arm]
+    row: list[Cell] = [shown.name, shown.label, len(own), _percent(run.accuracy(arm))]
     if run.zero_shot is not None:
         floor = run.accuracies[run.zero_shot]
         common = own.keys() & floor.keys()
@@ -106,49 +107,6 @@ def episodes_of(run: ReportedRun) -> str:
     return str(most) if least == most else f"{least} to {most}"
 
 
-def field_tables(runs: Sequence[ReportedRun]) -> list[Table]:
-    """Arms against data sets, one table for each number of shots."""
-    names = _column_names(runs)
-    shots = sorted({run.shots for run in runs}, key=lambda each: (each is None, each or 0))
-    return [
-        _field_table([(names[i], run) for i, run in enumerate(runs) if run.shots == own], own)
-        for own in shots
-    ]
-
-
-def _field_table(named: Sequence[tuple[str, ReportedRun]], shots: int | None) -> Table:
-    arms = dict.fromkeys(arm for _, run in named for arm in run.arms)
-    rows = []
-    for arm in arms:
-        own = [
-            run.accuracy(arm) if arm in run.arms else Estimate(0, None, None) for _, run in named
-        ]
-        rows.append((arm, *map(_percent, own), _mean(own)))
-    title = "any number of shots" if shots is None else f"{shots} shot{'s' * (shots != 1)}"
-    return Table(
-        f"Accuracy in %, {title} per class",
-        ("arm", *(name for name, _ in named), "mean"),
-        tuple(rows),
-        ("± 95 % interval over episodes; the mean is that of the data sets, if an arm has all.",),
-    )
-
-
-def _mean(estimates: Sequence[Estimate]) -> Cell:
-    means = [each.mean for each in estimates if each.mean is not None]
-    if len(means) < len(estimates):
-        return None
-    return f"{100 * fmean(means):.1f}"
-
-
-def _column_names(runs: Sequence[ReportedRun]) -> list[str]:
-    """The data's name for each run; beside the folder's where two runs share data and shots."""
-    keys = [(run.data, run.shots) for run in runs]
-    return [
-        run.data if keys.count(key) == 1 else f"{run.data} ({run.name})"
-        for key, run in zip(keys, runs, strict=True)
-    ]
-
-
 def settings_table(run: ReportedRun) -> Table:
     """The settings of a run, those of its arms beside each other."""
     arms = run.settings.get("arms")
@@ -163,7 +121,8 @@ def settings_table(run: ReportedRun) -> Table:
     rows += [
         (name, *(_setting(arms.get(arm, {}).get(name, "–")) for arm in run.arms)) for name in names
     ]
-    return Table("Settings", ("setting", *run.arms), tuple(rows))
+    headings = (shown.labelled for shown in run.shown.values())
+    return Table("Settings", ("setting", *headings), tuple(rows), (run.legend,))
 
 
 def _setting(value: object) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from tir_kernels.analysis.page.tables import Cell, PValue, Table, Value
+from tir_kernels.fewshot.methods.families import legend
 from tir_kernels.fewshot.run.ablation import SINK_MEASURES, Ablation, Comparison, References
 from tir_kernels.fewshot.run.summary import Estimate
 
@@ -52,32 +53,36 @@ def comparison_tables(ablation: Ablation) -> list[Table]:
 
 def accuracy_comparison(ablation: Ablation) -> Table:
     """Each arm's accuracy beside the baseline's and the linear probe's."""
-    table = _table("Arms compared", ablation.accuracy, ablation.references, ACCURACY)
-    return table._replace(notes=(*table.notes, LEGEND))
+    table = _table("Arms compared", ablation.accuracy, ablation, ACCURACY)
+    return table._replace(
+        notes=(*table.notes, LEGEND, legend(own.label for own in ablation.arms.values()))
+    )
 
 
 def sink_comparisons(ablation: Ablation) -> list[Table]:
     """Each arm's change of a quantity of sinks from the first step to the last."""
     return [
-        _table(f"{own.name}: last step minus first", own.arms, ablation.references, CHANGE)
+        _table(f"{own.name}: last step minus first", own.arms, ablation, CHANGE)
         for own in ablation.changes
         if own.measure in SINK_MEASURES
     ]
 
 
-def _table(title: str, arms: Sequence[Comparison], references: References, unit: Unit) -> Table:
-    baseline, probe = references.baseline, references.probe
+def _table(title: str, arms: Sequence[Comparison], ablation: Ablation, unit: Unit) -> Table:
+    baseline, probe = ablation.references.baseline, ablation.references.probe
     has_probe = probe != baseline and any(own.beyond_probe is not None for own in arms)
     behind = f", {unit.difference}" if unit.difference else ""
-    columns = ["arm", "episodes", unit.value]
+    columns = ["arm", "label", "episodes", unit.value]
     columns += [f"minus {baseline}{behind}", "pairs", "p (Holm)", "episodes needed"]
     columns += [f"minus {probe}{behind}"] if has_probe else []
     rows: list[tuple[Cell, ...]] = []
     for own in arms:
         value = unit.of(own.value, is_signed=unit.is_signed)
         beyond = [_signed(own.beyond_probe, unit)] if has_probe else []
-        rows.append((own.arm, own.value.episodes, value, *_difference(own, unit), *beyond))
-    note = separation(arms, references, unit)
+        shown = ablation.arms[own.arm]
+        names = shown.name, shown.label
+        rows.append((*names, own.value.episodes, value, *_difference(own, unit), *beyond))
+    note = separation(arms, ablation.references, unit)
     return Table(title, tuple(columns), tuple(rows), (note,) if note else ())
 
 

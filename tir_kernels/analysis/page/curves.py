@@ -11,7 +11,9 @@ import numpy as np
 from tir_kernels.analysis.figures import INK, Line, Lines, Point
 from tir_kernels.analysis.page.comparison import CHANGE
 from tir_kernels.analysis.page.tables import Cell, Table
+from tir_kernels.fewshot.methods.families import legend
 from tir_kernels.fewshot.run.ablation import last_minus_first
+from tir_kernels.fewshot.run.shown_arms import ShownArm
 from tir_kernels.fewshot.run.summary import Estimate, paired
 from tir_kernels.fewshot.run.tracked import Track
 
@@ -171,15 +173,20 @@ def points_in_blocks(quantity: Quantity, arms: Iterable[str], *, at_end: bool) -
 
 
 def change_table(
-    found: Iterable[Quantity], styles: Mapping[str, int], baseline: str
+    found: Iterable[Quantity], shown: Mapping[str, ShownArm], baseline: str
 ) -> Table | None:
     """The change of each quantity from the first step to the last, and paired differences of it.
+
+    Args:
+        found: The quantities.
+        shown: How readers see the arms, by their names.
+        baseline: The arm that others are compared with.
 
     Returns:
         ``None`` if nothing was tracked through training.
     """
-    changes = [(each, {arm: each.change(arm) for arm in styles}) for each in found]
-    arms = [arm for arm in styles if any(own[arm] for _, own in changes)]
+    changes = [(each, {arm: each.change(arm) for arm in shown}) for each in found]
+    arms = [arm for arm in shown if any(own[arm] for _, own in changes)]
     if not arms:
         return None
     others = [arm for arm in arms if arm != baseline] if baseline in arms else []
@@ -192,11 +199,16 @@ def change_table(
             rows.append((quantity.name, *cells))
     return Table(
         "Change of each measure from the first step to the last",
-        ("measure", *arms, *(f"{arm} − {baseline}" for arm in others)),
+        (
+            "measure",
+            *(shown[arm].labelled for arm in arms),
+            *(f"{arm} − {baseline}" for arm in others),
+        ),
         tuple(rows),
         (
             "Mean over episodes ± 95 % interval; each is first averaged over blocks and images. "
             "Many rows are compared at once: of twenty intervals, one leaves out 0 by chance.",
+            legend(shown[arm].label for arm in arms),
         ),
     )
 

@@ -9,22 +9,29 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from tir_kernels.analysis.figures import Chart, Dots, Drawing, draw
+from tir_kernels.analysis.figures import Chart, Dots, Drawing, Ranks, draw
 from tir_kernels.analysis.figures.styles import SHADES, dashes, shade
-from tir_kernels.analysis.page.accuracy import (
-    accuracy_table,
-    episodes_of,
-    field_tables,
-    verdict,
-)
+from tir_kernels.analysis.page.accuracy import accuracy_table, episodes_of, verdict
+from tir_kernels.analysis.page.columns import blocks_of
 from tir_kernels.analysis.page.comparison import comparison_tables
 from tir_kernels.analysis.page.curves import change_table
 from tir_kernels.analysis.page.environment import environment
+from tir_kernels.analysis.page.field import field_tables, quoted_beside
 from tir_kernels.analysis.page.figure_files import write_figures
 from tir_kernels.analysis.page.gallery import COLOURS
 from tir_kernels.analysis.page.runs import ReportedRun, load_runs
-from tir_kernels.analysis.page.sections import BY_BLOCK, Section, field_section, run_sections
-from tir_kernels.analysis.page.tables import FORMATS, Cell, Table, download, shown, titled, written
+from tir_kernels.analysis.page.sections import BY_BLOCK, Section, field_sections, run_sections
+from tir_kernels.analysis.page.tables import (
+    FORMATS,
+    Cell,
+    Table,
+    download,
+    place_of,
+    shown,
+    titled,
+    written,
+)
+from tir_kernels.analysis.page.terminal import terminal_text
 from tir_kernels.errors import FewShotError, first_line
 from tir_kernels.fewshot.run.folder import expanded_out, write_whole
 from tir_kernels.files import MIB, read_bytes
@@ -71,7 +78,7 @@ def write_page(
     path = expanded_out(out)
     _refuse_others_file(path)
     runs = load_runs(folders, baseline)
-    page, drawings = _fitting_page(runs)
+    page, drawings = _fitting_page(runs, baseline)
     write_figures(path.with_name(f"{path.stem}-figures"), drawings)
     write_whole(path, page)
     return path
@@ -82,7 +89,7 @@ def tables_text(folders: Sequence[str | Path], style: str, *, baseline: str | No
 
     Args:
         folders: Folders of runs, finished or not.
-        style: "csv", "markdown" or "latex".
+        style: "csv", "markdown", "latex", or "text" for a terminal.
         baseline: As for ``write_page``.
 
     Raises:
@@ -91,12 +98,14 @@ def tables_text(folders: Sequence[str | Path], style: str, *, baseline: str | No
     """
     runs = load_runs(folders, baseline)
     if len(runs) > 1:
-        return titled(field_tables(runs), style)
-    (run,) = runs
-    tables = [accuracy_table(run)]
-    tables += comparison_tables(run.ablation) if len(run.arms) > 1 else []
-    changes = change_table(run.found, _styles(runs), run.baseline)
-    return titled([*tables, *([] if changes is None else [changes])], style)
+        tables = [table for block in blocks_of(runs, baseline) for table in field_tables(block)]
+    else:
+        (run,) = runs
+        tables = [accuracy_table(run), *quoted_beside(run)]
+        tables += comparison_tables(run.ablation) if len(run.arms) > 1 else []
+        changes = change_table(run.found, run.shown, run.baseline)
+        tables += [] if changes is None else [changes]
+    return terminal_text(tables) if style == "text" else titled(tables, style)
 
 
 def _refuse_others_file(path: Path) -> None:
@@ -118,8 +127,14 @@ def _styles(runs: Sequence[ReportedRun]) -> dict[str, int]:
     return {arm: number for number, arm in enumerate(arms)}
 
 
-def _fitting_page(runs: Sequence[ReportedRun]) -> tuple[bytes, dict[str, Drawing]]:
+def _fitting_page(
+    runs: Sequence[ReportedRun], baseline: str | None
+) -> tuple[bytes, dict[str, Drawing]]:
     """The page, without its least important parts if it would be too large otherwise.
+
+    Args:
+        runs: The runs.
+        baseline: As for ``write_page``.
 
     Returns:
         The page, and all drawings by their names, also those without room in it.
@@ -127,6 +142,8 @@ def _fitting_page(runs: Sequence[ReportedRun]) -> tuple[bytes, dict[str, Drawing
     styles = _styles(runs)
     pictures = -(-_PICTURES // len(runs))
     parts = []
+    if len(runs) > 1:
+        parts.append(Part("", "", "", field_sections(blocks_of(runs, baseline), styles)))
     for number, run in enumerate(runs):
         prefix = f"{number}-" if len(runs) > 1 else ""
         sections = run_sections(run, styles, prefix, pictures)
@@ -190,9 +207,9 @@ def _rendered(
     title = runs[0].name
     if len(runs) > 1:
         title = f"{len(runs)} runs"
-        parts = [Part("", "", "", [field_section(runs)]), *parts]
     templates = environment(
         shown=shown,
+        place_of=place_of,
         downloads=_downloads,
         data_ending="csv.gz" if is_packed else "csv",
         chart_download=lambda chart: _chart_download(chart, is_packed),
@@ -232,6 +249,11 @@ def _data(chart: Chart) -> Table:
     rows: list[tuple[Cell, ...]] = []
     columns = ("panel", "line", "at", "value", "half of the 95 % interval", "episodes")
     for panel in chart.panels:
+        if isinstance(panel, Ranks):
+            rows += [
+                (panel.title, arm, "mean rank", rank, None, None) for arm, _, rank in panel.rows
+            ]
+            continue
         if isinstance(panel, Dots):
             for arm, _, values, mean in panel.rows:
                 rows.append((panel.title, arm, "mean", mean.mean, mean.half_width, mean.episodes))

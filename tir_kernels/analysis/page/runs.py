@@ -10,16 +10,16 @@ from typing import Any
 
 from tir_kernels.analysis.page.curves import Quantity, quantities
 from tir_kernels.errors import FewShotError
+from tir_kernels.fewshot.methods.families import legend
 from tir_kernels.fewshot.run.ablation import (
-    LINEAR_PROBE,
     ZERO_SHOT,
     Ablation,
-    References,
     ablation_of,
 )
 from tir_kernels.fewshot.run.folder import expanded_out, read_journals, read_settings
 from tir_kernels.fewshot.run.maps import RunMaps
 from tir_kernels.fewshot.run.records import Record
+from tir_kernels.fewshot.run.shown_arms import ShownArm, shown_arms, usual_baseline
 from tir_kernels.fewshot.run.summary import (
     Estimate,
     Summary,
@@ -28,8 +28,6 @@ from tir_kernels.fewshot.run.summary import (
 )
 from tir_kernels.fewshot.run.tracked import tracks_of
 from tir_kernels.text import setting
-
-_COMPARED_WITH = ("lora", LINEAR_PROBE)  # the methods that others are usually compared with
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class ReportedRun:
     @cached_property
     def summary(self) -> Summary:
         """The findings that the run's own table has."""
-        return summarise(self.records, self.arms)
+        return summarise(self.records, self.shown)
 
     def accuracy(self, arm: str) -> Estimate:
         """The mean accuracy of an arm."""
@@ -79,8 +77,17 @@ class ReportedRun:
             (own.measure, own.name): {arm: own.change(arm) for arm in self.arms}
             for own in self.found
         }
-        references = References.among(methods_of(self.settings, self.arms), self.baseline)
-        return ablation_of(self.accuracies, changes, references)
+        return ablation_of(self.accuracies, changes, self.shown, self.baseline)
+
+    @cached_property
+    def shown(self) -> dict[str, ShownArm]:
+        """Arm -> how readers see it."""
+        return shown_arms(self.settings, self.arms)
+
+    @property
+    def legend(self) -> str:
+        """The meaning of the arms' labels."""
+        return legend(own.label for own in self.shown.values())
 
     @property
     def is_uneven(self) -> bool:
@@ -90,7 +97,7 @@ class ReportedRun:
     @property
     def zero_shot(self) -> str | None:
         """The arm without training, if there is one."""
-        return _first_of_method(self.settings, self.arms, ZERO_SHOT)
+        return next((arm for arm, own in self.shown.items() if own.method == ZERO_SHOT), None)
 
     @property
     def data(self) -> str:
@@ -133,8 +140,7 @@ def _load(path: Path, baseline: str | None) -> ReportedRun:
     if not arms:
         raise FewShotError(f"{path} holds a run without arms and without results")
     if baseline is None or baseline not in arms:
-        usual = (_first_of_method(settings, arms, method) for method in _COMPARED_WITH)
-        baseline = next((arm for arm in usual if arm is not None), arms[0])
+        baseline = usual_baseline(shown_arms(settings, arms))
     about = content.get("about")
     place = path.resolve()
     if place.name.startswith("."):  # what a fit keeps, in the folder of its classifier
@@ -150,15 +156,3 @@ def _load(path: Path, baseline: str | None) -> ReportedRun:
         found=quantities(tracks_of(records, journals)),
         maps=RunMaps(path, records),
     )
-
-
-def _first_of_method(settings: dict[str, Any], arms: Sequence[str], method: str) -> str | None:
-    methods = methods_of(settings, arms)
-    return next((arm for arm in arms if methods[arm] == method), None)
-
-
-def methods_of(settings: dict[str, Any], arms: Sequence[str]) -> dict[str, str]:
-    """Arm -> name of its method; its own name in runs from before there were arms."""
-    own = settings.get("arms")
-    options = own if isinstance(own, dict) else {}
-    return {arm: options.get(arm, {}).get("method", arm) for arm in arms}

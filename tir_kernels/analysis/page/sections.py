@@ -11,9 +11,9 @@ from tir_kernels.analysis.page import topics
 from tir_kernels.analysis.page.accuracy import (
     accuracy_chart,
     accuracy_table,
-    field_tables,
     settings_table,
 )
+from tir_kernels.analysis.page.columns import Block
 from tir_kernels.analysis.page.comparison import accuracy_comparison, sink_comparisons
 from tir_kernels.analysis.page.curves import (
     BEFORE,
@@ -23,7 +23,9 @@ from tir_kernels.analysis.page.curves import (
     change_table,
     points_in_blocks,
 )
+from tir_kernels.analysis.page.field import field_tables, quoted_beside
 from tir_kernels.analysis.page.gallery import Gallery, gallery
+from tir_kernels.analysis.page.ranks import can_be_ranked, ranking, why_not_drawn
 from tir_kernels.analysis.page.runs import ReportedRun
 from tir_kernels.analysis.page.similarity import similarity_panels
 from tir_kernels.analysis.page.tables import Table
@@ -78,14 +80,14 @@ def run_sections(
         Section(
             "Accuracy",
             refuted=topics.ACCURACY_REFUTED.format(**words),
-            tables=(accuracy_table(run),),
+            tables=(accuracy_table(run), *quoted_beside(run)),
             charts=(accuracy_chart(run, own, f"{prefix}accuracy"),),
         )
     ]
     sections += _comparison_sections(run, words)
     if not found:
         sections.append(Section("Inside the image tower", missing=NOT_TRACKED))
-    changes = change_table(found, own, run.baseline)
+    changes = change_table(found, run.shown, run.baseline)
     if changes is not None:
         title = "What training changes"
         caption = "Each measure after training minus before, and the arms' differences in it."
@@ -136,13 +138,23 @@ def _comparison_sections(run: ReportedRun, words: Mapping[str, str]) -> list[Sec
     return sections
 
 
-def field_section(runs: Sequence[ReportedRun]) -> Section:
-    """Several runs side by side."""
-    return Section(
-        "All data sets",
-        "Rows are arms, columns data sets; each number of shots has a table of its own.",
-        tables=tuple(field_tables(runs)),
-    )
+def field_sections(blocks: Sequence[Block], styles: Mapping[str, int]) -> list[Section]:
+    """Several runs side by side, and the arms' ranks where there are data sets enough."""
+    sections = []
+    for block in blocks:
+        title = f"All data sets, {block.title}"
+        caption = topics.FIELD_CAPTION.format(baseline=block.baseline)
+        sections.append(Section(title, caption, tables=tuple(field_tables(block))))
+        if can_be_ranked(block):
+            title = f"Ranks over data sets, {block.title}"
+            if missing := why_not_drawn():
+                sections.append(Section(title, missing=missing))
+                continue
+            panel, caption = ranking(block, styles)
+            shots = "any" if block.shots is None else block.shots
+            chart = Chart(f"ranks-{shots}-shots", "Critical differences", (panel,))
+            sections.append(Section(title, caption, topics.RANKS_REFUTED, charts=(chart,)))
+    return sections
 
 
 def _words(run: ReportedRun) -> dict[str, str]:

@@ -6,7 +6,7 @@ import base64
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from tir_kernels.fewshot.run.summary import Estimate
@@ -25,12 +25,16 @@ class Value(NamedTuple):
         scale: Factor of both, such as 100 for per cent.
         digits: Digits behind the point.
         is_signed: Whether positive numbers have a sign, as differences do.
+        place: 1 for the best of its column, 2 for the second best, 0 for no mark.
+        tells_episodes: Whether the number of episodes stands beside it.
     """
 
     estimate: Estimate
     scale: float = 1.0
     digits: int = 3
     is_signed: bool = False
+    place: int = 0
+    tells_episodes: bool = False
 
     @property
     def numbers(self) -> tuple[str, str]:
@@ -48,7 +52,8 @@ class Value(NamedTuple):
             return NONE_FOUND
         # A sign as wide as the plus, and no break between the two.
         mean = mean.replace("-", "−")
-        return f"{mean} ± {half_width}" if half_width else f"{mean} (no interval)"
+        text = f"{mean} ± {half_width}" if half_width else f"{mean} (no interval)"
+        return f"{text} (n = {self.estimate.episodes})" if self.tells_episodes else text
 
 
 class PValue(float):
@@ -74,12 +79,14 @@ class Table(NamedTuple):
         columns: Headings; the first is that of the rows' names.
         rows: As many cells each; ``None`` is shown as "none found".
         notes: Sentences that the reader needs.
+        is_quoted: Whether the numbers are from papers: such a table is grey and stands apart.
     """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     notes: tuple[str, ...] = ()
+    is_quoted: bool = False
 
 
 def shown(cell: Cell) -> str:
@@ -91,13 +98,19 @@ def shown(cell: Cell) -> str:
     return printable(str(cell))
 
 
+def place_of(cell: Cell) -> int:
+    """1 for the best of a column, 2 for the second best, 0 for all else."""
+    return cell.place if isinstance(cell, Value) else 0
+
+
 def written(table: Table, style: str) -> str:
     """A table as text for other programs.
 
     Args:
         table: The table.
-        style: "csv" (a mean and its interval are two columns, and nothing can be taken for a
-            formula), "markdown" or "latex" (for the package booktabs).
+        style: "csv" (a mean and its interval are two columns, the number of episodes a third where
+            it is told, and nothing can be taken for a formula), "markdown" or "latex" (for the
+            packages booktabs and, where numbers are quoted, xcolor).
 
     Raises:
         ValueError: There is no such style.
@@ -105,50 +118,67 @@ def written(table: Table, style: str) -> str:
     if style == "csv":
         return _csv(table)
     heads = [printable(column) for column in table.columns]
-    rows = [[shown(cell) for cell in row] for row in table.rows]
     if style == "markdown":
-        names, *cells = ([*map(_markdown, line)] for line in (heads, *rows))
+        names = [*map(_markdown, heads)]
+        cells = [[_marked(cell, _markdown, _MARKDOWN_MARKS) for cell in row] for row in table.rows]
         rule = ["---", *["---:"] * (len(heads) - 1)]
         body = "\n".join(f"| {' | '.join(line)} |" for line in (names, rule, *cells))
         notes = "".join(f"\n{_markdown(note)}\n" for note in table.notes)
         return f"**{_markdown(table.title)}**\n\n{body}\n{notes}"
     if style == "latex":
-        top, *lines = [f"  {' & '.join(map(_latex, line))} \\\\" for line in (heads, *rows)]
+        rows = [[_marked(cell, _latex, _LATEX_MARKS) for cell in row] for row in table.rows]
+        top, *lines = [f"  {' & '.join(line)} \\\\" for line in ([*map(_latex, heads)], *rows)]
+        grey = ["\\begingroup\\color{gray}"] if table.is_quoted else []
         return "\n".join(
             [
                 *(f"% {_one_line(text)}" for text in (table.title, *table.notes)),
+                *grey,
                 f"\\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}",
                 "  \\toprule",
                 top,
                 "  \\midrule",
                 *lines,
                 "  \\bottomrule",
-                "\\end{tabular}\n",
+                "\\end{tabular}",
+                *(["\\endgroup"] if grey else []),
+                "",
             ]
         )
     raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {style!r}")
 
 
+def _marked(cell: Cell, escape: Callable[[str], str], marks: Sequence[str]) -> str:
+    """A cell's text, marked if it is the best of its column or the second best."""
+    text, place = escape(shown(cell)), place_of(cell)
+    return marks[place - 1].replace("TEXT", text) if place else text
+
+
 def _csv(table: Table) -> str:
-    have_intervals = [
-        any(isinstance(row[place], Value) for row in table.rows)
-        for place in range(len(table.columns))
+    widths = [
+        max((_csv_width(row[number]) for row in table.rows), default=1)
+        for number in range(len(table.columns))
     ]
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     heads: list[str] = []
-    for column, has_interval in zip(table.columns, have_intervals, strict=True):
-        heads += [column, f"{column}: half of the 95 % interval"] if has_interval else [column]
+    for column, width in zip(table.columns, widths, strict=True):
+        parts = (column, f"{column}: half of the 95 % interval", f"{column}: episodes")
+        heads += parts[:width]
     writer.writerow(map(_no_formula, heads))
     for row in table.rows:
         cells: list[str] = []
-        for cell, has_interval in zip(row, have_intervals, strict=True):
+        for cell, width in zip(row, widths, strict=True):
+            own = [_csv_cell(cell)]
             if isinstance(cell, Value):
-                cells += cell.numbers
-            else:
-                cells += [_csv_cell(cell), *([""] if has_interval else [])]
+                own = [*cell.numbers, str(cell.estimate.episodes)]
+            cells += [*own, "", ""][:width]
         writer.writerow(cells)
     return file.getvalue()
+
+
+def _csv_width(cell: Cell) -> int:
+    """The number of columns for a cell: of its mean, interval and number of episodes."""
+    return (3 if cell.tells_episodes else 2) if isinstance(cell, Value) else 1
 
 
 def _csv_cell(cell: Cell) -> str:
@@ -188,6 +218,10 @@ _LATEX = {
     "σ": r"$\sigma$",
     **{char: f"\\{char}" for char in "{}$&#_%"},
 }
+
+
+_MARKDOWN_MARKS = ("**TEXT**", "<u>TEXT</u>")
+_LATEX_MARKS = (r"\textbf{TEXT}", r"\underline{TEXT}")
 
 
 def _latex(text: str) -> str:

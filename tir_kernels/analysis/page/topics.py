@@ -143,3 +143,12 @@ SINK_CHANGES_REFUTED = (
     "If {arm} prevented sinks, its change in patches would lie below that of {baseline} with p "
     "below 0.05. Each table is corrected for its arms, not for the number of tables."
 )
+
+FIELD_CAPTION = (
+    "Rows are arms, columns data sets. Below, each arm minus {baseline} on the same episodes; and, "
+    "where papers report numbers for these data sets, those, quoted and apart."
+)
+RANKS_REFUTED = (
+    "With few data sets such a test tells hardly anything apart: that a bar joins two arms does "
+    "not show that they are alike."
+)

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from tir_kernels.fewshot import fields
-from tir_kernels.fewshot.methods.frozen_images import FrozenImages
+from tir_kernels.fewshot.methods.frozen_images import FrozenImages, centroids
 from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method
 from tir_kernels.fewshot.methods.templates import templates
 from tir_kernels.fewshot.methods.zero_shot import (
@@ -31,7 +31,6 @@ class ChangedTower(Method):
     """A frozen tower whose forward pass is changed; classes are prompts, or centroids."""
 
     family = "inference only"
-    shown_fields: ClassVar[tuple[str, ...]] = ()
 
     classifier: str = fields.choice(
         "text",
@@ -76,7 +75,6 @@ class ChangedFeatures(FrozenImages):
 
         super().__init__(kit)
         self.inputs_kind = inputs_kind
-        self._num_classes = len(kit.class_names[0])
         self._logit_scale = default_logit_scale(method.logit_scale, kit.shots)
         self._text: FrozenFeatures | None = None
         if method.classifier == "text":
@@ -89,10 +87,9 @@ class ChangedFeatures(FrozenImages):
 
     def fit(self, inputs: Tensor, labels: Tensor) -> None:
         """Take the centroids, if images are compared with those."""
-        from tir_kernels.fewshot.methods.tir import centroids
-
         if self._text is None:
-            self._centroids = centroids(self.features(inputs), labels, self._num_classes)
+            features, labels = self.averaged(self.features(inputs), labels)
+            self._centroids = centroids(features, labels, self._num_classes)
 
     def classes(self) -> Tensor:
         """(G, C, E) of unit length."""

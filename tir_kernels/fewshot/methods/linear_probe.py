@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tir_kernels.fewshot import fields
 from tir_kernels.fewshot.methods.frozen_images import FrozenImages
@@ -28,6 +28,7 @@ class LinearProbe(Method):
     family = "frozen features"
 
     fit_takes_class_weights = True
+    shown_fields: ClassVar[tuple[str, ...]] = ("inverse_penalty",)
 
     inverse_penalty: float = fields.real(
         100.0, "C of scikit-learn's LogisticRegression (L2, L-BFGS).", least=0
@@ -42,7 +43,6 @@ class _Probe(FrozenImages):
     def __init__(self, method: LinearProbe, kit: Kit) -> None:
         super().__init__(kit)
         self._method = method
-        self._num_classes = len(kit.class_names[0])
 
     def fit(self, inputs: Tensor, labels: Tensor) -> None:
         import torch

@@ -126,7 +126,7 @@ class _Coupled(Learner):
         import torch
         from torch import nn
 
-        from tir_kernels.fewshot.methods.prompts import drawn_vectors, generators_of
+        from tir_kernels.fewshot.methods.prompts import drawn_layer, drawn_vectors, generators_of
         from tir_kernels.towers import vision_tower
 
         self._method, self._encoder, self._prompts = method, kit.encoder, prompts
@@ -134,20 +134,15 @@ class _Coupled(Learner):
         words = prompts.words(method.prompt_tokens)  # (G, n, W)
         self._width = vision_tower(kit.model).blocks[0].linears["q"].shape[2]
         generators = generators_of(kit)
-        shape = (self._width, words.shape[2])
-        layers = [
-            [_linear_layer(shape, each) for _ in range(2 if depth > 1 else 1)]
-            for each in generators
-        ]
+        widths = (self._width, words.shape[2])
+        first = drawn_layer(generators, *widths)
+        others = drawn_layer(generators, *widths)
         deep = drawn_vectors(generators, depth - 1, *words.shape[1:])
 
         def stacked(part: int) -> nn.Parameter:
-            """(G, J, ...): the first layer, and clones of the second."""
-            each = [
-                torch.stack([first[part], *(own[0][part] for _ in range(depth - 1))])
-                for first, *own in layers
-            ]
-            return nn.Parameter(torch.stack(each).to(words))
+            """(G, J, ...): the first layer, and clones of the other."""
+            each = [first[part], *(others[part] for _ in range(depth - 1))]
+            return nn.Parameter(torch.stack(each, 1).to(words))
 
         self._parameters = {
             "context": nn.Parameter(words.clone()),
@@ -207,15 +202,3 @@ class _Coupled(Learner):
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(trained[name])
-
-
-def _linear_layer(shape: tuple[int, int], generator: Any) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a linear layer as PyTorch starts them, uniform by the width it reads."""
-    import torch
-
-    bound = shape[1] ** -0.5
-
-    def drawn(*sizes: int) -> Tensor:
-        return (2 * torch.rand(sizes, generator=generator, device="cpu") - 1) * bound
-
-    return drawn(*shape), drawn(shape[0])

@@ -111,6 +111,18 @@ def drawn_vectors(generators: Sequence[torch.Generator], *shape: int) -> Tensor:
     return 0.02 * torch.stack(draws)
 
 
+def drawn_layer(
+    generators: Sequence[torch.Generator], outputs: int, inputs: int
+) -> tuple[Tensor, Tensor]:
+    """(G, outputs, inputs) weight and (G, outputs) bias, as PyTorch starts its linear layers."""
+
+    def drawn(*shape: int) -> Tensor:
+        draws = [torch.rand(shape, generator=each, device="cpu") for each in generators]
+        return (2 * torch.stack(draws) - 1) * inputs**-0.5
+
+    return drawn(outputs, inputs), drawn(outputs)
+
+
 def prompt_group(parameters: Sequence[nn.Parameter], lr: float, steps: int) -> ParameterGroup:
     """Parameters stepped as in CoOp's program: SGD, a cosine behind one step of warm-up."""
     warm_up = min(WARM_UP_RATE / lr, 1.0) if lr else 1.0

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tir_kernels.fewshot.fields import Checked
+from tir_kernels.fewshot.methods.families import Described
 from tir_kernels.fewshot.methods.kit import Kit, ParameterGroup
 
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ class Learner:
     def fit(self, inputs: Tensor, labels: Tensor) -> None:
         """Learn in closed form from inputs (G, S, ...) and labels (G, S), before any step."""
 
+    def training_set(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What steps see, or draw from, made of inputs (G, S, ...) and labels (G, S): all of it."""
+        return inputs, labels
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """(G,) losses of logits (G, S, C) and labels (G, S): mean weighted cross entropy."""
         from torch.nn.functional import cross_entropy
@@ -55,7 +60,7 @@ class Learner:
         return self.loss(self.logits(inputs, self.classes()), labels)
 
     def parameters(self) -> Sequence[ParameterGroup]:
-        """Everything that is stepped; empty where nothing is."""
+        """Everything that is stepped, asked after ``fit``; empty where nothing is."""
         return ()
 
     def carried(self) -> Sequence[Tensor]:
@@ -79,13 +84,9 @@ class Learner:
 
 
 @dataclass(frozen=True)
-class Method(Checked):
+class Method(Described, Checked):
     """A method's options: its fields, made and checked by ``tir_kernels.fewshot.fields``."""
 
-    name: ClassVar[str]  # in the registry
-    source: ClassVar[str]  # where it was published
-    # "frozen features", "tuned towers", "inference only" or "target-only adaptation".
-    family: ClassVar[str]
     steps = 0  # of training; a field where they can be chosen
     fit_takes_class_weights = False  # whether a learner's fit heeds them; steps do
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # of its own, see fewshot/presets.py

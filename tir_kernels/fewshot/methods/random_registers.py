@@ -30,7 +30,7 @@ class RandomRegisters(LoRA):
 
     name = "random-registers"
     source = "arXiv 2506.02843, adapted to the target alone"
-    family = "target-only adaptation"
+    family = "source-trained"
     presets: ClassVar = LoRA.presets
     shown_fields: ClassVar[tuple[str, ...]] = ("random_registers",)
 

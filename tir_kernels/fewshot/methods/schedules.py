@@ -21,3 +21,17 @@ def cosine(steps: int, *, warm_up: int = 0, warm_up_factor: float = 0.0) -> Call
         return (1 + math.cos(math.pi * (step - warm_up) / steps)) / 2
 
     return factor
+
+
+WARM_UP_RATE = 1e-5  # of CoOp's program and those that are built on it
+
+
+def warmed_cosine(steps: int, rate: float) -> Callable[[int], float]:
+    """The schedule of CoOp's program: one step at 1e-5, or at the rate if that is less; a cosine.
+
+    Args:
+        steps: Steps of the training, the first included.
+        rate: The group's learning rate.
+    """
+    factor = min(1.0, WARM_UP_RATE / rate) if rate else 1.0
+    return cosine(max(steps, 1), warm_up=1, warm_up_factor=factor)

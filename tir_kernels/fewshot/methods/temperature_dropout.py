@@ -29,7 +29,7 @@ class TemperatureDropout(LoRA):
 
     name = "temperature-dropout"
     source = "NeurIPS 2024, doi 10.52202/079017-3694, adapted to the target alone"
-    family = "target-only adaptation"
+    family = "source-trained"
     presets: ClassVar = LoRA.presets
     shown_fields: ClassVar[tuple[str, ...]] = ("temperature_dropout",)
 

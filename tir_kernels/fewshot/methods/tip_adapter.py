@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tir_kernels.fewshot import fields
 from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method
@@ -28,6 +28,7 @@ class TipAdapter(Method):
     name = "tip-adapter"
     source = "arXiv 2207.09519"
     family = "frozen features"
+    shown_fields: ClassVar[tuple[str, ...]] = ("alpha", "beta")
 
     alpha: float = fields.real(1.0, "Weight of the cache beside the text.", least=0)
     beta: float = fields.real(5.5, "Sharpness of the cache.", least=0)
@@ -36,29 +37,26 @@ class TipAdapter(Method):
 
     @contextmanager
     def start(self, kit: Kit) -> Iterator[Learner]:
-        yield _Cache(self, kit)
+        yield Cache(self, kit)
 
 
-class _Cache(FrozenFeatures):
+class Cache(FrozenFeatures):
+    """The support images' features as keys, their labels as values."""
+
     def __init__(self, method: TipAdapter, kit: Kit) -> None:
         super().__init__(kit, method.logit_scale, method.template)
-        self._method = method
-        self._views = kit.views
-        self._num_classes = len(kit.class_names[0])
+        self._alpha, self._beta = method.alpha, method.beta
 
     def fit(self, inputs: Tensor, labels: Tensor) -> None:
-        from torch.nn.functional import normalize, one_hot
-
-        features = inputs.float().unflatten(1, (-1, self._views))
-        self._keys = normalize(features.mean(2), dim=-1)  # (G, N, E)
-        self._values = one_hot(labels[:, :: self._views], self._num_classes).float()  # (G, N, C)
+        self._keys, labels = self.averaged(inputs, labels)  # (G, N, E)
+        self._values = self.members(labels)  # (G, N, C)
 
     def logits(self, inputs: Tensor, classes: Any) -> Tensor:
         from torch.nn.functional import normalize
 
         cosines = normalize(inputs.float(), dim=-1) @ self._keys.mT
-        affinities = (-self._method.beta * (1 - cosines)).exp()
-        return super().logits(inputs, classes) + self._method.alpha * affinities @ self._values
+        affinities = (-self._beta * (1 - cosines)).exp()
+        return super().logits(inputs, classes) + self._alpha * affinities @ self._values
 
     def trained(self) -> dict[str, Tensor]:
         """ "keys" (G, N, E) and "values" (G, N, C) of the cache."""

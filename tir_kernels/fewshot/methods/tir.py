@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tir_kernels.fewshot import fields
+from tir_kernels.fewshot.methods.frozen_images import centroids
 from tir_kernels.fewshot.methods.lora import PAPER, PROGRAM, LoRA, TunedTowers
 from tir_kernels.fewshot.methods.protocol import Kit, Learner
 from tir_kernels.rules import PLACEMENTS, RULES, WeightRule
@@ -158,14 +159,6 @@ class _Reweighted(TunedTowers):
 
     def logits(self, inputs: Tensor, classes: Any) -> Tensor:
         return super().logits(inputs, self.show_classes(classes))
-
-
-def centroids(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """(G, S, E) features and (G, S) labels -> (G, C, E) float32 mean directions, of unit length."""
-    from torch.nn.functional import normalize, one_hot
-
-    members = one_hot(labels, num_classes).float()  # (G, S, C)
-    return normalize(members.mT @ normalize(features.float(), dim=-1), dim=-1)
 
 
 def _resolve_text_layer(layer: int | None, depth: int) -> int:

@@ -41,26 +41,46 @@ class ZeroShot(Method):
 
 
 class FrozenFeatures(FrozenImages):
-    """Cosines of the tower's own image features with the class prompts' embeddings."""
+    """Cosines of the tower's own image features with the class prompts' embeddings.
+
+    Args:
+        kit: The parts of the episodes.
+        logit_scale: Factor of the cosines; ``None``: that published for so many shots.
+        template: The prompts' words; ``None``: "a photo of a {}.".
+        reads_texts: Whether there are prompts at all; without them the model may have no texts.
+    """
 
     def __init__(
-        self, kit: Kit, logit_scale: float | None, template: tuple[str, ...] | None = None
+        self,
+        kit: Kit,
+        logit_scale: float | None,
+        template: tuple[str, ...] | None = None,
+        reads_texts: bool = True,
     ) -> None:
         from tir_kernels.fewshot.methods.prompts import Prompts, default_logit_scale
 
         super().__init__(kit)
-        self._prompts = [Prompts.of_kit(kit, 0, each) for each in template or (None,)]
+        words = (template or (None,)) if reads_texts else ()
+        self._prompts = [Prompts.of_kit(kit, 0, each) for each in words]
         self._logit_scale = default_logit_scale(logit_scale, kit.shots)
+        self._texts: Tensor | None = None
 
-    def classes(self) -> Tensor:
-        """(G, C, E) class embeddings of unit length."""
+    def texts(self) -> Tensor:
+        """(G, C, E) embeddings of the class prompts, of unit length, made once."""
         import torch
         from torch.nn.functional import normalize
 
-        embeddings = [normalize(each()[0].float(), dim=-1) for each in self._prompts]
-        if len(embeddings) == 1:
-            return embeddings[0]
-        return normalize(torch.stack(embeddings).mean(0), dim=-1)
+        if self._texts is None:
+            with torch.no_grad():
+                embeddings = [normalize(each()[0].float(), dim=-1) for each in self._prompts]
+                self._texts = embeddings[0]
+                if len(embeddings) > 1:
+                    self._texts = normalize(torch.stack(embeddings).mean(0), dim=-1)
+        return self._texts
+
+    def classes(self) -> Any:
+        """(G, C, E) class embeddings of unit length."""
+        return self.texts()
 
     def show_classes(self, classes: Any) -> Tensor:
         return classes

@@ -8,7 +8,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from tir_kernels.fewshot.run.folder import read_journals
+from tir_kernels.fewshot.methods.families import UNTUNED
+from tir_kernels.fewshot.run.folder import read_journals, read_settings
+from tir_kernels.fewshot.run.shown_arms import ShownArm, shown_arms
 from tir_kernels.fewshot.run.statistics import SIGNIFICANCE, episodes_needed, holm, p_value
 from tir_kernels.fewshot.run.summary import Estimate, accuracy_by_episode, paired
 from tir_kernels.fewshot.run.tracked import Series, tracks_of
@@ -16,7 +18,7 @@ from tir_kernels.fewshot.run.tracked import Series, tracks_of
 # Measures of sinks, which tables show; ``changes`` has all.
 SINK_MEASURES = ("sink-ratio", "received-mass", "top-patch", "norm-outliers")
 
-ZERO_SHOT, LINEAR_PROBE = FROZEN = ("zero-shot", "linear-probe")  # methods without a tuned tower
+ZERO_SHOT, LINEAR_PROBE = "zero-shot", "linear-probe"  # methods that others are held against
 
 ByEpisode = Mapping[str, Mapping[int, float]]  # arm -> episode -> value
 
@@ -80,15 +82,15 @@ class References:
     frozen: tuple[str, ...] = ()
 
     @classmethod
-    def among(cls, methods: Mapping[str, str], baseline: str) -> References:
+    def among(cls, arms: Mapping[str, ShownArm], baseline: str) -> References:
         """The references among a run's arms.
 
         Args:
-            methods: Arm -> name of its method.
+            arms: How readers see the arms, by their names.
             baseline: The arm that all are compared with.
         """
-        probes = [arm for arm, method in methods.items() if method == LINEAR_PROBE]
-        frozen = tuple(arm for arm, method in methods.items() if method in FROZEN)
+        probes = [arm for arm, own in arms.items() if own.method == LINEAR_PROBE]
+        frozen = tuple(arm for arm, own in arms.items() if own.label in UNTUNED)
         return cls(baseline, probes[0] if probes else None, frozen)
 
 
@@ -98,11 +100,13 @@ class Ablation:
 
     Args:
         references: The arms that others are held against.
+        arms: How readers see the arms, by their names.
         accuracy: Each arm's accuracy, in [0, 1].
         changes: What was tracked.
     """
 
     references: References
+    arms: Mapping[str, ShownArm]
     accuracy: tuple[Comparison, ...]
     changes: tuple[Change, ...]
 
@@ -113,7 +117,7 @@ class Ablation:
 
 
 def read_ablation(folder: str | Path, arms: Sequence[str], baseline: str) -> Ablation:
-    """Compare the arms of a run with one of them; arms of frozen towers have their method's name.
+    """Compare the arms of a run with one of them.
 
     Args:
         folder: The run's folder.
@@ -132,14 +136,15 @@ def read_ablation(folder: str | Path, arms: Sequence[str], baseline: str) -> Abl
             if change is not None:
                 own = changes.setdefault((series.measure, series.name), {})
                 own.setdefault(track.arm, {})[track.episode] = change
-    references = References.among({arm: arm for arm in arms}, baseline)
-    return ablation_of(accuracies, changes, references)
+    shown = shown_arms(read_settings(folder)["settings"], arms)
+    return ablation_of(accuracies, changes, shown, baseline)
 
 
 def ablation_of(
     accuracies: ByEpisode,
     changes: Mapping[tuple[str, str], ByEpisode],
-    references: References,
+    arms: Mapping[str, ShownArm],
+    baseline: str,
 ) -> Ablation:
     """All comparisons of arms with one of them.
 
@@ -147,14 +152,17 @@ def ablation_of(
         accuracies: Arm -> episode -> accuracy, in the order that arms are shown.
         changes: (measure, quantity) -> arm -> episode -> ``last_minus_first``; what no arm of
             ``accuracies`` has is left out.
-        references: The arms that others are held against.
+        arms: How readers see the arms, by their names.
+        baseline: The arm that all are compared with.
     """
+    references = References.among(arms, baseline)
     own = {
         key: {arm: values[arm] for arm in accuracies if values.get(arm)}
         for key, values in changes.items()
     }
     return Ablation(
         references=references,
+        arms=arms,
         accuracy=compare(accuracies, references),
         changes=tuple(
             Change(*key, compare(values, references)) for key, values in own.items() if values

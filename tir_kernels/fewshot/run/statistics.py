@@ -30,6 +30,36 @@ def _standard_error(episodes: int, half_width: float) -> float:
     return half_width / float(stats.t.ppf(0.975, episodes - 1))
 
 
+def mean_of_means(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of independent means, each of which weighs alike, such as those of data sets.
+
+    Its interval tells what the episodes leave open, not what other data sets would give: degrees of
+    freedom after Welch and Satterthwaite.
+
+    Returns:
+        The mean over all their episodes; without one if an estimate has none, and without an
+        interval if one has none.
+    """
+    episodes = sum(each.episodes for each in estimates)
+    means = [each.mean for each in estimates if each.mean is not None]
+    if not means or len(means) < len(estimates):
+        return Estimate(episodes, None, None)
+    mean = math.fsum(means) / len(means)
+    variances: list[float] = []
+    freedom = 0.0  # of the variances' sum, as the denominator of its square
+    for each in estimates:
+        if each.half_width is None:
+            return Estimate(episodes, mean, None)
+        variance = _standard_error(each.episodes, each.half_width) ** 2
+        variances.append(variance)
+        freedom += variance**2 / (each.episodes - 1)
+    total = math.fsum(variances)
+    if freedom == 0:
+        return Estimate(episodes, mean, 0.0)
+    quantile = float(stats.t.ppf(0.975, total**2 / freedom))
+    return Estimate(episodes, mean, quantile * math.sqrt(total) / len(means))
+
+
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """p values that hold for all of them together, by Holm's step-down procedure.
 

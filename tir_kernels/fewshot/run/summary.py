@@ -12,8 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tir_kernels.fewshot.methods.families import legend
 from tir_kernels.fewshot.run.records import OK, Record, skipped_images
+from tir_kernels.fewshot.run.shown_arms import ShownArm, usual_baseline
 from tir_kernels.text import Notice, printable, setting
+
+_MOST_PAIRS = 15  # of six arms; of more arms, only differences to one of them are printed
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,17 @@ class Estimate:
 
 @dataclass(frozen=True)
 class ArmSummary:
-    """One arm: its accuracy, its speed, and the episodes that gave no result."""
+    """One arm: its accuracy, its speed, and the episodes that gave no result.
+
+    Args:
+        arm: Name in the journal.
+        name: Name for readers.
+        label: Letter of its method's family, see ``families``.
+    """
 
     arm: str
+    name: str
+    label: str
     accuracy: Estimate
     seconds_per_step: float | None
     failed: dict[int, str]
@@ -65,18 +77,42 @@ class Difference:
     second: str
     accuracy: Estimate
 
+    @property
+    def turned(self) -> Difference:
+        """The same the other way round."""
+        own = self.accuracy
+        mean = None if own.mean is None else -own.mean
+        return Difference(self.second, self.first, Estimate(own.episodes, mean, own.half_width))
+
 
 @dataclass(frozen=True)
 class Summary:
-    """A run's outcome."""
+    """A run's outcome.
+
+    Args:
+        arms: Each arm.
+        baseline: The arm that others are usually compared with.
+        differences: Of each pair of arms.
+        skipped_images: Unreadable images that others replaced.
+    """
 
     arms: tuple[ArmSummary, ...]
+    baseline: str
     differences: tuple[Difference, ...]
     skipped_images: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """The summary as JSON values."""
         return asdict(self)
+
+    @property
+    def to_baseline(self) -> tuple[Difference, ...]:
+        """Each other arm minus the baseline."""
+        return tuple(
+            pair if pair.second == self.baseline else pair.turned
+            for pair in self.differences
+            if self.baseline in (pair.first, pair.second)
+        )
 
     @property
     def failures(self) -> str:
@@ -88,12 +124,13 @@ class Summary:
         )
 
 
-def summarise(records: Sequence[Record], arms: Sequence[str]) -> Summary:
+def summarise(records: Sequence[Record], arms: Mapping[str, ShownArm]) -> Summary:
     """Summarise a run.
 
     Args:
         records: Its journal.
-        arms: The arms in the order they are shown; the first of a pair is the minuend.
+        arms: How readers see the arms, by their names, in the order they are shown; the first of a
+            pair is the minuend.
     """
     accuracies = {arm: accuracy_by_episode(records, arm) for arm in arms}
     differences = [
@@ -101,7 +138,8 @@ def summarise(records: Sequence[Record], arms: Sequence[str]) -> Summary:
         for first, second in combinations(arms, 2)
     ]
     return Summary(
-        arms=tuple(_arm(records, arm, accuracies[arm]) for arm in arms),
+        arms=tuple(_arm(records, shown, accuracies[arm]) for arm, shown in arms.items()),
+        baseline=usual_baseline(arms),
         differences=tuple(differences),
         skipped_images=tuple(skipped_images(records)),
     )
@@ -126,11 +164,13 @@ def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Estimate:
     return Estimate.of([first[episode] - second[episode] for episode in common])
 
 
-def _arm(records: Sequence[Record], arm: str, accuracies: dict[int, float]) -> ArmSummary:
-    own = [record for record in records if record.arm == arm]
+def _arm(records: Sequence[Record], shown: ShownArm, accuracies: dict[int, float]) -> ArmSummary:
+    own = [record for record in records if record.arm == shown.arm]
     times = [record.seconds_per_step for record in own if record.seconds_per_step is not None]
     return ArmSummary(
-        arm=arm,
+        arm=shown.arm,
+        name=shown.name,
+        label=shown.label,
         accuracy=Estimate.of([accuracies[episode] for episode in sorted(accuracies)]),
         seconds_per_step=math.fsum(times) / len(times) if times else None,
         failed={record.episode: record.status for record in own if record.status != OK},
@@ -161,22 +201,32 @@ def print_summary(
 
     table = Table(title="Accuracy, mean ± 95 % confidence interval over episodes")
     table.add_column("arm")
+    table.add_column("label")
     for heading in ("episodes", "accuracy %", "seconds per step"):
         table.add_column(heading, justify="right")
     for entry in summary.arms:
         speed = "-" if entry.seconds_per_step is None else f"{entry.seconds_per_step:.3g}"
         accuracy = _percent(entry.accuracy, "")
-        table.add_row(_cell(entry.arm), str(entry.accuracy.episodes), accuracy, speed)
+        episodes = str(entry.accuracy.episodes)
+        table.add_row(_cell(entry.name), entry.label, episodes, accuracy, speed)
     console.print(table)
     if summary.differences:
-        table = Table(title="Paired difference, mean ± 95 % confidence interval over episodes")
+        pairs, what = summary.differences, ""
+        if len(pairs) > _MOST_PAIRS:
+            pairs, what = summary.to_baseline, f" to {printable(summary.baseline)}"
+        title = f"Paired difference{what}, mean ± 95 % confidence interval over episodes"
+        table = Table(title=Text(title))
         table.add_column("arms")
         for heading in ("episodes", "difference, points"):
             table.add_column(heading, justify="right")
-        for pair in summary.differences:
-            names = f"{pair.first} − {pair.second}"
+        labels = {entry.arm: entry.label for entry in summary.arms}
+        for pair in pairs:
+            names = " − ".join(f"{arm} ({labels[arm]})" for arm in (pair.first, pair.second))
             table.add_row(_cell(names), str(pair.accuracy.episodes), _percent(pair.accuracy, "+"))
         console.print(table)
+        if what:
+            say("The differences of all pairs are in summary.json, in the folder of the run.")
+    say(legend(entry.label for entry in summary.arms))
     if any(entry.accuracy.episodes == 1 for entry in summary.arms):
         say(f"One episode gives no interval; raise {setting('episodes')} for one.")
     if summary.skipped_images:

@@ -170,6 +170,7 @@ def cost_of_a_step(job: Job, episodes: Sequence[Episode]) -> StepCost:
         labels = job.stacked(episodes, "support_labels").long()
         with torch.no_grad():
             learner.fit(inputs, labels)
+            inputs, labels = learner.training_set(inputs, labels)
         learner.train(True)
         with count_saved_bytes([*job.model.parameters(), inputs]) as count:
             learner.training_losses(inputs, labels)
@@ -181,23 +182,25 @@ def _train(
     job: Job, learner: Learner, images: _InputSet, labels: Tensor, on_step: StepListener | None
 ) -> list[list[float]]:
     """The losses of each episode; where one is not finite, those up to it."""
-    groups = learner.parameters()
-    # float16 alone has too little range for gradients.
-    is_scaled = job.runtime.precision == "float16"
-    optimizers = [_optimizer(group, job.device, is_scaled) for group in groups]
-    learns = bool(optimizers) or type(learner).fit is not Learner.fit
+    learns = job.method.steps > 0 or type(learner).fit is not Learner.fit
     if not learns and not job.observers:
         return [[] for _ in labels]
     inputs = images.all()
     with torch.no_grad():
         learner.fit(inputs, labels)
+    # float16 alone has too little range for gradients.
+    is_scaled = job.runtime.precision == "float16"
+    groups = learner.parameters()
+    optimizers = [_optimizer(group, job.device, is_scaled) for group in groups]
     if not optimizers:
         _observe(job.observers, 0, learner, inputs, is_last=True)
         return [[] for _ in labels]
     scaler = torch.amp.GradScaler(job.device.type, enabled=is_scaled)
 
-    order = batch_order(labels[0], job.batch_size, job.seed, job.method.steps, job.is_balanced)
-    batches = Batches(inputs, labels, order)
+    with torch.no_grad():
+        seen, seen_labels = learner.training_set(inputs, labels)
+    order = batch_order(seen_labels[0], job.batch_size, job.seed, job.method.steps, job.is_balanced)
+    batches = Batches(seen, seen_labels, order)
 
     def take_step() -> Tensor:
         losses = learner.training_losses(batches.inputs, batches.labels)

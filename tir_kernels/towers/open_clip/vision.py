@@ -43,8 +43,16 @@ class OpenClipVision:
         """What tokens with positions go through in front of the first block, each alone."""
         return self.module.ln_pre(tokens)
 
-    def pool(self, hidden: Tensor) -> Tensor:
+    @property
+    def final_projection(self) -> Tensor | None:
+        return self.module.proj
+
+    def unprojected(self, hidden: Tensor) -> Tensor:
         pooled, _ = self.module._pool(hidden)
+        return pooled
+
+    def pool(self, hidden: Tensor) -> Tensor:
+        pooled = self.unprojected(hidden)
         return pooled if self.module.proj is None else pooled @ self.module.proj
 
 
@@ -78,8 +86,8 @@ class AttentionPooledVision(OpenClipVision):
             tokens = _pool_each(tower.attn_pool, tokens)
         return _pool_each(tower.attn_pool_contrastive, tokens).to(hidden.device)
 
-    def pool(self, hidden: Tensor) -> Tensor:
-        pooled = super().pool(hidden)
+    def unprojected(self, hidden: Tensor) -> Tensor:
+        pooled = super().unprojected(hidden)
         # The pool of its own for images has one query, which open_clip keeps as an axis.
         return pooled if self.module.attn_pool_contrastive is None else pooled.squeeze(1)
 

@@ -15,6 +15,7 @@ from tir_kernels.towers.attention import (
     OpenedAttention,
     OpenedLinear,
     attend,
+    is_faster_than_pytorch,
     join_heads,
     project_parts,
     split_heads,
@@ -122,7 +123,9 @@ class OpenedTimmAttention(OpenedAttention):
         has_hidden_lora = (
             isinstance(self._own.qkv, OpenedLinear) and self._separate_bias is not None
         )
-        if not changes.modifiers and not has_hidden_lora:
+        is_masked = options["attn_mask"] is not None or options["is_causal"]
+        is_faster_opened = not is_masked and is_faster_than_pytorch(x)
+        if not (changes.modifiers or has_hidden_lora or is_faster_opened):
             return self.plain_forward(x, **options)
         if changes.modifiers and options["is_causal"]:
             raise ValueError("is_causal cannot be combined with re-weighted attention")

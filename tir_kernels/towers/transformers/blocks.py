@@ -3,7 +3,8 @@
 No forward of an attention is replaced. While an adapter is on it, its configuration names the
 function that is registered here, which gets the modifiers of the pass under way in the place of the
 mask: every attention of the library hands that on as it is, and threads don't meet in an argument.
-A pass without modifiers goes to the function that the user has chosen for the model.
+A pass without modifiers goes to the function that the user has chosen for the model; of PyTorch's
+own, to this package's where that is faster.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers.activations import GELUActivation, QuickGELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.models.clip import modeling_clip
 from transformers.models.siglip import modeling_siglip
@@ -24,6 +26,7 @@ from tir_kernels.towers.attention import (
     OpenedLinear,
     attend,
     attention_matrix,
+    is_faster_than_pytorch,
     join_heads,
     split_heads,
 )
@@ -57,6 +60,9 @@ def _attention(
         ValueError: Modifiers in a causal pass without a mask.
     """
     if not isinstance(attention_mask, _Pass):
+        if attention_mask is None and _is_plain(module, query, options):
+            call = AttentionCall(query, key, value, scaling, backend=module.named_backend)
+            return attend(call).transpose(1, 2).contiguous(), None
         chosen = module.chosen_attention
         return chosen(module, query, key, value, attention_mask, scaling=scaling, **options)
     if options.get("is_causal"):
@@ -69,6 +75,14 @@ def _attention(
     if module.chosen_name != "eager":
         return attended, None
     return attended, attention_matrix(call).to(attended.dtype)
+
+
+def _is_plain(module: Any, query: Tensor, options: dict[str, Any]) -> bool:
+    """Whether PyTorch's own attention was chosen where this package's is faster."""
+    is_causal = options.get("is_causal") or module.is_causal
+    is_simple = not is_causal and not options.get("dropout")
+    is_own = module.chosen_attention is sdpa_attention_forward
+    return is_simple and is_own and is_faster_than_pytorch(query)
 
 
 AttentionInterface.register(REGISTERED_NAME, _attention)

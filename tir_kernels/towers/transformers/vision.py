@@ -82,8 +82,17 @@ class ClipVision(TransformersVision):
         """What tokens with positions go through in front of the first block, each alone."""
         return self.module.pre_layrnorm(tokens)
 
+    @property
+    def final_projection(self) -> Tensor | None:
+        # Of another kind where an adapter of other programs is put on it.
+        is_plain = type(self.projection) is nn.Linear and self.projection.bias is None
+        return self.projection.weight.T if is_plain else None
+
+    def unprojected(self, hidden: Tensor) -> Tensor:
+        return self.module.post_layernorm(hidden[:, 0])
+
     def pool(self, hidden: Tensor) -> Tensor:
-        pooled = self.module.post_layernorm(hidden[:, 0])
+        pooled = self.unprojected(hidden)
         return pooled if self.projection is None else self.projection(pooled)
 
 
