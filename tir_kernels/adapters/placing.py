@@ -7,6 +7,7 @@ from functools import partial
 from torch import Tensor
 
 from tir_kernels import reweight_tokens
+from tir_kernels.towers.attention import AttentionRule
 from tir_kernels.towers.protocol import AttentionCall, Modifier
 
 
@@ -32,6 +33,8 @@ def placed(
 def _weigh_keys(
     weights: Tensor, backend: str, call: AttentionCall, hidden: Tensor
 ) -> AttentionCall:
+    if isinstance(call.key_weights, AttentionRule):
+        call.key_weights.form()  # refuses
     return call._replace(key_weights=weights, backend=backend)
 
 

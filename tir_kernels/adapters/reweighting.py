@@ -17,11 +17,11 @@ from tir_kernels import (
     reweighted_attention,
     token_weights,
 )
+from tir_kernels.adapters.block_change import default_layers, resolved_layers
 from tir_kernels.adapters.handle import Handle, handles_on
 from tir_kernels.adapters.placing import placed
 from tir_kernels.adapters.selection import PatchOrder, hand_out
 from tir_kernels.rules import PLACEMENTS
-from tir_kernels.scalars import whole_number
 from tir_kernels.towers import vision_tower
 from tir_kernels.towers.protocol import AttentionCall, Modifier, VisionTower
 
@@ -280,24 +280,6 @@ def add_reweighting(
         rule = WeightRule(rule or "linear")
     elif not isinstance(rule, WeightRule):
         raise TypeError(f"rule must be a WeightRule or its kind; got {type(rule).__name__}")
-    layers = _resolve_layers(layers, len(tower.blocks))
+    depth = len(tower.blocks)
+    layers = default_layers(depth) if layers is None else resolved_layers(layers, depth)
     return Reweighting(tower, layers, placement, rule, table, backend, order)
-
-
-def _resolve_layers(layers: Sequence[int] | None, depth: int) -> tuple[int, ...]:
-    if layers is None:
-        if depth < 4:
-            raise ValueError(
-                f"layers must be given for a tower of {depth} blocks: the default is depth - 4 and "
-                "depth - 2"
-            )
-        return depth - 4, depth - 2
-    resolved = []
-    for layer in layers:
-        layer = whole_number("layers", layer, "whole numbers")
-        if not -depth <= layer < depth:
-            raise ValueError(f"layers must lie between 0 and {depth - 1}; got {layer}")
-        resolved.append(layer % depth)
-    if len(set(resolved)) < len(resolved):
-        raise ValueError(f"layers must name each block once; got {tuple(layers)}")
-    return tuple(resolved)

@@ -14,6 +14,25 @@ from tir_kernels.towers.opening import NO_CHANGES, Changes, Opened
 from tir_kernels.towers.protocol import AttentionCall
 
 
+class AttentionRule:
+    """A change of attention that is no weight of single keys; it stands in the place of those."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """(B, H, L, d), the attention under the rule."""
+        raise NotImplementedError
+
+    def matrix(self, call: AttentionCall) -> Tensor:
+        """(B, H, L, L) float32, what each query makes of each value."""
+        raise NotImplementedError
+
+    def form(self) -> Tensor:
+        """Refuse to be read as weights of keys, with a TypeError."""
+        raise TypeError(
+            f"attention is changed by {type(self).__name__}, which is no weight of its keys, so "
+            "it can be neither measured nor weighted further; call remove() on that change first"
+        )
+
+
 def attend(call: AttentionCall) -> Tensor:
     """Softmax attention of a call, (B, H, L, d).
 
@@ -56,6 +75,8 @@ def _unweighted_attention(call: AttentionCall) -> Tensor:
 
 def attention_matrix(call: AttentionCall) -> Tensor:
     """The attention of each query to each key, (B, H, L, L) float32; rows sum to 1."""
+    if isinstance(call.key_weights, AttentionRule):
+        return call.key_weights.matrix(call)
     scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
     scores = scale * call.query.float() @ call.key.float().mT
     if call.mask is not None:

@@ -28,6 +28,8 @@ class BlockBase:
         products: Class of a module -> the names of its parameters that are multiplied, or added to
             a product: those that an autocast region converts.
         attention_name: The block's attribute that is its attention.
+        last_linears: Names that the last linear map of its MLP may have.
+        batch_first: Whether the library's block takes the batch first.
     """
 
     opened: ClassVar[Mapping[type, type[Opened]]]
@@ -39,6 +41,8 @@ class BlockBase:
         ),
     }
     attention_name: ClassVar[str] = "attn"
+    last_linears: ClassVar[tuple[str, ...]] = ("fc2",)
+    batch_first: bool = True
 
     def __init__(self, module: Any, path: str) -> None:
         self.module = module

@@ -31,6 +31,15 @@ METHODS = {
     "plot": "tir_kernels.fewshot.methods.plot:PLOT",
     "mind": "tir_kernels.fewshot.methods.mind:Mind",
     "atha": "tir_kernels.fewshot.methods.atha:ATHA",
+    # The tower's forward pass is changed, and nothing is trained.
+    "test-time-registers": "tir_kernels.fewshot.methods.registers:TestTimeRegisters",
+    "sink-redistribution": "tir_kernels.fewshot.methods.sink_redistribution:SinkRedistribution",
+    "sink-suppression": "tir_kernels.fewshot.methods.sink_suppression:SinkSuppression",
+    "attention-temperature": "tir_kernels.fewshot.methods.temperature:AttentionTemperature",
+    "paint": "tir_kernels.fewshot.methods.paint:Paint",
+    # Published with training on a source domain, here on the support images alone.
+    "temperature-dropout": "tir_kernels.fewshot.methods.temperature_dropout:TemperatureDropout",
+    "random-registers": "tir_kernels.fewshot.methods.random_registers:RandomRegisters",
 }
 DEFAULT_METHODS = tuple(METHODS)[:2]
 DEMO_METHODS = tuple(METHODS)[:3]

@@ -98,10 +98,11 @@ class OpenClipBlock(BlockBase):
         **BlockBase.products,
         Attention: ("in_proj_weight", "in_proj_bias"),
     }
+    last_linears: ClassVar[tuple[str, ...]] = ("c_proj",)
 
     def __init__(self, module: Any, path: str, batch_first: bool) -> None:
         super().__init__(module, path)
-        self._batch_first = batch_first
+        self.batch_first = batch_first
 
     @property
     def linears(self) -> dict[str, Linear]:
@@ -136,14 +137,14 @@ class OpenClipBlock(BlockBase):
         require_own_forward(attention)
 
     def __call__(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        if self._batch_first:
+        if self.batch_first:
             return self.module(hidden, attn_mask=mask)
         return self.module(hidden.transpose(0, 1), attn_mask=mask).transpose(0, 1)
 
     def first_tokens(self, hidden: Tensor, count: int) -> Tensor | None:
         block = self.module
         if not (
-            self._batch_first
+            self.batch_first
             # An adapter on the block needs all its tokens.
             and type(block) in (ResidualAttentionBlock, CustomResidualAttentionBlock)
             and isinstance(block.attn, (OpenedMultiheadAttention, OpenedCustomAttention))

@@ -54,6 +54,10 @@ class TransformersVision:
     def embed(self, images: Tensor) -> Tensor:
         return self.module.embeddings(images)
 
+    def norm_pre(self, tokens: Tensor) -> Tensor:
+        """What tokens with positions go through in front of the first block, each alone."""
+        return tokens
+
     def pool(self, hidden: Tensor) -> Tensor:
         return self.module.head(self.module.post_layernorm(hidden))
 
@@ -94,6 +98,8 @@ class ClipVision(TransformersVision):
 
 class Siglip2Vision(TransformersVision):
     """SigLIP 2's image tower for images of any grid, here of images that share one."""
+
+    norm_pre: ClassVar[None] = None  # type: ignore[assignment]  # masks are those of patches
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, L, D); H and W are multiples of the patches' side."""
