@@ -7,7 +7,6 @@ it puts it there. Methods are those of the registry, so a new one has its row by
 from __future__ import annotations
 
 import dataclasses
-import re
 import sys
 import tempfile
 import warnings
@@ -39,13 +38,16 @@ from tir_kernels.towers.loading.models import load_model
 DOCS = Path(__file__).parents[2] / "docs" / "towers.md"
 YES = "yes"
 WORDS = ("a red ring", "a blue disc", "a star")
-# What a refusal says -> why not, in a few words. Of others their first clause is shown.
+# What a refusal says -> why not, in a few words; a fault has none, and is raised.
 _REASONS = {
     "this needs texts": "no text tower",
     "image tower of the timm library alone": "no text tower",
     "PEFT's format is known": "packed projections",
     "CLIPModel can't express": "no `CLIPModel`",
     "gives every image a grid": "a grid for each image",
+    "trains the projection that an image tower ends with": "no projection at the end",
+    "does not end in one linear projection": "no projection at the end",
+    "need an image tower that pools its class token alone": "no pooled class token",
 }
 
 
@@ -308,11 +310,10 @@ def cell(trial: Callable[[Tried], Any], tried: Tried) -> str:
     except Refused as error:
         return str(error)
     except (FewShotError, ValueError, TypeError) as error:
-        text = str(error)
         for sign, words in _REASONS.items():
-            if sign in text:
+            if sign in str(error):
                 return words
-        return re.split(r"[;:.]", text, maxsplit=1)[0]
+        raise
     return YES
 
 

@@ -31,3 +31,5 @@ def test_a_cell_that_fails_is_not_taken_for_one_that_is_refused() -> None:
     tried = Tried(FAMILIES[-1])
     with pytest.raises(AttributeError):
         cell(Row("", lambda tried: tried.model.no_such_part).trial, tried)
+    with pytest.raises(TypeError, match="not callable"):
+        cell(Row("", lambda tried: tried.tokenizer(["a"])).trial, tried)

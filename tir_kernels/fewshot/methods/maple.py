@@ -72,8 +72,8 @@ class MaPLe(Method):
         from tir_kernels.adapters import add_image_prompts, add_text_prompts
         from tir_kernels.fewshot.methods.prompts import Prompts
 
-        self._require_words(kit)
         prompts = Prompts.of_kit(kit, 0, single_template(self.template))
+        self._require_words(kit)
         depth = self._depth(kit, prompts.num_blocks)
         with (
             add_image_prompts(kit.model, depth) as images,
