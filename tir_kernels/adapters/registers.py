@@ -106,9 +106,9 @@ def _norm_pre(tower: VisionTower) -> Callable[[Tensor], Tensor]:
     if norm_pre is None:
         kind = type(getattr(tower, "module", tower)).__name__
         raise TypeError(
-            f"model's image tower, a {kind}, takes no registers behind its patches: its blocks "
-            "have rotary positions or masks, which are those of patches alone; choose an "
-            "architecture such as ViT-B-16"
+            f"model's image tower, a {kind}, takes no registers behind its patches: it has no "
+            "norm_pre, as none has whose blocks take rotary positions or masks of patches alone; "
+            "choose an architecture such as ViT-B-16"
         )
     return norm_pre
 
