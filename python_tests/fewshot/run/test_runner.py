@@ -305,7 +305,7 @@ def test_tables():
     assert "65.00 ± 24.84" in text
     for pair in ("tir (T) − lora (T)", "tir (T) − zero-shot (F)", "lora (T) − zero-shot (F)"):
         assert pair in text
-    assert "F: frozen features only; T: towers tuned on the support images." in text
+    assert "F: frozen features only; T: trained on the support images, through the towers." in text
     assert "+5.00 ± 0.00" in text
     assert "no interval" not in text
 

@@ -23,7 +23,7 @@ class Family(NamedTuple):
 # Name -> family. None that runs here is transductive: a learner classifies each image by itself.
 FAMILIES = {
     "frozen features": Family("F", "frozen features only"),
-    "tuned towers": Family("T", "towers tuned on the support images"),
+    "tuned towers": Family("T", "trained on the support images, through the towers"),
     "inference only": Family("I", "inference only, nothing is trained"),
     "source-trained": Family(
         "S",
