@@ -46,6 +46,11 @@ _REASONS = {
     "PEFT's format is known": "packed projections",
     "CLIPModel can't express": "no `CLIPModel`",
     "gives every image a grid": "a grid for each image",
+    "takes no registers behind its patches": "places for patches alone",
+    "has no class token, whose attention": "no class token",
+    "is not known to end with one": "no last projection",
+    "does not end in one linear projection": "no last projection",
+    "deep prompts need an image tower": "pool or positions of patches",
 }
 
 
@@ -271,7 +276,7 @@ def method_rows() -> Iterator[Row]:
     for name in METHODS:
         fields = {field.name: field for field in dataclasses.fields(method_class(name))}
         ways = [("", {})]
-        for option in ("placement", "relevance"):
+        for option in ("placement", "relevance", "classifier"):
             if option in fields:
                 choices = fields[option].metadata["choices"]()
                 ways += [
