@@ -155,6 +155,13 @@ def siglip2_tokenizer() -> Any:
     return tokenizer
 
 
+TOKENIZERS = {
+    "clip": clip_tokenizer,
+    "siglip": siglip_tokenizer,
+    "siglip2": siglip2_tokenizer,
+}
+
+
 def write_folder(folder: Any, kind: str) -> Any:
     """A model of a kind as transformers writes it; the model is returned."""
     if kind == "clip":
@@ -165,7 +172,7 @@ def write_folder(folder: Any, kind: str) -> Any:
         )  # fmt: skip
         processor = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
     else:
-        tokenizer = siglip_tokenizer() if kind == "siglip" else siglip2_tokenizer()
+        tokenizer = TOKENIZERS[kind]()
         text = {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "eos_token_id": 1}
         if kind == "siglip":
             model = make_siglip(text=text)

@@ -232,13 +232,17 @@ def test_what_is_refused():
         adapters.add_test_time_registers(model, value="mean")
     with adapters.add_reweighting(model), pytest.raises(RuntimeError, match="would take registers"):
         adapters.add_test_time_registers(model)
+    with torch.no_grad():
+        plain = model.encode_image(make_images())
     with adapters.add_test_time_registers(model) as handle:
         for neuron, message in (
             (Neuron(6, 0), "of blocks 0 to 5; got block 6"),
             (Neuron(2, 128), r"of block 2 must be of 0 to 127; got \[128\]"),
         ):
             with pytest.raises(ValueError, match=message):
-                handle.set_neurons([[neuron]])
+                handle.set_neurons([[NEURONS[0], neuron]])
+            with torch.no_grad():
+                assert torch.equal(model.encode_image(make_images()), plain)
         handle.set_neurons([NEURONS, NEURONS])
         with pytest.raises(ValueError, match="2 groups, of which 3 images are no whole number"):
             model.encode_image(make_images(3))

@@ -41,7 +41,9 @@ def test_options_stand_with_their_defaults(capsys):
 def test_a_method_is_shown_with_help_on_each_option(capsys):
     text = printed(capsys, "tir", "tip-adapter", "tir")
     assert text.count("tir: LoRA and a prompt context") == 1
-    assert "T: trained on the support images, through the towers. Source: arXiv 2605.25799.\n" in text
+    assert (
+        "T: trained on the support images, through the towers. Source: arXiv 2605.25799.\n" in text
+    )
     assert "  --placement tokens (tokens|attention|both" in text
     assert "  --alpha 1.0  Weight of the cache beside the text.\n" in text
     assert "``" not in text

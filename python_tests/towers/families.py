@@ -182,8 +182,7 @@ def _write_open_clip(name: str, folder: Path) -> None:
 
 def _transformers_parts(kind: str) -> tuple[Any, Any]:
     """A model and its tokenizer, as transformers has them."""
-    is_clip = kind == "clip"
-    own = small_transformers.clip_tokenizer() if is_clip else small_transformers.siglip_tokenizer()
+    own = small_transformers.TOKENIZERS[kind]()
     image = {"num_hidden_layers": _DEPTH}
     text = {
         "vocab_size": len(own),
@@ -241,11 +240,9 @@ FAMILIES = [
             f"transformers {name}", prefix, partial(_transformers, kind),
             partial(_write_transformers, kind),
         )
-        for name, kind, prefix in (("CLIP", "clip", 1), ("SigLIP", "siglip", 0))
-    ),
-    Family(
-        "transformers Siglip2", 0, partial(_transformers, "siglip2"),
-        partial(_write_transformers, "siglip2"), is_refused=True,
+        for name, kind, prefix in (
+            ("CLIP", "clip", 1), ("SigLIP", "siglip", 0), ("Siglip2", "siglip2", 0)
+        )
     ),
     Family("timm with registers", 5, _registers, _write_registers, is_refused=True),
 ]  # fmt: skip

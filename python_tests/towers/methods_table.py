@@ -46,8 +46,12 @@ _REASONS = {
     "CLIPModel can't express": "no `CLIPModel`",
     "gives every image a grid": "a grid for each image",
     "trains the projection that an image tower ends with": "no projection at the end",
+    "is not known to end with one": "no projection at the end",
     "does not end in one linear projection": "no projection at the end",
     "need an image tower that pools its class token alone": "no pooled class token",
+    "deep prompts need an image tower": "no pooled class token, or positions of patches",
+    "takes no registers behind its patches": "places for patches alone",
+    "has no class token, whose attention": "no class token",
 }
 
 
@@ -273,7 +277,7 @@ def method_rows() -> Iterator[Row]:
     for name in METHODS:
         fields = {field.name: field for field in dataclasses.fields(method_class(name))}
         ways = [("", {})]
-        for option in ("placement", "relevance"):
+        for option in ("placement", "relevance", "classifier"):
             if option in fields:
                 choices = fields[option].metadata["choices"]()
                 ways += [

@@ -46,9 +46,13 @@ class AppendedTokens(Handle):
         self._norm_pre = _norm_pre(tower)
         self._places: list[tuple[Block, _Entrance]] = []
         self._watches: list[RemovableHandle] = []
-        self._enter_at(blocks[0], appends=True)
-        if len(blocks) > 1:
-            self._enter_at(blocks[-1])
+        try:
+            self._enter_at(blocks[0], appends=True)
+            if len(blocks) > 1:
+                self._enter_at(blocks[-1])
+        except TypeError:  # and a block that cannot be opened leaves none changed
+            self.remove()
+            raise
         self._watch(on_output(blocks[-1], _Drop(self)))
 
     def _enter_at(self, block: Block, appends: bool = False) -> None:
@@ -106,9 +110,9 @@ def _norm_pre(tower: VisionTower) -> Callable[[Tensor], Tensor]:
     if norm_pre is None:
         kind = type(getattr(tower, "module", tower)).__name__
         raise TypeError(
-            f"model's image tower, a {kind}, takes no registers behind its patches: its blocks "
-            "have rotary positions or masks, which are those of patches alone; choose an "
-            "architecture such as ViT-B-16"
+            f"model's image tower, a {kind}, takes no registers behind its patches: it has no "
+            "norm_pre, as none has whose blocks take rotary positions or masks of patches alone; "
+            "choose an architecture such as ViT-B-16"
         )
     return norm_pre
 
@@ -130,13 +134,20 @@ class TestTimeRegisters(AppendedTokens):
     def set_neurons(self, groups: Sequence[Sequence[Neuron]]) -> None:
         """Set the register neurons; of G groups of images, of each its own.
 
-        Without any in all groups the tower is as it was.
+        Without any in all groups the tower is as it was, and so it is where they are refused.
 
         Raises:
             TypeError: A block whose MLP's neurons are not known.
             ValueError: There is no such block or neuron.
         """
         self._unset()
+        try:
+            self._set(groups)
+        except (TypeError, ValueError):
+            self._unset()
+            raise
+
+    def _set(self, groups: Sequence[Sequence[Neuron]]) -> None:
         layers = sorted({neuron.layer for own in groups for neuron in own})
         for layer in layers:
             if not 0 <= layer < len(self._blocks):
@@ -220,7 +231,8 @@ def add_test_time_registers(
 
     Registers enter as zeros behind the positional embedding. In each neuron that is set, they get
     the activation of largest magnitude over all tokens, and patches get 0 (arXiv 2506.08010). The
-    tower is as it was until ``handle.set_neurons(find_register_neurons(model, images))``.
+    tower is as it was until ``handle.set_neurons(find_register_neurons(model, images))``. Adapters
+    that are put on behind them, and measures, see registers as patches.
 
     Args:
         model: A model whose image tower can be opened, or that tower, without adapters on its

@@ -24,12 +24,17 @@ def test_another_family_is_refused(family):
 
 
 def test_a_legend_explains_the_letters_that_are_there():
-    assert legend("TF") == "F: frozen features only; T: trained on the support images, through the towers."
+    assert (
+        legend("TF")
+        == "F: frozen features only; T: trained on the support images, through the towers."
+    )
     assert legend("?") == "?: a method that is not known here."
     assert legend("") == ""
     assert "support images alone here" in legend("S")
     published = legend("TS", are_published=True)
-    assert published.startswith("T: trained on the support images, through the towers; S: trained on a labelled")
+    assert published.startswith(
+        "T: trained on the support images, through the towers; S: trained on a labelled"
+    )
 
 
 def test_shown_fields_stand_behind_the_name_and_others_where_they_differ():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -115,13 +117,7 @@ class _Registers(ChangedFeatures):
             groups=len(inputs),
         )
         if method.register_neurons and not all(self._neurons):
-            import warnings
-
-            warnings.warn(
-                f"{method.name}: no register neurons found, since no patch of the support images "
-                "has a norm that stands out; there the tower is left as it is",
-                stacklevel=2,
-            )
+            _say_none_found(method)
         super().fit(inputs, labels)
 
     def features(self, inputs: Tensor) -> Tensor:
@@ -158,3 +154,13 @@ class _Registers(ChangedFeatures):
             [Neuron(*map(int, each)) for each in own if each[0] != _NONE]
             for own in trained["neurons"].tolist()
         ]
+
+
+@functools.cache  # once for all episodes of an arm
+def _say_none_found(method: TestTimeRegisters) -> None:
+    warnings.warn(
+        f"{method.name}: no register neurons found in an episode, since no patch of its support "
+        "images has a norm that stands out; the tower is left as it is there (said once, for all "
+        "such episodes)",
+        stacklevel=3,
+    )
