@@ -40,5 +40,9 @@ def _seconds(device: str, call: Call) -> float:
 
 def bound_ms(cost: Cost, device: str, dtype: str) -> float:
     """The time below which the useful work cannot be done: memory or arithmetic, the longer."""
-    by_memory = cost.bytes / bytes_per_second(device)
-    return 1e3 * max(by_memory, cost.flops / flops_per_second(device, dtype))
+    return shortest_ms(cost, bytes_per_second(device), flops_per_second(device, dtype))
+
+
+def shortest_ms(cost: Cost, bytes_per_second: float, flops_per_second: float) -> float:
+    """The same where the machine's rates are given."""
+    return 1e3 * max(cost.bytes / bytes_per_second, cost.flops / flops_per_second)

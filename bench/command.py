@@ -19,7 +19,7 @@ from tir_kernels.registry import load
 from .cases import Case
 from .plot import plot
 from .records import Record, RecordFile, environment, require_writable
-from .report import print_sections, sections, summary
+from .report import open_console, print_sections, sections, summary
 from .runner import Outcome, Runner
 from .settings import BACKENDS_OF_DEVICE, Settings
 from .suites import SUITES
@@ -33,7 +33,6 @@ _SECONDS = {
     ("cuda", False): 0.1,
     ("cuda", True): 0.03,
 }
-_NARROWEST_LOG = 140
 _BUSY_LOAD = 1.0  # from here on other work slows down what is measured
 
 
@@ -90,6 +89,9 @@ def main(
     episodes; all of them by default. "published" is a plain rendering of the method's published
     program, the baseline. Exit status: 1 if an implementation computes something wrong, 75 if the
     budget ran out (run the same command again), 130 after Ctrl-C.
+
+    "python -m bench model" is a program of its own: how long attention should take on a GPU, from
+    counted instructions.
     """
     began = time.monotonic()
     device = options["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -100,7 +102,7 @@ def main(
     options["threads"] = options["threads"] or len(os.sched_getaffinity(0))
     torch.set_num_threads(options["threads"])
     settings = Settings(**options)
-    console = _console(stderr=True)
+    console = open_console(stderr=True)
     if plot_path is not None:
         require_writable(plot_path)
     records = RecordFile(json_path)
@@ -119,13 +121,6 @@ def main(
     if plot_path is not None and not plot(found, plot_path):
         console.print("--plot: no record has a time and a bound to draw")
     sys.exit(_conclude(console, outcome, json_path))
-
-
-def _console(*, stderr: bool = False) -> Console:
-    console = Console(stderr=stderr, highlight=False)
-    if not console.is_terminal:
-        console.width = _NARROWEST_LOG
-    return console
 
 
 def _check(device: str, backends: tuple[str, ...] | None) -> None:
@@ -177,7 +172,7 @@ def _warn_of_other_work(console: Console, device: str) -> None:
 
 
 def _show(records: list[Record], device: str, *, shows_all_targets: bool) -> None:
-    console = _console()
+    console = open_console()
     print_sections(console, sections(records))
     targets = summary(records, device, only_measured=not shows_all_targets)
     if targets.blocks:

@@ -26,6 +26,7 @@ _NUMBERS = _COLUMNS[2:-1]
 _OF_TARGETS = ("target", "limit", "implementation", "worst", "at", "met", "falls short at")
 _SECONDS_FROM = 10_000  # milliseconds
 _SHOWN_SHAPES = 4
+_NARROWEST_LOG = 140
 
 
 class Section(NamedTuple):
@@ -124,6 +125,14 @@ def sections(records: Iterable[Record]) -> list[Section]:
         Section("{}: {}, {}, {}, {}".format(*title), _COLUMNS, list(map(_block, cases.values())))
         for title, cases in found.items()
     ]
+
+
+def open_console(*, stderr: bool = False) -> Console:
+    """The terminal; a file gets lines of a fixed width."""
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal:
+        console.width = _NARROWEST_LOG
+    return console
 
 
 def print_sections(console: Console, found: Iterable[Section]) -> None:

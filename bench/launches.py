@@ -1,0 +1,226 @@
+"""How the CUDA attention kernels are launched and what a block does: bfloat16, heads of width 64.
+
+The plans are those of csrc/cuda/forward_plan.h and attention_backward.cu, for a GPU that is not
+there; a test runs the C++ launchers and compares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import fmean
+
+from .sass.counts import WARP, KernelCounts
+
+FORWARD = "attention_forward_kernel<bfloat16, 64>"
+BACKWARD = "attention_backward_kernel<bfloat16, 64>"
+
+HEAD_DIM, _ITEM = 64, 2
+_TILE = 16  # rows of a product
+_HELD = 2 * _TILE  # rows that a warp holds
+_VECTOR = 16  # bytes of a copy
+_PITCH = HEAD_DIM * _ITEM + _VECTOR  # bytes from row to row in shared memory
+_ROW_COPIES = HEAD_DIM * _ITEM / _VECTOR / WARP  # that a warp issues for a row
+_FORWARD_CHUNK, _BACKWARD_CHUNK, _BACKWARD_STEP = 64, 32, 16
+_MAX_WARPS = 4  # of a block
+_FRAGMENT = 4  # cycles of shared memory for LDSM.x4, a copy or a store of a warp: 512 bytes
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A grid of one kernel.
+
+    Attributes:
+        blocks: Of the grid.
+        warps: Of a block.
+        shared: Bytes of shared memory that a block asks for.
+    """
+
+    blocks: int
+    warps: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a block does, or several do on average.
+
+    Attributes:
+        instructions: That its warps issue.
+        products: HMMA.16816 that are carried out.
+        exponentials: MUFU.EX2 that its warps issue.
+        shared: Cycles for which shared memory is busy.
+        cache_bytes: To and from the L2 cache.
+    """
+
+    instructions: float
+    products: float
+    exponentials: float
+    shared: float
+    cache_bytes: float
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.instructions + other.instructions,
+            self.products + other.products,
+            self.exponentials + other.exponentials,
+            self.shared + other.shared,
+            self.cache_bytes + other.cache_bytes,
+        )
+
+    def __mul__(self, factor: float) -> Work:
+        return Work(
+            factor * self.instructions,
+            factor * self.products,
+            factor * self.exponentials,
+            factor * self.shared,
+            factor * self.cache_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class _ForwardPlan:
+    launch: Launch
+    parts: int  # blocks of a head
+    is_resident: bool  # all keys and values stay in shared memory
+    rounds: int  # tiles that a warp takes one after the other
+    chunks: int  # of keys
+
+
+def _forward_plan(
+    length: int, heads: int, multiprocessors: int, shared_memory: int
+) -> _ForwardPlan:
+    tiles, chunks = _parts(length, _HELD), _parts(length, _FORWARD_CHUNK)
+
+    def room(warps: int, rows: int) -> int:
+        return chunks * _FORWARD_CHUNK * 4 + (warps * _HELD + 2 * rows) * _PITCH
+
+    warps = min(tiles, _MAX_WARPS)
+    while warps > 1 and heads * _parts(tiles, warps) < multiprocessors:
+        warps -= 1
+    rows = _padded(length)
+    is_resident = chunks <= 2 or room(warps, rows) <= shared_memory // 2
+    if not is_resident:
+        rows = 2 * _FORWARD_CHUNK
+    while warps > 1 and room(warps, rows) > shared_memory:
+        warps -= 1
+    parts = max(1, min(_parts(2 * multiprocessors, heads), _parts(tiles, warps)))
+    launch = Launch(heads * parts, warps, room(warps, rows))
+    return _ForwardPlan(launch, parts, is_resident, _parts(tiles, parts * warps), chunks)
+
+
+def forward_launch(length: int, heads: int, multiprocessors: int, shared_memory: int) -> Launch:
+    """The launch of the forward kernel.
+
+    Args:
+        length: L, tokens.
+        heads: B·H.
+        multiprocessors: Of the GPU.
+        shared_memory: Bytes that one block may use.
+    """
+    return _forward_plan(length, heads, multiprocessors, shared_memory).launch
+
+
+def backward_launch(length: int, heads: int, shared_memory: int) -> Launch:
+    """The launch of the backward kernel, keys and queries side by side."""
+    tiles = _parts(length, _HELD)
+
+    def room(warps: int) -> int:
+        rows = 2 * warps * _HELD + 4 * _BACKWARD_CHUNK
+        return _parts(length, _BACKWARD_CHUNK) * _BACKWARD_CHUNK * 8 + rows * _PITCH
+
+    warps = min(tiles, _MAX_WARPS)
+    while warps > 1 and room(warps) > shared_memory:
+        warps -= 1
+    return Launch(heads * 2 * _parts(tiles, warps), warps, room(warps))
+
+
+def forward_work(
+    kernel: KernelCounts, length: int, heads: int, multiprocessors: int, shared_memory: int
+) -> Work:
+    """What a block of the forward kernel does."""
+    plan = _forward_plan(length, heads, multiprocessors, shared_memory)
+    (loop,) = kernel.main_loops
+    copy, copy_streamed = _copy_costs(kernel)
+    # Products with a chunk's missing keys keep their turn, by sixteens, but are not carried out.
+    passes = plan.chunks
+    full_passes = _padded(length) / _FORWARD_CHUNK
+    held = _ROW_COPIES * _HELD
+    of_tile = Work(
+        instructions=passes * loop.instructions
+        + loop.around[0]
+        + held * (copy + max(kernel.stores)),
+        products=full_passes * loop.products,
+        exponentials=passes * loop.kinds["MUFU.EX2"],
+        # Queries are copied, read and, as outputs, written and read again.
+        shared=_FRAGMENT * (full_passes * loop.kinds["LDSM"] + 4 * held)
+        + passes * loop.kinds["LDS"],
+        cache_bytes=0,
+    )
+    loads = 1 if plan.is_resident else plan.rounds
+    rows = loads * _padded(length)
+    of_block = Work(
+        instructions=2 * rows * _ROW_COPIES * copy_streamed,
+        products=0,
+        exponentials=0,
+        shared=_FRAGMENT * 2 * rows * _ROW_COPIES,
+        # Queries in and outputs out are shared by a head's blocks, keys and values are not.
+        cache_bytes=(2 * length / plan.parts + 2 * loads * length) * HEAD_DIM * _ITEM,
+    )
+    warps = plan.launch.warps
+    return of_tile * (plan.rounds * warps) + of_block + _once(warps * loop.around[-1])
+
+
+def backward_work(kernel: KernelCounts, length: int, shared_memory: int) -> Work:
+    """What a block of the backward kernel does, the mean of those with keys and with queries."""
+    warps = backward_launch(length, 1, shared_memory).warps
+    held = _ROW_COPIES * _HELD
+    parts = _parts(_parts(length, _HELD), warps)
+    steps, chunks = _parts(length, _BACKWARD_STEP), _parts(length, _BACKWARD_CHUNK)
+    copy, copy_streamed = _copy_costs(kernel)
+    most = max(loop.products for loop in kernel.main_loops)
+    total = _once(0)
+    for loop in kernel.main_loops:
+        gradients = 2 if loop.products == most else 1  # of keys and of values, or of queries
+        of_warp = Work(
+            instructions=steps * loop.instructions
+            + chunks * loop.around[0]
+            + loop.around[-1]
+            + held * (2 * copy + gradients * max(kernel.stores)),
+            products=steps * loop.products,
+            exponentials=steps * loop.kinds["MUFU.EX2"],
+            shared=_FRAGMENT * (steps * loop.kinds["LDSM"] + (2 + 2 * gradients) * held)
+            + steps * loop.kinds["LDS"],
+            cache_bytes=0,
+        )
+        copies = 2 * _padded(length) * _ROW_COPIES
+        of_block = Work(
+            instructions=copies * copy_streamed,
+            products=0,
+            exponentials=0,
+            shared=_FRAGMENT * copies,
+            cache_bytes=((2 + gradients) * length / parts + 2 * length) * HEAD_DIM * _ITEM,
+        )
+        total += (of_warp * warps + of_block) * 0.5
+    return total
+
+
+def _copy_costs(kernel: KernelCounts) -> tuple[float, float]:
+    """Instructions per copy of rows that a warp holds, and of rows that are streamed.
+
+    The latter are found anew in each pass, and may depend on weights: they cost more.
+    """
+    least = min(kernel.copies)
+    return least, fmean([each for each in kernel.copies if each > 1.2 * least] or [least])
+
+
+def _once(instructions: float) -> Work:
+    return Work(instructions, 0, 0, 0, 0)
+
+
+def _parts(whole: int, part: int) -> int:
+    return -(-whole // part)
+
+
+def _padded(length: int) -> int:
+    """Rows are loaded and multiplied by sixteens."""
+    return _parts(length, _TILE) * _TILE

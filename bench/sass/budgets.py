@@ -1,0 +1,227 @@
+"""What the kernels' loops may cost at most: bfloat16, heads of width 64, sm_90.
+
+A budget is today's number, rounded up by the little that another arrangement of the same work may
+take. Whoever needs more says here what it is for; whoever needs less lowers the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from .counts import KernelCounts, MainLoop
+
+# Kinds that the compiler exchanges for one another count together.
+GROUPS = {
+    "arithmetic": ("FADD", "FMUL", "FFMA"),
+    "comparison": ("FMNMX", "FSEL", "FSETP"),
+    "branch": ("BSSY", "BRA"),
+    "access": ("LDS", "STS", "LDG", "STG"),
+}
+
+
+@dataclass(frozen=True)
+class LoopBudget:
+    """Limits on a pass of a main loop.
+
+    Attributes:
+        products: Tensor-core products, exactly: with another number a pass is another piece of
+            work, and its budget has to be found anew.
+        instructions: All that a warp issues.
+        kinds: Limits on kinds of instructions or on ``GROUPS`` of them.
+    """
+
+    products: int
+    instructions: int
+    kinds: dict[str, int]
+
+
+@dataclass(frozen=True)
+class KernelBudget:
+    """Limits on an instance of a kernel; none may spill.
+
+    Attributes:
+        registers: Of a thread.
+        loops: Of the main loops, in the order of the code.
+        copy: Instructions per asynchronous copy of 16 bytes, of the dearest loop.
+        store: The same of 16-byte stores.
+    """
+
+    registers: int
+    loops: list[LoopBudget] = field(default_factory=list)
+    copy: float | None = None
+    store: float | None = None
+
+
+# Registers: with 255 a warp, as with these, 8 warps fit on a multiprocessor; launch bounds ask for
+# two blocks of 4 warps. A few more are no harm up to there.
+_TWO_BLOCKS = 255
+# Three blocks of 4 warps: 65536 registers / 12 warps / 32 threads, in steps of 8.
+_THREE_BLOCKS = 168
+
+BUDGETS = {
+    "attention_forward_kernel<bfloat16, 64>": KernelBudget(
+        registers=_TWO_BLOCKS,
+        loops=[
+            # 32 queries with 64 keys: 2 x 8 x 4 products each for scores and for outputs.
+            LoopBudget(
+                128,
+                770,  # 750: the kernel is bound by them
+                {
+                    "LDSM": 32,  # 16 of keys, 16 of values; those of queries are held
+                    "MUFU.EX2": 68,  # 64 scores a lane, and 4 corrections
+                    # Of 64 scores: scale and bias in one, shift, sum. And 4 totals, rescaled.
+                    "arithmetic": 200,
+                    # 64 maxima, 64 scores replaced where a key is not attended to, 16 tests for
+                    # that, and 20 about the maxima of rows.
+                    "comparison": 168,
+                    "access": 8,  # biases
+                    "branch": 12,
+                },
+            )
+        ],
+        copy=54,  # 53 for values, whose weights decide, 43 for keys
+        store=40,
+    ),
+    "attention_backward_kernel<bfloat16, 64>": KernelBudget(
+        registers=_TWO_BLOCKS,
+        loops=[
+            # Stationary queries, 32 with 16 keys: scores, gradients of probabilities and of
+            # queries, 2 x 2 x 4 products each.
+            LoopBudget(
+                48,
+                245,  # 235
+                {
+                    # 16 of the stationary rows, which do not fit into registers; 12 of the others.
+                    "LDSM": 28,
+                    "MUFU.EX2": 16,
+                    # Exponents 16 + 16, gradients 16 + 16.
+                    "arithmetic": 66,
+                    "comparison": 20,  # 16 gradients of keys that are not attended to, 4 tests
+                    "access": 2,
+                    "branch": 4,
+                },
+            ),
+            # Stationary keys, 32 with 16 queries: the gradient of values comes on top.
+            LoopBudget(
+                64,
+                335,  # 325
+                {
+                    "LDSM": 32,
+                    "MUFU.EX2": 16,
+                    "arithmetic": 82,  # as above, and 16 sums for the gradient of weights
+                    "comparison": 52,  # as above, 16 probabilities and 16 limits of exponents
+                    "access": 4,
+                    "branch": 4,
+                },
+            ),
+        ],
+        copy=52,  # 51: streamed rows; 33 for stationary ones
+        store=35,
+    ),
+    "row_statistics_kernel<bfloat16, 64>": KernelBudget(
+        registers=_THREE_BLOCKS,
+        # 32 queries with 32 keys: scores.
+        loops=[
+            LoopBudget(
+                32,
+                485,  # 470: three sums per row, the entropy's without cancellation
+                {
+                    # 8 of keys; 8 of queries, whose predicate is true in the first pass alone.
+                    "LDSM": 16,
+                    "MUFU.EX2": 36,
+                    "arithmetic": 188,
+                    "comparison": 154,
+                    "access": 4,
+                    "branch": 4,
+                },
+            )
+        ],
+        copy=45,  # 44
+    ),
+    "column_statistics_kernel<bfloat16, 64>": KernelBudget(
+        registers=_THREE_BLOCKS,
+        # 32 keys with 32 queries: scores.
+        loops=[
+            LoopBudget(
+                32,
+                380,  # 368: each probability is added to one of two sums
+                {
+                    "LDSM": 16,
+                    "MUFU.EX2": 32,
+                    "arithmetic": 164,
+                    "comparison": 66,
+                    "access": 4,
+                    "branch": 5,
+                },
+            )
+        ],
+        copy=45,  # 44
+    ),
+    # A step of 32 rows of the projection, for 16, 32 or 48 tokens and 64 features of each warp. Of
+    # a later step come the copies, 4 a thread, of about 40 instructions each.
+    **{
+        f"relevance_kernel<bfloat16, {rows}, 1>": KernelBudget(
+            registers=255,  # one block of 8 warps
+            loops=[
+                LoopBudget(
+                    16 * rows,
+                    instructions,
+                    {
+                        "LDSM": 8 + 2 * rows,  # of the projection, and of the tokens
+                        "LDGSTS": 4,
+                        "branch": 24,  # 23
+                        "access": 12,  # the compiler puts three that do nothing before a copy
+                    },
+                )
+            ],
+        )
+        for rows, instructions in ((1, 265), (2, 265), (3, 315))  # 254, 251, 301
+    },
+}
+
+
+def over_budget(found: dict[str, KernelCounts]) -> Iterator[str]:
+    """Each limit that is passed, in words; a kernel that is not among those found too."""
+    for name, budget in BUDGETS.items():
+        if name not in found:
+            yield f"{name}: there is no such kernel; there are {', '.join(found)}"
+            continue
+        for what in _over(found[name], budget):
+            yield f"{name}: {what}"
+
+
+def _over(kernel: KernelCounts, budget: KernelBudget) -> Iterator[str]:
+    if kernel.registers > budget.registers:
+        yield f"{kernel.registers} registers; the budget is {budget.registers}"
+    if kernel.stack or kernel.spills:
+        yield f"registers are spilled: {kernel.spills} accesses, {kernel.stack} bytes of stack"
+    found = [loop.products for loop in kernel.main_loops]
+    if found != (wanted := [loop.products for loop in budget.loops]):
+        yield (
+            f"main loops with {found} products a pass, not {wanted}: the work is cut otherwise, "
+            "and needs budgets of its own"
+        )
+    else:
+        for loop, limits in zip(kernel.main_loops, budget.loops, strict=True):
+            for what in _loop_over(loop, limits):
+                yield f"main loop with {loop.products} products: {what}"
+    for name, costs, limit in (
+        ("copy", kernel.copies, budget.copy),
+        ("store", kernel.stores, budget.store),
+    ):
+        if limit is None:
+            continue
+        if not costs:
+            yield f"no loop that does a 16-byte {name} was found"
+        elif max(costs) > limit:
+            yield f"{max(costs):g} instructions per 16-byte {name}; the budget is {limit:g}"
+
+
+def _loop_over(loop: MainLoop, budget: LoopBudget) -> Iterator[str]:
+    if loop.instructions > budget.instructions:
+        yield f"{loop.instructions} instructions a pass; the budget is {budget.instructions}"
+    for name, limit in budget.kinds.items():
+        number = sum(loop.kinds.get(kind, 0) for kind in GROUPS.get(name, (name,)))
+        if number > limit:
+            yield f"{number} {name} a pass; the budget is {limit}"

@@ -1,0 +1,38 @@
+// Prints how the attention kernels would be launched on a GPU that is not there: blocks, threads and
+// bytes of shared memory, forward and then backward, for lines "L B H" of the input.
+#include <iostream>
+
+#include "cuda/heads.cuh"
+
+namespace tir::cuda {
+
+template <auto kKernel, class... Arguments>
+void print_launch(const char*, int64_t blocks, int threads, size_t shared_bytes, Stream,
+                  const Arguments&...) {
+  std::cout << blocks << ' ' << threads << ' ' << shared_bytes << '\n';
+}
+
+}  // namespace tir::cuda
+
+#define launch print_launch
+#define TIR_ELEMENT bfloat16
+// Both kernels use these names, each for its own numbers.
+#define kHeldTiles kForwardHeldTiles
+#define kChunk kForwardChunk
+#include "cuda/attention_forward.cu"
+#undef kHeldTiles
+#undef kChunk
+#include "cuda/attention_backward.cu"
+
+int main() {
+  tir::cuda::emulated_device = {132, 227 * 1024};
+  int64_t length, batch, heads;
+  while (std::cin >> length >> batch >> heads) {
+    tir::AttentionShape shape{batch, heads, length, 64, tir::Type::bfloat16, 0.125f};
+    tir::AttentionForward forward{};
+    tir::AttentionBackward backward{};
+    forward.shape = backward.shape = shape;
+    tir::cuda::attention_forward_of<tir::cuda::bfloat16>(forward, {}, nullptr);
+    tir::cuda::attention_backward_of<tir::cuda::bfloat16>(backward, {}, nullptr, nullptr, nullptr);
+  }
+}
