@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tir_kernels.fewshot import fields
-from tir_kernels.fewshot.methods.lora import LoRA, TunedTowers
+from tir_kernels.fewshot.methods.lora import TunedTowers, VisionLoRA
 from tir_kernels.fewshot.methods.protocol import Kit, Learner, ParameterGroup
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ATHA(LoRA):
+class ATHA(VisionLoRA):
     """LoRA, with head patches pulled to a class and tail patches pushed from one (after notes).
 
     In front of every vision block the tenth of the patches that is closest to a class gets ``pull``
@@ -35,10 +35,6 @@ class ATHA(LoRA):
     name = "atha"
     source = "arXiv 2605.29776, after notes"
 
-    context_tokens: int = fields.inherited(LoRA, "context_tokens", 0)
-    logit_scale: float | None = fields.inherited(LoRA, "logit_scale", 100.0)
-    lora_towers: str = fields.inherited(LoRA, "lora_towers", "vision")
-    lora_schedule: str = fields.inherited(LoRA, "lora_schedule", "cosine/8")
     pull: float = fields.real(
         0.8, "Strength of the pull at the start, in the block in front of depth - 4.", least=0
     )

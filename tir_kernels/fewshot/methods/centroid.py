@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tir_kernels.fewshot import fields
 from tir_kernels.fewshot.methods.frozen_images import centroids
-from tir_kernels.fewshot.methods.frozen_options import LOGIT_SCALE_HELP, share
+from tir_kernels.fewshot.methods.option_fields import LOGIT_SCALE_HELP, share
 from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method
 from tir_kernels.fewshot.methods.templates import templates
 from tir_kernels.fewshot.methods.zero_shot import TEMPLATE_HELP, FrozenFeatures

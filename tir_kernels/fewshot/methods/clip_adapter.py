@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tir_kernels.fewshot import fields
-from tir_kernels.fewshot.methods.frozen_options import LOGIT_SCALE_HELP, rate, share, steps
+from tir_kernels.fewshot.methods.option_fields import LOGIT_SCALE_HELP, rate, share, steps
 from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method, ParameterGroup
 from tir_kernels.fewshot.methods.schedules import warmed_cosine
 from tir_kernels.fewshot.methods.templates import templates

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tir_kernels.fewshot import fields
 from tir_kernels.fewshot.methods.coop import CoOp
 from tir_kernels.fewshot.methods.frozen_images import FrozenImages
+from tir_kernels.fewshot.methods.option_fields import context_rate
 from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method, ParameterGroup
 from tir_kernels.fewshot.methods.templates import single_template, templates
 from tir_kernels.fewshot.methods.zero_shot import TEMPLATE_HELP
@@ -41,11 +42,7 @@ class CoCoOp(Method):
 
     steps: int = fields.inherited(CoOp, "steps", 100)
     context_tokens: int = fields.inherited(CoOp, "context_tokens", 4)
-    context_lr: float = fields.real(
-        2e-3,
-        "SGD's learning rate for context and network (momentum 0.9, weight decay 5e-4).",
-        least=0,
-    )
+    context_lr: float = context_rate("context and network")
     logit_scale: float = fields.inherited(CoOp, "logit_scale", 100.0)
     template: tuple[str, ...] | None = templates(TEMPLATE_HELP)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tir_kernels.fewshot import fields
 from tir_kernels.fewshot.methods.frozen_images import FrozenImages
+from tir_kernels.fewshot.methods.option_fields import context_rate, context_tokens, steps
 from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method, ParameterGroup
 from tir_kernels.fewshot.methods.templates import single_template, templates
 from tir_kernels.fewshot.methods.zero_shot import TEMPLATE_HELP
@@ -37,20 +38,8 @@ class CoOp(Method):
     source = "arXiv 2109.01134"
     family = "tuned towers"
 
-    steps: int = fields.whole(
-        100,
-        "Full-batch training steps per episode.",
-        least=1,
-        most=10**6,
-        reason="no few-shot training takes as many",
-    )
-    context_tokens: int = fields.whole(
-        4,
-        "Learned prompt context vectors.",
-        least=1,
-        most=1024,
-        reason="no text tower has as many positions",
-    )
+    steps: int = steps(100, least=1)
+    context_tokens: int = context_tokens(4, "Learned prompt context vectors.")
     context_start: str = fields.choice(
         "words",
         STARTS,
@@ -60,11 +49,7 @@ class CoOp(Method):
     context_scope: str = fields.choice(
         "shared", SCOPES, 'A context "shared" by the classes, or one "per-class".'
     )
-    context_lr: float = fields.real(
-        2e-3,
-        "SGD's learning rate for the context (momentum 0.9, weight decay 5e-4).",
-        least=0,
-    )
+    context_lr: float = context_rate("the context")
     logit_scale: float = fields.real(100.0, "Factor of the cosine in the logits.", least=0)
     template: tuple[str, ...] | None = templates(TEMPLATE_HELP)
 

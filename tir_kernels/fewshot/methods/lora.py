@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tir_kernels.fewshot import fields
 from tir_kernels.fewshot.methods.frozen_images import FrozenImages
+from tir_kernels.fewshot.methods.option_fields import context_rate, context_tokens, steps
 from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method, ParameterGroup
 from tir_kernels.fewshot.methods.schedules import cosine
 from tir_kernels.fewshot.methods.templates import single_template, templates
@@ -53,13 +54,7 @@ class LoRA(Method):
     family = "tuned towers"
     presets: ClassVar = {"paper": {"steps": 250, **PAPER}, "program": PROGRAM}
 
-    steps: int = fields.whole(
-        100,
-        "Full-batch training steps per episode.",
-        least=1,
-        most=10**6,
-        reason="no few-shot training takes as many",
-    )
+    steps: int = steps(100, least=1)
     lora_rank: int = fields.whole(
         16,
         "Rank of LoRA on the query, key and value projections of the towers that have it.",
@@ -72,19 +67,13 @@ class LoRA(Method):
         0.25, "Dropout in front of LoRA's A while training, in [0, 1).", least=0, below=1
     )
     lora_lr: float = fields.real(2e-4, "AdamW's learning rate for LoRA.", least=0)
-    context_tokens: int = fields.whole(
+    context_tokens: int = context_tokens(
         4,
         'Learned prompt context vectors, started as "a photo of a" or the words of the template; '
         "0 for none.",
         least=0,
-        most=1024,
-        reason="no text tower has as many positions",
     )
-    context_lr: float = fields.real(
-        2e-3,
-        "SGD's learning rate for the context (momentum 0.9, weight decay 5e-4).",
-        least=0,
-    )
+    context_lr: float = context_rate("the context")
     logit_scale: float | None = fields.real(None, LOGIT_SCALE_HELP)
     template: tuple[str, ...] | None = templates(TEMPLATE_HELP)
 
@@ -126,6 +115,16 @@ class LoRA(Method):
         ) as lora:
             lora.seed(kit.seeds)
             yield lora
+
+
+@dataclass(frozen=True)
+class VisionLoRA(LoRA):
+    """LoRA on the vision tower alone, as the works that build on it train it: their base."""
+
+    context_tokens: int = fields.inherited(LoRA, "context_tokens", 0)
+    logit_scale: float | None = fields.inherited(LoRA, "logit_scale", 100.0)
+    lora_towers: str = fields.inherited(LoRA, "lora_towers", "vision")
+    lora_schedule: str = fields.inherited(LoRA, "lora_schedule", "cosine/8")
 
 
 class TunedTowers(Learner):

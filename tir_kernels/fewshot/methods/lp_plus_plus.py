@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tir_kernels.fewshot.methods.frozen_options import steps
+from tir_kernels.fewshot.methods.option_fields import steps
 from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method, ParameterGroup
 from tir_kernels.fewshot.methods.templates import templates
 from tir_kernels.fewshot.methods.zero_shot import TEMPLATE_HELP, FrozenFeatures

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tir_kernels.fewshot import fields
-from tir_kernels.fewshot.methods.lora import LoRA, TunedTowers
+from tir_kernels.fewshot.methods.lora import LoRA, TunedTowers, VisionLoRA
 from tir_kernels.fewshot.methods.protocol import Kit, Learner
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ ACTIVE_SHARE = 0.6  # of the steps, in which more than cross entropy is followed
 
 
 @dataclass(frozen=True)
-class Mind(LoRA):
+class Mind(VisionLoRA):
     """LoRA on the vision tower with losses against learning that goes past the text.
 
     With f the support views' features, f0 those of the images themselves, t the class embeddings,
@@ -41,10 +41,6 @@ class Mind(LoRA):
     source = "CVPR 2026, github.com/zhenyuZ-HUST/CVPR26-Mind-the-Discriminability-Trap"
 
     steps: int = fields.inherited(LoRA, "steps", 250)
-    context_tokens: int = fields.inherited(LoRA, "context_tokens", 0)
-    logit_scale: float | None = fields.inherited(LoRA, "logit_scale", 100.0)
-    lora_towers: str = fields.inherited(LoRA, "lora_towers", "vision")
-    lora_schedule: str = fields.inherited(LoRA, "lora_schedule", "cosine/8")
     visual_weight: float = fields.real(
         0.1, "Weight of the loss against random support features in place of the text.", least=0
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tir_kernels.fewshot import fields
 from tir_kernels.fewshot.methods.coop import CoOp
+from tir_kernels.fewshot.methods.option_fields import context_rate, context_tokens
 from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method, ParameterGroup
 from tir_kernels.fewshot.methods.templates import single_template, templates
 from tir_kernels.fewshot.methods.zero_shot import TEMPLATE_HELP
@@ -49,18 +50,8 @@ class PLOT(Method):
         most=1000,
         reason="an image has hardly more patches",
     )
-    context_tokens: int = fields.whole(
-        16,
-        "Vectors of each learned context, from N(0, 0.02²).",
-        least=1,
-        most=1024,
-        reason="no text tower has as many positions",
-    )
-    context_lr: float = fields.real(
-        2e-3,
-        "SGD's learning rate for the contexts (momentum 0.9, weight decay 5e-4).",
-        least=0,
-    )
+    context_tokens: int = context_tokens(16, "Vectors of each learned context, from N(0, 0.02²).")
+    context_lr: float = context_rate("the contexts")
     logit_scale: float = fields.inherited(CoOp, "logit_scale", 100.0)
     template: tuple[str, ...] | None = templates(TEMPLATE_HELP)
 

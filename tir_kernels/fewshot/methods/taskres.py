@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tir_kernels.fewshot import fields
 from tir_kernels.fewshot.methods.class_vectors import TEXT_NORM, ClassVectorOptions, ClassVectors
-from tir_kernels.fewshot.methods.frozen_options import rate, steps
+from tir_kernels.fewshot.methods.option_fields import rate, steps
 from tir_kernels.fewshot.methods.protocol import Kit, Learner, ParameterGroup
 from tir_kernels.fewshot.methods.schedules import warmed_cosine
 

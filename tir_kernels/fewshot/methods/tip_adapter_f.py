@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tir_kernels.fewshot.methods.frozen_options import rate, steps
+from tir_kernels.fewshot.methods.option_fields import rate, steps
 from tir_kernels.fewshot.methods.protocol import Kit, Learner, ParameterGroup
 from tir_kernels.fewshot.methods.schedules import cosine
 from tir_kernels.fewshot.methods.tip_adapter import Cache, TipAdapter

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tir_kernels.fewshot import fields
-from tir_kernels.fewshot.methods.frozen_options import LOGIT_SCALE_HELP
+from tir_kernels.fewshot.methods.option_fields import LOGIT_SCALE_HELP
 from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method
 from tir_kernels.fewshot.methods.templates import templates
 from tir_kernels.fewshot.methods.zero_shot import TEMPLATE_HELP, FrozenFeatures
