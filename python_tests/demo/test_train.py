@@ -66,6 +66,7 @@ def test_embedded_model_reaches_what_its_page_states(
     assert stated >= 0.8
 
 
+@pytest.mark.slow
 def test_embedded_model_knows_fresh_captions() -> None:
     found = probes.caption_accuracy(*read_model(model_directory()), groups=1, seed=78)
     assert found.asked == 128

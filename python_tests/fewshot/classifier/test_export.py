@@ -114,6 +114,7 @@ def test_merging_is_for_good_and_of_one_episode(loaded):
         several.merge()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_custom", [False, True])
 def test_transformers_and_peft_compute_the_adapted_towers(tmp_path, is_custom):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")

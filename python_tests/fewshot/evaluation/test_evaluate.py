@@ -292,6 +292,7 @@ def test_formats(arguments, style, part, capsys):
     assert part in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_temperature_is_kept_where_it_is_asked_for(drawn, arguments, tmp_path, capsys):
     folder = tmp_path / "classifier"
     shutil.copytree(drawn.folder, folder)

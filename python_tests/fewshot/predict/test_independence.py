@@ -66,6 +66,7 @@ def scaled(made):
     return Classifier(made.about, made.model, learned, made.runtime)
 
 
+@pytest.mark.slow
 def test_merged_weights_give_the_logits_of_the_branches(made, inputs):
     for each in (made, scaled(made)):
         expected = branches(each, inputs)
@@ -74,6 +75,7 @@ def test_merged_weights_give_the_logits_of_the_branches(made, inputs):
     assert (expected - plain).abs().max() > 0.1, "LoRA does something"
 
 
+@pytest.mark.slow
 def test_in_bfloat16_merging_stays_within_twice_the_error_of_the_branches(made, inputs):
     each = scaled(made)
     exact = branches(each, inputs)
@@ -82,6 +84,7 @@ def test_in_bfloat16_merging_stays_within_twice_the_error_of_the_branches(made, 
     assert errors[1] <= 2 * errors[0]
 
 
+@pytest.mark.slow
 def test_the_model_is_left_to_the_bit(made, inputs):
     model = made.model.model
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -130,6 +130,7 @@ def test_a_damaged_shard_gives_what_it_has_and_is_told(tmp_path):
     assert "damaged" in problems(path)[str(path)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["w:gz", "w:xz", "w:bz2"])
 def test_a_damaged_compressed_shard_is_told(tmp_path, mode):
     path = tmp_path / f"s.tar.{mode[2:]}"
@@ -203,6 +204,7 @@ def test_the_library_is_loaded_for_shards_alone(tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["jpg", "cls"])
 def test_headers_of_members_are_not_held(tmp_path, ending):
     """Not even of those that give no image."""

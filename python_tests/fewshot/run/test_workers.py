@@ -114,6 +114,7 @@ def others(tmp_path):
         other.kill()
 
 
+@pytest.mark.slow
 def test_the_others_wait_for_the_first(others, tmp_path):
     follower = others(Place("group", 1, 2))
     time.sleep(0.5)
@@ -135,6 +136,7 @@ def test_another_group_is_refused_while_one_is_inside(others):
     assert text in others(Place("other", 0, 2)).hear()
 
 
+@pytest.mark.slow
 def test_a_folder_is_free_when_its_group_is_gone(others, tmp_path):
     first, follower = others(Place("group", 0, 2)), others(Place("group", 1, 2))
     assert first.hear() == follower.hear() == "inside"

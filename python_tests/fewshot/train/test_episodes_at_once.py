@@ -190,6 +190,7 @@ def test_the_settings_of_the_process_are_no_matter(model, tokenizer, method) -> 
         torch.set_default_dtype(dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", [None, "auto"])
 def test_an_overflow_in_float16_does_not_touch_the_others(model, tokenizer, parallel) -> None:
     method = replace(METHOD, steps=3)

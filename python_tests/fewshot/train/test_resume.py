@@ -76,7 +76,10 @@ def test_what_steps_carry_goes_on_too():
 
 
 @pytest.mark.parametrize("name", ["tir", "lora"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "precision",
+    ["float32", *(pytest.param(each, marks=pytest.mark.slow) for each in ("bfloat16", "float16"))],
+)
 @pytest.mark.parametrize("batch_size", [None, 4])
 def test_stopped_is_as_never_stopped(name, precision, batch_size):
     method = (

@@ -136,6 +136,7 @@ def test_a_tower_of_timm_that_is_larger_than_its_weights(folder, tiny_config, un
     refuse(folder, tiny_config, r"describes a model of 1e\+09 parameters, but the weights are")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "pool", "proj"),
     [("test_vit", "token", "linear"), ("vit_pe_core_tiny_patch16_384", "map", None)],
