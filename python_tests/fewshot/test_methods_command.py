@@ -1,12 +1,10 @@
 """The command ``methods``: one line each where it is piped, broken lines in a terminal."""
 
-import os
 import sys
 
 import pytest
 from command_line import assert_refused
 
-from tir_kernels.fewshot import methods_command
 from tir_kernels.fewshot.command import main
 from tir_kernels.fewshot.methods import METHODS, method_class
 
@@ -66,8 +64,7 @@ def test_a_terminal_breaks_lines_between_words(capsys, monkeypatch, columns):
             return getattr(self._stream, name)
 
     monkeypatch.setattr(sys, "stdout", Terminal(sys.stdout))
-    size = os.terminal_size((columns, 24))
-    monkeypatch.setattr(methods_command.shutil, "get_terminal_size", lambda: size)
+    monkeypatch.setenv("COLUMNS", str(columns))
     for arguments in (["--options"], ["tir"]):
         text = printed(capsys, *arguments)
         lines = text.splitlines()
