@@ -133,8 +133,8 @@ def train_with_peft(adapted: Any) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("use_rslora", [True, False])
-@pytest.mark.parametrize("rank", [4, 6])
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "use_rslora"), [(4, True), (4, False), (6, True), (6, False)])
 @pytest.mark.parametrize("kind", MODELS)
 def test_an_adapter_trained_by_peft(tmp_path: Path, kind: str, rank: int, use_rslora: bool) -> None:
     config = peft.LoraConfig(

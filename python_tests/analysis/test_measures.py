@@ -104,6 +104,7 @@ def test_what_was_seen_first_is_compared_with(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOWERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("images", "classes"), [(1, 1), (1, 100), (5, 1), (4, 100)])

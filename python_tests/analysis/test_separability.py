@@ -15,6 +15,7 @@ def clusters(count=20, classes=4, distance=2.0, seed=0):
     return means[labels] + random.standard_normal((count, 12)), labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("distance", [0.0, 2.0])
 def test_against_scikit_learn(seed, distance):

@@ -56,7 +56,9 @@ def test_what_is_said_goes_before_the_preset():
 
 
 def test_refused():
-    with pytest.raises(ValueError, match="preset must be one of paper, program; got 'papers'"):
+    with pytest.raises(
+        ValueError, match="preset must be one of paper, program, clip-lora; got 'papers'"
+    ):
         arms_of("x=tir,preset=papers")
     with pytest.raises(ValueError, match="arm 'x': preset paper says nothing of zero-shot"):
         arms_of("x=zero-shot,preset=paper")

@@ -36,6 +36,10 @@ PRESETS = {
         "as its authors' program trains: LoRA on both towers, a learned context, logit scale 4 "
         "(2 at one shot)"
     ),
+    "clip-lora": Preset(
+        "as the program of CLIP-LoRA (arXiv 2405.18541) trains at one shot: rank 2 on both towers, "
+        "logit scale 100, 500 steps, which are as many for each further shot"
+    ),
 }
 
 

@@ -18,6 +18,8 @@ from tir_kernels.fewshot.classifier.classifier import Scorer
 from tir_kernels.fewshot.command import main
 from tir_kernels.fewshot.evaluation.evaluating import Evaluator
 
+pytestmark = pytest.mark.slow
+
 
 def test_numbers_are_those_of_the_classifier_s_own_answers(drawn):
     with pytest.warns(UserWarning, match="4 of the 24 images are among those"):

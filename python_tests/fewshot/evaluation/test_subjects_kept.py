@@ -20,6 +20,7 @@ from tir_kernels.fewshot.evaluation.evaluating import Evaluator
 from tir_kernels.fewshot.evaluation.seen import support_of
 
 DECODING = Decoding()
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from fewshot.method_cases import (
+    assert_a_saved_classifier_answers_the_same,
+    assert_at_once_is_as_alone,
+    assert_stopped_is_as_never_stopped,
+)
 from fewshot.methods.test_coop import text_features
-from fewshot.train.test_resume import Keeper, StopError, train
 from fewshot.training_cases import EPISODES, make_model, make_tokenizer
 from torch.nn.functional import cross_entropy, linear, normalize
 
-from tir_kernels import fewshot
-from tir_kernels.demo import model_directory, write_image_folder
-from tir_kernels.fewshot import Runtime, finetune_episode, finetune_episodes
+from tir_kernels.fewshot import Runtime, finetune_episode
 from tir_kernels.fewshot.methods import cocoop
 from tir_kernels.fewshot.methods.cocoop import CoCoOp
 from tir_kernels.fewshot.methods.coop import CoOp
@@ -89,12 +91,7 @@ def test_without_its_network_it_is_coop(model):
 
 @pytest.mark.slow
 def test_at_once_is_as_alone(model):
-    method = CoCoOp(**FAST)
-    together = finetune_episodes(model, make_tokenizer(), EPISODES, method)
-    for episode, found in zip(EPISODES, together, strict=True):
-        alone = learn(model, method, episode)
-        torch.testing.assert_close(found.losses, alone.losses, atol=5e-3, rtol=1e-3)
-        torch.testing.assert_close(found.query_logits, alone.query_logits, atol=2e-2, rtol=1e-3)
+    assert_at_once_is_as_alone(model, CoCoOp(**FAST), EPISODES, atol=5e-3)
 
 
 @pytest.mark.slow
@@ -124,30 +121,12 @@ def test_parts_are_the_whole_in_less_memory(model, monkeypatch):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_stopped_is_as_never_stopped(precision):
     method = CoCoOp(steps=14, context_lr=0.02)
-    expected, _ = train(method, None, precision)
-    keeper = Keeper([2, 12])
-    for _ in range(2):
-        with pytest.raises(StopError):
-            train(method, keeper, precision)
-    found, _ = train(method, keeper, precision)
-    assert len(set(found.losses)) > 1
-    assert found.losses == expected.losses
-    assert torch.equal(found.query_logits, expected.query_logits)
+    assert_stopped_is_as_never_stopped(method, precision, 2, 12)
 
 
 @pytest.mark.slow
 def test_a_classifier_that_was_saved_answers_the_same(tmp_path):
-    write_image_folder(tmp_path / "images")
-    settings = fewshot.FitSettings(shots=2, folds=0)
-    made = fewshot.fit(
-        tmp_path / "images", str(model_directory()), method=CoCoOp(steps=2), settings=settings
-    )
-    paths = sorted(tmp_path.rglob("*.png"))[:6]
-    expected = made.predict(paths)
-    alone = torch.cat([made.predict([path]) for path in paths])
-    torch.testing.assert_close(alone, expected, atol=1e-5, rtol=1e-5)
-    made.save(tmp_path / "classifier")
-    assert torch.equal(fewshot.load_classifier(tmp_path / "classifier").predict(paths), expected)
+    assert_a_saved_classifier_answers_the_same(CoCoOp(steps=2), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from fewshot.train.test_resume import Keeper, StopError, train
+from fewshot.method_cases import (
+    assert_a_saved_classifier_answers_the_same,
+    assert_at_once_is_as_alone,
+    assert_stopped_is_as_never_stopped,
+)
 from fewshot.training_cases import (
     EPISODES,
     NAMES,
@@ -12,9 +16,7 @@ from fewshot.training_cases import (
     make_tokenizer,
 )
 
-from tir_kernels import fewshot
-from tir_kernels.demo import model_directory, write_image_folder
-from tir_kernels.fewshot import finetune_episode, finetune_episodes
+from tir_kernels.fewshot import finetune_episode
 from tir_kernels.fewshot.fields import as_settings
 from tir_kernels.fewshot.methods.coop import CoOp
 from tir_kernels.fewshot.methods.zero_shot import ZeroShot
@@ -103,12 +105,7 @@ def test_random_contexts_are_of_the_published_spread(model):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_at_once_is_as_alone(model, kind):
-    method = KINDS[kind]
-    together = finetune_episodes(model, make_tokenizer(), EPISODES, method)
-    for episode, found in zip(EPISODES, together, strict=True):
-        alone = learn(model, method, episode)
-        torch.testing.assert_close(found.losses, alone.losses, atol=2e-3, rtol=1e-3)
-        torch.testing.assert_close(found.query_logits, alone.query_logits, atol=1e-2, rtol=1e-3)
+    assert_at_once_is_as_alone(model, KINDS[kind], EPISODES, atol=2e-3)
 
 
 @pytest.mark.slow
@@ -116,31 +113,14 @@ def test_at_once_is_as_alone(model, kind):
 def test_stopped_is_as_never_stopped(precision):
     # In float16 the first steps overflow, until their loss is scaled down.
     method = CoOp(steps=14, context_lr=0.1, context_start="random")
-    expected, _ = train(method, None, precision)
-    keeper = Keeper([2, 12])
-    for _ in range(2):
-        with pytest.raises(StopError):
-            train(method, keeper, precision)
-    found, _ = train(method, keeper, precision)
-    assert found.losses == expected.losses
-    assert len(set(found.losses)) > 1
-    assert torch.equal(found.query_logits, expected.query_logits)
+    assert_stopped_is_as_never_stopped(method, precision, 2, 12)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scope", ["shared", "per-class"])
 def test_a_classifier_that_was_saved_answers_the_same(tmp_path, scope):
-    write_image_folder(tmp_path / "images")
     method = CoOp(steps=2, context_tokens=6, context_start="random", context_scope=scope)
-    settings = fewshot.FitSettings(shots=2, folds=0)
-    made = fewshot.fit(
-        tmp_path / "images", str(model_directory()), method=method, settings=settings
-    )
-    paths = sorted(tmp_path.rglob("*.png"))[:6]
-    expected = made.predict(paths)
-    made.save(tmp_path / "classifier")
-    read = fewshot.load_classifier(tmp_path / "classifier")
-    assert torch.equal(read.predict(paths), expected)
+    assert_a_saved_classifier_answers_the_same(method, tmp_path)
 
 
 @pytest.mark.parametrize(

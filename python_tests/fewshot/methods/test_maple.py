@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from fewshot.train.test_resume import Keeper, StopError, train
+from fewshot.method_cases import (
+    assert_at_once_is_as_alone,
+    assert_stopped_is_as_never_stopped,
+)
 from fewshot.training_cases import EPISODES, NAMES, draw_episode, make_model, make_tokenizer
 from hooked_modules import hooked
 from tiny_clip import ATTENTION_POOL, Untouched, make_clip
@@ -11,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from tir_kernels import fewshot
 from tir_kernels.demo import model_directory, write_image_folder
-from tir_kernels.fewshot import Runtime, finetune_episode, finetune_episodes
+from tir_kernels.fewshot import Runtime, finetune_episode
 from tir_kernels.fewshot.methods.maple import MaPLe
 from tir_kernels.fewshot.methods.zero_shot import ZeroShot
 from tir_kernels.fewshot.train.batch import Job
@@ -120,26 +123,14 @@ def test_the_texts_of_shallow_prompts_start_as_zero_shots(model, template):
 @pytest.mark.parametrize("depth", [1, None])
 def test_at_once_is_as_alone(model, depth):
     method = MaPLe(**FAST, prompt_depth=depth)
-    together = finetune_episodes(model, make_tokenizer(), EPISODES, method)
-    for episode, found in zip(EPISODES, together, strict=True):
-        alone = learn(model, method, episode)
-        torch.testing.assert_close(found.losses, alone.losses, atol=5e-3, rtol=1e-3)
-        torch.testing.assert_close(found.query_logits, alone.query_logits, atol=2e-2, rtol=1e-3)
+    assert_at_once_is_as_alone(model, method, EPISODES, atol=5e-3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_stopped_is_as_never_stopped(precision):
     method = MaPLe(steps=14, prompt_lr=0.02)
-    expected, _ = train(method, None, precision)
-    keeper = Keeper([2, 12])
-    for _ in range(2):
-        with pytest.raises(StopError):
-            train(method, keeper, precision)
-    found, _ = train(method, keeper, precision)
-    assert len(set(found.losses)) > 1
-    assert found.losses == expected.losses
-    assert torch.equal(found.query_logits, expected.query_logits)
+    assert_stopped_is_as_never_stopped(method, precision, 2, 12)
 
 
 @pytest.mark.slow

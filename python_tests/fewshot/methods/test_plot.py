@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from fewshot.train.test_resume import Keeper, StopError, train
+from fewshot.method_cases import (
+    assert_a_saved_classifier_answers_the_same,
+    assert_at_once_is_as_alone,
+    assert_stopped_is_as_never_stopped,
+)
 from fewshot.training_cases import EPISODES, NAMES, draw_episode, make_model, make_tokenizer
 from tiny_clip import ATTENTION_POOL, make_clip
 
-from tir_kernels import fewshot
-from tir_kernels.demo import model_directory, write_image_folder
-from tir_kernels.fewshot import Runtime, finetune_episode, finetune_episodes
+from tir_kernels.fewshot import Runtime, finetune_episode
 from tir_kernels.fewshot.methods import plot
 from tir_kernels.fewshot.methods.plot import PLOT, transport
 from tir_kernels.fewshot.train.batch import Job
@@ -132,43 +134,21 @@ def test_no_gradient_flows_through_the_plan(model):
 
 @pytest.mark.slow
 def test_it_learns_and_at_once_is_as_alone(model):
-    method = PLOT(**FAST)
-    together = finetune_episodes(model, make_tokenizer(), EPISODES[:2], method)
-    assert together[0].losses[-1] < together[0].losses[0]
-    for episode, found in zip(EPISODES[:2], together, strict=True):
-        alone = learn(model, method, episode)
-        torch.testing.assert_close(found.losses, alone.losses, atol=2e-3, rtol=1e-3)
-        torch.testing.assert_close(found.query_logits, alone.query_logits, atol=1e-2, rtol=1e-3)
+    losses = learn(model, PLOT(**FAST), EPISODES[0]).losses
+    assert losses[-1] < losses[0]
+    assert_at_once_is_as_alone(model, PLOT(**FAST), EPISODES[:2], atol=2e-3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_stopped_is_as_never_stopped(precision):
     method = PLOT(steps=14, context_lr=0.05, context_tokens=4)
-    expected, _ = train(method, None, precision)
-    keeper = Keeper([2, 12])
-    for _ in range(2):
-        with pytest.raises(StopError):
-            train(method, keeper, precision)
-    found, _ = train(method, keeper, precision)
-    assert len(set(found.losses)) > 1
-    assert found.losses == expected.losses
-    assert torch.equal(found.query_logits, expected.query_logits)
+    assert_stopped_is_as_never_stopped(method, precision, 2, 12)
 
 
 @pytest.mark.slow
 def test_a_classifier_that_was_saved_answers_the_same(tmp_path):
-    write_image_folder(tmp_path / "images")
-    settings = fewshot.FitSettings(shots=2, folds=0)
-    made = fewshot.fit(
-        tmp_path / "images", str(model_directory()), method=PLOT(steps=2), settings=settings
-    )
-    paths = sorted(tmp_path.rglob("*.png"))[:6]
-    expected = made.predict(paths)
-    alone = torch.cat([made.predict([path]) for path in paths])
-    torch.testing.assert_close(alone, expected, atol=1e-5, rtol=1e-5)
-    made.save(tmp_path / "classifier")
-    assert torch.equal(fewshot.load_classifier(tmp_path / "classifier").predict(paths), expected)
+    assert_a_saved_classifier_answers_the_same(PLOT(steps=2), tmp_path)
 
 
 @pytest.mark.slow

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fewshot.train.test_resume import Keeper, StopError, train
+from fewshot.method_cases import (
+    assert_stopped_is_as_never_stopped,
+)
 from fewshot.training_cases import (
     EPISODES,
     as_method,
@@ -68,17 +70,7 @@ def test_at_once_is_as_alone(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_stopped_is_as_never_stopped(name, precision):
-    method = method_of(name, 5)
-    expected, _ = train(method, None, precision)
-    keeper = Keeper([2, 4])
-    for _ in range(2):
-        with pytest.raises(StopError):
-            train(method, keeper, precision)
-    result, _ = train(method, keeper, precision)
-    assert result.losses == expected.losses
-    assert torch.equal(result.query_logits, expected.query_logits)
-    for part, value in expected.trained.items():
-        assert torch.equal(result.trained[part], value), part
+    assert_stopped_is_as_never_stopped(method_of(name, 5), precision, 2, 4)
 
 
 def test_what_is_refused():

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from tir_kernels.fewshot import fields
 from tir_kernels.fewshot.methods.coop import CoOp
 from tir_kernels.fewshot.methods.frozen_images import FrozenImages
+from tir_kernels.fewshot.methods.learned_prompts import LearnedPrompts
 from tir_kernels.fewshot.methods.option_fields import context_rate
-from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method, ParameterGroup
-from tir_kernels.fewshot.methods.templates import single_template, templates
-from tir_kernels.fewshot.methods.zero_shot import TEMPLATE_HELP
+from tir_kernels.fewshot.methods.protocol import Kit, Learner, ParameterGroup
+from tir_kernels.fewshot.methods.templates import single_template
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ PROMPTS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
-class CoCoOp(Method):
+class CoCoOp(LearnedPrompts):
     """CoCoOp: a learned context, shifted for each image by a small network; both towers frozen.
 
     An image's context is ``v + h(f)``, the same shift for all its vectors, of
@@ -38,17 +38,9 @@ class CoCoOp(Method):
 
     name = "cocoop"
     source = "arXiv 2203.05557"
-    family = "tuned towers"
 
-    steps: int = fields.inherited(CoOp, "steps", 100)
     context_tokens: int = fields.inherited(CoOp, "context_tokens", 4)
     context_lr: float = context_rate("context and network")
-    logit_scale: float = fields.inherited(CoOp, "logit_scale", 100.0)
-    template: tuple[str, ...] | None = templates(TEMPLATE_HELP)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        single_template(self.template)
 
     @contextmanager
     def start(self, kit: Kit) -> Iterator[Learner]:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from tir_kernels.fewshot import fields
 from tir_kernels.fewshot.methods.frozen_images import FrozenImages
-from tir_kernels.fewshot.methods.option_fields import context_rate, context_tokens, steps
-from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method, ParameterGroup
-from tir_kernels.fewshot.methods.templates import single_template, templates
-from tir_kernels.fewshot.methods.zero_shot import TEMPLATE_HELP
+from tir_kernels.fewshot.methods.learned_prompts import LearnedPrompts
+from tir_kernels.fewshot.methods.option_fields import context_rate, context_tokens
+from tir_kernels.fewshot.methods.protocol import Kit, Learner, ParameterGroup
+from tir_kernels.fewshot.methods.templates import single_template
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ SCOPES = ("shared", "per-class")
 
 
 @dataclass(frozen=True)
-class CoOp(Method):
+class CoOp(LearnedPrompts):
     """CoOp: a learned context in front of the classes' names; both towers stay frozen.
 
     ``logits = logit_scale f t(v)ᵀ`` with the text tower's t for "{v} {name}." and the image
@@ -36,9 +36,7 @@ class CoOp(Method):
 
     name = "coop"
     source = "arXiv 2109.01134"
-    family = "tuned towers"
 
-    steps: int = steps(100, least=1)
     context_tokens: int = context_tokens(4, "Learned prompt context vectors.")
     context_start: str = fields.choice(
         "words",
@@ -50,12 +48,6 @@ class CoOp(Method):
         "shared", SCOPES, 'A context "shared" by the classes, or one "per-class".'
     )
     context_lr: float = context_rate("the context")
-    logit_scale: float = fields.real(100.0, "Factor of the cosine in the logits.", least=0)
-    template: tuple[str, ...] | None = templates(TEMPLATE_HELP)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        single_template(self.template)
 
     @contextmanager
     def start(self, kit: Kit) -> Iterator[Learner]:

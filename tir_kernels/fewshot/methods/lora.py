@@ -52,7 +52,19 @@ class LoRA(Method):
     name = "lora"
     source = "arXiv 2405.18541, as trained in arXiv 2605.25799"
     family = "tuned towers"
-    presets: ClassVar = {"paper": {"steps": 250, **PAPER}, "program": PROGRAM}
+    presets: ClassVar = {
+        "paper": {"steps": 250, **PAPER},
+        "program": PROGRAM,
+        "clip-lora": {
+            "steps": 500,  # a shot
+            "lora_rank": 2,
+            "lora_alpha": 1,
+            "lora_towers": "both",
+            "context_tokens": 0,
+            "logit_scale": 100.0,
+            "lora_schedule": "cosine",
+        },
+    }
 
     steps: int = steps(100, least=1)
     lora_rank: int = fields.whole(

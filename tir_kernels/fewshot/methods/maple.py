@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tir_kernels.fewshot import fields
-from tir_kernels.fewshot.methods.coop import CoOp
-from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method, ParameterGroup
-from tir_kernels.fewshot.methods.templates import single_template, templates
-from tir_kernels.fewshot.methods.zero_shot import TEMPLATE_HELP
+from tir_kernels.fewshot.methods.learned_prompts import LearnedPrompts
+from tir_kernels.fewshot.methods.protocol import Kit, Learner, ParameterGroup
+from tir_kernels.fewshot.methods.templates import single_template
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +22,7 @@ DEFAULT_DEPTH = 9  # arXiv 2210.03117
 
 
 @dataclass(frozen=True)
-class MaPLe(Method):
+class MaPLe(LearnedPrompts):
     """MaPLe: learned prompts in the first blocks of both towers, coupled by a linear map a block.
 
     In texts, P_0 takes the places of the first n words of the template, and P_j those places in
@@ -39,9 +38,7 @@ class MaPLe(Method):
 
     name = "maple"
     source = "arXiv 2210.03117"
-    family = "tuned towers"
 
-    steps: int = fields.inherited(CoOp, "steps", 100)
     prompt_tokens: int = fields.whole(
         2,
         "Learned tokens of each block that has some, in either tower; at most the words of the "
@@ -60,12 +57,6 @@ class MaPLe(Method):
         "SGD's learning rate for prompts and their maps (momentum 0.9, weight decay 5e-4).",
         least=0,
     )
-    logit_scale: float = fields.inherited(CoOp, "logit_scale", 100.0)
-    template: tuple[str, ...] | None = templates(TEMPLATE_HELP)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        single_template(self.template)
 
     @contextmanager
     def start(self, kit: Kit) -> Iterator[Learner]:

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tir_kernels.fewshot import fields
-from tir_kernels.fewshot.methods.coop import CoOp
+from tir_kernels.fewshot.methods.learned_prompts import LearnedPrompts
 from tir_kernels.fewshot.methods.option_fields import context_rate, context_tokens
-from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method, ParameterGroup
-from tir_kernels.fewshot.methods.templates import single_template, templates
-from tir_kernels.fewshot.methods.zero_shot import TEMPLATE_HELP
+from tir_kernels.fewshot.methods.protocol import Kit, Learner, ParameterGroup
+from tir_kernels.fewshot.methods.templates import single_template
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +23,7 @@ THRESHOLD = 1e-2  # of the mean change of the rows' factors
 
 
 @dataclass(frozen=True)
-class PLOT(Method):
+class PLOT(LearnedPrompts):
     """PLOT: several learned contexts a class, transported onto an image's patches; towers frozen.
 
     ``logits = logit_scale sum(T * S)`` with the cosines S of an image's patches and a class's N
@@ -40,9 +39,7 @@ class PLOT(Method):
 
     name = "plot"
     source = "arXiv 2210.01253"
-    family = "tuned towers"
 
-    steps: int = fields.inherited(CoOp, "steps", 100)
     prompts_per_class: int = fields.whole(
         4,
         "Learned prompts of each class.",
@@ -52,12 +49,6 @@ class PLOT(Method):
     )
     context_tokens: int = context_tokens(16, "Vectors of each learned context, from N(0, 0.02²).")
     context_lr: float = context_rate("the contexts")
-    logit_scale: float = fields.inherited(CoOp, "logit_scale", 100.0)
-    template: tuple[str, ...] | None = templates(TEMPLATE_HELP)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        single_template(self.template)
 
     @contextmanager
     def start(self, kit: Kit) -> Iterator[Learner]:
