@@ -1,6 +1,7 @@
 """What runs on which family of towers, found by trying each on a small model.
 
-``python python_tests/towers/methods_table.py`` prints the table of docs/towers.md; with ``--write``
+``PYTHONPATH=python_tests python python_tests/towers/methods_table.py`` prints the table of
+docs/towers.md; with ``--write``
 it puts it there. Methods are those of the registry, so a new one has its row by itself.
 """
 

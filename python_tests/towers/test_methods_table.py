@@ -19,7 +19,7 @@ def test_every_method_and_placement_has_a_row() -> None:
 def test_the_documentation_has_the_table() -> None:
     found, text = table(), DOCS.read_text().splitlines()
     first = text.index(found[0])
-    stale = "run python python_tests/towers/methods_table.py --write"
+    stale = "run PYTHONPATH=python_tests python python_tests/towers/methods_table.py --write"
     assert text[first : first + len(found)] == found, stale
     assert not text[first + len(found)].startswith("|"), stale
 
