@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -26,6 +27,8 @@ class BlockChange(Handle):
         backend: Backend of the attention, and of what is read of it.
     """
 
+    changes_attention: ClassVar[bool] = True  # or what enters the blocks alone
+
     def __init__(self, tower: VisionTower, layers: Sequence[int], backend: str = "auto") -> None:
         self.layers = tuple(layers)
         self.backend = backend
@@ -34,7 +37,7 @@ class BlockChange(Handle):
         self._places = [_Place(self, blocks[layer], layer) for layer in self.layers]
         try:
             for place in self._places:
-                place.block.put(place, changes_attention=True)
+                place.block.put(place, self.changes_attention)
         except TypeError:  # and a block that cannot be opened leaves none changed
             self.remove()
             raise

@@ -9,34 +9,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tir_kernels.adapters.handle import Handle
+from tir_kernels.adapters.block_change import BlockChange
 from tir_kernels.scalars import real_number
 from tir_kernels.towers import vision_tower
-from tir_kernels.towers.protocol import Modifier, VisionTower
+from tir_kernels.towers.protocol import Block, VisionTower
 
 
-class PullPush(Handle):
+class PullPush(BlockChange):
     """Handle of :func:`add_pull_push`; as a context manager it removes itself at the end.
 
     Attributes:
         pull, push: (G, depth) parameters, the strengths of each block.
     """
 
+    changes_attention = False
+
     def __init__(
         self, tower: VisionTower, pull: Tensor, push: Tensor, ratios: tuple[float, float]
     ) -> None:
+        super().__init__(tower, range(len(tower.blocks)))
         self.pull, self.push = nn.Parameter(pull), nn.Parameter(push)
-        self._prefix = tower.num_prefix_tokens
         self._proj = tower.joint_space.proj
         self._ratios = ratios
         self._classes: Tensor | None = None
-        self._places = [(block, _Moved(self, i)) for i, block in enumerate(tower.blocks)]
-        try:
-            for block, adapter in self._places:
-                block.put(adapter, False)
-        except TypeError:
-            self.remove()
-            raise
 
     def parameters(self) -> list[nn.Parameter]:
         return [self.pull, self.push]
@@ -55,7 +50,7 @@ class PullPush(Handle):
                 "before the model's first forward pass"
             )
         classes = self._classes.repeat_interleave(len(hidden) // len(self._classes), 0)
-        patches = hidden[:, self._prefix :]
+        patches = hidden[:, self._num_prefix_tokens :]
         cosines = F.normalize(patches.float(), dim=-1) @ F.normalize(classes, dim=-1).mT
         nearest, farthest = (
             take(-1).indices[..., None].expand(-1, -1, classes.shape[-1])
@@ -75,23 +70,12 @@ class PullPush(Handle):
         )
         change = pull * head[..., None] * classes.gather(1, nearest)
         change = change - push * tail[..., None] * classes.gather(1, farthest)
-        return torch.cat([hidden[:, : self._prefix], (patches + change).to(hidden.dtype)], 1)
+        return torch.cat(
+            [hidden[:, : self._num_prefix_tokens], (patches + change).to(hidden.dtype)], 1
+        )
 
-    def remove(self) -> None:
-        for block, adapter in self._places:
-            block.take(adapter)
-        self._places = []
-
-
-class _Moved:
-    """The part on one block."""
-
-    def __init__(self, handle: PullPush, layer: int) -> None:
-        self.handle = handle
-        self.layer = layer
-
-    def enter(self, hidden: Tensor) -> tuple[Tensor, Modifier | None]:
-        return self.handle.moved(hidden, self.layer), None
+    def enter(self, block: Block, layer: int, hidden: Tensor) -> tuple[Tensor, None]:
+        return self.moved(hidden, layer), None
 
 
 def add_pull_push(
