@@ -9,13 +9,27 @@ from typing import Any
 import pytest
 import torch
 from fewshot.train.test_resume import Keeper, StopError, train
-from fewshot.training_cases import make_tokenizer
+from fewshot.training_cases import EPISODES, make_model, make_tokenizer
 from torch import nn
 
 from tir_kernels import fewshot
 from tir_kernels.demo import model_directory, write_image_folder
-from tir_kernels.fewshot import Episode, finetune_episode, finetune_episodes
+from tir_kernels.fewshot import Episode, EpisodeResult, finetune_episode, finetune_episodes
 from tir_kernels.fewshot.methods import Method
+
+
+def prompt_model() -> nn.Module:
+    """A model whose words' embeddings are such as the program keeps them."""
+    made = make_model()
+    made.token_embedding.half().float()
+    return made
+
+
+def learn(
+    model: nn.Module, method: Method, episode: Episode = EPISODES[0], **more: Any
+) -> EpisodeResult:
+    """The result of one episode."""
+    return finetune_episode(model, make_tokenizer(), episode, method, **more)
 
 
 def assert_at_once_is_as_alone(
@@ -24,7 +38,7 @@ def assert_at_once_is_as_alone(
     """Losses within ``atol``, and logits within four times as much."""
     together = finetune_episodes(model, make_tokenizer(), episodes, method)
     for episode, found in zip(episodes, together, strict=True):
-        alone = finetune_episode(model, make_tokenizer(), episode, method)
+        alone = learn(model, method, episode)
         torch.testing.assert_close(found.losses, alone.losses, atol=atol, rtol=1e-3)
         torch.testing.assert_close(found.query_logits, alone.query_logits, atol=4 * atol, rtol=1e-3)
 

@@ -7,12 +7,14 @@ from fewshot.method_cases import (
     assert_a_saved_classifier_answers_the_same,
     assert_at_once_is_as_alone,
     assert_stopped_is_as_never_stopped,
+    learn,
+    prompt_model,
 )
 from fewshot.methods.test_coop import text_features
-from fewshot.training_cases import EPISODES, make_model, make_tokenizer
+from fewshot.training_cases import EPISODES, make_tokenizer
 from torch.nn.functional import cross_entropy, linear, normalize
 
-from tir_kernels.fewshot import Runtime, finetune_episode
+from tir_kernels.fewshot import Runtime
 from tir_kernels.fewshot.methods import cocoop
 from tir_kernels.fewshot.methods.cocoop import CoCoOp
 from tir_kernels.fewshot.methods.coop import CoOp
@@ -23,13 +25,7 @@ FAST = {"steps": 4, "context_lr": 0.02}
 
 @pytest.fixture(scope="module")
 def model():
-    made = make_model()
-    made.token_embedding.half().float()  # as the program keeps the prompts' words
-    return made
-
-
-def learn(model, method, episode=EPISODES[0], **more):
-    return finetune_episode(model, make_tokenizer(), episode, method, **more)
+    return prompt_model()
 
 
 def logits(model, images, tokens, trained):

@@ -6,8 +6,10 @@ import torch
 from fewshot.method_cases import (
     assert_at_once_is_as_alone,
     assert_stopped_is_as_never_stopped,
+    learn,
+    prompt_model,
 )
-from fewshot.training_cases import EPISODES, NAMES, draw_episode, make_model, make_tokenizer
+from fewshot.training_cases import EPISODES, NAMES, draw_episode, make_tokenizer
 from hooked_modules import hooked
 from tiny_clip import ATTENTION_POOL, Untouched, make_clip
 from torch.nn.functional import cross_entropy
@@ -25,13 +27,7 @@ FAST = {"steps": 4, "prompt_lr": 0.02}
 
 @pytest.fixture(scope="module")
 def model():
-    made = make_model()
-    made.token_embedding.half().float()  # as the program keeps the prompts' words
-    return made
-
-
-def learn(model, method, episode=EPISODES[0], **more):
-    return finetune_episode(model, make_tokenizer(), episode, method, **more)
+    return prompt_model()
 
 
 def logits(model, images, texts, prompts):

@@ -7,11 +7,13 @@ from fewshot.method_cases import (
     assert_a_saved_classifier_answers_the_same,
     assert_at_once_is_as_alone,
     assert_stopped_is_as_never_stopped,
+    learn,
+    prompt_model,
 )
-from fewshot.training_cases import EPISODES, NAMES, draw_episode, make_model, make_tokenizer
+from fewshot.training_cases import EPISODES, NAMES, draw_episode, make_tokenizer
 from tiny_clip import ATTENTION_POOL, make_clip
 
-from tir_kernels.fewshot import Runtime, finetune_episode
+from tir_kernels.fewshot import Runtime
 from tir_kernels.fewshot.methods import plot
 from tir_kernels.fewshot.methods.plot import PLOT, transport
 from tir_kernels.fewshot.train.batch import Job
@@ -21,13 +23,7 @@ FAST = {"steps": 4, "context_lr": 0.05, "context_tokens": 5}
 
 @pytest.fixture(scope="module")
 def model():
-    made = make_model()
-    made.token_embedding.half().float()  # as the program keeps the prompts' words
-    return made
-
-
-def learn(model, method, episode=EPISODES[0], **more):
-    return finetune_episode(model, make_tokenizer(), episode, method, **more)
+    return prompt_model()
 
 
 def sinkhorn(cosines):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tir_kernels.fewshot import fields
 from tir_kernels.fewshot.methods.frozen_images import FrozenImages
-from tir_kernels.fewshot.methods.learned_prompts import LearnedPrompts
+from tir_kernels.fewshot.methods.learned_prompts import ContextLearner, LearnedPrompts
 from tir_kernels.fewshot.methods.option_fields import context_rate, context_tokens
-from tir_kernels.fewshot.methods.protocol import Kit, Learner, ParameterGroup
+from tir_kernels.fewshot.methods.protocol import Kit, Learner
 from tir_kernels.fewshot.methods.templates import single_template
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class CoOp(LearnedPrompts):
         yield _Context(self, kit)
 
 
-class _Context(FrozenImages):
+class _Context(ContextLearner, FrozenImages):
     def __init__(self, method: CoOp, kit: Kit) -> None:
         from torch import nn
 
@@ -68,7 +68,7 @@ class _Context(FrozenImages):
         start = words[:, None].repeat(1, contexts, 1, 1)
         if method.context_start == "random":
             start = drawn_vectors(generators_of(kit), *start.shape[1:]).to(words)
-        self._contexts = nn.Parameter(start)  # (G, C or 1, M, W)
+        self._contexts = nn.Parameter(start)  # (G, C, M, W), C = 1 for one that is shared
 
     def classes(self) -> Tensor:
         """(G, C, E) class embeddings of unit length."""
@@ -83,18 +83,3 @@ class _Context(FrozenImages):
         from tir_kernels.fewshot.methods.prompts import cosine_logits
 
         return cosine_logits(inputs, classes, self._method.logit_scale)
-
-    def parameters(self) -> list[ParameterGroup]:
-        from tir_kernels.fewshot.methods.prompts import prompt_group
-
-        return [prompt_group([self._contexts], self._method.context_lr, self._method.steps)]
-
-    def trained(self) -> dict[str, Tensor]:
-        """ "context" (G, C, context_tokens, W), C = 1 for one that is shared."""
-        return {"context": self._contexts}
-
-    def restore(self, trained: Mapping[str, Tensor]) -> None:
-        import torch
-
-        with torch.no_grad():
-            self._contexts.copy_(trained["context"])

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tir_kernels.fewshot import fields
-from tir_kernels.fewshot.methods.learned_prompts import LearnedPrompts
+from tir_kernels.fewshot.methods.learned_prompts import ContextLearner, LearnedPrompts
 from tir_kernels.fewshot.methods.option_fields import context_rate, context_tokens
-from tir_kernels.fewshot.methods.protocol import Kit, Learner, ParameterGroup
+from tir_kernels.fewshot.methods.protocol import Kit, Learner
 from tir_kernels.fewshot.methods.templates import single_template
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class PLOT(LearnedPrompts):
         yield _Transported(self, kit)
 
 
-class _Transported(Learner):
+class _Transported(ContextLearner):
     """Inputs are features of patches (G, S, patches E), flat since they enter no block."""
 
     inputs_kind = "patch features"
@@ -93,21 +93,6 @@ class _Transported(Learner):
             cosines = torch.einsum("gsme,gnce->gscmn", patches, classes)
             plan = transport(cosines.detach())
             return self._method.logit_scale * (plan * cosines).sum((-2, -1))
-
-    def parameters(self) -> list[ParameterGroup]:
-        from tir_kernels.fewshot.methods.prompts import prompt_group
-
-        return [prompt_group([self._contexts], self._method.context_lr, self._method.steps)]
-
-    def trained(self) -> dict[str, Tensor]:
-        """ "context" (G, N, 1, context_tokens, W)."""
-        return {"context": self._contexts}
-
-    def restore(self, trained: Mapping[str, Tensor]) -> None:
-        import torch
-
-        with torch.no_grad():
-            self._contexts.copy_(trained["context"])
 
 
 def transport(cosines: Tensor) -> Tensor:
