@@ -51,21 +51,22 @@ inline RowGrid grid(const RowGridArgument& argument, const char* name) {
   return {pointer<const void>(data, name), batch_stride, head_stride, row_stride};
 }
 
-// shape: B, H, L, d.
-inline AttentionShape attention_shape(const Sizes<4>& shape, const std::string& type,
-                                      float scale) {
-  for (int64_t size : shape) require(size >= 1, "attention needs B, H, L, d >= 1");
-  return {shape[0], shape[1], shape[2], shape[3], type_named(type), scale};
+// shape: B, H, Lq, L, d.
+inline AttentionShape attention_shape(const Sizes<5>& shape, const std::string& type, float scale,
+                                      bool is_causal) {
+  for (int64_t size : shape) require(size >= 1, "attention needs B, H, Lq, L, d >= 1");
+  return {shape[0], shape[1],         shape[2], shape[3],
+          shape[4], type_named(type), scale,    is_causal};
 }
 
 // Null weights are 1 on a CPU; on a GPU they are for launchers that find weights otherwise.
 template <class... Rest>
 auto from_python(void (*launch)(const AttentionForward&, Rest...)) {
-  return [launch](const Sizes<4>& shape, const std::string& type, float scale,
+  return [launch](const Sizes<5>& shape, const std::string& type, float scale, bool is_causal,
                   const RowGridArgument& query, const RowGridArgument& key,
                   const RowGridArgument& value, Address weights, Address output,
                   Address log_sum_exp, Rest... rest) {
-    launch({attention_shape(shape, type, scale), grid(query, "query is null"),
+    launch({attention_shape(shape, type, scale, is_causal), grid(query, "query is null"),
             grid(key, "key is null"), grid(value, "value is null"),
             optional_pointer<const float>(weights), pointer<void>(output, "output is null"),
             pointer<float>(log_sum_exp, "log_sum_exp is null")},
@@ -76,14 +77,14 @@ auto from_python(void (*launch)(const AttentionForward&, Rest...)) {
 // Null weights are 1.
 template <class... Rest>
 auto from_python(void (*launch)(const AttentionStatistics&, Rest...)) {
-  return [launch](const Sizes<4>& shape, const std::string& type, float scale,
+  return [launch](const Sizes<5>& shape, const std::string& type, float scale, bool is_causal,
                   const RowGridArgument& query, const RowGridArgument& key, Address weights,
                   int64_t num_prefix_tokens, Address received_from_prefix,
                   Address received_from_patches, Address entropy, Address log_sum_exp,
                   Rest... rest) {
     require(num_prefix_tokens >= 0 && num_prefix_tokens <= shape[2],
-            "attention statistics need 0 <= P <= L");
-    launch({attention_shape(shape, type, scale), grid(query, "query is null"),
+            "attention statistics need 0 <= P <= Lq");
+    launch({attention_shape(shape, type, scale, is_causal), grid(query, "query is null"),
             grid(key, "key is null"), optional_pointer<const float>(weights), num_prefix_tokens,
             pointer<float>(received_from_prefix, "received_from_prefix is null"),
             pointer<float>(received_from_patches, "received_from_patches is null"),
@@ -96,12 +97,12 @@ auto from_python(void (*launch)(const AttentionStatistics&, Rest...)) {
 // A null address of grad_weights leaves them out.
 template <class... Rest>
 auto from_python(void (*launch)(const AttentionBackward&, Rest...)) {
-  return [launch](const Sizes<4>& shape, const std::string& type, float scale,
+  return [launch](const Sizes<5>& shape, const std::string& type, float scale, bool is_causal,
                   const RowGridArgument& grad_output, const RowGridArgument& query,
                   const RowGridArgument& key, const RowGridArgument& value, Address weights,
                   const RowGridArgument& output, Address log_sum_exp, Address grad_query,
                   Address grad_key, Address grad_value, Address grad_weights, Rest... rest) {
-    launch({attention_shape(shape, type, scale), grid(grad_output, "grad_output is null"),
+    launch({attention_shape(shape, type, scale, is_causal), grid(grad_output, "grad_output is null"),
             grid(query, "query is null"), grid(key, "key is null"), grid(value, "value is null"),
             optional_pointer<const float>(weights), grid(output, "output is null"),
             pointer<const float>(log_sum_exp, "log_sum_exp is null"),

@@ -53,10 +53,21 @@ def run_attention(
     return (output, log_sum_exp, *backend.attention_backward(inputs, backward))
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: float) -> Tensor:
+def _bias(q: Tensor, k: Tensor, weights: Tensor, is_causal: bool) -> Tensor:
+    """(B, 1, Lq, L), what is added to the scores: logarithms of weights, -inf for later keys."""
+    bias = weights.clamp(min=0).log()[:, None, None, :].expand(-1, 1, q.shape[2], -1)
+    if not is_causal:
+        return bias
+    is_later = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    return bias.masked_fill(is_later, -torch.inf)
+
+
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: float, is_causal: bool = False
+) -> Tensor:
     """Weighted attention as anyone would write it in PyTorch, at the dtype of q."""
-    bias = weights.clamp(min=0).log()[:, None, None, :]
-    attended = (weights > 0).any(1)[:, None, None, None]
+    bias = _bias(q, k, weights, is_causal)
+    attended = (bias > -torch.inf).any(-1, keepdim=True)
     scores = (q @ k.mT * scale).float() if q.dtype != torch.float64 else q @ k.mT * scale
     scores = scores + bias.to(scores.dtype)
     probabilities = torch.where(attended, scores, 0.0).softmax(-1) * attended
@@ -64,16 +75,28 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: flo
 
 
 def plain_gradients(
-    q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: float, grad_output: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor,
+    scale: float,
+    grad_output: Tensor,
+    is_causal: bool = False,
 ) -> tuple[Tensor, ...]:
     """Output and gradients of q, k, v by autograd through :func:`plain_attention`."""
     inputs = [t.detach().requires_grad_() for t in (q, k, v)]
-    output = plain_attention(*inputs, weights, scale)
+    output = plain_attention(*inputs, weights, scale, is_causal)
     return (output.detach(), *torch.autograd.grad(output, inputs, grad_output))
 
 
 def exact_attention(
-    q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: float, grad_output: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor,
+    scale: float,
+    grad_output: Tensor,
+    is_causal: bool = False,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Output and gradients of q, k, v and weights in float64, and the magnitudes of their terms.
 
@@ -85,13 +108,15 @@ def exact_attention(
     """
     rounding = max(1.0, torch.finfo(q.dtype).eps / 2 / torch.finfo(torch.float32).eps)
     q, k, v, weights, grad_output = (t.double() for t in (q, k, v, weights, grad_output))
-    inputs = AttentionInputs(q, k, v, weights, scale)
+    inputs = AttentionInputs(q, k, v, weights, scale, is_causal)
     output, log_sum_exp, *grads = run_attention(REFERENCE, inputs, grad_output)
     empty = log_sum_exp.isneginf()[..., None]
     per_weight = (q @ k.mT * scale - log_sum_exp[..., None]).clamp(max=MAX_EXPONENT)
     # An exponential passes on the rounding of its argument's terms.
     score_terms = q.abs() @ k.abs().mT * abs(scale)
     per_weight = per_weight.exp().masked_fill(empty, 0.0)
+    if is_causal:
+        per_weight = per_weight.tril()
     positive = weights.clamp(min=0)[:, None, None, :]
     forward = per_weight * positive * (1 + score_terms)
     per_weight = per_weight * (1 + score_terms + log_sum_exp.abs()[..., None].masked_fill(empty, 0))
@@ -110,15 +135,23 @@ def exact_attention(
 
 
 def plain_weight_gradient(
-    q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: float, grad_output: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor,
+    scale: float,
+    grad_output: Tensor,
+    is_causal: bool = False,
 ) -> Tensor:
     """Gradient of the weights as plain PyTorch computes it: all operands at the dtype of q."""
     scores = (q @ k.mT * scale).float()
-    bias = weights.clamp(min=0).log()[:, None, None, :]
+    bias = _bias(q, k, weights, is_causal)
     log_sums = (scores + bias).logsumexp(-1, keepdim=True)
     empty = log_sums.isneginf()
     per_weight = (scores - log_sums).clamp(max=MAX_EXPONENT).exp().masked_fill(empty, 0.0)
-    output = plain_attention(q, k, v, weights, scale)
+    if is_causal:
+        per_weight = per_weight.tril()
+    output = plain_attention(q, k, v, weights, scale, is_causal)
     delta = (grad_output * output).float().sum(-1, keepdim=True)
     grads = per_weight * ((grad_output @ v.mT).float() - delta)
     return grads.sum((1, 2)).masked_fill(weights < 0, 0.0)
@@ -132,13 +165,12 @@ def assert_attention_as_accurate(
     weights: Tensor,
     scale: float,
     grad_output: Tensor,
+    is_causal: bool = False,
 ) -> None:
     """Compare our output and gradients of q, k, v and weights with float64."""
-    plain = (
-        *plain_gradients(q, k, v, weights, scale, grad_output),
-        plain_weight_gradient(q, k, v, weights, scale, grad_output),
-    )
-    exact, magnitudes = exact_attention(q, k, v, weights, scale, grad_output)
+    arguments = (q, k, v, weights, scale, grad_output, is_causal)
+    plain = (*plain_gradients(*arguments), plain_weight_gradient(*arguments))
+    exact, magnitudes = exact_attention(*arguments)
     names = ("output", "grad q", "grad k", "grad v", "grad weights")
     for name, *results in zip(names, ours, plain, exact, magnitudes, strict=True):
         assert_as_accurate(name, *results)

@@ -46,9 +46,9 @@ def relate(tokens=TOKENS, classes=CLASSES, joint_space=SPACE, **options):
     return tir_kernels.token_relevance(tokens, classes, joint_space=joint_space, **options)
 
 
-def reweight(q=Q, tokens=TOKENS, classes=CLASSES, **options):
+def reweight(q=Q, k=Q, tokens=TOKENS, classes=CLASSES, **options):
     options.setdefault("joint_space", SPACE)
-    return tir_kernels.reweighted_attention(q, q, q, tokens, classes, **options)
+    return tir_kernels.reweighted_attention(q, k, k, tokens, classes, **options)
 
 
 def drop(**options):
@@ -57,15 +57,28 @@ def drop(**options):
 
 
 REFUSALS: list[tuple[Callable, type[Exception], str]] = [
-    (lambda: attend(q=[1.0]), TypeError, r"^q must be a tensor of shape \(B, H, L, d\); got list"),
-    (lambda: attend(q=Q[0]), ValueError, r"^q must have shape \(B, H, L, d\); got \(3, 10, 64\)"),
+    (lambda: attend(q=[1.0]), TypeError, r"^q must be a tensor of shape \(B, H, Lq, d\); got list"),
+    (lambda: attend(q=Q[0]), ValueError, r"^q must have shape \(B, H, Lq, d\); got \(3, 10, 64\)"),
     (lambda: attend(q=Q.int()), TypeError, "^q must be float32.*got torch.int32"),
-    (lambda: attend(k=Q[:, :, :9]), ValueError, r"^k must have the shape of q.*\(2, 3, 9, 64\)"),
+    (lambda: attend(k=Q[:, :2]), ValueError, r"^k must have shape.*= \(2, 3, L, 64\).*\(2, 2, 10"),
+    (lambda: attend(v=Q[:, :, :9]), ValueError, r"^v must have shape.*= \(2, 3, 10, 64\).*9, 64"),
     (lambda: attend(v=Q.half()), TypeError, "^v must have the dtype of q.*float32.*float16"),
     (lambda: attend(k=Q.to("meta")), ValueError, "^k must be on the device of q, cpu.*meta"),
     (lambda: attend(k=Q.mT.contiguous().mT), ValueError, r"^k must have unit stride.*contiguous"),
     (lambda: attend(weights=WEIGHTS[:, :9]), ValueError, r"^weights must have shape \(B, L\) = "),
-    (lambda: attend(weights=WEIGHTS[0]), ValueError, r"^weights must have shape \(B, L\); got"),
+    (
+        lambda: attend(weights=WEIGHTS[0]),
+        ValueError,
+        r"^weights must.*got \(10,\): there are no masks",
+    ),
+    (lambda: attend(weights=WEIGHTS > 0), TypeError, "^weights must.*bool: there are no masks"),
+    (
+        lambda: attend(attn_mask=WEIGHTS),
+        ValueError,
+        "^attn_mask must.*padding is weight 0.*is_causal",
+    ),
+    (lambda: attend(dropout_p=0.1), ValueError, "^dropout_p must be 0; got 0.1.*no dropout"),
+    (lambda: attend(is_causal=None), TypeError, "^is_causal must be True or False; got None"),
     (lambda: attend(weights=WEIGHTS.int()), TypeError, "^weights must be float32"),
     (lambda: attend(weights=WEIGHTS.to("meta")), ValueError, "^weights must be on the device"),
     (lambda: attend(scale="1"), TypeError, "^scale must be a number or None; got str"),
@@ -82,19 +95,24 @@ REFUSALS: list[tuple[Callable, type[Exception], str]] = [
     (
         lambda: describe(q=[1.0]),
         TypeError,
-        r"^q must be a tensor of shape \(B, H, L, d\); got list",
+        r"^q must be a tensor of shape \(B, H, Lq, d\); got list",
     ),
-    (lambda: describe(q=Q[0]), ValueError, r"^q must have shape \(B, H, L, d\); got \(3, 10, 64\)"),
-    (lambda: describe(k=Q[:, :, :9]), ValueError, r"^k must have the shape of q.*\(2, 3, 9, 64\)"),
+    (
+        lambda: describe(q=Q[0]),
+        ValueError,
+        r"^q must have shape \(B, H, Lq, d\); got \(3, 10, 64\)",
+    ),
+    (lambda: describe(k=Q[..., :9]), ValueError, r"^k must have shape.*= \(2, 3, L, 64\).*10, 9\)"),
     (lambda: describe(k=Q.half()), TypeError, "^k must have the dtype of q.*float32.*float16"),
     (lambda: describe(k=Q.to("meta")), ValueError, "^k must be on the device of q, cpu.*meta"),
     (lambda: describe(k=Q.mT.contiguous().mT), ValueError, r"^k must have unit stride.*contiguous"),
     (lambda: describe(Q[..., :0], Q[..., :0]), ValueError, "^q must have heads of a width d of at"),
-    (lambda: describe(weights=WEIGHTS[0]), ValueError, r"^weights must have shape \(B, L\); got"),
+    (lambda: describe(weights=WEIGHTS[0]), ValueError, r"^weights must have shape \(B, L\) = "),
+    (lambda: describe(is_causal=1), TypeError, "^is_causal must be True or False; got 1"),
     (lambda: describe(weights=WEIGHTS[:, :9]), ValueError, r"^weights must have shape \(B, L\) = "),
     (lambda: describe(weights=WEIGHTS.to("meta")), ValueError, "^weights must be on the device"),
     (lambda: describe(weights=1.0), TypeError, "^weights must be a tensor"),
-    (lambda: describe(num_prefix_tokens=11), ValueError, "^num_prefix_tokens must.*0 and.*L = 10"),
+    (lambda: describe(num_prefix_tokens=11), ValueError, "^num_prefix_tokens must.*0 and.*Lq = 10"),
     (lambda: describe(num_prefix_tokens=-1), ValueError, "^num_prefix_tokens must lie between 0"),
     (lambda: describe(num_prefix_tokens=True), TypeError, "^num_prefix_tokens must be an int"),
     (lambda: describe(scale="1"), TypeError, "^scale must be a number or None; got str"),
@@ -151,7 +169,7 @@ REFUSALS: list[tuple[Callable, type[Exception], str]] = [
     (lambda: relate(num_prefix_tokens=True), TypeError, "^num_prefix_tokens must be an int"),
     (lambda: relate(backend=1), TypeError, "^backend must be a str"),
     (lambda: reweight(q=Q[0]), ValueError, "^q must have shape"),
-    (lambda: reweight(q=Q[:, :, :9]), ValueError, r"^tokens must have the batch and length of q"),
+    (lambda: reweight(k=Q[:, :, :9]), ValueError, "^tokens.*batch and length of k"),
     (lambda: reweight(tokens=TOKENS.to("meta")), ValueError, "^class_embeddings must be on the d"),
     (lambda: reweight(tokens=TOKENS.double()), TypeError, "^tokens are float64 but q is torch.flo"),
     (lambda: reweight(table=torch.ones(3)), ValueError, "^table must have"),

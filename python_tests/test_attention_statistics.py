@@ -227,7 +227,7 @@ def test_opcheck(backend: str, device: str) -> None:
     operator = torch.ops.tir_kernels.attention_statistics.default
     for dtype in DTYPES[:2]:
         for given_weights in (weights, None):
-            arguments = (q.to(dtype), k.to(dtype), given_weights, 0.1, 1, backend)
+            arguments = (q.to(dtype), k.to(dtype), given_weights, 0.1, 1, False, backend)
             torch.library.opcheck(operator, arguments)
 
 

@@ -52,12 +52,12 @@ def test_opcheck(backend: str, device: str, dtype: torch.dtype) -> None:
     relevance = relevance_arguments(given)
     q, k, v = (given[name].detach() for name in "qkv")
     weights = torch.rand(2, 20, device=device)
-    output, log_sum_exp = OPS.weighted_attention(q, k, v, weights, 0.1, backend)
+    output, log_sum_exp = OPS.weighted_attention(q, k, v, weights, 0.1, False, backend)
     counts = torch.randint(0, 6, (2, 19), device=device, dtype=torch.int32)
     calls = [
         (OPS.token_relevance, (*relevance, 1, backend)),
         (OPS.token_weights, (*relevance, table, 0.3, 1, backend)),
-        (OPS.weighted_attention, (q, k, v, weights, 0.1, backend)),
+        (OPS.weighted_attention, (q, k, v, weights, 0.1, False, backend)),
         (OPS.reweighted_attention, (q, k, v, *relevance, table, 0.3, 1, 0.1, backend)),
     ]
     saved = (output, log_sum_exp, 0.1)

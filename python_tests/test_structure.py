@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "tir_kernels"
 TOOLS = {"errors", "files", "precision", "registry", "scalars", "text"}
 
 # Their arguments are fixed by what they promise to users.
-CONTRACTS = {"reweighted_attention"}
+CONTRACTS = {"reweighted_attention", "weighted_attention"}
 
 # Room -> the rooms of the package it may import from.
 ALLOWED = {

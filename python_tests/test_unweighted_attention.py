@@ -111,9 +111,9 @@ def test_a_nan_in_a_key_is_not_hidden(backend: str, device: str) -> None:
 def test_opcheck(backend: str, device: str) -> None:
     ops = torch.ops.tir_kernels
     (q, k, v), grad_output = draw((2, 2, 20, 16), torch.float32, device)
-    output, log_sum_exp = ops.weighted_attention(q, k, v, None, 0.1, backend)
-    torch.library.opcheck(ops.weighted_attention.default, (q, k, v, None, 0.1, backend))
-    saved = (q, k, v, None, output, log_sum_exp, 0.1, False, backend)
+    output, log_sum_exp = ops.weighted_attention(q, k, v, None, 0.1, False, backend)
+    torch.library.opcheck(ops.weighted_attention.default, (q, k, v, None, 0.1, False, backend))
+    saved = (q, k, v, None, output, log_sum_exp, 0.1, False, False, backend)
     torch.library.opcheck(ops.weighted_attention_backward.default, (grad_output, *saved))
 
 

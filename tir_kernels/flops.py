@@ -17,18 +17,20 @@ Shape = tuple[int, ...]
 
 
 @register_flop_formula(OPS.weighted_attention)
-def _weighted_attention(query: Shape, *rest: Any, **options: Any) -> int:
-    return _attention_products(query, 2)
+def _weighted_attention(query: Shape, key: Shape, *rest: Any, **options: Any) -> int:
+    return _attention_products(query, key, 2)
 
 
 @register_flop_formula(OPS.attention_statistics)
-def _attention_statistics(query: Shape, *rest: Any, **options: Any) -> int:
-    return _attention_products(query, 2)  # the scores of rows, and once more of columns
+def _attention_statistics(query: Shape, key: Shape, *rest: Any, **options: Any) -> int:
+    return _attention_products(query, key, 2)  # the scores of rows, and once more of columns
 
 
 @register_flop_formula([OPS.weighted_attention_backward, OPS.reweighted_attention_backward])
-def _attention_backward(grad_output: Shape, query: Shape, *rest: Any, **options: Any) -> int:
-    return _attention_products(query, 5)  # the scores once more, and four gradients
+def _attention_backward(
+    grad_output: Shape, query: Shape, key: Shape, *rest: Any, **options: Any
+) -> int:
+    return _attention_products(query, key, 5)  # the scores once more, and four gradients
 
 
 @register_flop_formula(OPS.token_relevance)
@@ -46,13 +48,15 @@ def _reweighted_attention(
     query: Shape, key: Shape, value: Shape, *inputs: Any, out_shape: Any, **options: Any
 ) -> int:
     relevance = _relevance_products(inputs, num_patches=out_shape[2][-1])
-    return relevance + _attention_products(query, 2)
+    return relevance + _attention_products(query, key, 2)
 
 
-def _attention_products(query: Shape, count: int) -> int:
-    """So many products between L x d and L x L matrices, as PyTorch counts its own attention."""
-    batch, heads, length, head_dim = query
-    return count * _product(batch * heads, length, head_dim, length)
+def _attention_products(query: Shape, key: Shape, count: int) -> int:
+    """So many products between Lq x d and L x d matrices, as PyTorch counts its own attention:
+    causality saves nothing.
+    """
+    batch, heads, num_queries, head_dim = query
+    return count * _product(batch * heads, num_queries, head_dim, key[2])
 
 
 def _relevance_products(inputs: tuple[Any, ...], num_patches: int) -> int:

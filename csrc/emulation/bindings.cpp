@@ -31,7 +31,9 @@ py::dict plan_of(const AttentionShape& shape, const cuda::KeyWeights& derived) {
 // How attention_forward would run with weights that it finds itself, on the emulated device.
 py::dict forward_plan(const std::array<int64_t, 4>& sizes, const std::string& type,
                       int64_t num_prefix_tokens) {
-  AttentionShape shape = bindings::attention_shape(sizes, type, 1.0f);
+  auto [batch, heads, length, head_dim] = sizes;
+  AttentionShape shape =
+      bindings::attention_shape({batch, heads, length, length, head_dim}, type, 1.0f, false);
   float some_relevance = 0.0f;
   cuda::KeyWeights derived{};
   derived.relevance = &some_relevance;

@@ -140,7 +140,7 @@ def test_every_output_element_is_written(
     output, log_sum_exp, grad_query, grad_key, grad_value, grad_weights = poisoned
     grids = [common.row_grid(t) for t in (query, key, value)]
     for threads in (1, 3):  # the two ways to cut the backward pass
-        first = (shape, common.TYPE_NAMES[query.dtype], width**-0.5)
+        first = ((2, 2, length, length, width), common.TYPE_NAMES[dtype], width**-0.5, False)
         kernels.attention_forward(
             *first, *grids, weights.data_ptr(), output.data_ptr(), log_sum_exp.data_ptr(), threads
         )

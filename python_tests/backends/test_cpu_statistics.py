@@ -61,7 +61,7 @@ def test_error_is_bounded_by_plain_pytorch(
     architecture: str, is_weighted: bool, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     inputs = problem(shape, dtype, is_weighted)
-    query, key, weights, scale, num_prefix_tokens = inputs
+    query, key, weights, scale, num_prefix_tokens, _ = inputs
     statistics_oracle.assert_statistics_as_accurate(
         CPU.attention_statistics(inputs), query, key, weights, num_prefix_tokens, scale
     )
@@ -87,7 +87,7 @@ def test_every_element_is_written(architecture: str, shape: tuple[int, ...]) -> 
     inputs = problem(shape, torch.float32)
     expected = CPU.attention_statistics(inputs)
     assert not any(t.isnan().any() for t in expected)
-    query, key, weights, _, num_prefix_tokens = inputs
+    query, key, weights, _, num_prefix_tokens, _ = inputs
     for threads in (1, 7):  # the two ways to cut the work
         poisoned = AttentionStatistics(*(torch.full_like(t, torch.nan) for t in expected))
         cpu._kernels().attention_statistics(

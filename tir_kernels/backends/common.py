@@ -41,9 +41,11 @@ def row_grid(tensor: Tensor) -> RowGrid:
 
 def attention_problem(
     inputs: AttentionInputs | StatisticsInputs,
-) -> tuple[tuple[int, ...], str, float]:
-    """Shape, type and scale, with which every attention kernel's arguments begin."""
-    return tuple(inputs.query.shape), TYPE_NAMES[inputs.query.dtype], inputs.scale
+) -> tuple[tuple[int, ...], str, float, bool]:
+    """(B, H, Lq, L, d), type, scale and causality, which attention kernels take first."""
+    batch, heads, num_queries, head_dim = inputs.query.shape
+    shape = (batch, heads, num_queries, inputs.key.shape[2], head_dim)
+    return shape, TYPE_NAMES[inputs.query.dtype], inputs.scale, inputs.is_causal
 
 
 def relevance_problem(

@@ -112,7 +112,7 @@ class CpuBackend:
         return weights, counts
 
     def attention_forward(self, inputs: AttentionInputs) -> Pair:
-        query, key, value, weights, _ = inputs
+        query, key, value, weights, *_ = inputs
         weights = None if weights is None else weights.contiguous()
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         log_sum_exp = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
@@ -129,7 +129,7 @@ class CpuBackend:
         return output, log_sum_exp
 
     def attention_backward(self, inputs: AttentionInputs, backward: BackwardInputs) -> Gradients:
-        query, key, value, weights, _ = inputs
+        query, key, value, weights, *_ = inputs
         output, log_sum_exp, grad_output, needs_weights_grad = backward
         grad_output, output = with_contiguous_rows(grad_output), with_contiguous_rows(output)
         weights = None if weights is None else weights.contiguous()
@@ -137,7 +137,7 @@ class CpuBackend:
         grad_query = query.new_empty(query.shape)
         grad_key = key.new_empty(key.shape)
         grad_value = value.new_empty(value.shape)
-        weights_shape = (query.shape[0], query.shape[2]) if needs_weights_grad else (0,)
+        weights_shape = (key.shape[0], key.shape[2]) if needs_weights_grad else (0,)
         grad_weights = log_sum_exp.new_empty(weights_shape)
         _kernels().attention_backward(
             *attention_problem(inputs),
@@ -151,10 +151,13 @@ class CpuBackend:
         return grad_query, grad_key, grad_value, grad_weights
 
     def attention_statistics(self, inputs: StatisticsInputs) -> AttentionStatistics:
-        query, key, weights, _, num_prefix_tokens = inputs
+        query, key, weights, _, num_prefix_tokens, _ = inputs
         weights = None if weights is None else weights.contiguous()
         results = AttentionStatistics(
-            *(query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(4))
+            *(
+                rows.new_empty(rows.shape[:3], dtype=torch.float32)
+                for rows in (key, key, query, query)
+            )
         )
         _kernels().attention_statistics(
             *attention_problem(inputs),

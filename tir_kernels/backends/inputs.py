@@ -26,27 +26,29 @@ class RelevanceInputs(NamedTuple):
 class AttentionInputs(NamedTuple):
     """Queries, keys and values, with a weight per key."""
 
-    query: Tensor  # (B, H, L, d)
+    query: Tensor  # (B, H, Lq, d)
     key: Tensor  # (B, H, L, d)
     value: Tensor  # (B, H, L, d)
     weights: Tensor | None  # (B, L) float32; None: 1, or derived by the operation itself
     scale: float
+    is_causal: bool = False  # query i attends to the keys j <= i alone
 
 
 class StatisticsInputs(NamedTuple):
     """Queries and keys, with a weight per key, whose attention is to be described."""
 
-    query: Tensor  # (B, H, L, d)
+    query: Tensor  # (B, H, Lq, d)
     key: Tensor  # (B, H, L, d)
     weights: Tensor | None  # (B, L) float32; None: 1
     scale: float
-    num_prefix_tokens: int  # P, 0 to L; N = L - P
+    num_prefix_tokens: int  # P of the queries, 0 to Lq
+    is_causal: bool = False  # query i attends to the keys j <= i alone
 
 
 class BackwardInputs(NamedTuple):
     """Results of a forward pass of attention, and the gradient of the first."""
 
-    output: Tensor  # (B, H, L, d)
-    log_sum_exp: Tensor  # (B, H, L)
-    grad_output: Tensor  # (B, H, L, d)
+    output: Tensor  # (B, H, Lq, d)
+    log_sum_exp: Tensor  # (B, H, Lq)
+    grad_output: Tensor  # (B, H, Lq, d)
     needs_weights_grad: bool

@@ -1,7 +1,7 @@
 """The contract of a backend, and the values that one gives back.
 
 A backend knows nothing of autograd, dispatch or the other backends. It gets validated tensors on
-one device, with B, H, L, N, C >= 1: empty inputs are answered before it is asked. ``inputs.py``
+one device, with B, H, Lq, L, N, C >= 1: empty inputs are answered before it is asked. ``inputs.py``
 says what they are, and ``optional.py`` what a backend may have beside this.
 """
 
@@ -16,7 +16,7 @@ from .inputs import AttentionInputs, BackwardInputs, RelevanceInputs, Statistics
 
 
 class AttentionStatistics(NamedTuple):
-    """Numbers about each head's attention, each (B, H, L) float32: two per key, two per query."""
+    """Float32 numbers about each head: by the key (B, H, L), by the query (B, H, Lq)."""
 
     received_from_prefix: Tensor  # by the key: the prefix queries' mean attention
     received_from_patches: Tensor  # by the key: the patch queries' mean attention
@@ -48,7 +48,7 @@ class Backend(Protocol):
         """Weights (B, L) and counts (B, N) int32; (C + 1,) float32 table, 0 <= top_k <= N."""
 
     def attention_forward(self, inputs: AttentionInputs) -> Pair:
-        """Output, contiguous, in the type of the query, and log_sum_exp (B, H, L) float32: the log
+        """Output, contiguous, in the type of the query, and log_sum_exp (B, H, Lq) float32: the log
         of the weighted sum of exponentials, -inf for rows that attend to nothing."""
 
     def attention_backward(self, inputs: AttentionInputs, backward: BackwardInputs) -> Gradients:

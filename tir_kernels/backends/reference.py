@@ -140,10 +140,20 @@ def _masked(tensor: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tenso
     return rows if weights is None else rows.masked_fill((weights <= 0)[:, None, :, None], 0.0)
 
 
-def _attend(query: Tensor, key: Tensor, weights: Tensor | None, scale: float) -> Pair:
-    """Probabilities (B, H, L, L) and log-sum-exp (B, H, L), in the type they are computed in."""
+def _without_later_keys(scores: Tensor, is_causal: bool) -> Tensor:
+    """(B, H, Lq, L) scores or exponents, -inf where a query i must not see a key j > i."""
+    if not is_causal:
+        return scores
+    is_later = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu(1)
+    return scores.masked_fill(is_later, -torch.inf)
+
+
+def _attend(inputs: AttentionInputs | StatisticsInputs) -> Pair:
+    """Probabilities (B, H, Lq, L) and log-sum-exp (B, H, Lq), in the type they are computed in."""
+    query, key, weights, scale = inputs.query, inputs.key, inputs.weights, inputs.scale
     dtype = compute_dtype(query, weights)
     scores = query.to(dtype) @ _masked(key, weights, dtype).mT * scale
+    scores = _without_later_keys(scores, inputs.is_causal)
     if weights is not None:
         # Adding log(weight) to the scores is the definition; the maximum is then taken over
         # attended keys only, and a row that attends to nothing has a log-sum-exp of -inf.
@@ -155,16 +165,15 @@ def _attend(query: Tensor, key: Tensor, weights: Tensor | None, scale: float) ->
 
 @_without_autocast
 def attention_forward(inputs: AttentionInputs) -> Pair:
-    query, key, value, weights, scale = inputs
-    probabilities, log_sum_exp = _attend(query, key, weights, scale)
-    output = probabilities @ _masked(value, weights, probabilities.dtype)
-    return output.to(query.dtype), log_sum_exp
+    probabilities, log_sum_exp = _attend(inputs)
+    output = probabilities @ _masked(inputs.value, inputs.weights, probabilities.dtype)
+    return output.to(inputs.query.dtype), log_sum_exp
 
 
 @_without_autocast
 def attention_statistics(inputs: StatisticsInputs) -> AttentionStatistics:
-    query, key, weights, scale, num_prefix_tokens = inputs
-    probabilities, log_sum_exp = _attend(query, key, weights, scale)
+    weights, num_prefix_tokens = inputs.weights, inputs.num_prefix_tokens
+    probabilities, log_sum_exp = _attend(inputs)
 
     def received_from(queries: slice) -> Tensor:
         rows = probabilities[:, :, queries]
@@ -181,7 +190,7 @@ def attention_statistics(inputs: StatisticsInputs) -> AttentionStatistics:
 
 @_without_autocast
 def attention_backward(inputs: AttentionInputs, backward: BackwardInputs) -> Gradients:
-    query, key, value, weights, scale = inputs
+    query, key, value, weights, scale, is_causal = inputs
     dtype = compute_dtype(query, weights)
     queries, keys, values = (t.to(dtype) for t in (query, key, value))
     output, grads = backward.output.to(dtype), backward.grad_output.to(dtype)
@@ -198,7 +207,8 @@ def attention_backward(inputs: AttentionInputs, backward: BackwardInputs) -> Gra
         scaled = weights.to(dtype).clamp(min=0) * torch.exp2(-powers)
         shift = (powers * math.log(2))[:, None, None, :]
 
-    exponents = (queries @ keys.mT * scale - log_sums + shift).clamp(max=MAX_EXPONENT)
+    exponents = queries @ keys.mT * scale - log_sums + shift
+    exponents = _without_later_keys(exponents, is_causal).clamp(max=MAX_EXPONENT)
     per_weight = exponents.exp().masked_fill(empty_row, 0.0)  # probability / scaled weight
     grad_probabilities = grads @ values.mT
     delta = (grads * output).sum(-1, keepdim=True)

@@ -12,6 +12,8 @@ from tir_kernels.scalars import finite_number, whole_number
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
+NO_MASKS = "there are no masks; padding is weight 0, as in weights=is_token.float(), (B, L)"
+
 _NO_MAP = JointSpace(norm_eps=None)
 
 
@@ -42,11 +44,32 @@ def require_same_device(name: str, value: Tensor, other_name: str, other: Tensor
         )
 
 
-def check_num_prefix_tokens(num_prefix_tokens: object, length: int) -> int:
+def require_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {value!r}")
+
+
+def refuse_mask_and_dropout(attn_mask: object, dropout_p: object) -> None:
+    """Refuse what PyTorch's attention has and this one has not, with the way out."""
+    if attn_mask is not None:
+        raise ValueError(
+            f"attn_mask must be None: {NO_MASKS}; for a causal mask pass is_causal=True, and for "
+            "others use torch.nn.functional.scaled_dot_product_attention"
+        )
+    if dropout_p != 0:
+        raise ValueError(
+            f"dropout_p must be 0; got {dropout_p!r}. Attention has no dropout here: drop channels "
+            "of its output instead, or use torch.nn.functional.scaled_dot_product_attention"
+        )
+
+
+def check_num_prefix_tokens(
+    num_prefix_tokens: object, length: int, of_what: str = "tokens L"
+) -> int:
     number = whole_number("num_prefix_tokens", num_prefix_tokens)
     if number < 0 or number > length:
         raise ValueError(
-            f"num_prefix_tokens must lie between 0 and the number of tokens L = {length}; "
+            f"num_prefix_tokens must lie between 0 and the number of {of_what} = {length}; "
             f"got {number}"
         )
     return number
@@ -178,17 +201,20 @@ def check_attention_inputs(
 ) -> float:
     """The scale that applies; ``others`` are keys, or keys and values, by the argument's name."""
     require_backend(backend)
-    require_tensor("q", query, "(B, H, L, d)")
+    require_tensor("q", query, "(B, H, Lq, d)")
     for name, tensor in others.items():
         require_tensor(name, tensor, "(B, H, L, d)")
-        if tensor.shape != query.shape:
+        batch, heads, _, head_dim = query.shape
+        num_keys = others["k"].shape[2]
+        if tensor.shape != (batch, heads, num_keys, head_dim):
+            length = "L" if name == "k" else f"{num_keys}"
             raise ValueError(
-                f"{name} must have the shape of q, {tuple(query.shape)}; got {tuple(tensor.shape)}"
+                f"{name} must have shape (B, H, L, d) = ({batch}, {heads}, {length}, {head_dim}) "
+                f"to fit q and k; got {tuple(tensor.shape)}"
             )
         if tensor.dtype != query.dtype:
             raise TypeError(f"{name} must have the dtype of q, {query.dtype}; got {tensor.dtype}")
         require_same_device(name, tensor, "q", query)
-    head_dim = query.shape[3]
     for name, tensor in {"q": query, **others}.items():
         if head_dim > 1 and tensor.stride(3) != 1:
             raise ValueError(
@@ -209,9 +235,12 @@ def require_head_width(query: Tensor) -> None:
 
 
 def check_weights(weights: Tensor, batch: int, length: int, other_name: str) -> None:
-    require_tensor("weights", weights, "(B, L)")
+    if isinstance(weights, Tensor) and weights.dtype == torch.bool:
+        raise TypeError(f"weights must be floating point; got torch.bool: {NO_MASKS}")
+    require_float("weights", weights, "(B, L)")
     if tuple(weights.shape) != (batch, length):
+        hint = f": {NO_MASKS}" if weights.dim() != 2 else ""
         raise ValueError(
             f"weights must have shape (B, L) = ({batch}, {length}) to fit {other_name}; "
-            f"got {tuple(weights.shape)}"
+            f"got {tuple(weights.shape)}{hint}"
         )

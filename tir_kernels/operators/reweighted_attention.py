@@ -63,7 +63,7 @@ def reweighted_attention(
     """:func:`token_weights` of the tokens, and :func:`weighted_attention` with them.
 
     Args:
-        q, k, v, scale: As for :func:`weighted_attention`; (B, H, L, d).
+        q, k, v, scale: As for :func:`weighted_attention`; (B, H, Lq, d), and twice (B, H, L, d).
         tokens: (B, L, D), what entered the block.
         class_embeddings, joint_space, rule, table, num_prefix_tokens, backend: As for
             :func:`token_weights`.
@@ -72,9 +72,9 @@ def reweighted_attention(
         return_lse: Also return the log-sum-exp, as :func:`weighted_attention` does.
 
     Returns:
-        (B, H, L, d) in the dtype of q, or in autocast's; or a tuple of it and what is asked for, in
-        this order: with ``return_weights`` the ``TokenWeights``, else with ``return_counts`` the
-        counts, (B, N) int32; with ``return_lse`` the log-sum-exp, (B, H, L) float32, which has no
+        (B, H, Lq, d) in the dtype of q, or in autocast's; or a tuple of it and what is asked for,
+        in this order: with ``return_weights`` the ``TokenWeights``, else with ``return_counts`` the
+        counts, (B, N) int32; with ``return_lse`` the log-sum-exp, (B, H, Lq) float32, which has no
         gradient. Gradients flow to q, k, v and the table.
 
     Raises:
@@ -87,9 +87,9 @@ def reweighted_attention(
         tokens, class_embeddings, joint_space, num_prefix_tokens, backend
     )
     require_same_device("tokens", tokens, "q", q)
-    if tokens.shape[:2] != (q.shape[0], q.shape[2]):
+    if tokens.shape[:2] != (k.shape[0], k.shape[2]):
         raise ValueError(
-            f"tokens must have the batch and length of q, ({q.shape[0]}, {q.shape[2]}, D); "
+            f"tokens must have the batch and length of k, ({k.shape[0]}, {k.shape[2]}, D); "
             f"got {tuple(tokens.shape)}"
         )
     if tokens.dtype == torch.float64 and q.dtype != torch.float64:
@@ -121,6 +121,7 @@ def _reweighted_attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         hasattr(backend, "reweighted_forward")
         and backend is relevance_backend(name, "token_weights", inputs, table)
         and query.numel() > 0
+        and key.numel() > 0
         and not is_empty(inputs)
     )
     if is_fused:
@@ -150,7 +151,7 @@ def _reweighted_attention_backward(grad_output: Tensor, *rest: Any) -> Gradients
     if hasattr(backend, "reweighted_backward") and query.numel() > 0 and counts.numel() > 0:
         inputs = AttentionInputs(query, key, value, None, scale)
         return backend.reweighted_backward(inputs, with_unit_stride(backward), counts, table)
-    num_prefix_tokens = query.shape[2] - counts.shape[1]
+    num_prefix_tokens = key.shape[2] - counts.shape[1]
     weights = torch.nn.functional.pad(table[counts.long()], (num_prefix_tokens, 0), value=1.0)
     return attend_backward(AttentionInputs(query, key, value, weights, scale), backward, name)
 

@@ -12,6 +12,8 @@ from tir_kernels.backends.protocol import Backend, Gradients, Pair
 from tir_kernels.operators.checks import (
     check_attention_inputs,
     check_weights,
+    refuse_mask_and_dropout,
+    require_bool,
     require_head_width,
     require_same_device,
 )
@@ -32,9 +34,12 @@ def weighted_attention(
     v: Tensor,
     weights: Tensor | None = None,
     *,
+    is_causal: bool = False,
     scale: float | None = None,
     backend: str = "auto",
     return_lse: Literal[False] = False,
+    attn_mask: None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor: ...
 
 
@@ -45,9 +50,12 @@ def weighted_attention(
     v: Tensor,
     weights: Tensor | None = None,
     *,
+    is_causal: bool = False,
     scale: float | None = None,
     backend: str = "auto",
     return_lse: Literal[True],
+    attn_mask: None = None,
+    dropout_p: float = 0.0,
 ) -> Pair: ...
 
 
@@ -57,9 +65,12 @@ def weighted_attention(
     v: Tensor,
     weights: Tensor | None = None,
     *,
+    is_causal: bool = False,
     scale: float | None = None,
     backend: str = "auto",
     return_lse: bool = False,
+    attn_mask: None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor | Pair:
     """Softmax attention in which key j counts w[j] times: placement "attention".
 
@@ -68,45 +79,56 @@ def weighted_attention(
     image are 0 the output and every gradient are 0.
 
     Args:
-        q, k, v: (B, H, L, d) of one dtype, with unit stride in d and any other strides, so that
-            slices of a packed (B, L, 3, H, d) projection cost no copy.
+        q: (B, H, Lq, d), with unit stride in d and any other strides, so that slices of a packed
+            (B, L, 3, H, d) projection cost no copy. Lq may differ from L: one query for a class
+            token or a pool, say.
+        k, v: (B, H, L, d) of the dtype of q, with strides as free.
         weights: (B, L), finite; computed with in float32. GPU kernels take those below 2^-126,
             which are not normal numbers, for 0. ``None``: plain attention, to the bit the same as
             with weights of 1.
+        is_causal: Whether query i attends to the keys j <= i alone, counted from the first of both,
+            as in PyTorch's ``scaled_dot_product_attention``. As there, NaN in a later key or value
+            may reach the result.
         scale: ``None`` means ``d ** -0.5``.
         backend: "auto", or a name of :func:`available_backends`.
         return_lse: Also return ``ln sum_j w[j] exp(s[i, j])``, which is -inf for a query that
             attends to nothing.
+        attn_mask, dropout_p: So that calls of PyTorch's attention fit as they are; a mask and
+            dropout are refused.
 
     Returns:
-        (B, H, L, d) in the dtype of q, or in autocast's. Gradients flow to q, k, v and the weights:
+        (B, H, Lq, d) in the dtype of q, or in autocast's. Gradients flow to q, k, v and weights:
         that of a weight of 0 is its one-sided limit, that of a negative weight is 0. On a GPU the
         gradient of a weight of less than 2^-126 of the image's largest may be 0. A second
         derivative is an error; ``torch.compile(backend="eager")`` alone, which loses that of any
         ``autograd.Function``, makes it 0. With ``return_lse`` a pair of it and the log-sum-exp,
-        (B, H, L) float32 (float64 where q is), which has no gradient.
+        (B, H, Lq) float32 (float64 where q is), which has no gradient.
 
     Raises:
         ValueError, TypeError: A wrong rank, shape, dtype, device or stride.
         RuntimeError: A backend that cannot run here.
     """
+    if attn_mask is not None or dropout_p:
+        refuse_mask_and_dropout(attn_mask, dropout_p)
     q, k, v = cast_for_autocast(q, k, v)
     scale = check_attention_inputs(q, {"k": k, "v": v}, scale, backend)
+    require_bool("is_causal", is_causal)
     if weights is not None:
-        check_weights(weights, q.shape[0], q.shape[2], "q")
+        check_weights(weights, k.shape[0], k.shape[2], "k")
         require_same_device("weights", weights, "q", q)
     if return_lse:
         require_head_width(q)
-    results = differentiable_attention(AttentionInputs(q, k, v, weights, scale), backend)
+    inputs = AttentionInputs(q, k, v, weights, scale, is_causal)
+    results = differentiable_attention(inputs, backend)
     return results if return_lse else results[0]
 
 
 def differentiable_attention(inputs: AttentionInputs, backend: str) -> Pair:
     """Output, with its gradients, and log-sum-exp on validated inputs; weights of any type."""
-    query, key, value, weights, scale = inputs
+    query, key, value, weights, scale, is_causal = inputs
     if weights is not None:
         weights = weights.to(sums_dtype(query))
-    return _WeightedAttention.call(query, key, value, weights, scale, backend)
+    return _WeightedAttention.call(query, key, value, weights, scale, is_causal, backend)
 
 
 def sums_dtype(query: Tensor) -> torch.dtype:
@@ -138,18 +160,19 @@ def attend(inputs: AttentionInputs, name: str) -> Pair:
     """Output and log-sum-exp from the backend of this name."""
     query = inputs.query
     backend = attention_backend(name, query)
-    if query.numel() == 0:
+    if query.numel() == 0 or inputs.key.numel() == 0:
         output, log_sum_exp = like_outputs(query)
-        return output, log_sum_exp.fill_(-torch.inf)
+        return output.zero_(), log_sum_exp.fill_(-torch.inf)
     return backend.attention_forward(inputs)
 
 
 def attend_backward(inputs: AttentionInputs, backward: BackwardInputs, name: str) -> Gradients:
     """Gradients of query, key, value and weights from the backend of this name."""
     backend = attention_backend(name, inputs.query)
-    if inputs.query.numel() == 0:
+    if inputs.query.numel() == 0 or inputs.key.numel() == 0:
         grads = like_gradients(inputs, backward.needs_weights_grad)
-        grads[3].zero_()
+        for grad in grads:
+            grad.zero_()
         return grads
     return backend.attention_backward(inputs, with_unit_stride(backward))
 
@@ -170,8 +193,8 @@ def like_outputs(query: Tensor) -> Pair:
 
 def like_gradients(inputs: AttentionInputs, needs_weights_grad: bool) -> Gradients:
     """Gradients of query, key, value and weights as yet unwritten."""
-    query, key, value, weights, _ = inputs
-    shape = (query.shape[0], query.shape[2]) if needs_weights_grad else (0,)
+    query, key, value, weights, *_ = inputs
+    shape = (key.shape[0], key.shape[2]) if needs_weights_grad else (0,)
     dtype = sums_dtype(query) if weights is None else weights.dtype
     grad_query, grad_key, grad_value = (t.new_empty(t.shape) for t in (query, key, value))
     return grad_query, grad_key, grad_value, query.new_empty(shape, dtype=dtype)
@@ -179,7 +202,7 @@ def like_gradients(inputs: AttentionInputs, needs_weights_grad: bool) -> Gradien
 
 @define(
     "weighted_attention(Tensor query, Tensor key, Tensor value, Tensor? weights, float scale, "
-    "str backend) -> (Tensor output, Tensor log_sum_exp)"
+    "bool is_causal, str backend) -> (Tensor output, Tensor log_sum_exp)"
 )
 def _weighted_attention(*arguments: Any) -> Pair:
     *fields, name = arguments
@@ -193,19 +216,20 @@ def _(query: Tensor, *rest: Any) -> Pair:
 
 @define(
     "weighted_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, "
-    "Tensor? weights, Tensor output, Tensor log_sum_exp, float scale, bool needs_weights_grad, "
-    "str backend) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weights)"
+    "Tensor? weights, Tensor output, Tensor log_sum_exp, float scale, bool is_causal, "
+    "bool needs_weights_grad, str backend) "
+    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weights)"
 )
 def _weighted_attention_backward(grad_output: Tensor, *rest: Any) -> Gradients:
-    query, key, value, weights, output, log_sum_exp, scale, needs_weights_grad, name = rest
+    *inputs, output, log_sum_exp, scale, is_causal, needs_weights_grad, name = rest
     backward = BackwardInputs(output, log_sum_exp, grad_output, needs_weights_grad)
-    return attend_backward(AttentionInputs(query, key, value, weights, scale), backward, name)
+    return attend_backward(AttentionInputs(*inputs, scale, is_causal), backward, name)
 
 
 @define_fake("weighted_attention_backward")
 def _(grad_output: Tensor, *rest: Any) -> Gradients:
-    query, key, value, weights, _, _, scale, needs_weights_grad, _ = rest
-    return like_gradients(AttentionInputs(query, key, value, weights, scale), needs_weights_grad)
+    *inputs, _, _, scale, is_causal, needs_weights_grad, _ = rest
+    return like_gradients(AttentionInputs(*inputs, scale, is_causal), needs_weights_grad)
 
 
 class _WeightedAttention(Operator):
@@ -215,7 +239,7 @@ class _WeightedAttention(Operator):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Pair) -> None:
-        query, key, value, weights, ctx.scale, ctx.backend = inputs
+        query, key, value, weights, ctx.scale, ctx.is_causal, ctx.backend = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(query, key, value, weights, *output)
 
@@ -224,6 +248,6 @@ class _WeightedAttention(Operator):
     def backward(ctx: Any, saved: tuple, grad_output: Tensor, grad_log_sum_exp: None) -> tuple:
         needs_weights_grad = ctx.needs_input_grad[3]
         *grads, grad_weights = OPS.weighted_attention_backward(
-            grad_output, *saved, ctx.scale, needs_weights_grad, ctx.backend
+            grad_output, *saved, ctx.scale, ctx.is_causal, needs_weights_grad, ctx.backend
         )
-        return (*grads, grad_weights if needs_weights_grad else None, None, None)
+        return (*grads, grad_weights if needs_weights_grad else None, None, None, None)

@@ -19,7 +19,7 @@ constexpr float infinity = __builtin_inff();
 constexpr double min_parallel_work = 1e6;
 
 inline double attention_work(const AttentionShape& shape) {
-  return static_cast<double>(shape.batch) * shape.heads * shape.length * shape.length *
+  return static_cast<double>(shape.batch) * shape.heads * shape.queries * shape.length *
          shape.head_dim;
 }
 
@@ -61,9 +61,10 @@ void run_passes(int threads, Worker worker, Job& job) {
   }
   constexpr Pass passes[] = {Pass::queries, Pass::keys};
   for (Pass pass : passes) {
-    int64_t cut = pass == Pass::queries ? tile_queries : panel_width;
+    int64_t num_cuts = pass == Pass::queries ? divide_up(shape.queries, tile_queries)
+                                             : divide_up(shape.length, panel_width);
     job.pass = pass;
-    job.num_parts = parts_per_head(shape, threads, divide_up(shape.length, cut));
+    job.num_parts = parts_per_head(shape, threads, num_cuts);
     run_workers(threads, num_heads * job.num_parts, worker, &job);
   }
 }
@@ -76,6 +77,10 @@ class AttentionWorker {
         padded_head_dim_(round_up(shape.head_dim, lanes)),
         row_units_(row_units),
         score_stride_(score_stride(shape.length, max_key_block)) {}
+
+  // The first of the (batch, head)'s rows in an array by the query, or by the key.
+  int64_t first_query_place() const { return (batch_ * shape_.heads + head_) * shape_.queries; }
+  int64_t first_key_place() const { return (batch_ * shape_.heads + head_) * shape_.length; }
 
   const AttentionShape& shape_;
   int64_t padded_head_dim_, row_units_, score_stride_;
@@ -97,6 +102,12 @@ inline KeyPart part_of(const KeyList& keys, int64_t part, int64_t num_parts, int
            keys.log2_weight + first, keys.exponent == nullptr ? nullptr : keys.exponent + first},
           part == 0 ? 0 : row_of(first),
           part == num_parts - 1 ? length : row_of(end)};
+}
+
+// Exponents of a vector of keys, -inf for those that come after the query.
+TIR_INLINE Vec without_later_keys(Vec exponents, const int32_t* key_index, int64_t query) {
+  IntVec last = IntVec{} + static_cast<int32_t>(query);
+  return load_bits<IntVec>(key_index) > last ? broadcast(-infinity) : exponents;
 }
 
 // Copies rows as a left operand; a row of zeros makes an odd number even.

@@ -23,7 +23,7 @@ template <class Math>
 void grad_key_value(BackwardWorker<Math>& worker, const Job& job, int64_t batch_head,
                     int64_t part) {
   const AttentionShape& shape = job.problem.shape;
-  int64_t num_tiles = divide_up(shape.length, tile_queries);
+  int64_t num_tiles = divide_up(shape.queries, tile_queries);
   KeyList keys = job.attended.of(batch_head / shape.heads);
   float* head_grads = job.head_grads ? job.head_grads + batch_head * shape.length : nullptr;
   KeyPart own = part_of(keys, part, job.num_parts, shape.length);
@@ -50,7 +50,7 @@ void grad_key_value(BackwardWorker<Math>& worker, const Job& job, int64_t batch_
 template <class Math>
 void grad_query(BackwardWorker<Math>& worker, const Job& job, int64_t batch_head, int64_t part) {
   const AttentionShape& shape = job.problem.shape;
-  int64_t num_tiles = divide_up(shape.length, tile_queries);
+  int64_t num_tiles = divide_up(shape.queries, tile_queries);
   int64_t first = num_tiles * part / job.num_parts;
   int64_t end = num_tiles * (part + 1) / job.num_parts;
   KeyList keys = job.attended.of(batch_head / shape.heads);

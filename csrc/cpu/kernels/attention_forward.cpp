@@ -43,6 +43,7 @@ class ForwardWorker : AttentionWorker {
   }
 
   void attend(int64_t first_query, int64_t count) {
+    first_query_ = first_query;
     copy_rows<Math>(queries_, problem_.query, shape_.type, batch_, head_, first_query, count,
                     shape_.head_dim);
     for (int64_t i = 0; i < count; ++i) {
@@ -51,11 +52,20 @@ class ForwardWorker : AttentionWorker {
     }
     int64_t block = key_block_size(keys_.count, max_key_block);
     for (int64_t key = 0; key < keys_.count; key += block) {
+      // What no query of the tile attends to; sums want a first block in any case.
+      bool is_later = shape_.is_causal && keys_.index[key] >= first_query + count;
+      if (is_later && key > 0) break;
       int64_t num_keys = smaller_of(block, keys_.count - key);
       Right<Math> key_columns{key_panels_ + key * row_units_, row_units_ * panel_width};
       multiply<Math>(count, num_keys, steps_of<Math>(shape_.head_dim), {queries_, row_units_, 1},
                      key_columns, scores_, score_stride_, false);
-      for (int64_t i = 0; i < count; ++i) online_softmax_update(i, key, num_keys);
+      for (int64_t i = 0; i < count; ++i) {
+        if (shape_.is_causal) {
+          online_softmax_update<true>(i, key, num_keys);
+        } else {
+          online_softmax_update<false>(i, key, num_keys);
+        }
+      }
       Right<Math> value_rows{value_panels_ + steps_of<Math>(key) * panel_width,
                              value_panel_stride_};
       multiply<Math>(count, shape_.head_dim, steps_of<Math>(num_keys), probability_rows(),
@@ -70,12 +80,15 @@ class ForwardWorker : AttentionWorker {
   }
 
   // Scores become exponentials, relative to the largest weighted exponential of the row so far.
+  template <bool IsCausal>
   void online_softmax_update(int64_t row, int64_t first_key, int64_t num_keys) {
     float* scores = scores_ + row * score_stride_;
     const float* log2_weights = keys_.log2_weight + first_key;
     Vec scale = broadcast(shape_.scale * log2_e);
     auto exponents = [&](int64_t i) {
-      return multiply_add(load(scores + i), scale, load(log2_weights + i));
+      Vec all = multiply_add(load(scores + i), scale, load(log2_weights + i));
+      if (!IsCausal) return all;
+      return without_later_keys(all, keys_.index + first_key + i, first_query_ + row);
     };
     Vec largest = broadcast(maxima_[row]);
     for (int64_t i = 0; i < num_keys; i += lanes) largest = larger(exponents(i), largest);
@@ -116,7 +129,7 @@ class ForwardWorker : AttentionWorker {
 
   void write(int64_t row, int64_t query) {
     bool is_empty = totals_[row] == 0;
-    int64_t place = (batch_ * shape_.heads + head_) * shape_.length + query;
+    int64_t place = first_query_place() + query;
     problem_.log_sum_exp[place] =
         is_empty ? -infinity : maxima_[row] * ln_2 + __builtin_logf(totals_[row]);
     char* output = static_cast<char*>(problem_.output);
@@ -133,15 +146,15 @@ class ForwardWorker : AttentionWorker {
   Buffer<float> sums_;
   float maxima_[tile_queries], totals_[tile_queries];
   KeyList keys_{};
-  int64_t value_panel_stride_ = 0;
+  int64_t value_panel_stride_ = 0, first_query_ = 0;
 };
 
 void write_empty(const AttentionForward& problem, int64_t batch, int64_t head) {
   const AttentionShape& shape = problem.shape;
-  int64_t place = (batch * shape.heads + head) * shape.length;
+  int64_t place = (batch * shape.heads + head) * shape.queries;
   int64_t row_bytes = shape.head_dim * bytes_of(shape.type);
-  memset(static_cast<char*>(problem.output) + place * row_bytes, 0, shape.length * row_bytes);
-  for (int64_t i = 0; i < shape.length; ++i) problem.log_sum_exp[place + i] = -infinity;
+  memset(static_cast<char*>(problem.output) + place * row_bytes, 0, shape.queries * row_bytes);
+  for (int64_t i = 0; i < shape.queries; ++i) problem.log_sum_exp[place + i] = -infinity;
 }
 
 template <class Math>
@@ -149,7 +162,7 @@ void work(void* data, ItemQueue& items) {
   const Job& job = *static_cast<const Job*>(data);
   const AttentionShape& shape = job.problem.shape;
   ForwardWorker<Math> worker(job.problem);
-  int64_t num_tiles = divide_up(shape.length, tile_queries);
+  int64_t num_tiles = divide_up(shape.queries, tile_queries);
   for (int64_t item = items.take(); item >= 0; item = items.take()) {
     int64_t part = item % job.num_parts, batch_head = item / job.num_parts;
     int64_t batch = batch_head / shape.heads, head = batch_head % shape.heads;
@@ -162,7 +175,7 @@ void work(void* data, ItemQueue& items) {
     int64_t end = num_tiles * (part + 1) / job.num_parts;
     for (int64_t tile = num_tiles * part / job.num_parts; tile < end; ++tile) {
       int64_t first = tile * tile_queries;
-      worker.attend(first, smaller_of(tile_queries, shape.length - first));
+      worker.attend(first, smaller_of(tile_queries, shape.queries - first));
     }
   }
 }
@@ -173,7 +186,7 @@ void attention_forward(const AttentionForward& problem, int threads) {
   const AttentionShape& shape = problem.shape;
   if (attention_work(shape) < min_parallel_work) threads = 1;
   KeyLists keys(problem.weights, shape.batch, shape.length, KeyLists::Which::positive);
-  int64_t num_tiles = divide_up(shape.length, tile_queries);
+  int64_t num_tiles = divide_up(shape.queries, tile_queries);
   Job job{problem, keys,
           fills_threads(shape, threads) ? 1 : parts_per_head(shape, threads, num_tiles)};
   Worker worker = work<Float32Math>;

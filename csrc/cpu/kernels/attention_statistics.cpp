@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t max_key_block = 640;
 constexpr float max_distance = 1 - smallest_exponent;  // an exponential so far down is 0
 
-// What the columns need of each query, [B, H, L]: its attention to a key is
+// What the columns need of each query, [B, H, Lq]: its attention to a key is
 // exp2(exponent - maximum) * inverse_total.
 struct RowSums {
   float* maximum;
@@ -50,7 +50,6 @@ class StatisticsWorker : AttentionWorker {
     batch_ = batch;
     head_ = head;
     keys_ = keys;
-    first_place_ = (batch * shape_.heads + head) * shape_.length;
     block_ = key_block_size(keys.count, max_key_block);
     auto key_at = [&](int64_t i) {
       return problem_.key.row(batch, head, keys.index[i], shape_.type);
@@ -63,7 +62,7 @@ class StatisticsWorker : AttentionWorker {
 
   void run_tile(int64_t first_query, bool wants_rows, bool wants_columns) {
     first_query_ = first_query;
-    num_queries_ = smaller_of(tile_queries, shape_.length - first_query);
+    num_queries_ = smaller_of(tile_queries, shape_.queries - first_query);
     copy_rows<Math>(queries_, problem_.query, shape_.type, batch_, head_, first_query,
                     num_queries_, shape_.head_dim);
     if (wants_rows) run_rows();
@@ -74,11 +73,11 @@ class StatisticsWorker : AttentionWorker {
   void write_columns(int64_t first, int64_t end) {
     float num_prefix = static_cast<float>(larger_of(1, problem_.num_prefix_tokens));
     float num_patches =
-        static_cast<float>(larger_of(1, shape_.length - problem_.num_prefix_tokens));
+        static_cast<float>(larger_of(1, shape_.queries - problem_.num_prefix_tokens));
     int64_t i = 0;
     for (int64_t row = first; row < end; ++row) {
       bool is_attended_to = i < keys_.count && keys_.index[i] == row;
-      int64_t place = first_place_ + row;
+      int64_t place = first_key_place() + row;
       problem_.received_from_prefix[place] = is_attended_to ? prefix_sums_[i] / num_prefix : 0;
       problem_.received_from_patches[place] = is_attended_to ? patch_sums_[i] / num_patches : 0;
       i += is_attended_to;
@@ -98,9 +97,11 @@ class StatisticsWorker : AttentionWorker {
 
   // Logarithms to base 2 of the weighted exponentials of a row, beginning at a column of a block.
   Vec exponents(int64_t row, int64_t first_key, int64_t column) const {
-    return multiply_add(load(scores_ + row * score_stride_ + column),
-                        broadcast(shape_.scale * log2_e),
-                        load(keys_.log2_weight + first_key + column));
+    Vec all = multiply_add(load(scores_ + row * score_stride_ + column),
+                           broadcast(shape_.scale * log2_e),
+                           load(keys_.log2_weight + first_key + column));
+    if (!shape_.is_causal) return all;
+    return without_later_keys(all, keys_.index + first_key + column, first_query_ + row);
   }
 
   void run_rows() {
@@ -149,7 +150,7 @@ class StatisticsWorker : AttentionWorker {
   }
 
   void write_row_results(int64_t row) {
-    int64_t place = first_place_ + first_query_ + row;
+    int64_t place = first_query_place() + first_query_ + row;
     float total = totals_[row];
     bool is_empty = total == 0;
     float log_total = __builtin_logf(total);
@@ -175,7 +176,7 @@ class StatisticsWorker : AttentionWorker {
   }
 
   void exponentiate(int64_t first_key, int64_t column) {
-    const float* maxima = row_sums_.maximum + first_place_ + first_query_;
+    const float* maxima = row_sums_.maximum + first_query_place() + first_query_;
     for (int64_t row = 0; row < num_queries_; ++row) {
       Vec distances = broadcast(maxima[row]) - exponents(row, first_key, column);
       store(scores_ + row * score_stride_ + column, exp2(zero() - distances));
@@ -184,7 +185,7 @@ class StatisticsWorker : AttentionWorker {
 
   // Adds the attention that a vector of keys receives from the tile's queries [first, end).
   void add_column(float* sums, int64_t column, int64_t first, int64_t end) {
-    const float* inverse_totals = row_sums_.inverse_total + first_place_ + first_query_;
+    const float* inverse_totals = row_sums_.inverse_total + first_query_place() + first_query_;
     constexpr int chains = 4;  // short ones, which round less and need not wait for each other
     Vec parts[chains] = {};
     auto add = [&](int64_t row, Vec sum) {
@@ -214,7 +215,7 @@ class StatisticsWorker : AttentionWorker {
   float maxima_[tile_queries], totals_[tile_queries], spreads_[tile_queries];
   KeyList keys_{};
   int64_t block_ = 0;
-  int64_t first_place_ = 0, first_query_ = 0, num_queries_ = 0;
+  int64_t first_query_ = 0, num_queries_ = 0;
 };
 
 template <class Math>
@@ -223,7 +224,7 @@ void work(void* data, ItemQueue& items) {
   const AttentionShape& shape = job.problem.shape;
   StatisticsWorker<Math> worker(job.problem, job.row_sums);
   bool wants_rows = job.pass != Pass::keys, wants_columns = job.pass != Pass::queries;
-  int64_t num_tiles = divide_up(shape.length, tile_queries);
+  int64_t num_tiles = divide_up(shape.queries, tile_queries);
   for (int64_t item = items.take(); item >= 0; item = items.take()) {
     int64_t part = item % job.num_parts, batch_head = item / job.num_parts;
     KeyList keys = job.keys.of(batch_head / shape.heads);
@@ -244,7 +245,7 @@ void attention_statistics(const AttentionStatistics& problem, int threads) {
   if (attention_work(shape) < min_parallel_work) threads = 1;
   int64_t num_heads = shape.batch * shape.heads;
   KeyLists keys(problem.weights, shape.batch, shape.length, KeyLists::Which::positive);
-  Buffer<float> maxima(num_heads * shape.length), inverse_totals(num_heads * shape.length);
+  Buffer<float> maxima(num_heads * shape.queries), inverse_totals(num_heads * shape.queries);
   Worker worker = work<Float32Math>;
 #if defined(__AVX512BF16__)
   if (shape.type == Type::bfloat16) worker = work<BFloat16Math>;

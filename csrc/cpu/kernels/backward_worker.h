@@ -60,7 +60,7 @@ class BackwardWorker : AttentionWorker {
     memset(weight_sums_, 0, round_up(keys.count, lanes) * sizeof(float));
     for (int64_t tile = first_tile; tile < end_tile; ++tile) {
       int64_t first = tile * tile_queries;
-      run_tile(first, smaller_of(tile_queries, shape_.length - first), tile > first_tile);
+      run_tile(first, smaller_of(tile_queries, shape_.queries - first), tile > first_tile);
     }
   }
 
@@ -69,12 +69,13 @@ class BackwardWorker : AttentionWorker {
     int64_t i = 0;
     for (int64_t row = first; row < end; ++row) {
       if (i < keys.count && keys.index[i] == row) {
-        write(problem_.grad_key, row, key_sums_ + i * padded_head_dim_, shape_.scale);
-        write(problem_.grad_value, row, value_sums_ + i * padded_head_dim_, 1.0f);
+        int64_t place = first_key_place() + row;
+        write(problem_.grad_key, place, key_sums_ + i * padded_head_dim_, shape_.scale);
+        write(problem_.grad_value, place, value_sums_ + i * padded_head_dim_, 1.0f);
         ++i;
       } else {
-        write_zeros(problem_.grad_key, row);
-        write_zeros(problem_.grad_value, row);
+        write_zeros(problem_.grad_key, first_key_place() + row);
+        write_zeros(problem_.grad_value, first_key_place() + row);
       }
     }
   }
@@ -84,23 +85,24 @@ class BackwardWorker : AttentionWorker {
   }
 
   void write_zero_queries(int64_t first_tile, int64_t end_tile) {
-    int64_t end = smaller_of(end_tile * tile_queries, shape_.length);
-    for (int64_t i = first_tile * tile_queries; i < end; ++i) write_zeros(problem_.grad_query, i);
+    int64_t end = smaller_of(end_tile * tile_queries, shape_.queries);
+    for (int64_t i = first_tile * tile_queries; i < end; ++i) {
+      write_zeros(problem_.grad_query, first_query_place() + i);
+    }
   }
 
  private:
   const void* row_of(const RowGrid& grid, int64_t row) const {
     return grid.row(batch_, head_, row, shape_.type);
   }
-  char* place_of(void* output, int64_t row) const {
-    int64_t place = (batch_ * shape_.heads + head_) * shape_.length + row;
+  char* row_at(void* output, int64_t place) const {
     return static_cast<char*>(output) + place * shape_.head_dim * bytes_of(shape_.type);
   }
-  void write(void* output, int64_t row, const float* sums, float factor) const {
-    write_row(place_of(output, row), sums, factor, shape_.type, shape_.head_dim);
+  void write(void* output, int64_t place, const float* sums, float factor) const {
+    write_row(row_at(output, place), sums, factor, shape_.type, shape_.head_dim);
   }
-  void write_zeros(void* output, int64_t row) const {
-    memset(place_of(output, row), 0, shape_.head_dim * bytes_of(shape_.type));
+  void write_zeros(void* output, int64_t place) const {
+    memset(row_at(output, place), 0, shape_.head_dim * bytes_of(shape_.type));
   }
 
   void pack_keys() {
@@ -118,6 +120,7 @@ class BackwardWorker : AttentionWorker {
   }
 
   void load_tile(int64_t first, int64_t count) {
+    first_query_ = first;
     copy_rows<Math>(queries_, problem_.query, shape_.type, batch_, head_, first, count,
                     shape_.head_dim);
     copy_rows<Math>(grads_, problem_.grad_output, shape_.type, batch_, head_, first, count,
@@ -129,7 +132,7 @@ class BackwardWorker : AttentionWorker {
       pack_rows<Math>(query_rows_, panel_stride, query_at, shape_.type, count, shape_.head_dim);
       pack_rows<Math>(grad_rows_, panel_stride, grad_at, shape_.type, count, shape_.head_dim);
     }
-    int64_t place = (batch_ * shape_.heads + head_) * shape_.length + first;
+    int64_t place = first_query_place() + first;
     for (int64_t i = 0; i < count; ++i) {
       deltas_[i] = delta_of(first + i);
       // Minus infinity makes the probabilities of a row that attends to nothing 0.
@@ -159,6 +162,9 @@ class BackwardWorker : AttentionWorker {
     int64_t query_steps = steps_of<Math>(count);
     int64_t block = key_block_size(keys_.count, max_key_block);
     for (int64_t key = 0; key < keys_.count; key += block) {
+      // What no query of the tile attends to; all sums begin with the first tile and block.
+      bool is_later = shape_.is_causal && keys_.index[key] >= first + count;
+      if (is_later && adds && key > 0) break;
       int64_t num_keys = smaller_of(block, keys_.count - key);
       int64_t column_stride = row_units_ * panel_width;
       multiply<Math>(count, num_keys, head_dim_steps, {queries_, row_units_, 1},
@@ -168,12 +174,14 @@ class BackwardWorker : AttentionWorker {
                      {value_columns_ + key * row_units_, column_stride}, grad_probabilities_,
                      score_stride_, false);
       for (int64_t i = 0; i < num_keys; i += lanes) {
-        if (keys_.exponent != nullptr) {
-          differentiate<true, true>(key, i, count);
+        if (shape_.is_causal) {
+          differentiate<true, true, true>(key, i, count);
+        } else if (keys_.exponent != nullptr) {
+          differentiate<true, true, false>(key, i, count);
         } else if (wanted_.weights) {
-          differentiate<true, false>(key, i, count);
+          differentiate<true, false, false>(key, i, count);
         } else {
-          differentiate<false, false>(key, i, count);
+          differentiate<false, false, false>(key, i, count);
         }
       }
       if (wanted_.query) {
@@ -193,14 +201,14 @@ class BackwardWorker : AttentionWorker {
     }
     if (wanted_.query) {
       for (int64_t i = 0; i < count; ++i) {
-        write(problem_.grad_query, first + i, query_sums_ + i * padded_head_dim_, shape_.scale);
+        write(problem_.grad_query, first_query_place() + first + i, query_sums_ + i * padded_head_dim_, shape_.scale);
       }
     }
   }
 
   // One vector of keys: scores and gradients of probabilities, for all queries of the tile, become
   // probabilities and gradients of scores.
-  template <bool WantsWeights, bool IsScaled>
+  template <bool WantsWeights, bool MayBeScaled, bool IsCausal>
   void differentiate(int64_t first_key, int64_t column, int64_t count) {
     Vec weights = load(keys_.scaled_weight + first_key + column);
     Vec scale = broadcast(shape_.scale * log2_e);
@@ -212,7 +220,13 @@ class BackwardWorker : AttentionWorker {
         int64_t place = (row + i) * score_stride_ + column;
         Vec exponents = multiply_add(load(scores_ + place), scale,
                                      broadcast(exponent_offsets_[row + i]));
-        if (IsScaled) exponents = exponents + load(keys_.exponent + first_key + column);
+        if (MayBeScaled && keys_.exponent != nullptr) {
+          exponents = exponents + load(keys_.exponent + first_key + column);
+        }
+        if (IsCausal) {
+          exponents = without_later_keys(exponents, keys_.index + first_key + column,
+                                         first_query_ + row + i);
+        }
         // smaller() keeps a NaN in its second argument.
         exponents = smaller(broadcast(max_power_of_two), exponents);
         Vec per_weight = exp2(exponents);  // probability / scaled weight
@@ -291,7 +305,7 @@ class BackwardWorker : AttentionWorker {
   float deltas_[tile_queries], exponent_offsets_[tile_queries];
   KeyList keys_{};
   Wanted wanted_{};
-  int64_t key_panel_stride_ = 0;
+  int64_t key_panel_stride_ = 0, first_query_ = 0;
 };
 
 }  // namespace

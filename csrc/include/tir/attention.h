@@ -5,30 +5,34 @@
 
 namespace tir {
 
-// B, H, L and d below.
+// B, H, Lq, L and d below.
 struct AttentionShape {
   int64_t batch;
   int64_t heads;
-  int64_t length;
+  int64_t queries;
+  int64_t length;  // of the keys
   int64_t head_dim;
-  Type type;    // of queries, keys, values, outputs and their gradients
-  float scale;  // of the scores
+  Type type;       // of queries, keys, values, outputs and their gradients
+  float scale;     // of the scores
+  bool is_causal;  // query i attends to the keys j <= i alone
 };
 
 struct AttentionForward {
   AttentionShape shape;
-  RowGrid query, key, value;  // [B, H, L, d]
-  const float* weights;       // [B, L], or null: then 1, or found by the launcher
-  void* output;               // [B, H, L, d], contiguous
-  float* log_sum_exp;         // [B, H, L]
+  RowGrid query;         // [B, H, Lq, d]
+  RowGrid key, value;    // [B, H, L, d]
+  const float* weights;  // [B, L], or null: then 1, or found by the launcher
+  void* output;          // [B, H, Lq, d], contiguous
+  float* log_sum_exp;    // [B, H, Lq]
 };
 
-// Results are [B, H, L]: two per key, two per query.
+// Results are [B, H, L] by the key, [B, H, Lq] by the query.
 struct AttentionStatistics {
   AttentionShape shape;
-  RowGrid query, key;           // [B, H, L, d]
+  RowGrid query;                // [B, H, Lq, d]
+  RowGrid key;                  // [B, H, L, d]
   const float* weights;         // [B, L], or null for 1
-  int64_t num_prefix_tokens;    // P
+  int64_t num_prefix_tokens;    // P of the queries
   float* received_from_prefix;  // mean over the queries i < P of the attention to the key, or 0
   float* received_from_patches; // mean over the queries i >= P, or 0
   float* entropy;               // of the query's attention, natural; 0 where it attends to nothing
@@ -37,12 +41,13 @@ struct AttentionStatistics {
 
 struct AttentionBackward {
   AttentionShape shape;
-  RowGrid grad_output;         // [B, H, L, d]
-  RowGrid query, key, value;   // [B, H, L, d]
+  RowGrid grad_output;         // [B, H, Lq, d]
+  RowGrid query;               // [B, H, Lq, d]
+  RowGrid key, value;          // [B, H, L, d]
   const float* weights;        // [B, L], or null as above
-  RowGrid output;              // [B, H, L, d]
-  const float* log_sum_exp;    // [B, H, L]
-  void* grad_query;            // [B, H, L, d], contiguous
+  RowGrid output;              // [B, H, Lq, d]
+  const float* log_sum_exp;    // [B, H, Lq]
+  void* grad_query;            // [B, H, Lq, d], contiguous
   void* grad_key;              // [B, H, L, d], contiguous
   void* grad_value;            // [B, H, L, d], contiguous
   float* grad_weights;         // [B, L], or null where it is not wanted

@@ -54,6 +54,14 @@ def _key_weights(inputs: AttentionInputs | StatisticsInputs) -> Tensor:
     return inputs.query.new_ones((batch, length), dtype=torch.float32)
 
 
+def _require_square(inputs: AttentionInputs | StatisticsInputs) -> None:
+    if inputs.is_causal or inputs.query.shape[2] != inputs.key.shape[2]:
+        raise RuntimeError(
+            "the triton kernels take as many queries as keys and no causality yet; use another "
+            "backend"
+        )
+
+
 class TritonBackend:
     """Triton kernels for tensors on GPUs of capability 8.0 and newer."""
 
@@ -92,12 +100,14 @@ class TritonBackend:
         )
 
     def attention_forward(self, inputs: AttentionInputs) -> Pair:
-        query, key, value, _, scale = inputs
+        _require_square(inputs)
+        query, key, value, _, scale, _ = inputs
         return _kernels("attention_forward").attention_forward(
             query, key, value, _key_weights(inputs), scale
         )
 
     def attention_backward(self, inputs: AttentionInputs, backward: BackwardInputs) -> Gradients:
+        _require_square(inputs)
         output, log_sum_exp, grad_output, needs_weights_grad = backward
         tensors = (*inputs[:3], _key_weights(inputs), output, log_sum_exp)
         return _kernels("attention_backward").attention_backward(
@@ -105,7 +115,8 @@ class TritonBackend:
         )
 
     def attention_statistics(self, inputs: StatisticsInputs) -> AttentionStatistics:
-        query, key, _, scale, num_prefix_tokens = inputs
+        _require_square(inputs)
+        query, key, _, scale, num_prefix_tokens, _ = inputs
         weights = _key_weights(inputs)
         return _kernels("attention_statistics").attention_statistics(
             query, key, weights, scale, num_prefix_tokens
