@@ -93,8 +93,11 @@ def _attention_statistics(*arguments: Any) -> AttentionStatistics:
         name, "attention_statistics", query.device, query.dtype, query.shape[3]
     )
     if query.numel() == 0 or inputs.key.numel() == 0:
-        *others, log_sum_exp = (each.zero_() for each in _like_statistics(query, inputs.key))
-        return AttentionStatistics(*others, log_sum_exp.fill_(-torch.inf))
+        statistics = _like_statistics(query, inputs.key)
+        for each in statistics:
+            each.zero_()
+        statistics.log_sum_exp.fill_(-torch.inf)
+        return statistics
     return backend.attention_statistics(inputs)
 
 

@@ -136,6 +136,6 @@ def _towers(model: nn.Module) -> Iterator[tuple[Any, list[BlockBase]]]:
             tower = open_tower(model, kind)
         except (TypeError, ValueError):  # of an unknown kind, or there is none
             continue
-        blocks = [block for block in tower.blocks if isinstance(block, BlockBase)]
-        if blocks:
-            yield tower, blocks
+        known: list[BlockBase] = [block for block in tower.blocks if isinstance(block, BlockBase)]
+        if known:
+            yield tower, known
