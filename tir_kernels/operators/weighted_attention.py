@@ -221,16 +221,17 @@ def _(query: Tensor, *rest: Any) -> Pair:
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weights)"
 )
 def _weighted_attention_backward(grad_output: Tensor, *rest: Any) -> Gradients:
-    *given, output, log_sum_exp, scale, is_causal, needs_weights_grad, name = rest
-    inputs = AttentionInputs(*given, scale=scale, is_causal=is_causal)
+    query, key, value, weights, output, log_sum_exp, scale, is_causal, *others = rest
+    needs_weights_grad, name = others
+    inputs = AttentionInputs(query, key, value, weights, scale, is_causal)
     backward = BackwardInputs(output, log_sum_exp, grad_output, needs_weights_grad)
     return attend_backward(inputs, backward, name)
 
 
 @define_fake("weighted_attention_backward")
 def _(grad_output: Tensor, *rest: Any) -> Gradients:
-    *given, _, _, scale, is_causal, needs_weights_grad, _ = rest
-    inputs = AttentionInputs(*given, scale=scale, is_causal=is_causal)
+    query, key, value, weights, _, _, scale, is_causal, needs_weights_grad, _ = rest
+    inputs = AttentionInputs(query, key, value, weights, scale, is_causal)
     return like_gradients(inputs, needs_weights_grad)
 
 
