@@ -60,6 +60,7 @@ X86_FLAGS = {
                "-mprefer-vector-width=512"],
 }  # fmt: skip
 X86_FLAGS["avx512_bf16"] = [*X86_FLAGS["avx512"], "-mavx512bf16"]
+X86_FLAGS["amx"] = [*X86_FLAGS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
 
 NO_COMPILER = """
   tir_kernels: no C++ compiler was found (looked for CXX, c++, g++ and clang++).

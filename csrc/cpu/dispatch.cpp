@@ -1,4 +1,10 @@
 // Picks the build of the kernels that this machine runs best.
+#if defined(TIR_BUILT_AMX) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 
@@ -18,6 +24,7 @@ TIR_DECLARE(portable)
 TIR_DECLARE(avx2)
 TIR_DECLARE(avx512)
 TIR_DECLARE(avx512_bf16)
+TIR_DECLARE(amx)
 #undef TIR_DECLARE
 
 namespace tir::cpu {
@@ -28,6 +35,23 @@ namespace {
     arch::attention_forward, arch::attention_backward, arch::attention_statistics, \
         arch::relevance, arch::philox_dropout, arch::activation     \
   }
+
+#if defined(TIR_BUILT_AMX)
+// Whether the machine multiplies tiles of bfloat16, and the kernel lets this process keep them: it
+// wants to be asked, since their registers make a thread's state larger.
+bool has_amx() {
+#if defined(__linux__)
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+  constexpr int request_permission = 0x1023, tile_data = 18;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if ((d & amx_bf16) == 0 || (d & amx_tile) == 0) return false;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 std::vector<Architecture> built_architectures() {
   std::vector<Architecture> built{{"portable", TIR_KERNELS(portable), true}};
@@ -44,6 +68,9 @@ std::vector<Architecture> built_architectures() {
 #if defined(TIR_BUILT_AVX512_BF16)
   bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
   built.push_back({"avx512_bf16", TIR_KERNELS(avx512_bf16), has_bf16});
+#endif
+#if defined(TIR_BUILT_AMX)
+  built.push_back({"amx", TIR_KERNELS(amx), has_bf16 && has_amx()});
 #endif
   return built;
 }

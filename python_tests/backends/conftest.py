@@ -12,7 +12,7 @@ import torch
 from tir_kernels.backends import cpu
 from tir_kernels.operators.choose import load_backend
 
-ARCHITECTURES = ("portable", "avx2", "avx512", "avx512_bf16")
+ARCHITECTURES = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 @pytest.fixture

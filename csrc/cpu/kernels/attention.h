@@ -9,10 +9,6 @@
 
 namespace tir::cpu::TIR_ARCH {
 
-// Queries of one tile share the keys and values that pass through the cache: a multiple of every
-// max_tile_rows, and even, because bfloat16 queries are paired.
-constexpr int64_t tile_queries = 48;
-
 constexpr float infinity = __builtin_inff();
 
 // Below this many multiply-adds the work is shorter than waking threads.
@@ -52,7 +48,7 @@ enum class Pass { everything, queries, keys };
 // Runs the workers of a `Job` whose `pass` is everything and whose heads have one part. Where there
 // are fewer heads than keep the threads busy, two passes share them.
 template <class Job>
-void run_passes(int threads, Worker worker, Job& job) {
+void run_passes(int threads, Worker worker, int64_t tile_queries, Job& job) {
   const AttentionShape& shape = job.problem.shape;
   int64_t num_heads = shape.batch * shape.heads;
   if (fills_threads(shape, threads)) {
@@ -110,7 +106,7 @@ TIR_INLINE Vec without_later_keys(Vec exponents, const int32_t* key_index, int64
   return load_bits<IntVec>(key_index) > last ? broadcast(-infinity) : exponents;
 }
 
-// Copies rows as a left operand; a row of zeros makes an odd number even.
+// Copies rows as a left operand; rows of zeros follow up to a multiple.
 template <class Math>
 void copy_rows(typename Math::Unit* target, const RowGrid& source, Type type, int64_t batch,
                int64_t head, int64_t first, int64_t count, int64_t head_dim) {
@@ -118,7 +114,8 @@ void copy_rows(typename Math::Unit* target, const RowGrid& source, Type type, in
   for (int64_t i = 0; i < count; ++i) {
     Math::copy_row(target + i * stride, source.row(batch, head, first + i, type), type, head_dim);
   }
-  if (count % 2 != 0) memset(target + count * stride, 0, stride * sizeof(uint32_t));
+  int64_t missing = round_up(count, Math::row_multiple) - count;
+  memset(target + count * stride, 0, missing * stride * sizeof(uint32_t));
 }
 
 }  // namespace tir::cpu::TIR_ARCH

@@ -23,7 +23,7 @@ template <class Math>
 void grad_key_value(BackwardWorker<Math>& worker, const Job& job, int64_t batch_head,
                     int64_t part) {
   const AttentionShape& shape = job.problem.shape;
-  int64_t num_tiles = divide_up(shape.queries, tile_queries);
+  int64_t num_tiles = divide_up(shape.queries, Math::tile_queries);
   KeyList keys = job.attended.of(batch_head / shape.heads);
   float* head_grads = job.head_grads ? job.head_grads + batch_head * shape.length : nullptr;
   KeyPart own = part_of(keys, part, job.num_parts, shape.length);
@@ -50,7 +50,7 @@ void grad_key_value(BackwardWorker<Math>& worker, const Job& job, int64_t batch_
 template <class Math>
 void grad_query(BackwardWorker<Math>& worker, const Job& job, int64_t batch_head, int64_t part) {
   const AttentionShape& shape = job.problem.shape;
-  int64_t num_tiles = divide_up(shape.queries, tile_queries);
+  int64_t num_tiles = divide_up(shape.queries, Math::tile_queries);
   int64_t first = num_tiles * part / job.num_parts;
   int64_t end = num_tiles * (part + 1) / job.num_parts;
   KeyList keys = job.attended.of(batch_head / shape.heads);
@@ -114,16 +114,18 @@ void attention_backward(const AttentionBackward& problem, int threads) {
   Buffer<float> head_grads(wants_weights ? num_heads * shape.length : 0);
   if (wants_weights) memset(head_grads, 0, num_heads * shape.length * sizeof(float));
 
+  int64_t tile_queries = Float32Math::tile_queries;
   Worker worker = work<Float32Math>;
 #if defined(__AVX512BF16__)
-  if (shape.type == Type::bfloat16) worker = work<BFloat16Math>;
+  if (shape.type == Type::bfloat16) worker = work<PairMath>;
+  if (shape.type == Type::bfloat16) tile_queries = PairMath::tile_queries;
 #endif
   Job job{problem, attended, nullptr, nullptr, Pass::everything, 1};
   if (wants_weights) {
     job.ignored = &ignored;
     job.head_grads = head_grads;
   }
-  run_passes(threads, worker, job);
+  run_passes(threads, worker, tile_queries, job);
   if (wants_weights) sum_over_heads(shape, head_grads, attended, ignored, problem.grad_weights);
 }
 

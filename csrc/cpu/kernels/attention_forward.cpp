@@ -16,6 +16,7 @@ struct Job {
 template <class Math>
 class ForwardWorker : AttentionWorker {
   using Unit = typename Math::Unit;
+  static constexpr int64_t tile_queries = Math::tile_queries;
 
  public:
   explicit ForwardWorker(const AttentionForward& problem)
@@ -56,14 +57,15 @@ class ForwardWorker : AttentionWorker {
       bool is_later = shape_.is_causal && keys_.index[key] >= first_query + count;
       if (is_later && key > 0) break;
       int64_t num_keys = smaller_of(block, keys_.count - key);
+      int64_t columns = round_up(num_keys, Math::column_multiple);
       Right<Math> key_columns{key_panels_ + key * row_units_, row_units_ * panel_width};
-      multiply<Math>(count, num_keys, steps_of<Math>(shape_.head_dim), {queries_, row_units_, 1},
+      multiply<Math>(count, columns, steps_of<Math>(shape_.head_dim), {queries_, row_units_, 1},
                      key_columns, scores_, score_stride_, false);
       for (int64_t i = 0; i < count; ++i) {
         if (shape_.is_causal) {
-          online_softmax_update<true>(i, key, num_keys);
+          online_softmax_update<true>(i, key, columns);
         } else {
-          online_softmax_update<false>(i, key, num_keys);
+          online_softmax_update<false>(i, key, columns);
         }
       }
       Right<Math> value_rows{value_panels_ + steps_of<Math>(key) * panel_width,
@@ -146,6 +148,7 @@ class ForwardWorker : AttentionWorker {
   Buffer<float> sums_;
   float maxima_[tile_queries], totals_[tile_queries];
   KeyList keys_{};
+  typename Math::State state_;
   int64_t value_panel_stride_ = 0, first_query_ = 0;
 };
 
@@ -161,6 +164,7 @@ template <class Math>
 void work(void* data, ItemQueue& items) {
   const Job& job = *static_cast<const Job*>(data);
   const AttentionShape& shape = job.problem.shape;
+  constexpr int64_t tile_queries = Math::tile_queries;
   ForwardWorker<Math> worker(job.problem);
   int64_t num_tiles = divide_up(shape.queries, tile_queries);
   for (int64_t item = items.take(); item >= 0; item = items.take()) {
@@ -186,13 +190,15 @@ void attention_forward(const AttentionForward& problem, int threads) {
   const AttentionShape& shape = problem.shape;
   if (attention_work(shape) < min_parallel_work) threads = 1;
   KeyLists keys(problem.weights, shape.batch, shape.length, KeyLists::Which::positive);
+  int64_t tile_queries = Float32Math::tile_queries;
+  Worker worker = work<Float32Math>;
+#if defined(__AVX512BF16__)
+  if (shape.type == Type::bfloat16) worker = work<PairMath>;
+  if (shape.type == Type::bfloat16) tile_queries = PairMath::tile_queries;
+#endif
   int64_t num_tiles = divide_up(shape.queries, tile_queries);
   Job job{problem, keys,
           fills_threads(shape, threads) ? 1 : parts_per_head(shape, threads, num_tiles)};
-  Worker worker = work<Float32Math>;
-#if defined(__AVX512BF16__)
-  if (shape.type == Type::bfloat16) worker = work<BFloat16Math>;
-#endif
   run_workers(threads, shape.batch * shape.heads * job.num_parts, worker, &job);
 }
 

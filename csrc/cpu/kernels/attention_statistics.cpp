@@ -32,6 +32,7 @@ struct Job {
 template <class Math>
 class StatisticsWorker : AttentionWorker {
   using Unit = typename Math::Unit;
+  static constexpr int64_t tile_queries = Math::tile_queries;
 
  public:
   StatisticsWorker(const AttentionStatistics& problem, const RowSums& row_sums)
@@ -214,6 +215,7 @@ class StatisticsWorker : AttentionWorker {
   Buffer<float> prefix_sums_, patch_sums_;  // of the chosen keys
   float maxima_[tile_queries], totals_[tile_queries], spreads_[tile_queries];
   KeyList keys_{};
+  typename Math::State state_;
   int64_t block_ = 0;
   int64_t first_query_ = 0, num_queries_ = 0;
 };
@@ -223,6 +225,7 @@ void work(void* data, ItemQueue& items) {
   const Job& job = *static_cast<const Job*>(data);
   const AttentionShape& shape = job.problem.shape;
   StatisticsWorker<Math> worker(job.problem, job.row_sums);
+  constexpr int64_t tile_queries = Math::tile_queries;
   bool wants_rows = job.pass != Pass::keys, wants_columns = job.pass != Pass::queries;
   int64_t num_tiles = divide_up(shape.queries, tile_queries);
   for (int64_t item = items.take(); item >= 0; item = items.take()) {
@@ -246,12 +249,14 @@ void attention_statistics(const AttentionStatistics& problem, int threads) {
   int64_t num_heads = shape.batch * shape.heads;
   KeyLists keys(problem.weights, shape.batch, shape.length, KeyLists::Which::positive);
   Buffer<float> maxima(num_heads * shape.queries), inverse_totals(num_heads * shape.queries);
+  int64_t tile_queries = Float32Math::tile_queries;
   Worker worker = work<Float32Math>;
 #if defined(__AVX512BF16__)
-  if (shape.type == Type::bfloat16) worker = work<BFloat16Math>;
+  if (shape.type == Type::bfloat16) worker = work<PairMath>;
+  if (shape.type == Type::bfloat16) tile_queries = PairMath::tile_queries;
 #endif
   Job job{problem, keys, {maxima, inverse_totals}, Pass::everything, 1};
-  run_passes(threads, worker, job);
+  run_passes(threads, worker, tile_queries, job);
 }
 
 }  // namespace tir::cpu::TIR_ARCH

@@ -24,6 +24,10 @@ template <class Math>
 class BackwardWorker : AttentionWorker {
   using Unit = typename Math::Unit;
   static constexpr bool is_paired = Math::values_per_unit == 2;
+  // Tiles take a left operand's steps side by side: gradients of keys and values are summed up
+  // transposed there, with the queries' channels on the left.
+  static constexpr bool is_transposed = Math::row_multiple > 2;
+  static constexpr int64_t tile_queries = Math::tile_queries;
 
  public:
   explicit BackwardWorker(const AttentionBackward& problem)
@@ -41,9 +45,13 @@ class BackwardWorker : AttentionWorker {
         grad_probabilities_(tile_queries * score_stride_),
         score_pairs_(is_paired ? 3 * tile_queries * score_stride_ / 2 : 0),
         query_sums_(tile_queries * padded_head_dim_),
-        key_sums_(round_up(shape_.length, 2) * padded_head_dim_),
-        value_sums_(round_up(shape_.length, 2) * padded_head_dim_),
-        weight_sums_(round_up(shape_.length, lanes)),
+        key_sums_(round_up(shape_.length, Math::column_multiple) * padded_head_dim_),
+        value_sums_(round_up(shape_.length, Math::column_multiple) * padded_head_dim_),
+        weight_sums_(round_up(shape_.length, Math::column_multiple)),
+        query_channels_(is_transposed ? padded_head_dim_ * tile_queries / 2 : 0),
+        grad_channels_(is_transposed ? padded_head_dim_ * tile_queries / 2 : 0),
+        turned_keys_(is_transposed ? lanes * padded_head_dim_ : 0),
+        turned_values_(is_transposed ? lanes * padded_head_dim_ : 0),
         delta_row_(padded_head_dim_),
         delta_other_row_(padded_head_dim_) {}
 
@@ -57,7 +65,8 @@ class BackwardWorker : AttentionWorker {
     keys_ = keys;
     wanted_ = wanted;
     pack_keys();
-    memset(weight_sums_, 0, round_up(keys.count, lanes) * sizeof(float));
+    sum_stride_ = is_transposed ? round_up(keys.count, Math::column_multiple) : padded_head_dim_;
+    memset(weight_sums_, 0, round_up(keys.count, Math::column_multiple) * sizeof(float));
     for (int64_t tile = first_tile; tile < end_tile; ++tile) {
       int64_t first = tile * tile_queries;
       run_tile(first, smaller_of(tile_queries, shape_.queries - first), tile > first_tile);
@@ -70,8 +79,8 @@ class BackwardWorker : AttentionWorker {
     for (int64_t row = first; row < end; ++row) {
       if (i < keys.count && keys.index[i] == row) {
         int64_t place = first_key_place() + row;
-        write(problem_.grad_key, place, key_sums_ + i * padded_head_dim_, shape_.scale);
-        write(problem_.grad_value, place, value_sums_ + i * padded_head_dim_, 1.0f);
+        write(problem_.grad_key, place, row_of_sums(key_sums_, i, turned_keys_), shape_.scale);
+        write(problem_.grad_value, place, row_of_sums(value_sums_, i, turned_values_), 1.0f);
         ++i;
       } else {
         write_zeros(problem_.grad_key, first_key_place() + row);
@@ -105,6 +114,21 @@ class BackwardWorker : AttentionWorker {
     memset(row_at(output, place), 0, shape_.head_dim * bytes_of(shape_.type));
   }
 
+  // The channels' sums of a key side by side; keys are asked for in turn, from the first.
+  const float* row_of_sums(const float* sums, int64_t key, float* turned) const {
+    if constexpr (!is_transposed) {
+      return sums + key * sum_stride_;
+    } else {
+      if (key % lanes == 0) {
+        for (int64_t channel = 0; channel < padded_head_dim_; channel += lanes) {
+          transpose_block(turned + channel, padded_head_dim_, sums + channel * sum_stride_ + key,
+                          sum_stride_);
+        }
+      }
+      return turned + key % lanes * padded_head_dim_;
+    }
+  }
+
   void pack_keys() {
     auto key_at = [&](int64_t i) { return row_of(problem_.key, keys_.index[i]); };
     auto value_at = [&](int64_t i) { return row_of(problem_.value, keys_.index[i]); };
@@ -131,6 +155,10 @@ class BackwardWorker : AttentionWorker {
       int64_t panel_stride = steps_of<Math>(count) * panel_width;
       pack_rows<Math>(query_rows_, panel_stride, query_at, shape_.type, count, shape_.head_dim);
       pack_rows<Math>(grad_rows_, panel_stride, grad_at, shape_.type, count, shape_.head_dim);
+      if constexpr (is_transposed) {
+        turn_rows(query_channels_, query_rows_, panel_stride, count);
+        turn_rows(grad_channels_, grad_rows_, panel_stride, count);
+      }
     }
     int64_t place = first_query_place() + first;
     for (int64_t i = 0; i < count; ++i) {
@@ -142,6 +170,17 @@ class BackwardWorker : AttentionWorker {
     if (count % 2 != 0) {
       deltas_[count] = 0;
       exponent_offsets_[count] = -infinity;
+    }
+  }
+
+  // Pairs of a tile's queries, from a right operand, side by side for each channel.
+  void turn_rows(Unit* target, const Unit* panels, int64_t panel_stride, int64_t count) const {
+    for (int64_t channel = 0; channel < padded_head_dim_; channel += lanes) {
+      const Unit* panel = panels + channel / panel_width * panel_stride + channel % panel_width;
+      for (int64_t step = 0; step < steps_of<Math>(count); step += lanes) {
+        transpose_block(target + channel * (tile_queries / 2) + step, tile_queries / 2,
+                        panel + step * panel_width, panel_width);
+      }
     }
   }
 
@@ -166,14 +205,15 @@ class BackwardWorker : AttentionWorker {
       bool is_later = shape_.is_causal && keys_.index[key] >= first + count;
       if (is_later && adds && key > 0) break;
       int64_t num_keys = smaller_of(block, keys_.count - key);
+      int64_t columns = round_up(num_keys, Math::column_multiple);
       int64_t column_stride = row_units_ * panel_width;
-      multiply<Math>(count, num_keys, head_dim_steps, {queries_, row_units_, 1},
+      multiply<Math>(count, columns, head_dim_steps, {queries_, row_units_, 1},
                      {key_columns_ + key * row_units_, column_stride}, scores_, score_stride_,
                      false);
-      multiply<Math>(count, num_keys, head_dim_steps, {grads_, row_units_, 1},
+      multiply<Math>(count, columns, head_dim_steps, {grads_, row_units_, 1},
                      {value_columns_ + key * row_units_, column_stride}, grad_probabilities_,
                      score_stride_, false);
-      for (int64_t i = 0; i < num_keys; i += lanes) {
+      for (int64_t i = 0; i < columns; i += lanes) {
         if (shape_.is_causal) {
           differentiate<true, true, true>(key, i, count);
         } else if (keys_.exponent != nullptr) {
@@ -184,24 +224,46 @@ class BackwardWorker : AttentionWorker {
           differentiate<false, false, false>(key, i, count);
         }
       }
+      clear_missing_pairs(count, columns);
       if (wanted_.query) {
         multiply<Math>(count, shape_.head_dim, steps_of<Math>(num_keys), grad_score_rows(),
                        {key_rows_ + steps_of<Math>(key) * panel_width, key_panel_stride_},
                        query_sums_, padded_head_dim_, key > 0);
       }
-      if (wanted_.key_value) {
-        int64_t panel_stride = query_steps * panel_width;
-        multiply<Math>(num_keys, shape_.head_dim, query_steps, grad_score_columns(),
-                       {query_rows_, panel_stride}, key_sums_ + key * padded_head_dim_,
-                       padded_head_dim_, adds);
-        multiply<Math>(num_keys, shape_.head_dim, query_steps, probability_columns(),
-                       {grad_rows_, panel_stride}, value_sums_ + key * padded_head_dim_,
-                       padded_head_dim_, adds);
-      }
+      if (wanted_.key_value) add_key_value(key, num_keys, query_steps, adds);
     }
     if (wanted_.query) {
       for (int64_t i = 0; i < count; ++i) {
         write(problem_.grad_query, first_query_place() + first + i, query_sums_ + i * padded_head_dim_, shape_.scale);
+      }
+    }
+  }
+
+  void add_key_value(int64_t key, int64_t num_keys, int64_t query_steps, bool adds) {
+#if defined(__AMX_BF16__)
+    if constexpr (is_transposed) {
+      auto add = [&](const Unit* channels, const Unit* pairs, float* sums) {
+        multiply_by_tiles(shape_.head_dim, num_keys, query_steps, {channels, tile_queries / 2},
+                          {pairs, score_stride_}, panel_width, sums + key, sum_stride_, adds);
+      };
+      add(query_channels_, grad_column_pairs(), key_sums_);
+      add(grad_channels_, score_pairs_, value_sums_);
+      return;
+    }
+#endif
+    int64_t panel_stride = query_steps * panel_width;
+    multiply<Math>(num_keys, shape_.head_dim, query_steps, grad_score_columns(),
+                   {query_rows_, panel_stride}, key_sums_ + key * sum_stride_, sum_stride_, adds);
+    multiply<Math>(num_keys, shape_.head_dim, query_steps, probability_columns(),
+                   {grad_rows_, panel_stride}, value_sums_ + key * sum_stride_, sum_stride_, adds);
+  }
+
+  // Rows behind the last pair of queries, up to a whole step, must not add to the keys' sums.
+  void clear_missing_pairs(int64_t count, int64_t columns) {
+    if constexpr (is_transposed) {
+      for (int64_t pair = divide_up(count, 2); pair < steps_of<Math>(count); ++pair) {
+        memset(score_pairs_ + pair * score_stride_, 0, columns * sizeof(Unit));
+        memset(grad_column_pairs() + pair * score_stride_, 0, columns * sizeof(Unit));
       }
     }
   }
@@ -301,11 +363,14 @@ class BackwardWorker : AttentionWorker {
   Buffer<float> scores_, grad_probabilities_;            // of a tile and a block of keys
   Buffer<Unit> score_pairs_;
   Buffer<float> query_sums_, key_sums_, value_sums_, weight_sums_;
+  Buffer<Unit> query_channels_, grad_channels_;  // left operands, of a tile, where transposed
+  Buffer<float> turned_keys_, turned_values_;    // of one vector of keys, where transposed
   Buffer<float> delta_row_, delta_other_row_;
   float deltas_[tile_queries], exponent_offsets_[tile_queries];
   KeyList keys_{};
   Wanted wanted_{};
-  int64_t key_panel_stride_ = 0, first_query_ = 0;
+  typename Math::State state_;
+  int64_t key_panel_stride_ = 0, sum_stride_ = 0, first_query_ = 0;
 };
 
 }  // namespace

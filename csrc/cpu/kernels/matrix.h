@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "rows.h"
+#include "tiles.h"
 
 namespace tir::cpu::TIR_ARCH {
 
@@ -20,10 +21,20 @@ constexpr int max_tile_rows = 6;
 constexpr int panel_vectors = 2;
 constexpr int64_t panel_width = panel_vectors * lanes;
 
+// What a unit's products may leave behind on a thread: nothing, of those by vectors.
+struct NoState {};
+
 struct Float32Math {
   using Unit = float;
   using UnitVec = Vec;
+  using State = NoState;
   static constexpr int64_t values_per_unit = 1;
+  // Rows, steps and columns of a product are rounded up to these: operands are zero there, where
+  // sums run over them, and products have room.
+  static constexpr int64_t row_multiple = 2, step_multiple = 1, column_multiple = lanes;
+  // Queries of one tile share the keys and values that pass through the cache: a multiple of every
+  // max_tile_rows, and even, because bfloat16 queries are paired.
+  static constexpr int64_t tile_queries = 48;
 
   static TIR_INLINE UnitVec load_units(const Unit* source) { return load(source); }
   static TIR_INLINE UnitVec broadcast_unit(const Unit* source) { return broadcast(*source); }
@@ -41,7 +52,10 @@ struct Float32Math {
 struct BFloat16Math {
   using Unit = uint32_t;
   using UnitVec = UintVec;
+  using State = NoState;
   static constexpr int64_t values_per_unit = 2;
+  static constexpr int64_t row_multiple = 2, step_multiple = 1, column_multiple = lanes;
+  static constexpr int64_t tile_queries = 48;
 
   static TIR_INLINE UnitVec load_units(const Unit* source) { return load_bits<UintVec>(source); }
   static TIR_INLINE UnitVec broadcast_unit(const Unit* source) {
@@ -64,9 +78,21 @@ struct BFloat16Math {
 };
 #endif
 
+#if defined(__AMX_BF16__)
+struct TileMath : BFloat16Math {
+  using State = TileShapes;
+  static constexpr int64_t row_multiple = tile_size, step_multiple = tile_size;
+  static constexpr int64_t column_multiple = panel_width;
+  static constexpr int64_t tile_queries = 64;  // pairs of them are the steps of a product
+};
+using PairMath = TileMath;
+#elif defined(__AVX512BF16__)
+using PairMath = BFloat16Math;
+#endif
+
 template <class Math>
 constexpr int64_t steps_of(int64_t width) {
-  return divide_up(width, Math::values_per_unit);
+  return round_up(divide_up(width, Math::values_per_unit), Math::step_multiple);
 }
 // The distance of rows written by Math::copy_row.
 template <class Math>
@@ -149,11 +175,18 @@ TileFunction<Math> tile_function(int64_t rows) {
 
 // product = left @ right, or product += left @ right where `adds`.
 //
-// Rows are rounded up to an even number and columns to whole vectors: left operand and product must
-// have room for them.
+// Rows are rounded up to an even number and columns to whole vectors, or both to whole tiles: left
+// operand and product must have room for them.
 template <class Math>
 void multiply(int64_t rows, int64_t columns, int64_t steps, Left<Math> left, Right<Math> right,
               float* product, int64_t product_stride, bool adds) {
+#if defined(__AMX_BF16__)
+  if constexpr (Math::row_multiple == tile_size) {
+    return multiply_by_tiles(rows, columns, steps, {left.data, left.row_stride},
+                             {right.data, panel_width}, right.panel_stride, product,
+                             product_stride, adds);
+  }
+#endif
   int64_t num_tiles = divide_up(rows, max_tile_rows);
   int64_t tile_rows = round_up(divide_up(rows, larger_of(num_tiles, 1)), 2);
   for (int64_t column = 0; column < columns; column += panel_width) {
@@ -239,12 +272,12 @@ inline void transpose_block(void* target, int64_t target_stride, const void* sou
 
 // Packs `count` rows of `width` values as the columns of a right operand of steps_of(width) steps.
 // row_at(i) gives the address of row i. `workspace` holds lanes * row_units(width) units, and the
-// target row_units(width) steps: those beyond steps_of(width) are zero.
+// target row_units(width) steps: those beyond the width are zero, as are columns up to a multiple.
 template <class Math, class RowAt>
 void pack_columns(typename Math::Unit* target, RowAt row_at, Type type, int64_t count,
                   int64_t width, typename Math::Unit* workspace) {
   int64_t stride = row_units<Math>(width);
-  for (int64_t first = 0; first < count; first += lanes) {
+  for (int64_t first = 0; first < round_up(count, Math::column_multiple); first += lanes) {
     for (int64_t i = 0; i < lanes; ++i) {
       if (first + i < count) {
         Math::copy_row(workspace + i * stride, row_at(first + i), type, width);
@@ -260,7 +293,8 @@ void pack_columns(typename Math::Unit* target, RowAt row_at, Type type, int64_t 
 }
 
 // Packs `count` rows of `width` values as the steps of a right operand of `width` columns, in
-// panels `panel_stride` units apart. An odd last row of bfloat16 is paired with zeros.
+// panels `panel_stride` units apart. An odd last row of bfloat16 is paired with zeros, and steps of
+// zeros follow up to steps_of(count).
 template <class Math, class RowAt>
 void pack_rows(typename Math::Unit* target, int64_t panel_stride, RowAt row_at, Type type,
                int64_t count, int64_t width) {
@@ -288,6 +322,12 @@ void pack_rows(typename Math::Unit* target, int64_t panel_stride, RowAt row_at, 
         if (odd != nullptr) pairs |= widen(load_first(odd + column, left)) << 16;
         auto* place = step + column / panel_width * panel_stride + column % panel_width;
         memcpy(place, &pairs, sizeof pairs);
+      }
+    }
+    for (int64_t step = divide_up(count, 2); step < steps_of<Math>(count); ++step) {
+      for (int64_t column = 0; column < width; column += panel_width) {
+        memset(target + column / panel_width * panel_stride + step * panel_width, 0,
+               panel_width * sizeof *target);
       }
     }
   }

@@ -284,6 +284,7 @@ class RelevanceWorker {
   const Relevance& problem_;
   int64_t token_stride_, feature_stride_, dot_stride_;
   Buffer<float> tokens_;    // one token, where the left operand is not float32
+  typename Math::State state_;
   Buffer<Unit> left_rows_;  // normalised tokens
   Buffer<float> features_;
   Buffer<float> dots_;
@@ -332,7 +333,7 @@ void relevance(const Relevance& problem, int threads) {
 #if defined(__AVX512BF16__)
   // Without a projection there is nothing to gain from products of bfloat16.
   if (problem.proj.data != nullptr && problem.proj.type == Type::bfloat16) {
-    return run<BFloat16Math>(problem, threads);
+    return run<PairMath>(problem, threads);
   }
 #endif
   run<Float32Math>(problem, threads);
