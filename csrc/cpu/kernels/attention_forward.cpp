@@ -92,13 +92,23 @@ class ForwardWorker : AttentionWorker {
       if (!IsCausal) return all;
       return without_later_keys(all, keys_.index + first_key + i, first_query_ + row);
     };
-    Vec largest = broadcast(maxima_[row]);
-    for (int64_t i = 0; i < num_keys; i += lanes) largest = larger(exponents(i), largest);
+    // Several chains, which need not wait for each other.
+    Vec largest = broadcast(maxima_[row]), others[3] = {largest, largest, largest};
+    int64_t key = 0;
+    for (; key + 4 * lanes <= num_keys; key += 4 * lanes) {
+      largest = larger(exponents(key), largest);
+      TIR_UNROLL
+      for (int i = 0; i < 3; ++i) {
+        others[i] = larger(exponents(key + (i + 1) * lanes), others[i]);
+      }
+    }
+    for (; key < num_keys; key += lanes) largest = larger(exponents(key), largest);
+    largest = larger(larger(others[0], others[1]), larger(others[2], largest));
     float maximum = largest_of(largest);
     Vec shift = broadcast(maximum == -infinity ? 0.0f : maximum);
     Vec total = zero();
     for (int64_t i = 0; i < num_keys; i += lanes) {
-      Vec exponentials = exp2(exponents(i) - shift);
+      Vec exponentials = Math::exp2(exponents(i) - shift);
       total = total + exponentials;
       write_probabilities(row, i, exponentials);
     }

@@ -291,7 +291,7 @@ class BackwardWorker : AttentionWorker {
         }
         // smaller() keeps a NaN in its second argument.
         exponents = smaller(broadcast(max_power_of_two), exponents);
-        Vec per_weight = exp2(exponents);  // probability / scaled weight
+        Vec per_weight = Math::exp2(exponents);  // probability / scaled weight
         Vec grads = load(grad_probabilities_ + place) - broadcast(deltas_[row + i]);
         probabilities[i] = per_weight * weights;
         grad_scores[i] = probabilities[i] * grads;

@@ -42,6 +42,8 @@ struct Float32Math {
     return TIR_ARCH::multiply_add(left, right, sum);
   }
 
+  static TIR_INLINE Vec exp2(Vec x) { return TIR_ARCH::exp2(x); }
+
   // A row as units, with zeros up to a whole vector.
   static TIR_INLINE void copy_row(Unit* target, const void* source, Type type, int64_t width) {
     read_row(target, source, type, width);
@@ -64,6 +66,8 @@ struct BFloat16Math {
   static TIR_INLINE Vec multiply_add(UnitVec left, UnitVec right, Vec sum) {
     return _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)right);
   }
+
+  static TIR_INLINE Vec exp2(Vec x) { return short_exp2(x); }
 
   static TIR_INLINE void copy_row(Unit* target, const void* source, Type, int64_t width) {
     auto* values = static_cast<const uint16_t*>(source);
