@@ -114,8 +114,8 @@ class CpuBackend:
     def attention_forward(self, inputs: AttentionInputs) -> Pair:
         query, key, value, weights, *_ = inputs
         weights = None if weights is None else weights.contiguous()
-        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        log_sum_exp = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+        output = query.new_empty(query.shape)
+        log_sum_exp = query.new_empty(query.shape[:3], dtype=torch.float32)
         _kernels().attention_forward(
             *attention_problem(inputs),
             row_grid(query),

@@ -7,10 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 _LIBRARY = torch.library.Library("tir_kernels", "DEF")
 
 OPS = torch.ops.tir_kernels
+
+_implementations: dict[str, Callable] = {}
 
 
 def define(schema: str) -> Callable[[Callable], Callable]:
@@ -25,6 +30,7 @@ def define(schema: str) -> Callable[[Callable], Callable]:
 
     def register(function: Callable) -> Callable:
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        _implementations[name] = function
         return function
 
     return register
@@ -35,6 +41,36 @@ def define_fake(name: str) -> Callable[[Callable], Callable]:
     return torch.library.register_fake(f"tir_kernels::{name}", lib=_LIBRARY)
 
 
+# Tensors of these keys alone mean to PyTorch's dispatcher what they mean to the implementations.
+_PLAIN_KEYS = {
+    *("CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA"),
+    *("AutocastCPU", "AutocastCUDA"),
+}
+_keys_of = getattr(torch._C, "_dispatch_keys", None)
+_is_plain_set: dict[int, bool] = {}
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    if _keys_of is None:
+        return False
+    keys = _keys_of(tensor)
+    known = _is_plain_set.get(keys.raw_repr())
+    if known is None:
+        names = {name.strip() for name in str(keys).partition("(")[2].strip(")").split(",")}
+        known = _is_plain_set[keys.raw_repr()] = names <= _PLAIN_KEYS
+    return known
+
+
+def _is_watched() -> bool:
+    """Whether a mode, a profiler or a tracer would see a call of the dispatcher."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_torch_function_mode_enabled()
+        or torch.autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 class Operator(torch.autograd.Function):
     """Base of the operators' functions: a shorter way for eager calls, and the refusal of vmap.
 
@@ -42,7 +78,9 @@ class Operator(torch.autograd.Function):
     """
 
     operator: str
-    _eager: type[torch.autograd.Function]
+    _implementation: Callable
+    _watched: type[torch.autograd.Function]  # by the dispatcher
+    _direct: type[torch.autograd.Function]
 
     def __init_subclass__(cls) -> None:
         operator = getattr(OPS, cls.operator)
@@ -55,29 +93,46 @@ class Operator(torch.autograd.Function):
         parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_ONLY) for n in names]
         setattr(call_operator, "__signature__", inspect.Signature(parameters))  # noqa: B010
         cls.forward = staticmethod(call_operator)  # type: ignore[method-assign]
+        cls._implementation = staticmethod(_implementations[cls.operator])
+        cls._watched = cls._eager(cls.forward)
+        cls._direct = cls._eager(cls._implementation)
 
-        class Eager(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, *inputs: Any) -> Any:
-                output = cls.forward(*inputs)
-                cls.setup_context(ctx, inputs, output)
-                return output
+    @classmethod
+    def _eager(cls, function: Callable) -> type[torch.autograd.Function]:
+        """The function without a ``setup_context``, over another way to call the operator."""
 
-            backward = staticmethod(cls.backward)
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = function(*inputs)
+            cls.setup_context(ctx, inputs, output)
+            return output
 
-        Eager.__name__ = Eager.__qualname__ = cls.__name__  # what grad_fn shows
-        cls._eager = Eager
+        members = {"forward": staticmethod(forward), "backward": staticmethod(cls.backward)}
+        # Of the same name, which grad_fn shows.
+        return type(cls.__name__, (torch.autograd.Function,), members)
 
     @classmethod
     def call(cls, *inputs: Any) -> Any:
         """The result of ``apply`` in a fraction of its time.
 
         PyTorch takes tens of microseconds to call a function that has a ``setup_context``, which
-        only its transforms and compiler need.
+        only its transforms and compiler need, and some more for its dispatcher and for a function
+        where nothing asks for them.
         """
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return cls.apply(*inputs)
-        return cls._eager.apply(*inputs)
+        is_plain, requires_grad = not _is_watched(), False
+        for each in inputs:
+            kind = type(each)
+            if kind is Tensor or kind is Parameter:  # asking isinstance first takes longer
+                is_plain = is_plain and _is_plain(each)
+                requires_grad = requires_grad or each.requires_grad
+            elif isinstance(each, Tensor):
+                is_plain = False
+                requires_grad = requires_grad or each.requires_grad
+        # Forward differentiation is for the function to refuse.
+        if (requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
+            return (cls._direct if is_plain else cls._watched).apply(*inputs)
+        return (cls._implementation if is_plain else cls.forward)(*inputs)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
