@@ -62,10 +62,11 @@ def test_opcheck(backend: str, device: str, dtype: torch.dtype) -> None:
     ]
     saved = (output, log_sum_exp, 0.1)
     for needs_weights_grad in (True, False):
-        rest = (*saved, needs_weights_grad, backend)
+        rest = (needs_weights_grad, backend)
+        given = (output, q, k, v, weights, *saved, False, *rest)
         calls += [
-            (OPS.weighted_attention_backward, (output, q, k, v, weights, *rest)),
-            (OPS.reweighted_attention_backward, (output, q, k, v, counts, table, *rest)),
+            (OPS.weighted_attention_backward, given),
+            (OPS.reweighted_attention_backward, (output, q, k, v, counts, table, *saved, *rest)),
         ]
     for op, arguments in calls:
         torch.library.opcheck(op.default, arguments)
