@@ -72,12 +72,15 @@ struct BFloat16Math {
   static TIR_INLINE void copy_row(Unit* target, const void* source, Type, int64_t width) {
     auto* values = static_cast<const uint16_t*>(source);
     auto* copies = reinterpret_cast<uint16_t*>(target);
-    for (int64_t i = 0; i < width; i += lanes) {
-      HalfWidthVec bits = load_first(values + i, smaller_of(lanes, width - i));
+    int64_t i = 0;
+    for (; i + 2 * lanes <= width; i += 2 * lanes) {
+      UintVec bits = load_bits<UintVec>(values + i);
       memcpy(copies + i, &bits, sizeof bits);
     }
-    int64_t copied = round_up(width, lanes);
-    memset(copies + copied, 0, (round_up(copied, 2 * lanes) - copied) * sizeof(uint16_t));
+    for (; i < round_up(width, 2 * lanes); i += lanes) {
+      HalfWidthVec bits = load_first(values + i, larger_of(0, smaller_of(lanes, width - i)));
+      memcpy(copies + i, &bits, sizeof bits);
+    }
   }
 };
 #endif
@@ -246,13 +249,12 @@ TIR_INLINE void transpose_stage(UintVec (&rows)[lanes]) {
   }
 }
 
-inline void transpose_block(void* target, int64_t target_stride, const void* source,
-                            int64_t source_stride) {
+// row_at(i) gives the address of row i's first unit of the block.
+template <class RowAt>
+TIR_INLINE void transpose_rows(void* target, int64_t target_stride, RowAt row_at) {
   UintVec rows[lanes];
   TIR_UNROLL
-  for (int i = 0; i < lanes; ++i) {
-    rows[i] = load_bits<UintVec>(static_cast<const uint32_t*>(source) + i * source_stride);
-  }
+  for (int i = 0; i < lanes; ++i) rows[i] = load_bits<UintVec>(row_at(i));
   transpose_stage<1>(rows);
   transpose_stage<2>(rows);
   if constexpr (lanes > 4) transpose_stage<(lanes > 4 ? 4 : 1)>(rows);
@@ -263,16 +265,23 @@ inline void transpose_block(void* target, int64_t target_stride, const void* sou
   }
 }
 #else
-inline void transpose_block(void* target, int64_t target_stride, const void* source,
-                            int64_t source_stride) {
+template <class RowAt>
+inline void transpose_rows(void* target, int64_t target_stride, RowAt row_at) {
   for (int i = 0; i < lanes; ++i) {
+    auto* row = static_cast<const uint32_t*>(row_at(i));
     for (int j = 0; j < lanes; ++j) {
-      static_cast<uint32_t*>(target)[j * target_stride + i] =
-          static_cast<const uint32_t*>(source)[i * source_stride + j];
+      static_cast<uint32_t*>(target)[j * target_stride + i] = row[j];
     }
   }
 }
 #endif
+
+inline void transpose_block(void* target, int64_t target_stride, const void* source,
+                            int64_t source_stride) {
+  transpose_rows(target, target_stride, [&](int64_t i) -> const void* {
+    return static_cast<const uint32_t*>(source) + i * source_stride;
+  });
+}
 
 // Packs `count` rows of `width` values as the columns of a right operand of steps_of(width) steps.
 // row_at(i) gives the address of row i. `workspace` holds lanes * row_units(width) units, and the
@@ -281,7 +290,22 @@ template <class Math, class RowAt>
 void pack_columns(typename Math::Unit* target, RowAt row_at, Type type, int64_t count,
                   int64_t width, typename Math::Unit* workspace) {
   int64_t stride = row_units<Math>(width);
+  // Whole rows of units lie in memory as they are multiplied.
+  bool are_units = bytes_of(type) * Math::values_per_unit == sizeof(uint32_t) &&
+                   width % (lanes * Math::values_per_unit) == 0;
   for (int64_t first = 0; first < round_up(count, Math::column_multiple); first += lanes) {
+    auto* panel = target + first / panel_width * panel_width * stride + first % panel_width;
+    if (are_units && first + lanes <= count) {
+      const void* rows[lanes];
+      for (int64_t i = 0; i < lanes; ++i) rows[i] = row_at(first + i);
+      for (int64_t step = 0; step < stride; step += lanes) {
+        transpose_rows(panel + step * panel_width, panel_width,
+                       [&](int64_t i) -> const void* {
+                         return static_cast<const uint32_t*>(rows[i]) + step;
+                       });
+      }
+      continue;
+    }
     for (int64_t i = 0; i < lanes; ++i) {
       if (first + i < count) {
         Math::copy_row(workspace + i * stride, row_at(first + i), type, width);
@@ -289,7 +313,6 @@ void pack_columns(typename Math::Unit* target, RowAt row_at, Type type, int64_t 
         memset(workspace + i * stride, 0, stride * sizeof(uint32_t));
       }
     }
-    auto* panel = target + first / panel_width * panel_width * stride + first % panel_width;
     for (int64_t step = 0; step < stride; step += lanes) {
       transpose_block(panel + step * panel_width, panel_width, workspace + step, stride);
     }
@@ -321,9 +344,13 @@ void pack_rows(typename Math::Unit* target, int64_t panel_stride, RowAt row_at, 
       auto* odd = i + 1 < count ? static_cast<const uint16_t*>(row_at(i + 1)) : nullptr;
       auto* step = target + i / 2 * panel_width;
       for (int64_t column = 0; column < width; column += lanes) {
-        int64_t left = smaller_of(lanes, width - column);
-        UintVec pairs = widen(load_first(even + column, left));
-        if (odd != nullptr) pairs |= widen(load_first(odd + column, left)) << 16;
+        int64_t left = width - column;
+        auto values_at = [&](const uint16_t* row) {
+          return widen(left >= lanes ? load_bits<HalfWidthVec>(row + column)
+                                     : load_first(row + column, left));
+        };
+        UintVec pairs = values_at(even);
+        if (odd != nullptr) pairs |= values_at(odd) << 16;
         auto* place = step + column / panel_width * panel_stride + column % panel_width;
         memcpy(place, &pairs, sizeof pairs);
       }
