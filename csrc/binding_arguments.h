@@ -178,6 +178,13 @@ auto from_python(void (*launch)(const PhiloxDropout&, Rest...)) {
   };
 }
 
+inline ActivationKind activation_named(const std::string& name) {
+  if (name == "gelu") return ActivationKind::gelu;
+  if (name == "quick_gelu") return ActivationKind::quick_gelu;
+  if (name == "gelu_tanh") return ActivationKind::gelu_tanh;
+  throw std::invalid_argument("tir_kernels._C: unknown activation " + name);
+}
+
 // A null address of grad_output is for the forward pass.
 template <class... Rest>
 auto from_python(void (*launch)(const Activation&, Rest...)) {
@@ -185,8 +192,7 @@ auto from_python(void (*launch)(const Activation&, Rest...)) {
                   const std::string& type, Address hidden, const std::string& bias_type,
                   Address bias, Address grad_output, Address output, Rest... rest) {
     require(rows >= 1 && channels >= 1, "activation needs rows and channels >= 1");
-    require(kind == "gelu" || kind == "quick_gelu", "activation is gelu or quick_gelu");
-    launch({kind == "gelu" ? ActivationKind::gelu : ActivationKind::quick_gelu, rows, channels,
+    launch({activation_named(kind), rows, channels,
             type_named(type), pointer<const void>(hidden, "hidden is null"),
             array(bias, bias_type), optional_pointer<const void>(grad_output),
             pointer<void>(output, "output is null")},

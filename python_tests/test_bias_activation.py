@@ -15,7 +15,11 @@ from tir_kernels.operators.choose import load_backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-PLAIN = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+PLAIN = {
+    "gelu": F.gelu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
 
 
 def value_and_gradient(
@@ -107,7 +111,7 @@ def test_activation_gradients() -> None:
 
 
 def test_unsuitable_activations_are_refused() -> None:
-    with pytest.raises(ValueError, match="kind must be one of gelu, quick_gelu"):
+    with pytest.raises(ValueError, match="kind must be one of gelu, quick_gelu, gelu_tanh"):
         bias_activation(torch.ones(2, 3), None, "relu")
     with pytest.raises(ValueError, match=r"bias must have shape \(3,\)"):
         bias_activation(torch.ones(2, 3), torch.ones(2))

@@ -276,10 +276,12 @@ def bias_activation(
     """The activation, or the gradient of ``hidden`` where there is one of the output."""
     dtype = compute_dtype(hidden)
     x = hidden.to(dtype) if bias is None else hidden.to(dtype) + bias.to(dtype)
-    if kind == "gelu":
+    if kind != "quick_gelu":
+        approximate = "tanh" if kind == "gelu_tanh" else "none"
         if grad_output is None:
-            return F.gelu(x).to(hidden.dtype)
-        return torch.ops.aten.gelu_backward(grad_output.to(dtype), x).to(hidden.dtype)
+            return F.gelu(x, approximate=approximate).to(hidden.dtype)
+        grads = torch.ops.aten.gelu_backward(grad_output.to(dtype), x, approximate=approximate)
+        return grads.to(hidden.dtype)
     sigmoid = torch.sigmoid(1.702 * x)
     if grad_output is None:
         return (x * sigmoid).to(hidden.dtype)

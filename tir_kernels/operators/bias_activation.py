@@ -12,7 +12,7 @@ from tir_kernels.operators.choose import choose_backend, require_backend
 from tir_kernels.operators.library import OPS, define, define_fake
 from tir_kernels.operators.second_derivative import differentiable_once
 
-ACTIVATIONS = ("gelu", "quick_gelu")
+ACTIVATIONS = ("gelu", "quick_gelu", "gelu_tanh")
 
 
 def bias_activation(
@@ -24,7 +24,8 @@ def bias_activation(
         hidden: (..., D) float32, float16, bfloat16 or, on the reference backend, float64; it may
             require gradients.
         bias: (D,), to which no gradient flows; ``None`` for none.
-        kind: "gelu" (exact, by the error function) or "quick_gelu" (``x * sigmoid(1.702 x)``).
+        kind: "gelu" (exact, by the error function), "quick_gelu" (``x * sigmoid(1.702 x)``) or
+            "gelu_tanh" (PyTorch's ``approximate="tanh"``).
         backend: "auto", or a name of :func:`available_backends` that has this operation.
 
     Raises:

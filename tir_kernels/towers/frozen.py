@@ -25,8 +25,8 @@ from tir_kernels.towers.opening import Opened, is_untouched, put_on, take_off
 def frozen_mlps(model: nn.Module, backend: str = "auto") -> Iterator[None]:
     """Let the MLPs of frozen blocks on a CPU run through ``bias_activation``.
 
-    Those with exact or quick GELU do; an MLP whose first layer learns its bias, has hooks or is not
-    a plain ``nn.Linear`` runs as ever.
+    Those with GELU, exact, quick or by tanh, do; an MLP whose first layer learns its bias, has
+    hooks or is not a plain ``nn.Linear`` runs as ever.
 
     Args:
         model: A model with towers that can be opened.

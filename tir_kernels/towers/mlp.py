@@ -61,5 +61,6 @@ class OpenedMlp(Opened):
             return None
         if linear.bias is not None and linear.bias.requires_grad:
             return None
-        is_exact = getattr(activation, "approximate", "none") == "none"
-        return self.kinds.get(type(activation)) if is_exact else None
+        kind = self.kinds.get(type(activation))
+        by_tanh = kind == "gelu" and getattr(activation, "approximate", "none") == "tanh"
+        return "gelu_tanh" if by_tanh else kind

@@ -35,14 +35,36 @@ TIR_INLINE Point gelu_at(Vec x) {
   return {x * below, below + bell};
 }
 
-// x * sigmoid(1.702 x), as OpenAI's models have it.
-TIR_INLINE Point quick_gelu_at(Vec x) {
-  Vec power = x * broadcast(-1.702f * log2_e);
-  Vec sigmoid = broadcast(1.0f) / (broadcast(1.0f) + exp2(smaller(power, broadcast(127.0f))));
+// x * sigmoid(gate), from -gate / ln 2 and the gate's derivative.
+TIR_INLINE Point gated_at(Vec x, Vec power, Vec gate_slope) {
+  Vec exponential = exp2(smaller(power, broadcast(127.0f)));
+  Vec sigmoid = broadcast(1.0f) / (broadcast(1.0f) + exponential);
   sigmoid = power > broadcast(127.0f) ? zero() : sigmoid;
   Vec value = x * sigmoid;
-  Vec rest = broadcast(1.0f) - sigmoid;
-  return {value, multiply_add(value * rest, broadcast(1.702f), sigmoid)};
+  Vec change = value * (exponential * sigmoid);  // 1 - sigmoid would round where that is near 1
+  // Where the gate's derivative is infinite the sigmoid is 0 or 1.
+  Vec slope = multiply_add(change, gate_slope, sigmoid);
+  return {value, change == zero() ? sigmoid : slope};
+}
+
+// x * sigmoid(1.702 x), as OpenAI's models have it.
+TIR_INLINE Point quick_gelu_at(Vec x) {
+  return gated_at(x, x * broadcast(-1.702f * log2_e), broadcast(1.702f));
+}
+
+// x * (1 + tanh(g / 2)) / 2 with g = sqrt(8 / pi) (x + 0.044715 x^3), which is x * sigmoid(g).
+TIR_INLINE Point gelu_tanh_at(Vec x) {
+  constexpr float factor = 1.5957691216f, cubic = 0.044715f;
+  Vec square = x * x;
+  Vec inner = multiply_add(square, broadcast(factor * cubic), broadcast(factor));
+  Vec slope = multiply_add(square, broadcast(3 * factor * cubic), broadcast(factor));
+  return gated_at(x, x * inner * broadcast(-log2_e), slope);
+}
+
+template <ActivationKind kind>
+TIR_INLINE Point point_at(Vec x) {
+  if (kind == ActivationKind::gelu) return gelu_at(x);
+  return kind == ActivationKind::quick_gelu ? quick_gelu_at(x) : gelu_tanh_at(x);
 }
 
 template <ActivationKind kind, class Row>
@@ -52,7 +74,7 @@ TIR_INLINE void activate(const typename Row::Element* hidden, const float* bias,
   bool is_whole = count == lanes;
   Vec x = is_whole ? Row::read(hidden) : Row::read(hidden, count);
   x = x + load(bias);
-  Point point = kind == ActivationKind::gelu ? gelu_at(x) : quick_gelu_at(x);
+  Point point = point_at<kind>(x);
   Vec result = point.value;
   if (grad_output != nullptr) {
     Vec gradient = is_whole ? Row::read(grad_output) : Row::read(grad_output, count);
@@ -98,11 +120,11 @@ void activation(const Activation& problem, int threads) {
   if (problem.rows * problem.channels < min_parallel_values) threads = 1;
   with_row_type(problem.type, [&](auto row_type) {
     using Row = decltype(row_type);
-    Worker worker = problem.kind == ActivationKind::gelu
-                        ? activate_rows<ActivationKind::gelu, Row>
-                        : activate_rows<ActivationKind::quick_gelu, Row>;
-    run_workers(threads, divide_up(problem.rows, rows_per_item), worker,
-                const_cast<Activation*>(&problem));
+    constexpr Worker workers[] = {activate_rows<ActivationKind::gelu, Row>,
+                                  activate_rows<ActivationKind::quick_gelu, Row>,
+                                  activate_rows<ActivationKind::gelu_tanh, Row>};
+    run_workers(threads, divide_up(problem.rows, rows_per_item),
+                workers[static_cast<int>(problem.kind)], const_cast<Activation*>(&problem));
   });
 }
 

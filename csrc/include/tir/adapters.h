@@ -30,7 +30,7 @@ struct PhiloxDropout {
 
 constexpr int64_t channels_per_draw = 8;
 
-enum class ActivationKind : int { gelu = 0, quick_gelu = 1 };
+enum class ActivationKind : int { gelu = 0, quick_gelu = 1, gelu_tanh = 2 };
 
 // act(hidden + bias), or the gradient of it where there is one of the output.
 struct Activation {

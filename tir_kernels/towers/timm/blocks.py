@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from timm.layers import GELU, Mlp, QuickGELU
+from timm.layers import GELU, GELUTanh, Mlp, QuickGELU
 from timm.layers.attention import Attention, AttentionRope
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block
@@ -104,6 +104,7 @@ class _OpenedMlp(OpenedMlp, Mlp):
     kinds: ClassVar[Mapping[type, str]] = {
         nn.GELU: "gelu",
         GELU: "gelu",
+        GELUTanh: "gelu_tanh",
         QuickGELU: "quick_gelu",
     }
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import GELUActivation, QuickGELUActivation
+from transformers.activations import GELUActivation, GELUTanh, QuickGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.models.clip import modeling_clip
@@ -189,6 +189,7 @@ class _Mlp(OpenedMlp):
         nn.GELU: "gelu",
         GELUActivation: "gelu",
         QuickGELUActivation: "quick_gelu",
+        GELUTanh: "gelu_tanh",
     }
     fc1: nn.Module
     activation_fn: nn.Module
