@@ -106,16 +106,26 @@ TIR_INLINE Vec without_later_keys(Vec exponents, const int32_t* key_index, int64
   return load_bits<IntVec>(key_index) > last ? broadcast(-infinity) : exponents;
 }
 
-// Copies rows as a left operand; rows of zeros follow up to a multiple.
+// Rows as a left operand: where they lie if they are units there and no more of them are read, else
+// copies, with rows of zeros up to a multiple.
 template <class Math>
-void copy_rows(typename Math::Unit* target, const RowGrid& source, Type type, int64_t batch,
-               int64_t head, int64_t first, int64_t count, int64_t head_dim) {
+Left<Math> left_rows(typename Math::Unit* copies, const RowGrid& source, Type type, int64_t batch,
+                     int64_t head, int64_t first, int64_t count, int64_t head_dim) {
+  constexpr int64_t pair = Math::values_per_unit;
+  const void* start = source.row(batch, head, first, type);
+  bool are_units = bytes_of(type) * pair == sizeof(uint32_t) && source.row_stride % pair == 0 &&
+                   reinterpret_cast<uintptr_t>(start) % sizeof(uint32_t) == 0 &&
+                   head_dim % (pair * Math::step_multiple) == 0;
+  if (are_units && count % Math::row_multiple == 0) {
+    return {static_cast<const typename Math::Unit*>(start), source.row_stride / pair, 1};
+  }
   int64_t stride = row_units<Math>(head_dim);
   for (int64_t i = 0; i < count; ++i) {
-    Math::copy_row(target + i * stride, source.row(batch, head, first + i, type), type, head_dim);
+    Math::copy_row(copies + i * stride, source.row(batch, head, first + i, type), type, head_dim);
   }
   int64_t missing = round_up(count, Math::row_multiple) - count;
-  memset(target + count * stride, 0, missing * stride * sizeof(uint32_t));
+  memset(copies + count * stride, 0, missing * stride * sizeof(uint32_t));
+  return {copies, stride, 1};
 }
 
 }  // namespace tir::cpu::TIR_ARCH

@@ -45,8 +45,8 @@ class ForwardWorker : AttentionWorker {
 
   void attend(int64_t first_query, int64_t count) {
     first_query_ = first_query;
-    copy_rows<Math>(queries_, problem_.query, shape_.type, batch_, head_, first_query, count,
-                    shape_.head_dim);
+    Left<Math> queries = left_rows<Math>(queries_, problem_.query, shape_.type, batch_, head_,
+                                         first_query, count, shape_.head_dim);
     for (int64_t i = 0; i < count; ++i) {
       maxima_[i] = -infinity;
       totals_[i] = 0;
@@ -59,7 +59,7 @@ class ForwardWorker : AttentionWorker {
       int64_t num_keys = smaller_of(block, keys_.count - key);
       int64_t columns = round_up(num_keys, Math::column_multiple);
       Right<Math> key_columns{key_panels_ + key * row_units_, row_units_ * panel_width};
-      multiply<Math>(count, columns, steps_of<Math>(shape_.head_dim), {queries_, row_units_, 1},
+      multiply<Math>(count, columns, steps_of<Math>(shape_.head_dim), queries,
                      key_columns, scores_, score_stride_, false);
       for (int64_t i = 0; i < count; ++i) {
         if (shape_.is_causal) {
@@ -152,7 +152,7 @@ class ForwardWorker : AttentionWorker {
 
   const AttentionForward& problem_;
   Buffer<Unit> key_panels_, value_panels_, packing_space_;
-  Buffer<Unit> queries_;
+  Buffer<Unit> queries_;  // where they are copied
   Buffer<float> scores_;
   Buffer<Unit> probabilities_;  // beside the scores where they are not float32
   Buffer<float> sums_;

@@ -64,8 +64,8 @@ class StatisticsWorker : AttentionWorker {
   void run_tile(int64_t first_query, bool wants_rows, bool wants_columns) {
     first_query_ = first_query;
     num_queries_ = smaller_of(tile_queries, shape_.queries - first_query);
-    copy_rows<Math>(queries_, problem_.query, shape_.type, batch_, head_, first_query,
-                    num_queries_, shape_.head_dim);
+    query_rows_ = left_rows<Math>(queries_, problem_.query, shape_.type, batch_, head_, first_query,
+                                  num_queries_, shape_.head_dim);
     if (wants_rows) run_rows();
     if (wants_columns) run_columns(wants_rows && keys_.count <= block_);
   }
@@ -91,7 +91,7 @@ class StatisticsWorker : AttentionWorker {
 
   void multiply_block(int64_t first_key, int64_t num_keys) {
     multiply<Math>(num_queries_, num_keys, steps_of<Math>(shape_.head_dim),
-                   {queries_, row_units_, 1},
+                   query_rows_,
                    {key_panels_ + first_key * row_units_, row_units_ * panel_width}, scores_,
                    score_stride_, false);
   }
@@ -214,6 +214,7 @@ class StatisticsWorker : AttentionWorker {
   Buffer<float> scores_;                    // of a tile and a block of keys
   Buffer<float> prefix_sums_, patch_sums_;  // of the chosen keys
   float maxima_[tile_queries], totals_[tile_queries], spreads_[tile_queries];
+  Left<Math> query_rows_{};
   KeyList keys_{};
   typename Math::State state_;
   int64_t block_ = 0;

@@ -145,10 +145,10 @@ class BackwardWorker : AttentionWorker {
 
   void load_tile(int64_t first, int64_t count) {
     first_query_ = first;
-    copy_rows<Math>(queries_, problem_.query, shape_.type, batch_, head_, first, count,
-                    shape_.head_dim);
-    copy_rows<Math>(grads_, problem_.grad_output, shape_.type, batch_, head_, first, count,
-                    shape_.head_dim);
+    query_left_ = left_rows<Math>(queries_, problem_.query, shape_.type, batch_, head_, first,
+                                  count, shape_.head_dim);
+    grad_left_ = left_rows<Math>(grads_, problem_.grad_output, shape_.type, batch_, head_, first,
+                                 count, shape_.head_dim);
     if (wanted_.key_value) {
       auto query_at = [&](int64_t i) { return row_of(problem_.query, first + i); };
       auto grad_at = [&](int64_t i) { return row_of(problem_.grad_output, first + i); };
@@ -207,10 +207,10 @@ class BackwardWorker : AttentionWorker {
       int64_t num_keys = smaller_of(block, keys_.count - key);
       int64_t columns = round_up(num_keys, Math::column_multiple);
       int64_t column_stride = row_units_ * panel_width;
-      multiply<Math>(count, columns, head_dim_steps, {queries_, row_units_, 1},
+      multiply<Math>(count, columns, head_dim_steps, query_left_,
                      {key_columns_ + key * row_units_, column_stride}, scores_, score_stride_,
                      false);
-      multiply<Math>(count, columns, head_dim_steps, {grads_, row_units_, 1},
+      multiply<Math>(count, columns, head_dim_steps, grad_left_,
                      {value_columns_ + key * row_units_, column_stride}, grad_probabilities_,
                      score_stride_, false);
       for (int64_t i = 0; i < columns; i += lanes) {
@@ -358,7 +358,7 @@ class BackwardWorker : AttentionWorker {
   const AttentionBackward& problem_;
   Buffer<Unit> packing_space_;
   Buffer<Unit> key_columns_, value_columns_, key_rows_;  // right operands, of all keys
-  Buffer<Unit> queries_, grads_;                         // left operands, of a tile
+  Buffer<Unit> queries_, grads_;                         // left operands, of a tile, if copied
   Buffer<Unit> query_rows_, grad_rows_;                  // right operands, of a tile
   Buffer<float> scores_, grad_probabilities_;            // of a tile and a block of keys
   Buffer<Unit> score_pairs_;
@@ -367,6 +367,7 @@ class BackwardWorker : AttentionWorker {
   Buffer<float> turned_keys_, turned_values_;    // of one vector of keys, where transposed
   Buffer<float> delta_row_, delta_other_row_;
   float deltas_[tile_queries], exponent_offsets_[tile_queries];
+  Left<Math> query_left_{}, grad_left_{};
   KeyList keys_{};
   Wanted wanted_{};
   typename Math::State state_;
