@@ -1,7 +1,8 @@
 """Builds tir_kernels._C, the compiled kernels, through ninja.
 
 Where nvcc is found the CUDA kernels are built too, for the architectures that TIR_CUDA_ARCHS lists
-(80;90), by default for the GPUs present or else for a range of them; "none" leaves them out.
+(80;90), by default for the GPUs present or else for a range of them; "none" leaves them out. Code
+for 90a may use what later GPUs lack, so it runs on 9.0 alone.
 
 Objects stay under build/, so that installing again after an edit compiles only what changed. Where
 there is no C++ compiler the package installs without the module and says so; where a compiler fails
@@ -90,18 +91,25 @@ class Cuda:
     """The CUDA compiler, and the architectures that it compiles for, oldest first."""
 
     nvcc: str
-    architectures: list[int]
+    architectures: list[str]
+
+    @property
+    def newest(self) -> str | None:
+        """The newest that is also built as PTX, which newer GPUs can compile."""
+        portable = [name for name in self.architectures if name.isdigit()]
+        return portable[-1] if portable else None
 
     @property
     def label(self) -> str:
-        """Text such as "80;90+PTX": the newest also as PTX, which newer GPUs can compile."""
-        return ";".join(map(str, self.architectures)) + "+PTX"
+        """Text such as "80;90+PTX"."""
+        return ";".join(a + "+PTX" if a == self.newest else a for a in self.architectures)
 
     @property
     def flags(self) -> list[str]:
         code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.architectures]
-        newest = self.architectures[-1]
-        return [*code, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+        if self.newest is not None:
+            code.append(f"-gencode=arch=compute_{self.newest},code=compute_{self.newest}")
+        return code
 
 
 def find_cuda() -> Cuda | None:
@@ -122,14 +130,16 @@ def find_cuda() -> Cuda | None:
     supported = {int(name.removeprefix("compute_")) for name in known if name[8:].isdigit()}
     if wanted:
         names = wanted.replace(",", ";").split(";")
-        chosen = sorted({architecture_number(name) for name in names if name.strip()})
-        if unknown := [a for a in chosen if a not in supported or a < 80]:
+        chosen = in_order({architecture_name(name) for name in names if name.strip()})
+        numbers = {name: int(name.rstrip("a")) for name in chosen}
+        if unknown := [a for a, n in numbers.items() if n not in supported or n < 80]:
             raise CompileError(
-                f"TIR_CUDA_ARCHS={wanted}: {nvcc} cannot compile these kernels for {unknown}; "
-                f"it knows {sorted(a for a in supported if a >= 80)}"
+                f"TIR_CUDA_ARCHS={wanted}: {nvcc} cannot compile these kernels for "
+                f"{', '.join(unknown)}; it knows {sorted(a for a in supported if a >= 80)}"
             )
     else:
-        chosen = sorted(a for a in gpus_present() or CUDA_ARCHITECTURES if a in supported)
+        present = gpus_present() or set(CUDA_ARCHITECTURES)
+        chosen = in_order({str(a) for a in present if a in supported})
     if not chosen:
         print(
             f"  tir_kernels: {nvcc} compiles for no GPU of capability 8.0 or newer: no CUDA kernels"
@@ -138,13 +148,17 @@ def find_cuda() -> Cuda | None:
     return Cuda(nvcc, chosen)
 
 
-def architecture_number(name: str) -> int:
-    """90 for "90" or "9.0"."""
-    major, dot, minor = name.strip().removeprefix("sm_").partition(".")
-    digits = major + minor if dot else major
-    if not digits.isdigit():
-        raise CompileError(f"TIR_CUDA_ARCHS holds {name!r}; write it like 80;90 or none")
-    return int(digits)
+def architecture_name(name: str) -> str:
+    """ "90" for "90", "9.0" or "sm_90"; "90a" for "90a" and its like."""
+    digits = name.strip().removeprefix("sm_").replace(".", "", 1)
+    if not digits.removesuffix("a").isdigit():
+        raise CompileError(f"TIR_CUDA_ARCHS holds {name!r}; write it like 80;90, 90a or none")
+    return digits
+
+
+def in_order(names: set[str]) -> list[str]:
+    """Oldest first; of one number the portable first."""
+    return sorted(names, key=lambda name: (int(name.rstrip("a")), name))
 
 
 def gpus_present() -> set[int]:

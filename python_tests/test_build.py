@@ -189,6 +189,12 @@ def test_architectures_can_be_chosen(with_nvcc) -> None:
         done, commands = with_nvcc(TIR_CUDA_ARCHS=spelling)
         assert done.returncode == 0, done.stdout + done.stderr
         assert all("compute_80" not in command for command in commands)
+    done, commands = with_nvcc(TIR_CUDA_ARCHS="9.0a;80")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for command in (c for c in commands if ".cu " in c):
+        assert "-gencode=arch=compute_90a,code=sm_90a" in command
+        assert "code=compute_80" in command  # what newer GPUs compile is never of 90a
+        assert "code=compute_90" not in command
     done, commands = with_nvcc(TIR_CUDA_ARCHS="none")
     assert done.returncode == 0
     assert not [c for c in commands if ".cu " in c]
@@ -198,11 +204,11 @@ def test_architectures_can_be_chosen(with_nvcc) -> None:
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"TIR_CUDA_ARCHS": "100"}, "cannot compile these kernels for [100]; it knows [80, 90]"),
-        ({"TIR_CUDA_ARCHS": "75"}, "cannot compile these kernels for [75]"),
+        ({"TIR_CUDA_ARCHS": "100"}, "cannot compile these kernels for 100; it knows [80, 90]"),
+        ({"TIR_CUDA_ARCHS": "75"}, "cannot compile these kernels for 75;"),
         (
             {"TIR_CUDA_ARCHS": "hopper"},
-            "TIR_CUDA_ARCHS holds 'hopper'; write it like 80;90 or none",
+            "TIR_CUDA_ARCHS holds 'hopper'; write it like 80;90, 90a or none",
         ),
         ({"CUDA_HOME": "/nowhere"}, "no nvcc in CUDA_HOME=/nowhere"),
     ],

@@ -161,3 +161,20 @@ def test_triton_needs_no_gpu_to_name_devices(monkeypatch: pytest.MonkeyPatch) ->
     triton = dispatch.load_backend("triton")
     assert triton.refusal(torch.device("cpu")) == ""
     assert "CUDA" in triton.refusal(torch.device("meta"))
+
+
+CAPABILITIES = [(7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (10, 3), (12, 0)]
+
+
+@pytest.mark.parametrize(
+    ("built", "served"),
+    [
+        ("80;90+PTX", CAPABILITIES[1:]),
+        ("80+PTX;90a", CAPABILITIES[1:]),
+        ("80;90a", [(8, 0), (8, 6), (9, 0)]),
+        ("90a", [(9, 0)]),
+        ("100", [(10, 0), (10, 3)]),
+    ],
+)
+def test_which_gpus_code_runs_on(built: str, served: list[tuple[int, int]]) -> None:
+    assert [each for each in CAPABILITIES if cuda.runs_on(built, each)] == served

@@ -312,10 +312,15 @@ def _release(version: int) -> str:
 def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
     """Whether code for architectures such as "80;90;100+PTX" runs on a device.
 
-    Machine code serves its own generation from its own revision on; PTX everything that is newer.
+    Machine code serves its own generation from its own revision on, that of "90a" 9.0 alone; PTX
+    everything that is newer.
     """
     for entry in architectures.split(";"):
         number, _, ptx = entry.partition("+")
+        if number.endswith("a"):
+            if divmod(int(number[:-1]), 10) == capability:
+                return True
+            continue
         built = divmod(int(number), 10)
         if built[0] == capability[0] and built <= capability:
             return True
