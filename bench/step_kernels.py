@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tir_kernels.adapters import frozen_projection
 from tir_kernels.fewshot import Episode, Runtime, finetune_episodes
 from tir_kernels.fewshot.methods import Method
 from tir_kernels.fewshot.methods.tir import TIR
@@ -151,9 +152,9 @@ def _has_tensors(values: Any) -> bool:
 
 
 def _pass_of(operator: str) -> str:
-    if operator.startswith(("_fused_", "_foreach_")):
-        return "update"
-    return "forward" if torch._C._current_autograd_node() is None else "backward"
+    if torch._C._current_autograd_node() is not None:
+        return "backward"
+    return "update" if operator.startswith(("_fused_", "_foreach_add_")) else "forward"
 
 
 def count_step(
@@ -211,6 +212,7 @@ def as_on_a_gpu() -> Iterator[None]:
 
     swapped: list[tuple[Any, str, Callable]] = [
         (F, "layer_norm", in_float32),
+        (frozen_projection, "writes_transposed", lambda rows: True),
         (attention, "_has_cpu_kernels", lambda: False),
         (OpenedMlp, "_kind", lambda self, layers: None),
     ]

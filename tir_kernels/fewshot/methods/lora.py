@@ -208,6 +208,10 @@ class TunedTowers(Learner):
 
         return cosine_logits(features, classes, self._logit_scale)
 
+    def training_losses(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        with self.lora.one_pass():
+            return super().training_losses(inputs, labels)
+
     def parameters(self) -> list[ParameterGroup]:
         method = self._method
         lora = {"lr": method.lora_lr, "weight_decay": 0.01}
