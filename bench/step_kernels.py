@@ -40,7 +40,7 @@ from tir_kernels.fewshot.methods import Method
 from tir_kernels.fewshot.methods.tir import TIR
 from tir_kernels.fewshot.train import batch
 from tir_kernels.precision import autocast_dtype
-from tir_kernels.towers import attention
+from tir_kernels.towers import attention, norms, run
 from tir_kernels.towers.mlp import OpenedMlp
 
 from .clip_model import ClipSizes, load_sizes, make_model, make_tokenizer
@@ -126,7 +126,9 @@ class KernelCounter(TorchDispatchMode):
 def kernels_of(func: Any, args: tuple) -> int:
     """The number of kernels that a call of an operator launches on a GPU."""
     name = func.overloadpacket.__name__
-    if name in _ALLOCATING or name in _WITHOUT:
+    gives_tensors = any("Tensor" in str(each.type) for each in func._schema.returns)
+    is_in_place = name.startswith("_foreach_") or name.startswith("_fused_")
+    if name in _ALLOCATING or name in _WITHOUT or not (gives_tensors or is_in_place):
         return 0
     aliases = [each.alias_info for each in func._schema.returns if each.alias_info is not None]
     if aliases and not any(each.is_write for each in aliases):  # a view
@@ -215,6 +217,8 @@ def as_on_a_gpu() -> Iterator[None]:
         (frozen_projection, "writes_transposed", lambda rows: True),
         (attention, "_has_cpu_kernels", lambda: False),
         (OpenedMlp, "_kind", lambda self, layers: None),
+        (norms, "are_fused", lambda hidden: True),
+        (run, "are_fused", lambda hidden: True),
     ]
     with contextlib.ExitStack() as stack:
         for owner, name, replacement in swapped:

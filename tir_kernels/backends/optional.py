@@ -46,5 +46,29 @@ class OptionalOperations(Protocol):
     ) -> Tensor:
         """The activation, or the gradient of ``hidden`` where there is one of the output."""
 
+    def add_norm(
+        self,
+        hidden: Tensor,
+        change: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        total: Tensor,
+        normed: Tensor,
+    ) -> None:
+        """Fill ``total``, if there is a change, and ``normed``; all rows are contiguous."""
+
+    def add_norm_backward(
+        self,
+        total: Tensor,
+        weight: Tensor,
+        grad_total: Tensor | None,
+        grad_normed: Tensor,
+        eps: float,
+        grad_hidden: Tensor,
+        grad_change: Tensor,
+    ) -> None:
+        """Fill the gradients; that of the change has shape (0,) where it is of the same type."""
+
     def description(self) -> str:
         """A few words on what it runs with here, for a report; or nothing."""

@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tir_kernels.backends.triton.kernels import (
+    add_norm,
     attention_backward,
     attention_forward,
     attention_statistics,
@@ -35,6 +36,7 @@ MODULES = (
     attention_forward,
     attention_backward,
     attention_statistics,
+    add_norm,
     dropout,
     relevance,
     selection,
@@ -118,6 +120,11 @@ def run_launcher(case: dict[str, Any]) -> None:
             tensor(width, features) if has_proj else None,
             1,
         )
+    elif case["kernel"] == "add_norm":
+        rows, change = tensor(50, case["width"]), tensor(50, case["width"], dtype=torch.bfloat16)
+        gain = tensor(case["width"], dtype=torch.float32)
+        add_norm.add_norm(rows, change, gain, gain, 1e-5, rows, change)
+        add_norm.add_norm_backward(rows, gain, rows, change, 1e-5, rows, change)
     elif case["kernel"] == "dropout":
         rows = tensor(2, 25, length, case["width"])
         kept = tensor(2, 3, 25, length, case["width"])

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,3 +125,9 @@ class TritonBackend:
 
     def philox_dropout(self, inputs: DropoutInputs, output: Tensor) -> None:
         _kernels("dropout").philox_dropout(*inputs, output)
+
+    def add_norm(self, *arguments: Any) -> None:
+        _kernels("add_norm").add_norm(*arguments)
+
+    def add_norm_backward(self, *arguments: Any) -> None:
+        _kernels("add_norm").add_norm_backward(*arguments)
