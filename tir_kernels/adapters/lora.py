@@ -161,19 +161,20 @@ class LoRA(Handle):
         self._step += 1
 
     @contextmanager
-    def one_pass(self) -> Iterator[None]:
+    def one_pass(self) -> Iterator[list[Tensor]]:
         """Convert all factors at once to the type of the autocast region around the context.
 
         For one forward pass: the factors, and the step of seeded dropout, must not change inside of
-        it. Results are the same as without; on a GPU it saves launches.
+        it. Results are the same as without; on a GPU it saves launches. The context gives the
+        tensors that were made.
         """
         low_ranks = self._low_ranks()
         dtype = autocast_dtype(low_ranks[0].a.device.type)
         if dtype is None:
-            yield
+            yield []
             return
-        with one_pass(low_ranks, low_ranks[0].scaling, self._step, dtype):
-            yield
+        with one_pass(low_ranks, low_ranks[0].scaling, self._step, dtype) as made:
+            yield made
 
     def form_products(self, mode: bool = True) -> None:
         """Multiply with B A as one matrix, as the formula is written, only to measure that."""

@@ -43,8 +43,10 @@ def shared_parts(layer: Any, dtype: torch.dtype) -> Shared | None:
 @contextmanager
 def one_pass(
     layers: Sequence[Any], scaling: float, step: Tensor, dtype: torch.dtype
-) -> Iterator[None]:
+) -> Iterator[list[Tensor]]:
     """Convert the factors of all layers at once, for the forward pass inside of the context.
+
+    It gives the tensors that it made.
 
     Layer by layer, each factor would take a launch or two on a GPU, and its gradient as many.
 
@@ -61,7 +63,7 @@ def one_pass(
     found = {id(layer): Shared(a, b, step) for layer, a, b in parts}
     token = _SHARED.set({**_SHARED.get(), **found})
     try:
-        yield
+        yield [*cast, step]
     finally:
         _SHARED.reset(token)
 
