@@ -13,6 +13,7 @@ An operator counts as one kernel, with these exceptions:
   ``weighted_attention_backward``: 2 (row sums, gradients).
 - Writing at indices that may repeat (``index_put`` that accumulates): 8, most of them to sort.
 - The gradient of a slice or of one entry: 2 (zeros, and a copy into them).
+- ``factor_gradient``: 2 (parts, and their sum).
 - A fused optimizer or ``_foreach`` operator: as many as its lists of tensors fill.
 
 A layer normalisation's backward pass counts as one, its weights being frozen. What cuBLAS launches
@@ -56,6 +57,7 @@ _MORE_THAN_ONE = {
     "token_weights": 2,
     "reweighted_attention": 2,
     "weighted_attention_backward": 2,
+    "factor_gradient": 2,
     "slice_backward": 2,
     "select_backward": 2,
 }
@@ -215,6 +217,7 @@ def as_on_a_gpu() -> Iterator[None]:
     swapped: list[tuple[Any, str, Callable]] = [
         (F, "layer_norm", in_float32),
         (frozen_projection, "writes_transposed", lambda rows: True),
+        (frozen_projection, "drops_as_it_reads", lambda rows: True),
         (attention, "_has_cpu_kernels", lambda: False),
         (OpenedMlp, "_kind", lambda self, layers: None),
         (norms, "are_fused", lambda hidden: True),

@@ -26,7 +26,7 @@ def no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a backend was asked for")
 
     modules = "relevance weighted_attention attention_statistics dropout bias_activation add_norm"
-    for name in modules.split():
+    for name in [*modules.split(), "dropped_product"]:
         monkeypatch.setattr(f"tir_kernels.operators.{name}.choose_backend", fail)
 
 

@@ -65,7 +65,8 @@ def test_frozen_projection_is_what_its_parts_are(
     monkeypatch, is_on_gpu: bool, num_episodes: int | None, dropout: float, precision: str
 ) -> None:
     """The one function with its own gradient equals projection and change, one after the other."""
-    monkeypatch.setattr(frozen_projection, "writes_transposed", lambda rows: is_on_gpu)
+    for choice in ("writes_transposed", "drops_as_it_reads"):
+        monkeypatch.setattr(frozen_projection, choice, lambda rows: is_on_gpu)
     low_rank = make_low_rank(24, 4, dropout, False, num_episodes)
     nn.init.normal_(low_rank.b, std=0.3)
     low_rank.randomness = PhiloxRandomness(

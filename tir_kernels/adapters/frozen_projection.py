@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tir_kernels.operators.dropout import philox_dropout
+from tir_kernels.operators.dropped_product import dropped_product, factor_gradient
 from tir_kernels.operators.second_derivative import differentiable_once
 from tir_kernels.precision import autocast_dtype, without_autocast
 
@@ -30,12 +31,37 @@ class Dropping(NamedTuple):
             rows,
             self.seeds,
             self.step,
-            stream=self.stream,
-            first_branch=self.first_branch,
             num_branches=count,
-            probability=self.probability,
-            backend=self.backend,
+            **self._options,
         )
+
+    def product(self, rows: Tensor, factor: Tensor) -> Tensor:
+        """(G, S, T, D), dropped, times (G, K, rank, D) -> (G, K, S T, rank)."""
+        if drops_as_it_reads(rows):
+            return dropped_product(rows, self.seeds, self.step, factor, **self._options)
+        dropped = self._batched(rows, factor.shape[1])
+        return torch.bmm(dropped, factor.flatten(0, 1).mT).unflatten(0, factor.shape[:2])
+
+    def factor_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
+        """The factor's gradient (G, K, rank, D), from that of the product."""
+        if drops_as_it_reads(rows):
+            return factor_gradient(rows, self.seeds, self.step, grad, **self._options)
+        dropped = self._batched(rows, grad.shape[1])
+        return torch.bmm(grad.flatten(0, 1).mT, dropped).unflatten(0, grad.shape[:2])
+
+    def _batched(self, rows: Tensor, count: int) -> Tensor:
+        """(G, S, T, D), dropped -> (G K, S T, D)."""
+        return self.of(rows, count).flatten(2, 3).flatten(0, 1)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        names = ("stream", "first_branch", "probability", "backend")
+        return {name: getattr(self, name) for name in names}
+
+
+def drops_as_it_reads(rows: Tensor) -> bool:
+    """Whether products drop such rows as they read them: on a GPU, where a kernel does."""
+    return rows.is_cuda
 
 
 class FrozenProjection(torch.autograd.Function):
@@ -64,9 +90,7 @@ class FrozenProjection(torch.autograd.Function):
             together = torch.bmm(rows.flatten(1, 2), a.flatten(1, 2).mT)
             compressed = together.unflatten(2, (count, rank)).transpose(1, 2)
         else:
-            dropped = dropping.of(rows, count).flatten(2, 3)
-            compressed = torch.bmm(dropped.flatten(0, 1), a.flatten(0, 1).mT)
-            compressed = compressed.unflatten(0, (episodes, count))
+            compressed = dropping.product(rows, a)
         parts = _of_maps(projected, b)
         for batch in _batches(episodes, count):
             parts[batch].baddbmm_(compressed[batch], b[batch].mT)
@@ -96,8 +120,7 @@ class FrozenProjection(torch.autograd.Function):
                 together = grad_compressed.transpose(1, 2).flatten(2)
                 grad_a = torch.bmm(together.mT, rows.flatten(1, 2)).view_as(a)
             else:
-                dropped = ctx.dropping.of(rows, count).flatten(2, 3).flatten(0, 1)
-                grad_a = torch.bmm(grad_compressed.flatten(0, 1).mT, dropped).view_as(a)
+                grad_a = ctx.dropping.factor_gradient(rows, grad_compressed)
         return grad_tokens, None, None, grad_a, grad_b, None
 
 

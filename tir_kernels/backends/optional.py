@@ -41,6 +41,15 @@ class OptionalOperations(Protocol):
     def philox_dropout(self, inputs: DropoutInputs, output: Tensor) -> None:
         """Fill ``output`` (G, K, S, T, D); ``csrc/include/tir/adapters.h`` says how."""
 
+    def dropped_product(self, inputs: DropoutInputs, factor: Tensor, output: Tensor) -> bool:
+        """Fill ``output`` (G, K, S T, R) with dropped rows times (G, K, R, D), if it takes this R.
+
+        All are contiguous and of one type. ``philox_dropout`` and a product do the same.
+        """
+
+    def factor_gradient(self, inputs: DropoutInputs, grad: Tensor, output: Tensor) -> bool:
+        """Fill ``output`` (G, K, R, D) with the gradient of the factor from (G, K, S T, R)."""
+
     def bias_activation(
         self, hidden: Tensor, bias: Tensor | None, kind: str, grad_output: Tensor | None
     ) -> Tensor:
