@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
 from click.testing import CliRunner
+from fewshot.training_cases import EPISODES, METHOD, assert_same, make_tokenizer, steady_model
 from torch import Tensor
 
-from bench.step_kernels import Count, KernelCounter, count_step, main
+from bench.step_kernels import Count, KernelCounter, as_on_a_gpu, count_step, main
+from tir_kernels.fewshot import EpisodeResult, finetune_episodes
 from tir_kernels.fewshot.methods.tir import TIR
 
 BUDGET = 772  # kernels of a step of ViT-B/16 in bfloat16, placement "tokens"
@@ -25,6 +30,19 @@ def test_a_step_stays_within_its_budget(step: Count) -> None:
 def test_the_budget_is_what_a_step_needs(step: Count) -> None:
     """Or a later change could eat up what was saved unseen."""
     assert step.total > 0.98 * BUDGET
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("placement", ["tokens", "attention"])
+def test_the_path_that_is_counted_trains_as_the_other_does(placement: str, dropout: float) -> None:
+    method = replace(METHOD, lora_dropout=dropout, placement=placement)
+
+    def train(path: AbstractContextManager[None]) -> list[EpisodeResult]:
+        with path:
+            return finetune_episodes(steady_model(method), make_tokenizer(), EPISODES, method)
+
+    for ours, theirs in zip(train(as_on_a_gpu()), train(nullcontext()), strict=True):
+        assert_same(ours, theirs)
 
 
 def test_all_of_the_step_is_counted(step: Count) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,7 @@ def is_fusible(norm: nn.Module) -> bool:
 
 
 @torch.compiler.assume_constant_result
+@functools.cache
 def _has_gpu_kernels() -> bool:
     return not load_backend("triton").unavailable()
 
