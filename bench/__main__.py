@@ -1,4 +1,4 @@
-"""``python -m bench``, and ``python -m bench model``."""
+"""``python -m bench``, ``python -m bench model`` and ``python -m bench kernels``."""
 
 import sys
 
@@ -7,6 +7,10 @@ if __name__ == "__main__":
         from bench.model import main
 
         main(sys.argv[2:], prog_name="python -m bench model")
+    elif sys.argv[1:2] == ["kernels"]:
+        from bench.step_kernels import main
+
+        main(sys.argv[2:], prog_name="python -m bench kernels")
     else:
         from bench.command import main
 

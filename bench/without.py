@@ -85,6 +85,7 @@ _PARTS: dict[str, list[tuple[Any, str, Any]]] = {
     "image_batches": [(batch, "CLASSIFIED_AT_ONCE", 1)],
     "fused_layers": [
         (towers, "frozen_mlps", lambda model, backend: nullcontext()),
+        (towers, "frozen_norms", lambda model, backend: nullcontext()),
         (towers, "cast_blocks", lambda model, dtype: nullcontext()),
     ],
     "step_graph": [(batch, "RepeatedStep", _step_without_graph)],

@@ -5,6 +5,7 @@ import torch
 from low_rank_parts import make_low_rank, opened
 from torch import Tensor, nn
 
+from tir_kernels.adapters import frozen_projection
 from tir_kernels.adapters.low_rank import LowRank, PhiloxRandomness
 
 
@@ -58,9 +59,14 @@ def test_one_input_only() -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("num_episodes", [None, 2])
-def test_frozen_projection_is_what_its_parts_are(num_episodes, dropout: float, precision: str):
+@pytest.mark.parametrize("num_episodes", [None, 2, 4])  # fewer than the three maps, and more
+@pytest.mark.parametrize("is_on_gpu", [False, True])
+def test_frozen_projection_is_what_its_parts_are(
+    monkeypatch, is_on_gpu: bool, num_episodes: int | None, dropout: float, precision: str
+) -> None:
     """The one function with its own gradient equals projection and change, one after the other."""
+    for choice in ("writes_transposed", "drops_as_it_reads"):
+        monkeypatch.setattr(frozen_projection, choice, lambda rows: is_on_gpu)
     low_rank = make_low_rank(24, 4, dropout, False, num_episodes)
     nn.init.normal_(low_rank.b, std=0.3)
     low_rank.randomness = PhiloxRandomness(

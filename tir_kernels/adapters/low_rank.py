@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tir_kernels.adapters.frozen_projection import Dropping, FrozenProjection
+from tir_kernels.adapters.one_pass import shared_parts
 from tir_kernels.operators.choose import backend_with
-from tir_kernels.operators.dropout import philox_dropout
-from tir_kernels.operators.second_derivative import differentiable_once
-from tir_kernels.precision import autocast_dtype, without_autocast
+from tir_kernels.precision import autocast_dtype
 
 
 @dataclass(frozen=True)
@@ -138,20 +138,9 @@ class LowRank(nn.Module):
         count = self.a.shape[-3]
         if self.randomness is None:
             return F.dropout(rows[:, None].expand(-1, count, -1, -1, -1), self.dropout)
-        return rows[:, None] * self._philox_dropout(torch.ones_like(rows), 0, count)
-
-    def _philox_dropout(self, rows: Tensor, first: int, count: int) -> Tensor:
-        assert self.randomness is not None
-        return philox_dropout(
-            rows,
-            self.randomness.seeds,
-            self.randomness.step,
-            stream=self.randomness.stream,
-            first_branch=first,
-            num_branches=count,
-            probability=self.dropout,
-            backend=self.backend,
-        )
+        seeds, step, stream = self.randomness.seeds, self.randomness.step, self.randomness.stream
+        dropping = Dropping(seeds, step, stream, 0, self.dropout, self.backend)
+        return rows[:, None] * dropping.of(torch.ones_like(rows), count)
 
     def project(
         self,
@@ -179,91 +168,24 @@ class LowRank(nn.Module):
         is_repeatable = not self._drops or self.randomness is not None
         is_fusible = is_frozen and is_repeatable and not self.passes_input_gradient
         if is_fusible and not self.forms_product:
-            branches = slice(first, first + count)
-            return _FrozenProjection.apply(
-                tokens, weight, bias, self.a[..., branches, :, :], self.b[..., branches, :, :],
-                self, first,
-            )  # fmt: skip
+            a, b, dropping = self._parts(tokens, first, count)
+            return FrozenProjection.apply(tokens, weight, bias, a, b, dropping)
         projected = F.linear(tokens, weight, bias)
         return projected + self(tokens)[..., chosen].to(projected.dtype)
 
-
-class _FrozenProjection(torch.autograd.Function):
-    """A frozen projection and its change, in one buffer, from one copy of the tokens.
-
-    The backward pass drops again instead of keeping what was left of the tokens, once for each map.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        tokens: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        low_rank: LowRank,
-        first: int,
-    ) -> Tensor:
+    def _parts(self, tokens: Tensor, first: int, count: int) -> tuple[Tensor, Tensor, Any]:
+        """A (G, K, rank, D), scaled B (G, K, O, rank) and the dropout of some of the maps."""
         dtype = autocast_dtype(tokens.device.type) or tokens.dtype
-        tokens = tokens.to(dtype)
-        projected = F.linear(tokens, weight, bias)
-        num_episodes = 1 if a.dim() == 3 else len(a)
-        factor_a = a.reshape(num_episodes, *a.shape[-3:]).to(dtype)
-        factor_b = (b * low_rank.scaling).reshape(num_episodes, *b.shape[-3:]).to(dtype)
-        rows = tokens.reshape(num_episodes, -1, *tokens.shape[-2:])
-        step = None
-        if low_rank._drops and low_rank.randomness is not None:
-            step = low_rank.randomness.step.clone()
-        dropped = _FrozenProjection._dropped(rows, low_rank, first, b.shape[-3], step)
-        ctx.low_rank, ctx.first, ctx.shapes = low_rank, first, (a.shape, b.shape)
-        parts = projected.view(num_episodes, -1, *b.shape[-3:-1])  # (G, rows, K, O)
-        compressed = [torch.bmm(own, factor_a[:, k].mT) for k, own in enumerate(dropped)]
-        for k, own in enumerate(compressed):
-            parts[:, :, k].baddbmm_(own, factor_b[:, k].mT)
-        # The parameters themselves: what a second derivative would be taken with respect to.
-        ctx.save_for_backward(a, b, rows, weight, factor_b, step, *compressed)
-        return projected
-
-    @staticmethod
-    def _dropped(
-        rows: Tensor, low_rank: LowRank, first: int, count: int, step: Tensor | None
-    ) -> list[Tensor]:
-        """K times (G, rows, D)."""
-        randomness = low_rank.randomness
-        if step is None or randomness is None:
-            return [rows.flatten(1, 2)] * count
-        dropped = philox_dropout(
-            rows,
-            randomness.seeds,
-            step,
-            stream=randomness.stream,
-            first_branch=first,
-            num_branches=count,
-            probability=low_rank.dropout,
-            backend=low_rank.backend,
-        )
-        return list(dropped.flatten(2, 3).unbind(1))
-
-    @staticmethod
-    @differentiable_once("add LoRA with passes_input_gradient=True")
-    def backward(ctx: Any, saved: tuple, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _, _, rows, weight, factor_b, step, *compressed = saved
-        a_shape, b_shape = ctx.shapes
-        # All types are chosen here, whatever region the pass runs in.
-        with without_autocast(grad.device.type):
-            grad_tokens = None
-            if ctx.needs_input_grad[0]:
-                grad_tokens = torch.matmul(grad, weight.to(grad.dtype))
-            count = b_shape[-3]
-            parts = grad.reshape(len(rows), -1, count, b_shape[-2])
-            dropped = _FrozenProjection._dropped(rows, ctx.low_rank, ctx.first, count, step)
-            grads_a, grads_b = [], []
-            for k in range(count):
-                part = parts[:, :, k]
-                grads_b.append(torch.bmm(compressed[k].mT, part).mT)
-                grad_compressed = torch.bmm(part, factor_b[:, k])
-                grads_a.append(torch.bmm(grad_compressed.mT, dropped[k]))
-            grad_a = torch.stack(grads_a, 1).float().view(a_shape)
-            grad_b = torch.stack(grads_b, 1).float().mul_(ctx.low_rank.scaling).view(b_shape)
-        return grad_tokens, None, None, grad_a, grad_b, None, None
+        shared = shared_parts(self, dtype)
+        if shared is None:
+            a, b = self.a.to(dtype), (self.b * self.scaling).to(dtype)
+        else:
+            a, b = shared.a, shared.b
+        a, b = (factor if factor.dim() == 4 else factor[None] for factor in (a, b))
+        if count < a.shape[1]:
+            a, b = (factor[:, first : first + count] for factor in (a, b))
+        if not self._drops or self.randomness is None:
+            return a, b, None
+        seeds, step, stream = self.randomness.seeds, self.randomness.step, self.randomness.stream
+        step = step.clone() if shared is None else shared.step
+        return a, b, Dropping(seeds, step, stream, first, self.dropout, self.backend)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +60,7 @@ class Reweighting(Handle):
         self._backend = backend
         self._order = order
         self._class_embeddings: Tensor | None = None
+        self._ready: Callable[[], None] | None = None
         blocks = tower.blocks
         self._places = [(blocks[layer], _ReweightedBlock(self, layer)) for layer in layers]
         try:
@@ -92,6 +93,9 @@ class Reweighting(Handle):
                 "class embeddings are not set: call handle.set_class_embeddings((C, E) tensor) "
                 "before the model's first forward pass; reweighting_of(model) gives the handle"
             )
+        ready, self._ready = self._ready, None
+        if ready is not None:
+            ready()
         return self._class_embeddings
 
     def weights(self, tokens: Tensor, layer: int) -> TokenWeights:
@@ -109,11 +113,14 @@ class Reweighting(Handle):
         parts = [weights[:, :prefix], hand_out(weights[:, prefix:], counts, order)]
         return TokenWeights(torch.cat(parts, 1), hand_out(counts, counts, order))
 
-    def set_class_embeddings(self, class_embeddings: Tensor) -> None:
+    def set_class_embeddings(
+        self, class_embeddings: Tensor, ready: Callable[[], None] | None = None
+    ) -> None:
         """Set the classes whose relevance decides; needed before the first forward pass.
 
         Args:
             class_embeddings: (C, E), or (G, C, E) for G groups of images; no gradient flows to it.
+            ready: Called once before they are first read, for what another stream of a GPU makes.
 
         Raises:
             TypeError, ValueError: No tensor of such a shape.
@@ -127,7 +134,7 @@ class Reweighting(Handle):
                 "class_embeddings must have shape (C, E) or (G, C, E); "
                 f"got {tuple(class_embeddings.shape)}"
             )
-        self._class_embeddings = class_embeddings.detach()
+        self._class_embeddings, self._ready = class_embeddings.detach(), ready
 
     def remove(self) -> None:
         for block, adapter in self._places:

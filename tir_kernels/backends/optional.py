@@ -41,10 +41,43 @@ class OptionalOperations(Protocol):
     def philox_dropout(self, inputs: DropoutInputs, output: Tensor) -> None:
         """Fill ``output`` (G, K, S, T, D); ``csrc/include/tir/adapters.h`` says how."""
 
+    def dropped_product(self, inputs: DropoutInputs, factor: Tensor, output: Tensor) -> bool:
+        """Fill ``output`` (G, K, S T, R) with dropped rows times (G, K, R, D), if it takes this R.
+
+        All are contiguous and of one type. ``philox_dropout`` and a product do the same.
+        """
+
+    def factor_gradient(self, inputs: DropoutInputs, grad: Tensor, output: Tensor) -> bool:
+        """Fill ``output`` (G, K, R, D) with the gradient of the factor from (G, K, S T, R)."""
+
     def bias_activation(
         self, hidden: Tensor, bias: Tensor | None, kind: str, grad_output: Tensor | None
     ) -> Tensor:
         """The activation, or the gradient of ``hidden`` where there is one of the output."""
+
+    def add_norm(
+        self,
+        hidden: Tensor,
+        change: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        total: Tensor,
+        normed: Tensor,
+    ) -> None:
+        """Fill ``total``, if there is a change, and ``normed``; all rows are contiguous."""
+
+    def add_norm_backward(
+        self,
+        total: Tensor,
+        weight: Tensor,
+        grad_total: Tensor | None,
+        grad_normed: Tensor,
+        eps: float,
+        grad_hidden: Tensor,
+        grad_change: Tensor,
+    ) -> None:
+        """Fill the gradients; that of the change has shape (0,) where it is of the same type."""
 
     def description(self) -> str:
         """A few words on what it runs with here, for a report; or nothing."""

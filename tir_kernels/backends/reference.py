@@ -289,6 +289,44 @@ def bias_activation(
     return (grad_output.to(dtype) * slope).to(hidden.dtype)
 
 
+def add_norm(
+    hidden: Tensor,
+    change: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    total: Tensor,
+    normed: Tensor,
+) -> None:
+    """Fill the sum, if there is a change, and it normalised."""
+    if change is not None:
+        hidden = total.copy_(hidden + change)
+    dtype = compute_dtype(hidden)
+    gains = weight.to(dtype), None if bias is None else bias.to(dtype)
+    normed.copy_(F.layer_norm(hidden.to(dtype), hidden.shape[-1:], *gains, eps))
+
+
+def add_norm_backward(
+    total: Tensor,
+    weight: Tensor,
+    grad_total: Tensor | None,
+    grad_normed: Tensor,
+    eps: float,
+    grad_hidden: Tensor,
+    grad_change: Tensor,
+) -> None:
+    """Fill the gradient of the sum, and where it has room, the same in another type."""
+    dtype = compute_dtype(total)
+    centred = total.to(dtype) - total.to(dtype).mean(-1, keepdim=True)
+    scale = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    normed, slope = centred * scale, grad_normed.to(dtype) * weight.to(dtype)
+    along_normed = (slope * normed).mean(-1, keepdim=True)
+    grad = scale * (slope - slope.mean(-1, keepdim=True) - normed * along_normed)
+    grad_hidden.copy_(grad if grad_total is None else grad + grad_total)
+    if grad_change.numel():
+        grad_change.copy_(grad if grad_total is None else grad + grad_total)
+
+
 class ReferenceBackend:
     """Plain PyTorch, on any device and in float64 too."""
 
@@ -300,6 +338,8 @@ class ReferenceBackend:
     attention_statistics = staticmethod(attention_statistics)
     philox_dropout = staticmethod(philox_dropout)
     bias_activation = staticmethod(bias_activation)
+    add_norm = staticmethod(add_norm)
+    add_norm_backward = staticmethod(add_norm_backward)
 
     def unavailable(self) -> str:
         return ""

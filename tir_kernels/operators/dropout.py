@@ -51,6 +51,25 @@ def philox_dropout(
             dropout.
         RuntimeError: A backend that cannot run here.
     """
+    numbers = check_dropout(
+        rows, seeds, step, (stream, first_branch, num_branches), probability, backend
+    )
+    return OPS.philox_dropout(rows.detach(), seeds, step, *numbers, backend)
+
+
+def check_dropout(
+    rows: Tensor,
+    seeds: Tensor,
+    step: Tensor,
+    places: tuple[int, int, int],
+    probability: float,
+    backend: str,
+) -> tuple[int, int, int, float]:
+    """The numbers of a dropout as such: of its ``places``, the stream and branches, and the last.
+
+    Raises:
+        ValueError, TypeError: An unsuitable one.
+    """
     require_backend(backend)
     require_tensor("rows", rows, "(G, S, T, D)")
     for name, tensor, shape in (("seeds", seeds, rows.shape[:1]), ("step", step, (1,))):
@@ -66,17 +85,17 @@ def philox_dropout(
     probability = real_number("probability", probability)
     if not 0 <= probability < 1:
         raise ValueError(f"probability must lie in [0, 1); got {probability}")
-    stream = whole_number("stream", stream)
-    first_branch = whole_number("first_branch", first_branch)
-    num_branches = whole_number("num_branches", num_branches)
+    names = ("stream", "first_branch", "num_branches")
+    stream, first_branch, num_branches = (
+        whole_number(name, place) for name, place in zip(names, places, strict=True)
+    )
     end_branch = first_branch + num_branches
     if not (0 <= stream < 256 and 0 <= first_branch <= end_branch <= 256):
         raise ValueError(
             f"stream and branches must lie in [0, 256); got stream {stream}, branches "
             f"{first_branch} to {end_branch - 1}"
         )
-    numbers = (stream, first_branch, num_branches, probability)
-    return OPS.philox_dropout(rows.detach(), seeds, step, *numbers, backend)
+    return stream, first_branch, num_branches, probability
 
 
 @define(
@@ -89,13 +108,19 @@ def _philox_dropout(*arguments: Any) -> Tensor:
     output = _fake_dropout(*arguments)
     if output.numel() == 0:
         return output
+    inputs = dropout_inputs(rows, seeds, step, stream, first_branch, probability)
+    backend.philox_dropout(inputs, output)
+    return output
+
+
+def dropout_inputs(
+    rows: Tensor, seeds: Tensor, step: Tensor, stream: int, first_branch: int, probability: float
+) -> DropoutInputs:
+    """What a backend is given."""
     # 16 bits decide: what is drawn has a probability that is a multiple of 2^-16.
     threshold = min(round(probability * 2**16), 2**16 - 1)
     scale = 1 / (1 - threshold / 2**16)
-    rows = rows.contiguous()
-    inputs = DropoutInputs(rows, seeds, step, stream, first_branch, threshold, scale)
-    backend.philox_dropout(inputs, output)
-    return output
+    return DropoutInputs(rows.contiguous(), seeds, step, stream, first_branch, threshold, scale)
 
 
 @define_fake("philox_dropout")

@@ -164,8 +164,9 @@ def split_heads(projected: Tensor, num_heads: int, parts: slice) -> tuple[Tensor
     """(B, L, parts H d) -> (B, H, L, d) for each of the parts, without a copy."""
     batch, length, width = projected.shape
     count = parts.stop - parts.start
-    heads = projected.view(batch, length, count, num_heads, width // (count * num_heads))
-    return heads.permute(2, 0, 3, 1, 4).unbind(0)
+    # Not one view of all: then their gradients would be stacked, and copied back in order.
+    whole = (projected,) if count == 1 else projected.split(width // count, dim=2)
+    return tuple(part.view(batch, length, num_heads, -1).transpose(1, 2) for part in whole)
 
 
 def join_heads(attended: Tensor) -> Tensor:

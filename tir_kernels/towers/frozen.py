@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from tir_kernels.operators.choose import backend_with
+from tir_kernels.towers import norms
 from tir_kernels.towers.blocks import BlockBase
 from tir_kernels.towers.find import open_tower
 from tir_kernels.towers.mlp import FusedActivation, OpenedMlp
+from tir_kernels.towers.norms import FusedNorm, OpenedNorm
 from tir_kernels.towers.opening import Opened, is_untouched, put_on, take_off
 
 
@@ -38,6 +40,34 @@ def frozen_mlps(model: nn.Module, backend: str = "auto") -> Iterator[None]:
         for module, block in _layers(model):
             stand_in = block.opened.get(type(module))
             if stand_in and issubclass(stand_in, OpenedMlp) and is_untouched(module):
+                served.append(module)
+                put_on(module, fused, block.opened)
+        yield
+    finally:
+        for module in served:
+            take_off(module, fused)
+
+
+@contextmanager
+def frozen_norms(model: nn.Module, backend: str = "auto") -> Iterator[None]:
+    """Let blocks on a GPU add, normalise and convert in one kernel, where their norms are frozen.
+
+    Autocast normalises in float32 and converts there and back; the results are the same, and those
+    of open_clip's usual blocks are served. The towers must run in parts. A norm that learns or has
+    hooks runs as ever.
+
+    Args:
+        model: A model with towers that can be opened.
+        backend: Backend of ``add_norm`` where it offers that.
+    """
+    fused = FusedNorm(backend_with(backend, "add_norm"))
+    served: list[nn.Module] = []
+    try:
+        for module, block in _layers(model):
+            stand_in = block.opened.get(type(module))
+            if not (stand_in and issubclass(stand_in, OpenedNorm)):
+                continue
+            if norms.is_fusible(module) and norms.are_fused(module.weight):  # type: ignore[arg-type]
                 served.append(module)
                 put_on(module, fused, block.opened)
         yield

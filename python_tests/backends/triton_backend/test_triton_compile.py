@@ -79,12 +79,32 @@ def dropout_cases() -> list[dict[str, Any]]:
     ]
 
 
+def norm_cases() -> list[dict[str, Any]]:
+    return [
+        {"kernel": "add_norm", "dtype": dtype, "width": width}
+        for dtype, width in [("float32", 512), ("bfloat16", 768), ("float32", 1280)]
+    ]
+
+
+def dropped_product_cases() -> list[dict[str, Any]]:
+    return [
+        {"kernel": "dropped_product", "dtype": dtype, "width": 768, "length": length}
+        for dtype, length in [("float32", 197), ("bfloat16", 197), ("bfloat16", 9)]
+    ]
+
+
+MAKERS = (
+    *(attention_cases, relevance_cases, selection_cases),
+    *(dropout_cases, norm_cases, dropped_product_cases),
+)
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The compiler's word on each kernel, kept for as long as the kernels stay as they are."""
     cases = [
         {**case, "arch": arch, "weights_grad": True}
-        for make in (attention_cases, relevance_cases, selection_cases, dropout_cases)
+        for make in MAKERS
         for case in make()
         for arch in SHARED_MEMORY
     ]
@@ -120,6 +140,11 @@ def test_every_kernel_compiles(compiled: list[dict[str, Any]]) -> None:
             "column_statistics_kernel",
             "relevance_kernel",
             "philox_dropout_kernel",
+            "dropped_product_kernel",
+            "factor_gradient_kernel",
+            "add_splits_kernel",
+            "add_norm_kernel",
+            "add_norm_backward_kernel",
             "selection_kernel",
         }
 
@@ -140,7 +165,7 @@ def test_tiles_fit_into_registers(compiled: list[dict[str, Any]]) -> None:
 def test_tensor_cores_serve_16_bit_types(compiled: list[dict[str, Any]]) -> None:
     for result in compiled:
         case, used = result["case"], set(result["tensor_core"])
-        if case["kernel"] == "dropout":
+        if case["kernel"] in ("dropout", "dropped_product", "add_norm"):
             continue
         if case["dtype"] == "float32":
             assert not used, f"float32 must not be rounded to what tensor cores take: {result}"

@@ -22,11 +22,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tir_kernels.backends.optional import DropoutInputs
 from tir_kernels.backends.triton.kernels import (
+    add_norm,
     attention_backward,
     attention_forward,
     attention_statistics,
     dropout,
+    dropped_product,
     relevance,
     selection,
 )
@@ -35,7 +38,9 @@ MODULES = (
     attention_forward,
     attention_backward,
     attention_statistics,
+    add_norm,
     dropout,
+    dropped_product,
     relevance,
     selection,
 )
@@ -118,6 +123,18 @@ def run_launcher(case: dict[str, Any]) -> None:
             tensor(width, features) if has_proj else None,
             1,
         )
+    elif case["kernel"] == "add_norm":
+        rows, change = tensor(50, case["width"]), tensor(50, case["width"], dtype=torch.bfloat16)
+        gain = tensor(case["width"], dtype=torch.float32)
+        add_norm.add_norm(rows, change, gain, gain, 1e-5, rows, change)
+        add_norm.add_norm_backward(rows, gain, rows, change, 1e-5, rows, change)
+    elif case["kernel"] == "dropped_product":
+        rows, factor = tensor(2, 25, length, case["width"]), tensor(2, 3, 16, case["width"])
+        seeds, step = tensor(2, dtype=torch.int64), tensor(1, dtype=torch.int64)
+        inputs = DropoutInputs(rows, seeds, step, 5, 0, 1 << 14, 4 / 3)
+        product = tensor(2, 3, 25 * length, 16)
+        dropped_product.dropped_product(inputs, factor, product)
+        dropped_product.factor_gradient(inputs, product, factor)
     elif case["kernel"] == "dropout":
         rows = tensor(2, 25, length, case["width"])
         kept = tensor(2, 3, 25, length, case["width"])

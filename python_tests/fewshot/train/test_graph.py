@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tir_kernels.fewshot.train.graph import RepeatedStep
+from tir_kernels.fewshot.train import graph
+from tir_kernels.fewshot.train.graph import LossLog, RepeatedStep
 
 WARM_UP = 3
 SECOND = torch.device("cuda", 1)
@@ -141,6 +142,76 @@ def test_other_failures_of_a_capture_stay_what_they_are(fake: FakeCuda) -> None:
     assert not isinstance(caught.value, torch.OutOfMemoryError)
 
 
+class LateEvent:
+    """Stands in for an event of a GPU: it comes when it is waited for, or with its turn."""
+
+    has_come = False
+
+    def record(self, stream: object) -> None:
+        self.has_come = False
+
+    def query(self) -> bool:
+        return self.has_come
+
+    def synchronize(self) -> None:
+        self.has_come = True
+
+
+class OnGpu:
+    """Stands in for losses on a GPU, whose copies are there at once."""
+
+    device = SECOND
+    dtype = torch.float32
+
+    def __init__(self, *values: float) -> None:
+        self._values = torch.tensor(values)
+        self.shape = self._values.shape
+
+    def detach(self) -> Tensor:
+        return self._values
+
+
+@pytest.fixture
+def pinned(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """All pinned memory that is made, which is none where there is no GPU."""
+    made: list[Tensor] = []
+    empty = torch.empty
+
+    def spy(*shape: object, pin_memory: bool = False, **options: object) -> Tensor:
+        tensor = empty(*shape, **options)
+        made.extend([tensor] if pin_memory else [])
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", spy)
+    monkeypatch.setattr(torch.cuda, "Event", LateEvent)
+    return made
+
+
+@pytest.mark.parametrize("steps", [1, graph._STEPS_AHEAD, 3 * graph._STEPS_AHEAD + 5])
+def test_losses_come_in_order_through_one_pinned_buffer(pinned: list[Tensor], steps: int) -> None:
+    seen: list[tuple[int, int, float]] = []
+    log = LossLog(2, lambda *arguments: seen.append(arguments))
+    for step in range(steps):
+        log.add(OnGpu(step, 1000 + step))  # type: ignore[arg-type]
+    assert len(seen) == 2 * max(0, steps - graph._STEPS_AHEAD)  # none is waited for before its turn
+    assert log.finish() == [[*range(steps)], [*range(1000, 1000 + steps)]]
+    assert seen == [(own, step, 1000.0 * own + step) for step in range(steps) for own in (0, 1)]
+    assert [tuple(each.shape) for each in pinned] == [(graph._STEPS_AHEAD, 2)]
+
+
+def test_losses_that_have_come_are_read(pinned: list[Tensor]) -> None:
+    log = LossLog(1, None)
+    log.add(OnGpu(1.0))  # type: ignore[arg-type]
+    assert log.losses == [[]]
+    log._under_way[0].is_filled.synchronize()
+    log.add(OnGpu(2.0))  # type: ignore[arg-type]
+    assert log.losses == [[1.0]]
+    assert log.finish() == [[1.0, 2.0]]
+    log.add(OnGpu(3.0))  # type: ignore[arg-type]
+    assert log.finish() == [[1.0, 2.0, 3.0]]
+    assert len(pinned) == 1
+
+
 def counting_step(device: torch.device) -> tuple[Tensor, Callable[[], Tensor]]:
     parameter = torch.zeros(4, device=device, requires_grad=True)
     optimizer = torch.optim.SGD([parameter], lr=1.0)
@@ -184,6 +255,16 @@ def test_a_graph_trains_every_step(is_second: bool) -> None:
         other.join()
     assert seen == [-4.0 * step for step in range(8)]
     assert parameter.tolist() == [8.0] * 4
+
+
+@pytest.mark.gpu
+def test_losses_of_a_gpu_are_read_in_order() -> None:
+    log, losses = LossLog(2, None), torch.zeros(2, device="cuda")
+    steps = 2 * graph._STEPS_AHEAD + 3
+    for _ in range(steps):
+        log.add(losses)
+        losses += 1
+    assert log.finish() == [[float(step) for step in range(steps)]] * 2
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,3 +125,23 @@ class TritonBackend:
 
     def philox_dropout(self, inputs: DropoutInputs, output: Tensor) -> None:
         _kernels("dropout").philox_dropout(*inputs, output)
+
+    def dropped_product(self, inputs: DropoutInputs, factor: Tensor, output: Tensor) -> bool:
+        kernels = _kernels("dropped_product")
+        if output.shape[-1] > kernels.MAX_RANK:
+            return False
+        kernels.dropped_product(inputs, factor, output)
+        return True
+
+    def factor_gradient(self, inputs: DropoutInputs, grad: Tensor, output: Tensor) -> bool:
+        kernels = _kernels("dropped_product")
+        if grad.shape[-1] > kernels.MAX_RANK:
+            return False
+        kernels.factor_gradient(inputs, grad, output)
+        return True
+
+    def add_norm(self, *arguments: Any) -> None:
+        _kernels("add_norm").add_norm(*arguments)
+
+    def add_norm_backward(self, *arguments: Any) -> None:
+        _kernels("add_norm").add_norm_backward(*arguments)

@@ -12,6 +12,7 @@ from tir_kernels.fewshot.methods.frozen_images import FrozenImages
 from tir_kernels.fewshot.methods.option_fields import context_rate, context_tokens, steps
 from tir_kernels.fewshot.methods.protocol import Kit, Learner, Method, ParameterGroup
 from tir_kernels.fewshot.methods.schedules import cosine
+from tir_kernels.fewshot.methods.second_stream import SecondStream
 from tir_kernels.fewshot.methods.templates import single_template, templates
 from tir_kernels.fewshot.methods.zero_shot import LOGIT_SCALE_HELP, TEMPLATE_HELP
 
@@ -148,14 +149,17 @@ class TunedTowers(Learner):
     Attributes:
         lora: Handle of the adapter.
         prompts: The class prompts.
+        beside: What lets the text tower run beside the image tower.
     """
 
     leaves_images_to_lora = True  # whether nothing else changes the image tower
+    # Whether ``logits``, where a learner has its own, calls ``beside.join`` before reading classes.
+    joins_late = False
 
     def __init__(self, method: LoRA, kit: Kit, lora: Adapter) -> None:
         from tir_kernels.fewshot.methods.prompts import Prompts, default_logit_scale
 
-        self.lora = lora
+        self.lora, self.beside = lora, SecondStream()
         self.prompts = Prompts.of_kit(kit, method.context_tokens, single_template(method.template))
         self._method = method
         self._encoder = kit.encoder
@@ -200,13 +204,23 @@ class TunedTowers(Learner):
         return self._encoder.features(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])
 
     def logits(self, inputs: Tensor, classes: Any) -> Tensor:
-        return self.cosine_logits(self.features(inputs), classes)
+        features = self.features(inputs)
+        self.beside.join()
+        return self.cosine_logits(features, classes)
 
     def cosine_logits(self, features: Tensor, classes: Tensor) -> Tensor:
         """(G, S, E) and unit (G, C, E) -> (G, S, C)."""
         from tir_kernels.fewshot.methods.prompts import cosine_logits
 
         return cosine_logits(features, classes, self._logit_scale)
+
+    def training_losses(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """(G,) losses of a step; on a GPU, the text tower runs beside the image tower."""
+        with self.lora.one_pass() as made:
+            classes = self.beside.run(self.classes, inputs.device, made)
+            if type(self).logits is not TunedTowers.logits and not self.joins_late:
+                self.beside.join()
+            return self.loss(self.logits(inputs, classes), labels)
 
     def parameters(self) -> list[ParameterGroup]:
         method = self._method

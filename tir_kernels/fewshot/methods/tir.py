@@ -117,6 +117,7 @@ class TIR(LoRA):
 
 class _Reweighted(TunedTowers):
     leaves_images_to_lora = False
+    joins_late = True
 
     def __init__(self, method: TIR, kit: Kit, lora: Adapter, reweighting: Reweighting) -> None:
         super().__init__(method, kit, lora)
@@ -154,7 +155,8 @@ class _Reweighted(TunedTowers):
 
     def show_classes(self, classes: Any) -> Tensor:
         final, deciding = classes
-        self.reweighting.set_class_embeddings(deciding)
+        ready = self.beside.join if self.beside.is_under_way else None
+        self.reweighting.set_class_embeddings(deciding, ready)
         return final
 
     def logits(self, inputs: Tensor, classes: Any) -> Tensor:

@@ -351,6 +351,7 @@ def _prepare(stack: ExitStack, model: nn.Module, runtime: Runtime) -> None:
     cuda_devices = [device] if device.type == "cuda" else []
     stack.enter_context(torch.random.fork_rng(devices=cuda_devices))
     stack.enter_context(towers.frozen_mlps(model, runtime.backend))
+    stack.enter_context(towers.frozen_norms(model, runtime.backend))
     stack.enter_context(towers.opened_attention(model))
     if runtime.precision != "float32":
         dtype = getattr(torch, runtime.precision)

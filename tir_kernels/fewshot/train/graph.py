@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _WARM_UP_STEPS = 3
+_STEPS_AHEAD = 64  # far enough that the device never waits for the processor
 
 
 class RepeatedStep:
@@ -90,6 +92,20 @@ class RepeatedStep:
         return losses
 
 
+class _Place(NamedTuple):
+    """Where a step's losses are copied to, and what tells that they are there."""
+
+    losses: Tensor  # (G,), pinned
+    is_filled: torch.cuda.Event
+
+
+def _places(losses: Tensor) -> list[_Place]:
+    """Places for the losses of as many steps as the processor may be ahead of the device."""
+    shape = (_STEPS_AHEAD, *losses.shape)
+    pinned = torch.empty(shape, dtype=losses.dtype, device="cpu", pin_memory=True)
+    return [_Place(row, torch.cuda.Event()) for row in pinned]
+
+
 class LossLog:
     """The losses of G episodes, step by step, each up to the first that is not finite.
 
@@ -105,21 +121,26 @@ class LossLog:
         self.losses: list[list[float]] = [[] for _ in range(size)]
         self._on_step = on_step
         self._steps_read = 0
-        self._under_way: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        # On a GPU: places that losses are copied to, those in use first. Pinned, or a copy would
+        # wait; a few that take turns, since the first uses of pinned memory wait too.
+        self._under_way: deque[_Place] = deque()
+        self._free: deque[_Place] = deque()
 
     def add(self, losses: Tensor) -> None:
         """Take a step's losses (G,) without waiting for them."""
         if losses.device.type != "cuda":
             self._read(losses)
             return
-        # Pinned, or the copy would wait.
-        copy = torch.empty(losses.shape, dtype=losses.dtype, device="cpu", pin_memory=True)
-        copy.copy_(losses.detach(), non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(losses.device))
-        self._under_way.append((copy, event))
-        while self._under_way and self._under_way[0][1].query():
-            self._read(self._under_way.popleft()[0])
+        if not self._free and not self._under_way:
+            self._free.extend(_places(losses))
+        if not self._free:
+            self._read_oldest()
+        place = self._free.popleft()
+        place.losses.copy_(losses.detach(), non_blocking=True)
+        place.is_filled.record(torch.cuda.current_stream(losses.device))
+        self._under_way.append(place)
+        while self._under_way and self._under_way[0].is_filled.query():
+            self._read_oldest()
 
     def resume(self, losses: list[list[float]]) -> None:
         """Go on behind the losses of an earlier part of the training."""
@@ -129,15 +150,20 @@ class LossLog:
     def finish(self) -> list[list[float]]:
         """Wait for what is under way, and return the losses."""
         while self._under_way:
-            copy, event = self._under_way.popleft()
-            event.synchronize()
-            self._read(copy)
+            self._read_oldest()
         return self.losses
 
     @property
     def all_failed(self) -> bool:
         """Whether no episode has a finite loss any more, as far as has been read."""
         return all(own and not math.isfinite(own[-1]) for own in self.losses)
+
+    def _read_oldest(self) -> None:
+        """Read the losses of the first step that is under way, once they have come."""
+        place = self._under_way.popleft()
+        place.is_filled.synchronize()
+        self._read(place.losses)
+        self._free.append(place)
 
     def _read(self, losses: Tensor) -> None:
         step, self._steps_read = self._steps_read, self._steps_read + 1

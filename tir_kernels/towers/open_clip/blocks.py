@@ -8,18 +8,21 @@ from typing import Any, ClassVar
 from open_clip.transformer import (
     Attention,
     CustomResidualAttentionBlock,
+    LayerNorm,
     QuickGELU,
     ResidualAttentionBlock,
 )
 from torch import Tensor, nn
 
+from tir_kernels.towers import norms
 from tir_kernels.towers.blocks import BlockBase
 from tir_kernels.towers.mlp import OpenedMlp
+from tir_kernels.towers.norms import OpenedNorm
 from tir_kernels.towers.open_clip.attention import (
     OpenedCustomAttention,
     OpenedMultiheadAttention,
 )
-from tir_kernels.towers.opening import Opened, require_own_forward
+from tir_kernels.towers.opening import NO_CHANGES, Opened, is_untouched, require_own_forward
 from tir_kernels.towers.protocol import Linear
 
 
@@ -70,8 +73,22 @@ class _OpenedCustomBlock(Opened, CustomResidualAttentionBlock):
 def _after_attention(block: Any, hidden: Tensor, attended: Tensor) -> Tensor:
     if isinstance(block, CustomResidualAttentionBlock):
         attended = block.ln_attn(attended)
-    hidden = hidden + block.ls_1(attended)
-    return hidden + block.ls_2(block.mlp(block.ln_2(hidden)))
+    hidden, tokens = _added_and_normed(block.ln_2, hidden, block.ls_1(attended))
+    return hidden + block.ls_2(block.mlp(tokens))
+
+
+def _added_and_normed(norm: Any, hidden: Tensor, change: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The sum, and it normalised."""
+    if norms.are_fused(hidden) and norms.are_opened(norm):
+        return norm.add(hidden, change)
+    hidden = hidden if change is None else hidden + change
+    return hidden, norm(hidden)
+
+
+class _OpenedNorm(OpenedNorm, LayerNorm):
+    """The usual norm of open_clip's blocks."""
+
+    plain = LayerNorm
 
 
 class _OpenedMlp(OpenedMlp, nn.Sequential):
@@ -93,6 +110,7 @@ class OpenClipBlock(BlockBase):
         nn.MultiheadAttention: OpenedMultiheadAttention,
         Attention: OpenedCustomAttention,
         nn.Sequential: _OpenedMlp,
+        LayerNorm: _OpenedNorm,
     }
     products: ClassVar[Mapping[type, tuple[str, ...]]] = {
         **BlockBase.products,
@@ -137,9 +155,35 @@ class OpenClipBlock(BlockBase):
         require_own_forward(attention)
 
     def __call__(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+        if norms.are_fused(hidden) and self._is_usual:
+            return self._in_fewer_passes(hidden, mask)
         if self.batch_first:
             return self.module(hidden, attn_mask=mask)
         return self.module(hidden.transpose(0, 1), attn_mask=mask).transpose(0, 1)
+
+    @property
+    def _is_usual(self) -> bool:
+        """Whether the block is open_clip's usual one, with opened parts and no hooks on it."""
+        block = self.module
+        return (
+            self.batch_first
+            and type(block) in (ResidualAttentionBlock, _OpenedBlock)
+            and is_untouched(block)
+            and isinstance(block.attn, OpenedMultiheadAttention)
+            and norms.are_opened(block.ln_1, block.ln_2)
+        )
+
+    def _in_fewer_passes(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """The usual block's output, with its sums, norms and conversions fused."""
+        block, changes = self.module, NO_CHANGES
+        if isinstance(block, Opened):
+            hidden, changes = block.enter(hidden)
+        hidden, tokens = block.ln_1.add(hidden, None)
+        mask = None if mask is None else mask.to(tokens.dtype)
+        attended, _ = block.attn(
+            tokens, tokens, tokens, need_weights=False, attn_mask=mask, changes=changes
+        )
+        return _after_attention(block, hidden, attended)
 
     def first_tokens(self, hidden: Tensor, count: int) -> Tensor | None:
         block = self.module
@@ -150,7 +194,8 @@ class OpenClipBlock(BlockBase):
             and isinstance(block.attn, (OpenedMultiheadAttention, OpenedCustomAttention))
         ):
             return None
-        attended = block.attn.first_tokens(block.ln_1(hidden), count)
+        hidden, tokens = _added_and_normed(block.ln_1, hidden, None)
+        attended = block.attn.first_tokens(tokens, count)
         return _after_attention(block, hidden[:, :count], attended)
 
 

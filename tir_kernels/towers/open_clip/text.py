@@ -104,8 +104,9 @@ class OpenClipText(EncodesText):
         return mask.repeat_interleave(owner.heads, 0)
 
     def pool(self, hidden: Tensor, last_position: Tensor) -> Tensor:
-        rows = torch.arange(len(hidden), device=hidden.device)
-        pooled = self.owner.ln_final(hidden[rows, last_position])
+        # Not by two indices, whose gradient a GPU would have to sort.
+        place = last_position[:, None, None].expand(-1, 1, hidden.shape[2])
+        pooled = self.owner.ln_final(hidden.gather(1, place)[:, 0])
         projection = self.owner.text_projection
         if projection is None:
             return pooled
