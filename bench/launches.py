@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import fmean
 
-from .sass.counts import WARP, KernelCounts
+from .sass.counts import WARP, KernelCounts, MainLoop
 
 FORWARD = "attention_forward_kernel<bfloat16, 64>"
 BACKWARD = "attention_backward_kernel<bfloat16, 64>"
@@ -139,23 +139,21 @@ def forward_work(
 ) -> Work:
     """What a block of the forward kernel does."""
     plan = _forward_plan(length, heads, multiprocessors, shared_memory)
-    (loop,) = kernel.main_loops
+    chunk, step = kernel.main_loops
     copy, copy_streamed = _copy_costs(kernel)
-    # Products with a chunk's missing keys keep their turn, by sixteens, but are not carried out.
-    passes = plan.chunks
-    full_passes = _padded(length) / _FORWARD_CHUNK
+    # The last keys come by sixteens, where they do not fill a chunk.
+    chunks, rest = divmod(_padded(length), _FORWARD_CHUNK)
     held = _ROW_COPIES * _HELD
     of_tile = Work(
-        instructions=passes * loop.instructions
-        + loop.around[0]
-        + held * (copy + max(kernel.stores)),
-        products=full_passes * loop.products,
-        exponentials=passes * loop.kinds["MUFU.EX2"],
+        instructions=chunk.around[0] + held * (copy + max(kernel.stores)),
+        products=0,
+        exponentials=0,
         # Queries are copied, read and, as outputs, written and read again.
-        shared=_FRAGMENT * (full_passes * loop.kinds["LDSM"] + 4 * held)
-        + passes * loop.kinds["LDS"],
+        shared=_FRAGMENT * 4 * held,
         cache_bytes=0,
     )
+    of_tile += _passes(chunk, chunks) + _passes(step, rest // _TILE)
+    of_tile += _once(step.around[0] if rest else 0)
     loads = 1 if plan.is_resident else plan.rounds
     rows = loads * _padded(length)
     of_block = Work(
@@ -167,7 +165,7 @@ def forward_work(
         cache_bytes=(2 * length / plan.parts + 2 * loads * length) * HEAD_DIM * _ITEM,
     )
     warps = plan.launch.warps
-    return of_tile * (plan.rounds * warps) + of_block + _once(warps * loop.around[-1])
+    return of_tile * (plan.rounds * warps) + of_block + _once(warps * chunk.around[-1])
 
 
 def backward_work(kernel: KernelCounts, length: int, shared_memory: int) -> Work:
@@ -181,15 +179,13 @@ def backward_work(kernel: KernelCounts, length: int, shared_memory: int) -> Work
     total = _once(0)
     for loop in kernel.main_loops:
         gradients = 2 if loop.products == most else 1  # of keys and of values, or of queries
-        of_warp = Work(
-            instructions=steps * loop.instructions
-            + chunks * loop.around[0]
+        of_warp = _passes(loop, steps) + Work(
+            instructions=chunks * loop.around[0]
             + loop.around[-1]
             + held * (2 * copy + gradients * max(kernel.stores)),
-            products=steps * loop.products,
-            exponentials=steps * loop.kinds["MUFU.EX2"],
-            shared=_FRAGMENT * (steps * loop.kinds["LDSM"] + (2 + 2 * gradients) * held)
-            + steps * loop.kinds["LDS"],
+            products=0,
+            exponentials=0,
+            shared=_FRAGMENT * (2 + 2 * gradients) * held,
             cache_bytes=0,
         )
         copies = 2 * _padded(length) * _ROW_COPIES
@@ -211,6 +207,18 @@ def _copy_costs(kernel: KernelCounts) -> tuple[float, float]:
     """
     least = min(kernel.copies)
     return least, fmean([each for each in kernel.copies if each > 1.2 * least] or [least])
+
+
+def _passes(loop: MainLoop, number: int) -> Work:
+    """What a warp does in passes of a main loop, copies aside."""
+    of_one = Work(
+        instructions=loop.instructions,
+        products=loop.products,
+        exponentials=loop.kinds["MUFU.EX2"],
+        shared=_FRAGMENT * loop.kinds["LDSM"] + loop.kinds["LDS"],
+        cache_bytes=0,
+    )
+    return of_one * number
 
 
 def _once(instructions: float) -> Work:

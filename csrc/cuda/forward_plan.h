@@ -34,7 +34,7 @@ Plan plan(const char* name, const AttentionShape& shape, const KeyWeights& deriv
   constexpr int kOwnRows = kHeldTiles<T, D> * kRows;
   int64_t heads = shape.batch * shape.heads;
   int length = static_cast<int>(shape.length);
-  int tiles = (length + kOwnRows - 1) / kOwnRows;
+  int tiles = (static_cast<int>(shape.queries) + kOwnRows - 1) / kOwnRows;
   int chunks = (length + kChunk<T, D> - 1) / kChunk<T, D>;
 
   Plan plan{};
