@@ -150,49 +150,59 @@ __global__ void __launch_bounds__(128, 2)
   int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   int warp = thread / kWarp, warps = threads / kWarp, lane = thread % kWarp;
   int length = static_cast<int>(shape.length), num_queries = static_cast<int>(shape.queries);
-  int64_t head_index = blockIdx.x / plan.blocks_per_head;
-  int part = static_cast<int>(blockIdx.x % plan.blocks_per_head);
-  int64_t batch = head_index / shape.heads, head = head_index % shape.heads;
+  int block = static_cast<int>(blockIdx.x), heads = static_cast<int>(shape.heads);
+  int head_index = block / plan.blocks_per_head;
+  int batch = head_index / heads, head = head_index % heads;
+  // Scores and outputs leave few registers: what the loop over keys does not need is found anew.
+  auto part = [&] { return anew(block) % plan.blocks_per_head; };
   int all_chunks = (length + kSize - 1) / kSize;
 
   float* biases = reinterpret_cast<float*>(shared_memory());
   T* staging = reinterpret_cast<T*>(biases + all_chunks * kSize);
-  T* own_rows = staging + warp * kHeldRows * kPitch<T, D>;
+  auto own_rows = [&] { return staging + anew(warp) * kHeldRows * kPitch<T, D>; };
   T* own_scores = staging + warps * kHeldRows * kPitch<T, D> + warp * kStaging<T, kTiles>;
   T* keys = staging + warps * (kHeldRows * kPitch<T, D> + kStaging<T, kTiles>);
   T* values = keys + plan.slot_rows * kPitch<T, D>;
 
   auto rows_of = [&](const RowGrid& grid, int count) {
-    return rows_of_head<T>(grid, shape, count, batch, head, plan.is_aligned);
+    return rows_of_head<T>(grid, shape, count, anew(batch), anew(head), plan.is_aligned);
   };
-  auto query_rows = rows_of(arguments.query, num_queries);
-  auto key_rows = rows_of(arguments.key, length), value_rows = rows_of(arguments.value, length);
+  auto rows_in = [&](int chunk) { return min(kSize, round_up(length - chunk * kSize, kRows)); };
+  // Where a chunk lies; where chunks pass through, they take turns in two places.
+  auto slot = [&](int turn, int chunk) {
+    return (plan.resident ? chunk : turn) * kSize * kPitch<T, D>;
+  };
+  auto load_keys = [&](int turn, int chunk) {
+    load_tile<T, D>(keys + slot(turn, chunk), rows_of(arguments.key, length), chunk * kSize,
+                    rows_in(chunk), anew(thread), threads, KeepAll());
+  };
+  auto load_values = [&](int turn, int chunk) {
+    load_tile<T, D>(values + slot(turn, chunk), rows_of(arguments.value, length), chunk * kSize,
+                    rows_in(chunk), anew(thread), threads, KeepAll());
+  };
   // A value that is not attended to becomes 0, since 0 times its NaN would not be. Keys need no
   // such care: their scores are replaced.
-  auto is_kept = [&](int row) { return biases[row] != -INFINITY; };
-  auto rows_in = [&](int chunk) { return min(kSize, round_up(length - chunk * kSize, kRows)); };
-  // Where a chunk lies; `step` counts those that passed.
-  auto slot = [&](int step, int chunk) {
-    return (plan.resident ? chunk : step % 2) * kSize * kPitch<T, D>;
-  };
-  auto load_keys = [&](int step, int chunk) {
-    load_tile<T, D>(keys + slot(step, chunk), key_rows, chunk * kSize, rows_in(chunk), thread,
-                    threads, KeepAll());
-  };
-  auto load_values = [&](int step, int chunk) {
-    load_tile<T, D>(values + slot(step, chunk), value_rows, chunk * kSize, rows_in(chunk), thread,
-                    threads, is_kept);
+  auto clear_values = [&](int turn, int chunk) {
+    auto is_kept = [&](int row) { return biases[row] != -INFINITY; };
+    int start = chunk * kSize, end = min(length, start + kSize);
+    bool all_kept = true;
+    for (int row = start + lane; row < end; row += kWarp) all_kept &= is_kept(row);
+    if (!__any_sync(kAllLanes, !all_kept)) return;
+    clear_rows<T, D>(values + slot(turn, chunk), start, rows_in(chunk), anew(thread), threads,
+                     is_kept);
   };
 
   load_keys(0, 0);
+  // Values need not wait for weights, but where counts are found in their room.
+  if (!plan.select) load_values(0, 0);
   const int32_t* counts = stored_counts(derived, batch, length);
   if (plan.select) {
     int num_patches = length - static_cast<int>(derived.num_prefix_tokens);
     const float* relevance = derived.relevance + batch * derived.num_classes * num_patches;
     const int32_t* found = find_counts(relevance, static_cast<int>(derived.num_classes),
                                        num_patches, static_cast<int>(derived.top_k), values);
-    if (head == 0 && part == 0) {
-      int32_t* stored = derived.counts + batch * num_patches;
+    if (head == 0 && part() == 0) {
+      int32_t* stored = derived.counts + int64_t{batch} * num_patches;
       for (int n = thread; n < num_patches; n += threads) stored[n] = found[n];
     }
     counts = found;
@@ -203,15 +213,15 @@ __global__ void __launch_bounds__(128, 2)
     biases[j] = is_attended(weight) ? log2f(weight) : -INFINITY;
   }
   __syncthreads();
-  load_values(0, 0);
+  if (plan.select) load_values(0, 0);
   commit_copies();
 
   float scale = shape.scale * log2_e;
   int tiles = (num_queries + kHeldRows - 1) / kHeldRows;
   int rounds = (tiles + plan.blocks_per_head * warps - 1) / (plan.blocks_per_head * warps);
   // The last rows come first: under causality they see most keys, which then are there for others.
-  for (int round = rounds - 1, step = 0; round >= 0; --round) {
-    int first_tile = (round * plan.blocks_per_head + part) * warps;
+  for (int round = rounds - 1, turn = 0; round >= 0; --round) {
+    int first_tile = (round * plan.blocks_per_head + part()) * warps;
     int first = (first_tile + warp) * kHeldRows;
     // Keys that the block's rows see, then those that the warp's do: none, if it has no rows. It
     // goes along, since barriers are for all.
@@ -225,46 +235,46 @@ __global__ void __launch_bounds__(128, 2)
       whole = min(whole, first / kSize);
     }
     int chunks = (seen + kSize - 1) / kSize;
-    load_tile<T, D>(own_rows, query_rows, first, kHeldRows, lane, kWarp, KeepAll());
+    load_tile<T, D>(own_rows(), rows_of(arguments.query, num_queries), first, kHeldRows,
+                    anew(lane), kWarp, KeepAll());
     commit_copies();
     QueryRows<T, D> rows(first, lane);
     bool is_loading = round == rounds - 1 || !plan.resident;
-    for (int chunk = 0; chunk < chunks; ++chunk, ++step) {
+    for (int chunk = 0; chunk < chunks; ++chunk, turn ^= 1) {
       if (is_loading || chunk == 0) wait_for_copies<0>();
       if (is_loading) {
+        clear_values(turn, chunk);
         // Everyone's copies are in, and everyone is done with the slot that is filled next.
         __syncthreads();
         int next = chunk + 1 < chunks ? chunk + 1 : 0;
         if (next > 0 || (!plan.resident && round > 0)) {
-          load_keys(step + 1, next);
-          load_values(step + 1, next);
+          load_keys(turn ^ 1, next);
+          load_values(turn ^ 1, next);
           commit_copies();
         }
       } else {
         __syncwarp();
       }
-      if (chunk == 0) rows.take(own_rows);
+      if (chunk == 0) rows.take(own_rows());
 
-      const T* chunk_keys = keys + slot(step, chunk);
-      const T* chunk_values = values + slot(step, chunk);
-      int start = chunk * kSize;
+      int start = chunk * kSize, place = slot(turn, chunk);
       if (chunk < whole) {
-        rows.template attend<kTiles>(chunk_keys, chunk_values, biases + start, scale, own_scores,
-                                     [](auto&) {});
+        rows.template attend<kTiles>(keys + place, values + place, biases + start, scale,
+                                     own_scores, [](auto&) {});
         continue;
       }
       // A whole chunk for a few keys would take as long as for many.
       TIR_NO_UNROLL
       for (int passed = 0; start + passed < own_seen; passed += kRows) {
         rows.template attend<kRows / 8>(
-            chunk_keys + passed * kPitch<T, D>, chunk_values + passed * kPitch<T, D>,
+            keys + place + passed * kPitch<T, D>, values + place + passed * kPitch<T, D>,
             biases + start + passed, scale, own_scores, [&](auto& exponents) {
               if (shape.is_causal) rows.hide_later(exponents, start + passed);
             });
       }
     }
-    int64_t head_start = head_index * num_queries;
-    rows.store(own_rows, static_cast<T*>(arguments.output) + head_start * shape.head_dim,
+    int64_t head_start = int64_t{anew(head_index)} * num_queries;
+    rows.store(own_rows(), static_cast<T*>(arguments.output) + head_start * shape.head_dim,
                arguments.log_sum_exp + head_start, num_queries, static_cast<int>(shape.head_dim));
   }
 }

@@ -27,9 +27,9 @@ struct Plan {
   int64_t shared_bytes;  // of a block, these among them
 };
 
-// What plans are compared by, for all types and widths: in units of 43 instructions, or of the time
-// that a multiprocessor takes for them: as counted in bfloat16 with 64 channels (bench/sass). A pass
-// of a warp over 64 keys is 16.
+// What plans are compared by, for all types and widths in units of 43 instructions, or of the time
+// that a multiprocessor takes for them: as counted in bfloat16 with 64 channels (bench/sass). There
+// a warp's pass over 64 keys is 16.
 constexpr int64_t kStepCost = 5;   // of a warp: a step of 16 keys that do not fill a chunk
 constexpr int64_t kTileCost = 17;  // of a warp: to load its queries and to store its outputs
 constexpr int64_t kWarpCost = 6;   // of a warp: all that it does once

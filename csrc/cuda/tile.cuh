@@ -80,6 +80,19 @@ struct KeepAll {
   TIR_DEVICE bool operator()(int) const { return true; }
 };
 
+// Puts zeros in the place of rows of a loaded tile that are not kept. A thread clears what it has
+// loaded itself, so that its own copies are all that it must have waited for.
+template <class T, int D, class Keep>
+TIR_DEVICE void clear_rows(T* tile, int first, int tile_rows, int thread, int threads, Keep keep) {
+  constexpr int kVectors = D / kVector<T>;
+  TIR_NO_UNROLL
+  for (int i = thread; i < tile_rows * kVectors; i += threads) {
+    if (keep(first + i / kVectors)) continue;
+    T* target = tile + i / kVectors * kPitch<T, D> + i % kVectors * kVector<T>;
+    *reinterpret_cast<uint4*>(target) = uint4{0, 0, 0, 0};
+  }
+}
+
 // 16 rows of a tile as the left operand of products: in registers, or read again for each product.
 template <class T, int D, bool kHold>
 struct LeftRows {

@@ -77,6 +77,27 @@ def test_the_number_of_warps_and_rounds_changes_no_bit(kernels, dtype: torch.dty
             assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@pytest.mark.parametrize("width", [64, 72, 20])
+def test_nan_of_values_without_weight_stays_there(
+    kernels, width: int, device: tuple[int, int]
+) -> None:
+    """Values are loaded before weights are known, in chunks that stay or pass, and cleared then."""
+    kernels.set_device(*device)
+    backend = cuda_emulation.register()
+    for dtype in DTYPES:
+        q, k, v, weights = draw((161, 161), width, dtype)
+        weights[:, 64:128] = 1.0  # a chunk of which all are kept
+        clean, dirty = v.clone(), v.clone()
+        ignored = weights[0] <= 0
+        clean[:, :, ignored], dirty[:, :, ignored] = 0.0, math.nan
+        expected, found = (
+            backend.attention_forward(AttentionInputs(q, k, each, weights, 0.125))
+            for each in (clean, dirty)
+        )
+        assert all(map(torch.equal, found, expected))
+
+
 def test_keys_that_no_query_sees_are_not_read(kernels) -> None:
     """Chunks of them: 0 times the NaN of a value would show."""
     q, k, v, weights = draw((64, 200), 64, torch.bfloat16)
