@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import fmean
 
-from .sass.counts import WARP, KernelCounts
+from .sass.counts import WARP, KernelCounts, MainLoop
 
 FORWARD = "attention_forward_kernel<bfloat16, 64>"
 BACKWARD = "attention_backward_kernel<bfloat16, 64>"
@@ -22,6 +22,10 @@ _PITCH = HEAD_DIM * _ITEM + _VECTOR  # bytes from row to row in shared memory
 _ROW_COPIES = HEAD_DIM * _ITEM / _VECTOR / WARP  # that a warp issues for a row
 _FORWARD_CHUNK, _BACKWARD_CHUNK, _BACKWARD_STEP = 64, 32, 16
 _MAX_WARPS = 4  # of a block
+# The costs by which the forward kernel's plans are compared, in units of 43 instructions: see
+# csrc/cuda/forward_plan.h.
+_PASS_COST, _STEP_COST, _TILE_COST, _WARP_COST, _COPY_COST, _MOVE_COST = 16, 5, 17, 6, 3, 16
+_WARPS_AT_ONCE, _RESERVED, _OF_ONE = 8, 1024, 5040
 _FRAGMENT = 4  # cycles of shared memory for LDSM.x4, a copy or a store of a warp: 512 bytes
 
 
@@ -83,7 +87,6 @@ class _ForwardPlan:
     parts: int  # blocks of a head
     is_resident: bool  # all keys and values stay in shared memory
     rounds: int  # tiles that a warp takes one after the other
-    chunks: int  # of keys
 
 
 def _forward_plan(
@@ -94,18 +97,43 @@ def _forward_plan(
     def room(warps: int, rows: int) -> int:
         return chunks * _FORWARD_CHUNK * 4 + (warps * _HELD + 2 * rows) * _PITCH
 
-    warps = min(tiles, _MAX_WARPS)
-    while warps > 1 and heads * _parts(tiles, warps) < multiprocessors:
-        warps -= 1
-    rows = _padded(length)
-    is_resident = chunks <= 2 or room(warps, rows) <= shared_memory // 2
-    if not is_resident:
-        rows = 2 * _FORWARD_CHUNK
-    while warps > 1 and room(warps, rows) > shared_memory:
-        warps -= 1
-    parts = max(1, min(_parts(2 * multiprocessors, heads), _parts(tiles, warps)))
-    launch = Launch(heads * parts, warps, room(warps, rows))
-    return _ForwardPlan(launch, parts, is_resident, _parts(tiles, parts * warps), chunks)
+    def plan_with(warps: int, parts: int) -> _ForwardPlan:
+        rounds, rows = _parts(tiles, parts * warps), _padded(length)
+        is_resident = chunks <= 2 or (rounds > 1 and room(warps, rows) <= shared_memory // 2)
+        if not is_resident:
+            rows = 2 * _FORWARD_CHUNK
+        launch = Launch(heads * parts, warps, room(warps, rows))
+        return _ForwardPlan(launch, parts, is_resident, rounds)
+
+    def time(plan: _ForwardPlan) -> int:
+        launch, sixteens = plan.launch, _parts(length, _TILE)
+        whole, steps = divmod(sixteens, _FORWARD_CHUNK // _TILE)
+        loaded = sixteens * (1 if plan.is_resident else plan.rounds)
+        of_tile = whole * _PASS_COST + steps * _STEP_COST + _TILE_COST
+        issued = launch.warps * (plan.rounds * of_tile + _WARP_COST) + loaded * _COPY_COST
+        work = max(issued, (loaded + sixteens // plan.parts) * _MOVE_COST)
+        fitting = (shared_memory + _RESERVED) // (launch.shared + _RESERVED)
+        at_once = max(1, min(fitting, _WARPS_AT_ONCE // launch.warps))
+        full, rest = divmod(_parts(launch.blocks, multiprocessors), at_once)
+        total = full * at_once * (_OF_ONE // _rate(at_once * launch.warps))
+        return work * (total + (rest and rest * (_OF_ONE // _rate(rest * launch.warps))))
+
+    ring = min(_padded(length), 2 * _FORWARD_CHUNK)
+    most = min(tiles, _MAX_WARPS)
+    while most > 1 and room(most, ring) > shared_memory:
+        most -= 1
+    candidates = {
+        (warps, _parts(tiles, warps * rounds))
+        for warps in range(1, most + 1)
+        for rounds in range(1, _parts(tiles, warps) + 1)
+    }
+    plans = [plan_with(*each) for each in candidates]
+    return min(plans, key=lambda plan: (time(plan), plan.parts, -plan.launch.warps))
+
+
+def _rate(warps: int) -> int:
+    """How fast a multiprocessor works with so many warps: as ``model.LIKELY``, 20 with eight."""
+    return 3 * warps if warps <= 4 else 4 + 2 * warps
 
 
 def forward_launch(length: int, heads: int, multiprocessors: int, shared_memory: int) -> Launch:
@@ -139,23 +167,21 @@ def forward_work(
 ) -> Work:
     """What a block of the forward kernel does."""
     plan = _forward_plan(length, heads, multiprocessors, shared_memory)
-    (loop,) = kernel.main_loops
+    chunk, step = kernel.main_loops
     copy, copy_streamed = _copy_costs(kernel)
-    # Products with a chunk's missing keys keep their turn, by sixteens, but are not carried out.
-    passes = plan.chunks
-    full_passes = _padded(length) / _FORWARD_CHUNK
+    # The last keys come by sixteens, where they do not fill a chunk.
+    chunks, rest = divmod(_padded(length), _FORWARD_CHUNK)
     held = _ROW_COPIES * _HELD
     of_tile = Work(
-        instructions=passes * loop.instructions
-        + loop.around[0]
-        + held * (copy + max(kernel.stores)),
-        products=full_passes * loop.products,
-        exponentials=passes * loop.kinds["MUFU.EX2"],
+        instructions=chunk.around[0] + held * (copy + max(kernel.stores)),
+        products=0,
+        exponentials=0,
         # Queries are copied, read and, as outputs, written and read again.
-        shared=_FRAGMENT * (full_passes * loop.kinds["LDSM"] + 4 * held)
-        + passes * loop.kinds["LDS"],
+        shared=_FRAGMENT * 4 * held,
         cache_bytes=0,
     )
+    of_tile += _passes(chunk, chunks) + _passes(step, rest // _TILE)
+    of_tile += _once(step.around[0] if rest else 0)
     loads = 1 if plan.is_resident else plan.rounds
     rows = loads * _padded(length)
     of_block = Work(
@@ -167,7 +193,7 @@ def forward_work(
         cache_bytes=(2 * length / plan.parts + 2 * loads * length) * HEAD_DIM * _ITEM,
     )
     warps = plan.launch.warps
-    return of_tile * (plan.rounds * warps) + of_block + _once(warps * loop.around[-1])
+    return of_tile * (plan.rounds * warps) + of_block + _once(warps * chunk.around[-1])
 
 
 def backward_work(kernel: KernelCounts, length: int, shared_memory: int) -> Work:
@@ -181,15 +207,13 @@ def backward_work(kernel: KernelCounts, length: int, shared_memory: int) -> Work
     total = _once(0)
     for loop in kernel.main_loops:
         gradients = 2 if loop.products == most else 1  # of keys and of values, or of queries
-        of_warp = Work(
-            instructions=steps * loop.instructions
-            + chunks * loop.around[0]
+        of_warp = _passes(loop, steps) + Work(
+            instructions=chunks * loop.around[0]
             + loop.around[-1]
             + held * (2 * copy + gradients * max(kernel.stores)),
-            products=steps * loop.products,
-            exponentials=steps * loop.kinds["MUFU.EX2"],
-            shared=_FRAGMENT * (steps * loop.kinds["LDSM"] + (2 + 2 * gradients) * held)
-            + steps * loop.kinds["LDS"],
+            products=0,
+            exponentials=0,
+            shared=_FRAGMENT * (2 + 2 * gradients) * held,
             cache_bytes=0,
         )
         copies = 2 * _padded(length) * _ROW_COPIES
@@ -211,6 +235,18 @@ def _copy_costs(kernel: KernelCounts) -> tuple[float, float]:
     """
     least = min(kernel.copies)
     return least, fmean([each for each in kernel.copies if each > 1.2 * least] or [least])
+
+
+def _passes(loop: MainLoop, number: int) -> Work:
+    """What a warp does in passes of a main loop, copies aside."""
+    of_one = Work(
+        instructions=loop.instructions,
+        products=loop.products,
+        exponentials=loop.kinds["MUFU.EX2"],
+        shared=_FRAGMENT * loop.kinds["LDSM"] + loop.kinds["LDS"],
+        cache_bytes=0,
+    )
+    return of_one * number
 
 
 def _once(instructions: float) -> Work:

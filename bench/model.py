@@ -4,7 +4,8 @@ A model, not a measurement: expect it to be wrong by up to 30 %, and the order o
 to be right. A multiprocessor's time is that of its busiest pipe, over the share of it that so many
 warps keep busy. A kernel's time is that of the multiprocessor with most blocks, or of HBM where
 that is longer, and a launch. Instructions are those that ``bench.sass`` counted, for bfloat16 and
-heads of width 64. The relevance and statistics kernels are counted there, but not modelled.
+heads of width 64. The relevance and statistics kernels are counted there, but not modelled. The
+forward kernel's launcher chooses its plan by the same rule, with rounded numbers (forward_plan.h).
 
 The figures, of an H100 SXM, and where they are from:
 

@@ -66,7 +66,7 @@ BUDGETS = {
             # 32 queries with 64 keys: 2 x 8 x 4 products each for scores and for outputs.
             LoopBudget(
                 128,
-                770,  # 750: the kernel is bound by them
+                700,  # 689: the kernel is bound by them
                 {
                     "LDSM": 32,  # 16 of keys, 16 of values; those of queries are held
                     "MUFU.EX2": 68,  # 64 scores a lane, and 4 corrections
@@ -78,9 +78,22 @@ BUDGETS = {
                     "access": 8,  # biases
                     "branch": 12,
                 },
-            )
+            ),
+            # The same with 16 keys, for those that do not fill a chunk.
+            LoopBudget(
+                32,
+                220,  # 211
+                {
+                    "LDSM": 8,
+                    "MUFU.EX2": 20,
+                    "arithmetic": 56,
+                    "comparison": 56,
+                    "access": 2,
+                    "branch": 6,
+                },
+            ),
         ],
-        copy=54,  # 53 for values, whose weights decide, 43 for keys
+        copy=14,  # 13
         store=40,
     ),
     "attention_backward_kernel<bfloat16, 64>": KernelBudget(
@@ -90,7 +103,7 @@ BUDGETS = {
             # queries, 2 x 2 x 4 products each.
             LoopBudget(
                 48,
-                245,  # 235
+                250,  # 242
                 {
                     # 16 of the stationary rows, which do not fit into registers; 12 of the others.
                     "LDSM": 28,
@@ -99,7 +112,7 @@ BUDGETS = {
                     "arithmetic": 66,
                     "comparison": 20,  # 16 gradients of keys that are not attended to, 4 tests
                     "access": 2,
-                    "branch": 4,
+                    "branch": 6,
                 },
             ),
             # Stationary keys, 32 with 16 queries: the gradient of values comes on top.
@@ -116,7 +129,7 @@ BUDGETS = {
                 },
             ),
         ],
-        copy=52,  # 51: streamed rows; 33 for stationary ones
+        copy=20,  # 18: streamed rows, whose weights decide; 13 for others
         store=35,
     ),
     "row_statistics_kernel<bfloat16, 64>": KernelBudget(
@@ -125,19 +138,18 @@ BUDGETS = {
         loops=[
             LoopBudget(
                 32,
-                485,  # 470: three sums per row, the entropy's without cancellation
+                485,  # 468: three sums per row, the entropy's without cancellation
                 {
-                    # 8 of keys; 8 of queries, whose predicate is true in the first pass alone.
-                    "LDSM": 16,
+                    "LDSM": 8,  # of keys; those of queries are held
                     "MUFU.EX2": 36,
                     "arithmetic": 188,
                     "comparison": 154,
                     "access": 4,
-                    "branch": 4,
+                    "branch": 5,  # one for chunks in which some keys come after their query
                 },
             )
         ],
-        copy=45,  # 44
+        copy=14,  # 13
     ),
     "column_statistics_kernel<bfloat16, 64>": KernelBudget(
         registers=_THREE_BLOCKS,
@@ -145,7 +157,7 @@ BUDGETS = {
         loops=[
             LoopBudget(
                 32,
-                380,  # 368: each probability is added to one of two sums
+                385,  # 376: each probability is added to one of two sums
                 {
                     "LDSM": 16,
                     "MUFU.EX2": 32,
@@ -156,7 +168,7 @@ BUDGETS = {
                 },
             )
         ],
-        copy=45,  # 44
+        copy=14,  # 13
     ),
     # A step of 32 rows of the projection, for 16, 32 or 48 tokens and 64 features of each warp. Of
     # a later step come the copies, 4 a thread, of about 40 instructions each.

@@ -11,22 +11,34 @@ namespace {
 using forward::kChunk;
 using forward::kHeldTiles;
 
-// Turns a chunk's scores into powers of two relative to the largest score so far, adds them up, and
-// brings what was summed before to the same scale. Lane t's biases begin at column 2 t.
-template <int N, int O>
-TIR_DEVICE void online_softmax_update(float (&scores)[N][4], const float* biases, float scale,
-                                      float (&maximum)[2], float (&total)[2],
-                                      float (&output)[O][4]) {
-  float largest[2] = {maximum[0], maximum[1]};
+// Scores become exponents of 2, -inf for keys that are not attended to. Lane t's biases begin at
+// column 2 t.
+template <int M, int N>
+TIR_DEVICE void add_biases(float (&scores)[M][N][4], const float* biases, float scale) {
   TIR_UNROLL
   for (int j = 0; j < N; ++j) {
     float2 bias = *reinterpret_cast<const float2*>(biases + 8 * j);
     TIR_UNROLL
-    for (int e = 0; e < 4; ++e) {
-      float added = e % 2 == 0 ? bias.x : bias.y;
-      scores[j][e] = added == -INFINITY ? -INFINITY : scores[j][e] * scale + added;
-      largest[e / 2] = fmaxf(largest[e / 2], scores[j][e]);
+    for (int m = 0; m < M; ++m) {
+      TIR_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        float added = e % 2 == 0 ? bias.x : bias.y;
+        scores[m][j][e] = added == -INFINITY ? -INFINITY : scores[m][j][e] * scale + added;
+      }
     }
+  }
+}
+
+// Turns exponents into powers of two relative to the largest exponent so far, adds them up, and
+// brings what was summed before to the same scale.
+template <int N, int O>
+TIR_DEVICE void online_softmax_update(float (&exponents)[N][4], float (&maximum)[2],
+                                      float (&total)[2], float (&output)[O][4]) {
+  float largest[2] = {maximum[0], maximum[1]};
+  TIR_UNROLL
+  for (int j = 0; j < N; ++j) {
+    TIR_UNROLL
+    for (int e = 0; e < 4; ++e) largest[e / 2] = fmaxf(largest[e / 2], exponents[j][e]);
   }
   float shift[2], correction[2];
   TIR_UNROLL
@@ -42,8 +54,8 @@ TIR_DEVICE void online_softmax_update(float (&scores)[N][4], const float* biases
   for (int j = 0; j < N; ++j) {
     TIR_UNROLL
     for (int e = 0; e < 4; ++e) {
-      scores[j][e] = power_of_two(scores[j][e] - shift[e / 2]);
-      total[e / 2] += scores[j][e];
+      exponents[j][e] = power_of_two(exponents[j][e] - shift[e / 2]);
+      total[e / 2] += exponents[j][e];
     }
   }
   if (__any_sync(kAllLanes, correction[0] != 1.0f || correction[1] != 1.0f)) {
@@ -55,120 +67,62 @@ TIR_DEVICE void online_softmax_update(float (&scores)[N][4], const float* biases
   }
 }
 
+// The query rows that a warp has at a time, and their softmax and outputs over the keys so far.
 template <class T, int D>
-__global__ void __launch_bounds__(128, 2)
-    attention_forward_kernel(AttentionForward arguments, KeyWeights derived, forward::Plan plan) {
-  constexpr int kTiles = kChunk<T, D> / 8, kHeld = kHeldTiles<T, D>;
-  const AttentionShape& shape = arguments.shape;
-  int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  int warp = thread / kWarp, warps = threads / kWarp, lane = thread % kWarp;
-  int length = static_cast<int>(shape.length);
-  int64_t head_index = blockIdx.x / plan.blocks_per_head;
-  int part = static_cast<int>(blockIdx.x % plan.blocks_per_head);
-  int64_t batch = head_index / shape.heads, head = head_index % shape.heads;
-  int chunks = (length + kChunk<T, D> - 1) / kChunk<T, D>;
+struct QueryRows {
+  static constexpr int kHeld = kHeldTiles<T, D>;
 
-  float* biases = reinterpret_cast<float*>(shared_memory());
-  T* staging = reinterpret_cast<T*>(biases + chunks * kChunk<T, D>);
-  T* own_rows = staging + warp * kHeld * kRows * kPitch<T, D>;
-  T* own_scores = staging + warps * kHeld * kRows * kPitch<T, D> + warp * kStaging<T, kTiles>;
-  T* keys = staging + warps * (kHeld * kRows * kPitch<T, D> + kStaging<T, kTiles>);
-  T* values = keys + plan.slot_rows * kPitch<T, D>;
+  int first, lane;
+  LeftRows<T, D, true> queries[kHeld];
+  float output[kHeld][D / 8][4] = {};
+  float maximum[kHeld][2], total[kHeld][2];
 
-  auto query_rows = rows_of_head<T>(arguments.query, shape, batch, head, plan.is_aligned);
-  auto key_rows = rows_of_head<T>(arguments.key, shape, batch, head, plan.is_aligned);
-  auto value_rows = rows_of_head<T>(arguments.value, shape, batch, head, plan.is_aligned);
-  // A value that is not attended to becomes 0, since 0 times its NaN would not be. Keys need no
-  // such care: their scores are replaced.
-  auto is_kept = [&](int row) { return biases[row] != -INFINITY; };
-  auto rows_in = [&](int chunk) {
-    return min(kChunk<T, D>, round_up(length - chunk * kChunk<T, D>, kRows));
-  };
-  auto slot = [&](int step, int chunk) {
-    return (plan.resident ? chunk : step % 2) * kChunk<T, D> * kPitch<T, D>;
-  };
-  auto load_keys = [&](int step, int chunk) {
-    load_tile<T, D>(keys + slot(step, chunk), key_rows, chunk * kChunk<T, D>, rows_in(chunk),
-                    thread, threads, KeepAll());
-  };
-  auto load_values = [&](int step, int chunk) {
-    load_tile<T, D>(values + slot(step, chunk), value_rows, chunk * kChunk<T, D>, rows_in(chunk),
-                    thread, threads, is_kept);
-  };
-
-  load_keys(0, 0);
-  const int32_t* counts = stored_counts(derived, batch, length);
-  if (plan.select) {
-    int num_patches = length - static_cast<int>(derived.num_prefix_tokens);
-    const float* relevance = derived.relevance + batch * derived.num_classes * num_patches;
-    const int32_t* found = find_counts(relevance, static_cast<int>(derived.num_classes),
-                                       num_patches, static_cast<int>(derived.top_k), values);
-    if (head == 0 && part == 0) {
-      int32_t* stored = derived.counts + batch * num_patches;
-      for (int n = thread; n < num_patches; n += threads) stored[n] = found[n];
-    }
-    counts = found;
-  }
-  for (int j = thread; j < chunks * kChunk<T, D>; j += threads) {
-    float weight = 0.0f;
-    if (j < length) weight = key_weight(arguments.weights, derived, counts, batch, length, j);
-    biases[j] = is_attended(weight) ? log2f(weight) : -INFINITY;
-  }
-  __syncthreads();
-  load_values(0, 0);
-  commit_copies();
-
-  float scale = shape.scale * log2_e;
-  int tiles = (length + kHeld * kRows - 1) / (kHeld * kRows);
-  int rounds = (tiles + plan.blocks_per_head * warps - 1) / (plan.blocks_per_head * warps);
-  for (int round = 0; round < rounds; ++round) {
-    int first = ((round * plan.blocks_per_head + part) * warps + warp) * kHeld * kRows;
-    // A warp without rows goes along, since barriers are for all; it loads and multiplies zeros.
-    load_tile<T, D>(own_rows, query_rows, first, kHeld * kRows, lane, kWarp, KeepAll());
-    commit_copies();
-    LeftRows<T, D, true> query[kHeld];
-    float output[kHeld][D / 8][4] = {};
-    float maximum[kHeld][2], total[kHeld][2];
+  TIR_DEVICE QueryRows(int first_row, int own_lane) : first(first_row), lane(own_lane) {
     TIR_UNROLL
     for (int m = 0; m < kHeld; ++m) {
       maximum[m][0] = maximum[m][1] = -INFINITY;
       total[m][0] = total[m][1] = 0.0f;
     }
-    bool is_loading = round == 0 || !plan.resident;
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      int step = round * chunks + chunk;
-      if (is_loading || chunk == 0) wait_for_copies<0>();
-      if (is_loading) {
-        // Everyone's copies are in, and everyone is done with the slot that is filled next.
-        __syncthreads();
-        int next = chunk + 1 < chunks ? chunk + 1 : 0;
-        if (next > 0 || (!plan.resident && round + 1 < rounds)) {
-          load_keys(step + 1, next);
-          load_values(step + 1, next);
-          commit_copies();
-        }
-      } else {
-        __syncwarp();
-      }
-      if (chunk == 0) {
-        TIR_UNROLL
-        for (int m = 0; m < kHeld; ++m) {
-          query[m].take(own_rows + m * kRows * kPitch<T, D>, lane);
-        }
-      }
+  }
 
-      int used = min(kTiles, 2 * ((length - chunk * kChunk<T, D> + 15) / 16));
-      float scores[kHeld][kTiles][4] = {};
-      multiply_transposed(scores, query, keys + slot(step, chunk), used, lane);
-      const float* chunk_biases = biases + chunk * kChunk<T, D> + 2 * (lane % 4);
-      TIR_UNROLL
-      for (int m = 0; m < kHeld; ++m) {
-        online_softmax_update(scores[m], chunk_biases, scale, maximum[m], total[m], output[m]);
-      }
-      multiply<T, D>(output, scores, values + slot(step, chunk), used, own_scores, lane);
+  TIR_DEVICE void take(const T* rows) {
+    TIR_UNROLL
+    for (int m = 0; m < kHeld; ++m) queries[m].take(rows + m * kRows * kPitch<T, D>, lane);
+  }
+
+  // Attends to 8 N keys. `hide` may set to -inf what exponents [row, key] it will.
+  template <int N, class Hide>
+  TIR_DEVICE void attend(const T* keys, const T* values, const float* biases, float scale,
+                         T* staging, Hide hide) {
+    float scores[kHeld][N][4] = {};
+    multiply_transposed(scores, queries, keys, N, lane);
+    add_biases(scores, biases + 2 * (lane % 4), scale);
+    hide(scores);
+    TIR_UNROLL
+    for (int m = 0; m < kHeld; ++m) {
+      online_softmax_update(scores[m], maximum[m], total[m], output[m]);
     }
+    multiply<T, D>(output, scores, values, N, staging, lane);
+  }
 
-    T* target = static_cast<T*>(arguments.output) + head_index * length * shape.head_dim;
+  // Hides keys that come after a row's own query; `start` is the first of the keys.
+  template <int N>
+  TIR_DEVICE void hide_later(float (&exponents)[kHeld][N][4], int start) const {
+    TIR_UNROLL
+    for (int m = 0; m < kHeld; ++m) {
+      TIR_UNROLL
+      for (int j = 0; j < N; ++j) {
+        TIR_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          int key = start + 8 * j + 2 * (lane % 4) + e % 2;
+          if (key > first + m * kRows + lane / 4 + 8 * (e / 2)) exponents[m][j][e] = -INFINITY;
+        }
+      }
+    }
+  }
+
+  // Writes outputs to rows of a head and logarithms of sums, of which there are `count`.
+  TIR_DEVICE void store(T* rows, T* target, float* log_sum_exp, int count, int head_dim) const {
     TIR_UNROLL
     for (int m = 0; m < kHeld; ++m) {
       float inverse[2];
@@ -177,14 +131,151 @@ __global__ void __launch_bounds__(128, 2)
         float sum = quad_sum(total[m][r]);
         inverse[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
         int row = first + m * kRows + lane / 4 + 8 * r;
-        if (lane % 4 == 0 && row < length) {
-          arguments.log_sum_exp[head_index * length + row] =
-              sum == 0.0f ? -INFINITY : (maximum[m][r] + log2f(sum)) * ln_2;
+        if (lane % 4 == 0 && row < count) {
+          log_sum_exp[row] = sum == 0.0f ? -INFINITY : (maximum[m][r] + log2f(sum)) * ln_2;
         }
       }
-      store_rows<T, D>(output[m], inverse[0], inverse[1], own_rows + m * kRows * kPitch<T, D>,
-                       target, first + m * kRows, length, static_cast<int>(shape.head_dim), lane);
+      store_rows<T, D>(output[m], inverse[0], inverse[1], rows + m * kRows * kPitch<T, D>, target,
+                       first + m * kRows, count, head_dim, lane);
     }
+  }
+};
+
+template <class T, int D>
+__global__ void __launch_bounds__(128, 2)
+    attention_forward_kernel(AttentionForward arguments, KeyWeights derived, forward::Plan plan) {
+  constexpr int kSize = kChunk<T, D>, kTiles = kSize / 8, kHeld = kHeldTiles<T, D>;
+  constexpr int kHeldRows = kHeld * kRows;
+  const AttentionShape& shape = arguments.shape;
+  int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  int warp = thread / kWarp, warps = threads / kWarp, lane = thread % kWarp;
+  int length = static_cast<int>(shape.length), num_queries = static_cast<int>(shape.queries);
+  int block = static_cast<int>(blockIdx.x), heads = static_cast<int>(shape.heads);
+  int head_index = block / plan.blocks_per_head;
+  int batch = head_index / heads, head = head_index % heads;
+  // Scores and outputs leave few registers: what the loop over keys does not need is found anew.
+  auto part = [&] { return anew(block) % plan.blocks_per_head; };
+  int all_chunks = (length + kSize - 1) / kSize;
+
+  float* biases = reinterpret_cast<float*>(shared_memory());
+  T* staging = reinterpret_cast<T*>(biases + all_chunks * kSize);
+  auto own_rows = [&] { return staging + anew(warp) * kHeldRows * kPitch<T, D>; };
+  T* own_scores = staging + warps * kHeldRows * kPitch<T, D> + warp * kStaging<T, kTiles>;
+  T* keys = staging + warps * (kHeldRows * kPitch<T, D> + kStaging<T, kTiles>);
+  T* values = keys + plan.slot_rows * kPitch<T, D>;
+
+  auto rows_of = [&](const RowGrid& grid, int count) {
+    return rows_of_head<T>(grid, shape, count, anew(batch), anew(head), plan.is_aligned);
+  };
+  auto rows_in = [&](int chunk) { return min(kSize, round_up(length - chunk * kSize, kRows)); };
+  // Where a chunk lies; where chunks pass through, they take turns in two places.
+  auto slot = [&](int turn, int chunk) {
+    return (plan.resident ? chunk : turn) * kSize * kPitch<T, D>;
+  };
+  auto load_keys = [&](int turn, int chunk) {
+    load_tile<T, D>(keys + slot(turn, chunk), rows_of(arguments.key, length), chunk * kSize,
+                    rows_in(chunk), anew(thread), threads, KeepAll());
+  };
+  auto load_values = [&](int turn, int chunk) {
+    load_tile<T, D>(values + slot(turn, chunk), rows_of(arguments.value, length), chunk * kSize,
+                    rows_in(chunk), anew(thread), threads, KeepAll());
+  };
+  // A value that is not attended to becomes 0, since 0 times its NaN would not be. Keys need no
+  // such care: their scores are replaced.
+  auto clear_values = [&](int turn, int chunk) {
+    auto is_kept = [&](int row) { return biases[row] != -INFINITY; };
+    int start = chunk * kSize, end = min(length, start + kSize);
+    bool all_kept = true;
+    for (int row = start + lane; row < end; row += kWarp) all_kept &= is_kept(row);
+    if (!__any_sync(kAllLanes, !all_kept)) return;
+    clear_rows<T, D>(values + slot(turn, chunk), start, rows_in(chunk), anew(thread), threads,
+                     is_kept);
+  };
+
+  load_keys(0, 0);
+  // Values need not wait for weights, but where counts are found in their room.
+  if (!plan.select) load_values(0, 0);
+  const int32_t* counts = stored_counts(derived, batch, length);
+  if (plan.select) {
+    int num_patches = length - static_cast<int>(derived.num_prefix_tokens);
+    const float* relevance = derived.relevance + batch * derived.num_classes * num_patches;
+    const int32_t* found = find_counts(relevance, static_cast<int>(derived.num_classes),
+                                       num_patches, static_cast<int>(derived.top_k), values);
+    if (head == 0 && part() == 0) {
+      int32_t* stored = derived.counts + int64_t{batch} * num_patches;
+      for (int n = thread; n < num_patches; n += threads) stored[n] = found[n];
+    }
+    counts = found;
+  }
+  for (int j = thread; j < all_chunks * kSize; j += threads) {
+    float weight = 0.0f;
+    if (j < length) weight = key_weight(arguments.weights, derived, counts, batch, length, j);
+    biases[j] = is_attended(weight) ? log2f(weight) : -INFINITY;
+  }
+  __syncthreads();
+  if (plan.select) load_values(0, 0);
+  commit_copies();
+
+  float scale = shape.scale * log2_e;
+  int tiles = (num_queries + kHeldRows - 1) / kHeldRows;
+  int rounds = (tiles + plan.blocks_per_head * warps - 1) / (plan.blocks_per_head * warps);
+  // The last rows come first: under causality they see most keys, which then are there for others.
+  for (int round = rounds - 1, turn = 0; round >= 0; --round) {
+    int first_tile = (round * plan.blocks_per_head + part()) * warps;
+    int first = (first_tile + warp) * kHeldRows;
+    // Keys that the block's rows see, then those that the warp's do: none, if it has no rows. It
+    // goes along, since barriers are for all.
+    int seen = length, own_seen = first < num_queries ? length : 0;
+    // Of the latter, those that pass in whole chunks which all of the warp's rows see; of the last
+    // chunk, rows are loaded by sixteens.
+    int whole = round_up(own_seen, kRows) / kSize;
+    if (shape.is_causal) {
+      seen = min(length, min(num_queries, (first_tile + warps) * kHeldRows));
+      own_seen = min(own_seen, first + kHeldRows);
+      whole = min(whole, first / kSize);
+    }
+    int chunks = (seen + kSize - 1) / kSize;
+    load_tile<T, D>(own_rows(), rows_of(arguments.query, num_queries), first, kHeldRows,
+                    anew(lane), kWarp, KeepAll());
+    commit_copies();
+    QueryRows<T, D> rows(first, lane);
+    bool is_loading = round == rounds - 1 || !plan.resident;
+    for (int chunk = 0; chunk < chunks; ++chunk, turn ^= 1) {
+      if (is_loading || chunk == 0) wait_for_copies<0>();
+      if (is_loading) {
+        clear_values(turn, chunk);
+        // Everyone's copies are in, and everyone is done with the slot that is filled next.
+        __syncthreads();
+        int next = chunk + 1 < chunks ? chunk + 1 : 0;
+        if (next > 0 || (!plan.resident && round > 0)) {
+          load_keys(turn ^ 1, next);
+          load_values(turn ^ 1, next);
+          commit_copies();
+        }
+      } else {
+        __syncwarp();
+      }
+      if (chunk == 0) rows.take(own_rows());
+
+      int start = chunk * kSize, place = slot(turn, chunk);
+      if (chunk < whole) {
+        rows.template attend<kTiles>(keys + place, values + place, biases + start, scale,
+                                     own_scores, [](auto&) {});
+        continue;
+      }
+      // A whole chunk for a few keys would take as long as for many.
+      TIR_NO_UNROLL
+      for (int passed = 0; start + passed < own_seen; passed += kRows) {
+        rows.template attend<kRows / 8>(
+            keys + place + passed * kPitch<T, D>, values + place + passed * kPitch<T, D>,
+            biases + start + passed, scale, own_scores, [&](auto& exponents) {
+              if (shape.is_causal) rows.hide_later(exponents, start + passed);
+            });
+      }
+    }
+    int64_t head_start = int64_t{anew(head_index)} * num_queries;
+    rows.store(own_rows(), static_cast<T*>(arguments.output) + head_start * shape.head_dim,
+               arguments.log_sum_exp + head_start, num_queries, static_cast<int>(shape.head_dim));
   }
 }
 

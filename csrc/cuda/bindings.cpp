@@ -36,7 +36,6 @@ void require_square(const AttentionShape& shape) {
 Stream stream_at(Address stream) { return reinterpret_cast<Stream>(stream); }
 
 void forward(const AttentionForward& arguments, DerivedArgument derived, Address stream) {
-  require_square(arguments.shape);
   attention_forward(arguments, derived_weights(derived, arguments.weights), stream_at(stream));
 }
 
@@ -50,7 +49,6 @@ void backward(const AttentionBackward& arguments, DerivedArgument derived, Addre
 }
 
 void statistics(const AttentionStatistics& arguments, Address softmax, Address stream) {
-  require_square(arguments.shape);
   attention_statistics(arguments, pointer<float>(softmax, "softmax is null"), stream_at(stream));
 }
 

@@ -75,6 +75,13 @@ TIR_DEVICE float power_of_two(float exponent) {
   return power;
 }
 
+// The same number, of which the compiler no longer knows that: what is computed from it is computed
+// where it is needed, and keeps no registers before.
+TIR_DEVICE int anew(int number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
 TIR_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

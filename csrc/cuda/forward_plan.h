@@ -27,46 +27,128 @@ struct Plan {
   int64_t shared_bytes;  // of a block, these among them
 };
 
+// What plans are compared by, for all types and widths in units of 43 instructions, or of the time
+// that a multiprocessor takes for them: as counted in bfloat16 with 64 channels (bench/sass). There
+// a warp's pass over 64 keys is 16.
+constexpr int64_t kStepCost = 5;   // of a warp: a step of 16 keys that do not fill a chunk
+constexpr int64_t kTileCost = 17;  // of a warp: to load its queries and to store its outputs
+constexpr int64_t kWarpCost = 6;   // of a warp: all that it does once
+constexpr int64_t kCopyCost = 3;   // of a block: to begin the copies of 16 keys and values
+constexpr int64_t kMoveCost = 16;  // of the L2 cache: 16 keys and values, or queries and outputs
+constexpr int kMaxWarps = 4, kWarpsAtOnce = 8;  // of a block; that registers leave room for
+constexpr int kReserved = 1024;                 // bytes of a block that are the driver's
+
+// A multiprocessor with so many warps works at this rate; it is 20 with eight (bench/model.py).
+inline int64_t rate(int64_t warps) { return warps <= 4 ? 3 * warps : 4 + 2 * warps; }
+
+// The time until the multiprocessor with most blocks is done with them: as many as fit at a time,
+// at last the rest, which leave more of it unused.
+inline int64_t makespan(int64_t blocks, int warps, int64_t bytes, int64_t work, const Device& gpu) {
+  constexpr int64_t kOfOne = 5040;  // a multiple of every rate
+  int64_t room = (gpu.shared_memory + kReserved) / (bytes + kReserved);
+  int64_t at_once = std::clamp<int64_t>(room, 1, kWarpsAtOnce / warps);
+  int64_t most = (blocks + gpu.multiprocessors - 1) / gpu.multiprocessors, rest = most % at_once;
+  int64_t time = (most - rest) * (kOfOne / rate(at_once * warps));
+  if (rest > 0) time += rest * (kOfOne / rate(rest * warps));
+  return work * time;
+}
+
+template <class T, int D>
+class Planner {
+ public:
+  Planner(const char* name, const AttentionShape& shape, const KeyWeights& derived,
+          const Device& gpu)
+      : name_(name), derived_(derived), gpu_(gpu), heads_(shape.batch * shape.heads),
+        queries_(static_cast<int>(shape.queries)), length_(static_cast<int>(shape.length)) {}
+
+  // The plan that takes least time; of equal ones that with fewest blocks, since each reads all
+  // keys and values, then that with most warps.
+  Plan best() const {
+    int ring = std::min(round_up(length_, kRows), 2 * kSize);
+    int most = fitting_warps(name_, std::min(tiles_, kMaxWarps), gpu_.shared_memory,
+                             [&](int warps) { return shared_bytes(warps, ring); });
+    Plan best{};
+    int64_t least = -1;
+    for (int warps = most; warps >= 1; --warps) {
+      for (int rounds = (tiles_ + warps - 1) / warps, parts = 0; rounds >= 1; --rounds) {
+        int needed = (tiles_ + warps * rounds - 1) / (warps * rounds);
+        if (needed == parts) continue;
+        parts = needed;
+        Plan plan = with(warps, parts);
+        int64_t time = makespan(heads_ * parts, warps, plan.shared_bytes, work(plan), gpu_);
+        bool is_better = time < least || (time == least && parts < best.blocks_per_head);
+        if (least >= 0 && !is_better) continue;
+        best = plan, least = time;
+      }
+    }
+    return best;
+  }
+
+ private:
+  static constexpr int kSize = kChunk<T, D>, kOwnRows = kHeldTiles<T, D> * kRows;
+  static constexpr int64_t kRowBytes = kPitch<T, D> * sizeof(T);
+
+  bool selects() const { return derived_.relevance != nullptr; }
+  int64_t num_patches() const { return length_ - derived_.num_prefix_tokens; }
+
+  int64_t value_bytes(int warps, int slot_rows) const {
+    int64_t rows = slot_rows * kRowBytes;
+    return selects() ? std::max(rows, selection_scratch(num_patches(), warps)) : rows;
+  }
+
+  int64_t shared_bytes(int warps, int slot_rows) const {
+    return chunks_ * kSize * int64_t{4} +
+           warps * (kOwnRows * kRowBytes + kStaging<T, kSize / 8> * int64_t{sizeof(T)}) +
+           slot_rows * kRowBytes + value_bytes(warps, slot_rows);
+  }
+
+  int rounds(const Plan& plan) const {
+    int at_a_time = plan.warps * plan.blocks_per_head;
+    return (tiles_ + at_a_time - 1) / at_a_time;
+  }
+
+  Plan with(int warps, int parts) const {
+    Plan plan{};
+    plan.warps = warps;
+    plan.blocks_per_head = parts;
+    plan.select = selects();
+    // Rows stay where they will be needed again, if two blocks still fit on a multiprocessor, so
+    // that one computes while the other loads.
+    plan.slot_rows = round_up(length_, kRows);
+    plan.resident =
+        chunks_ <= 2 || (rounds(plan) > 1 &&
+                         shared_bytes(warps, plan.slot_rows) <= gpu_.shared_memory / 2);
+    if (!plan.resident) plan.slot_rows = 2 * kSize;
+    plan.value_bytes = value_bytes(warps, plan.slot_rows);
+    plan.shared_bytes = shared_bytes(warps, plan.slot_rows);
+    return plan;
+  }
+
+  // What a block does: its instructions, or what it moves from and to the L2 cache.
+  int64_t work(const Plan& plan) const {
+    int64_t sixteens = round_up(length_, kRows) / kRows, in_chunk = kSize / kRows;
+    int64_t passes = sixteens / in_chunk, steps = sixteens % in_chunk;
+    int64_t of_tile = passes * (kSize / 4) + steps * kStepCost + kTileCost;
+    int64_t loaded = sixteens * (plan.resident ? 1 : rounds(plan));
+    int64_t issued = plan.warps * (rounds(plan) * of_tile + kWarpCost) + loaded * kCopyCost;
+    // To find counts, every class goes through the patches for each bit of the relevance.
+    if (plan.select) issued += derived_.num_classes * num_patches() / 8;
+    int64_t own_sixteens = round_up(queries_, kRows) / kRows;
+    return std::max(issued, (loaded + own_sixteens / plan.blocks_per_head) * kMoveCost);
+  }
+
+  const char* name_;
+  const KeyWeights& derived_;
+  const Device& gpu_;
+  int64_t heads_;
+  int queries_, length_;
+  int tiles_ = (queries_ + kOwnRows - 1) / kOwnRows, chunks_ = (length_ + kSize - 1) / kSize;
+};
+
 template <class T, int D>
 Plan plan(const char* name, const AttentionShape& shape, const KeyWeights& derived,
           const Device& gpu) {
-  constexpr int64_t kRowBytes = kPitch<T, D> * sizeof(T);
-  constexpr int kOwnRows = kHeldTiles<T, D> * kRows;
-  int64_t heads = shape.batch * shape.heads;
-  int length = static_cast<int>(shape.length);
-  int tiles = (length + kOwnRows - 1) / kOwnRows;
-  int chunks = (length + kChunk<T, D> - 1) / kChunk<T, D>;
-
-  Plan plan{};
-  plan.select = derived.relevance != nullptr;
-  auto value_bytes = [&](int warps) {
-    int64_t rows = plan.slot_rows * kRowBytes;
-    if (!plan.select) return rows;
-    return std::max(rows, selection_scratch(length - derived.num_prefix_tokens, warps));
-  };
-  auto bytes = [&](int warps) {
-    return chunks * kChunk<T, D> * int64_t{4} +
-           warps * (kOwnRows * kRowBytes + kStaging<T, kChunk<T, D> / 8> * int64_t{sizeof(T)}) +
-           plan.slot_rows * kRowBytes + value_bytes(warps);
-  };
-  // Fewer warps a block while the blocks would leave multiprocessors without one.
-  plan.warps = std::min(tiles, 4);
-  while (plan.warps > 1 &&
-         heads * ((tiles + plan.warps - 1) / plan.warps) < gpu.multiprocessors) {
-    --plan.warps;
-  }
-  // Two blocks shall fit on a multiprocessor, so that one computes while the other loads.
-  plan.slot_rows = round_up(length, kRows);
-  plan.resident = chunks <= 2 || bytes(plan.warps) <= gpu.shared_memory / 2;
-  if (!plan.resident) plan.slot_rows = 2 * kChunk<T, D>;
-  plan.warps = fitting_warps(name, plan.warps, gpu.shared_memory, bytes);
-  plan.value_bytes = value_bytes(plan.warps);
-  plan.shared_bytes = bytes(plan.warps);
-  // A block goes through all rows where there are heads enough: keys and values are then read once.
-  int64_t wanted = (2 * gpu.multiprocessors + heads - 1) / heads;
-  plan.blocks_per_head =
-      static_cast<int>(std::clamp<int64_t>(wanted, 1, (tiles + plan.warps - 1) / plan.warps));
-  return plan;
+  return Planner<T, D>(name, shape, derived, gpu).best();
 }
 
 }  // namespace tir::cuda::forward

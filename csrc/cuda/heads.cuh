@@ -12,12 +12,19 @@
 
 namespace tir::cuda {
 
+// The `count` rows of a head: its queries or its keys.
+template <class T>
+TIR_DEVICE Rows<T> rows_of_head(const RowGrid& grid, const AttentionShape& shape, int count,
+                                int64_t batch, int64_t head, bool is_aligned) {
+  return {static_cast<const T*>(grid.data) + batch * grid.batch_stride + head * grid.head_stride,
+          grid.row_stride, count, static_cast<int>(shape.head_dim), is_aligned};
+}
+
+// The same for as many queries as keys.
 template <class T>
 TIR_DEVICE Rows<T> rows_of_head(const RowGrid& grid, const AttentionShape& shape, int64_t batch,
                                 int64_t head, bool is_aligned) {
-  return {static_cast<const T*>(grid.data) + batch * grid.batch_stride + head * grid.head_stride,
-          grid.row_stride, static_cast<int>(shape.length), static_cast<int>(shape.head_dim),
-          is_aligned};
+  return rows_of_head<T>(grid, shape, static_cast<int>(shape.length), batch, head, is_aligned);
 }
 
 // Calls step(chunk) for one chunk of streamed rows after the other. While a step is at work

@@ -44,6 +44,23 @@ template <class T, int D, class Keep>
 TIR_DEVICE void load_tile(T* tile, const Rows<T>& rows, int first, int tile_rows, int thread,
                           int threads, Keep keep) {
   constexpr int kVectors = D / kVector<T>;
+  if constexpr (kWarp % kVectors == 0) {
+    if (rows.is_aligned) {
+      // A thread keeps its column, so that addresses grow by sums alone. That of a row which does
+      // not exist is not read.
+      int row = thread / kVectors, column = thread % kVectors * kVector<T>;
+      int existing = column < rows.head_dim ? rows.count - first : 0, step = threads / kVectors;
+      const T* source = rows.data + (first + row) * rows.stride + column;
+      T* target = tile + row * kPitch<T, D> + column;
+      TIR_NO_UNROLL
+      for (; row < tile_rows; row += step) {
+        copy_async(target, source, row < existing && keep(first + row));
+        source += step * rows.stride;
+        target += step * kPitch<T, D>;
+      }
+      return;
+    }
+  }
   for (int i = thread; i < tile_rows * kVectors; i += threads) {
     int row = first + i / kVectors, column = i % kVectors * kVector<T>;
     T* target = tile + (i / kVectors) * kPitch<T, D> + column;
@@ -62,6 +79,19 @@ TIR_DEVICE void load_tile(T* tile, const Rows<T>& rows, int first, int tile_rows
 struct KeepAll {
   TIR_DEVICE bool operator()(int) const { return true; }
 };
+
+// Puts zeros in the place of rows of a loaded tile that are not kept. A thread clears what it has
+// loaded itself, so that its own copies are all that it must have waited for.
+template <class T, int D, class Keep>
+TIR_DEVICE void clear_rows(T* tile, int first, int tile_rows, int thread, int threads, Keep keep) {
+  constexpr int kVectors = D / kVector<T>;
+  TIR_NO_UNROLL
+  for (int i = thread; i < tile_rows * kVectors; i += threads) {
+    if (keep(first + i / kVectors)) continue;
+    T* target = tile + i / kVectors * kPitch<T, D> + i % kVectors * kVector<T>;
+    *reinterpret_cast<uint4*>(target) = uint4{0, 0, 0, 0};
+  }
+}
 
 // 16 rows of a tile as the left operand of products: in registers, or read again for each product.
 template <class T, int D, bool kHold>

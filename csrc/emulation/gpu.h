@@ -136,6 +136,8 @@ inline int min(int left, int right) { return left < right ? left : right; }
 namespace tir::cuda {
 
 inline unsigned char* shared_memory() { return emulation::shared_memory(); }
+inline int anew(int number) { return number; }
+
 inline void copy_async(void* shared, const void* global, bool exists) {
   emulation::copy_async(shared, global, exists);
 }

@@ -276,6 +276,7 @@ SANITIZED = {
     "others": [
         "test_token_weights.py",
         "backends/test_cuda_emulated.py",
+        "backends/test_cuda_queries.py",
         "backends/test_cuda_relevance.py",
         "backends/test_cuda_room.py",
         "backends/test_cuda_statistics.py",

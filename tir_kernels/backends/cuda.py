@@ -96,18 +96,20 @@ class Launcher:
 
     def attention_forward(self, inputs: AttentionInputs) -> Pair:
         weights = None if inputs.weights is None else inputs.weights.contiguous()
-        derived = _weights_of_one(inputs.query) if weights is None else None
+        derived = _weights_of_one(inputs.key) if weights is None else None
         return self._forward(inputs, weights, derived)
 
     def attention_backward(self, inputs: AttentionInputs, backward: BackwardInputs) -> Gradients:
         weights = None if inputs.weights is None else inputs.weights.contiguous()
-        derived = _weights_of_one(inputs.query) if weights is None else None
+        derived = _weights_of_one(inputs.key) if weights is None else None
         return self._backward(inputs, weights, derived, backward)
 
     def attention_statistics(self, inputs: StatisticsInputs) -> AttentionStatistics:
-        query = inputs.query
+        query, key = inputs.query, inputs.key
         weights = None if inputs.weights is None else inputs.weights.contiguous()
-        results = AttentionStatistics(*(_empty(query.shape[:3], query) for _ in range(4)))
+        results = AttentionStatistics(
+            *(_empty(rows.shape[:3], query) for rows in (key, key, query, query))
+        )
         softmax = _empty((*query.shape[:3], 2), query)
         with self._guard(query.device):
             self._kernels.attention_statistics(
@@ -148,7 +150,7 @@ class Launcher:
         self, inputs: AttentionInputs, backward: BackwardInputs, counts: Tensor, table: Tensor
     ) -> Gradients:
         table, counts = table.contiguous(), counts.contiguous()
-        num_prefix_tokens = inputs.query.shape[2] - counts.shape[1]
+        num_prefix_tokens = inputs.key.shape[2] - counts.shape[1]
         num_classes = table.shape[0] - 1
         derived = DerivedWeights(
             table.data_ptr(), 0, counts.data_ptr(), num_prefix_tokens, num_classes, 0
@@ -337,13 +339,13 @@ def _compiled() -> ModuleType | None:
         return None
 
 
-def _weights_of_one(query: Tensor) -> DerivedWeights:
+def _weights_of_one(key: Tensor) -> DerivedWeights:
     """No weights to read: every token is a prefix token, whose weight is 1.
 
     So neither the table nor the counts are looked at, and any address serves for them.
     """
-    unread = query.data_ptr()
-    return DerivedWeights(unread, 0, unread, query.shape[2], 1, 0)
+    unread = key.data_ptr()
+    return DerivedWeights(unread, 0, unread, key.shape[2], 1, 0)
 
 
 def _empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

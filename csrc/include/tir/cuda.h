@@ -44,7 +44,7 @@ void attention_forward(const AttentionForward& arguments, const KeyWeights& deri
 void attention_backward(const AttentionBackward& arguments, const KeyWeights& derived,
                         float* delta, float* partial, Stream stream);
 
-// `softmax` [B, H, L, 2] is room to work in.
+// `softmax` [B, H, Lq, 2] is room to work in.
 void attention_statistics(const AttentionStatistics& arguments, float* softmax, Stream stream);
 
 void relevance(const Relevance& arguments, Stream stream);
