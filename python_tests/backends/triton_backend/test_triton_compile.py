@@ -49,7 +49,8 @@ def attention_cases() -> list[dict[str, Any]]:
     wide_heads = {"dtype": "float32", "head_dim": 256}
     kernels = ("forward", "statistics")
     more = [{"kernel": kernel, **case} for case in (long_rows, wide_heads) for kernel in kernels]
-    return [*cases, *more]
+    causal = [{**case, "is_causal": True} for case in cases if case["head_dim"] in (64, 80, 128)]
+    return [*cases, *more, *causal]
 
 
 def relevance_cases() -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tir_kernels.backends.inputs import AttentionInputs, BackwardInputs, StatisticsInputs
 from tir_kernels.backends.triton.kernels import (
     attention_backward,
     attention_forward,
@@ -94,17 +95,19 @@ def run_launcher(case: dict[str, Any]) -> None:
         packed = tensor(2, length, 3, 12, case["head_dim"]).permute(2, 0, 3, 1, 4)
         query, key, value = packed
         weights = tensor(2, length, dtype=torch.float32)
+        is_causal = case.get("is_causal", False)
+        inputs = AttentionInputs(query, key, value, weights, 0.125, is_causal)
         if case["kernel"] == "forward":
-            attention_forward.attention_forward(query, key, value, weights, 0.125)
+            attention_forward.attention_forward(inputs)
             return
         if case["kernel"] == "statistics":
-            attention_statistics.attention_statistics(query, key, weights, 0.125, 1)
+            described = StatisticsInputs(query, key, weights, 0.125, 1, is_causal)
+            attention_statistics.attention_statistics(described)
             return
         output = tensor(2, 12, length, case["head_dim"])
         log_sums = tensor(2, 12, length, dtype=torch.float32)
-        attention_backward.attention_backward(
-            output, query, key, value, weights, output, log_sums, 0.125, case["weights_grad"]
-        )
+        backward = BackwardInputs(output, log_sums, output, case["weights_grad"])
+        attention_backward.attention_backward(inputs, backward)
     elif case["kernel"] == "relevance":
         width, features = case["width"], case["features"]
         has_norm, has_proj = case.get("norm", True), case.get("proj", True)
