@@ -18,6 +18,7 @@ from triton_cases import (
 )
 
 from tir_kernels.backends.inputs import AttentionInputs, StatisticsInputs
+from tir_kernels.backends.triton.kernels.key_weights import log_weights
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -65,6 +66,16 @@ def test_nan_weights_show_and_stay_in_their_image(device: str) -> None:
         assert torch.equal(ours[1], before[1])
         assert torch.equal(ours[0].isnan(), true[0].isnan())
         assert ours[0].isnan().any()
+
+
+def test_logarithms_of_weights(device: str) -> None:
+    """What does not count gets -inf: too small, 0, negative; NaN stays."""
+    ordinary = [1.0, 2.0, 0.3, 2.0**-126, 1e-30, 3e38, INF]
+    weights = torch.tensor([[*ordinary, 2.0**-127, 1e-44, 0.0], [-0.0, -1.0, -INF, NAN, *6 * [4]]])
+    found = log_weights(weights.to(device)).cpu()
+    expected = weights.double().log2().float()
+    expected[0, len(ordinary) :], expected[1, :3] = -INF, -INF
+    torch.testing.assert_close(found, expected, rtol=2e-7, atol=2e-7, equal_nan=True)
 
 
 def test_rows_without_attended_keys(device: str) -> None:

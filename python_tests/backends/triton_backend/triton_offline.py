@@ -22,12 +22,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.sass import tools
 from tir_kernels.backends.inputs import AttentionInputs, BackwardInputs, StatisticsInputs
 from tir_kernels.backends.triton.kernels import (
     attention_backward,
     attention_forward,
     attention_statistics,
     dropout,
+    key_weights,
     relevance,
     selection,
 )
@@ -37,6 +39,7 @@ MODULES = (
     attention_backward,
     attention_statistics,
     dropout,
+    key_weights,
     relevance,
     selection,
 )
@@ -147,8 +150,8 @@ def signature_of(given: Any, is_general: bool) -> tuple[str, bool]:
     return "fp32", False
 
 
-def compile_launch(kernel: Any, launch: dict[str, Any], arch: int) -> dict[str, Any]:
-    """The compiled launch: its shared memory, registers, stack and tensor-core instructions."""
+def compile_launch(kernel: Any, launch: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
+    """The compiled launch: its shared memory, registers, stack, tensor-core instructions, loops."""
     options = {name: launch.pop(name) for name in OPTIONS if name in launch}
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
@@ -167,7 +170,7 @@ def compile_launch(kernel: Any, launch: dict[str, Any], arch: int) -> dict[str, 
                 attributes[path] = [["tt.divisibility", 16]]
     stationary = "BLOCK_KEY" if kernel.__name__ == "grad_key_value_kernel" else "BLOCK_QUERY"
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", case["arch"], 32), options=options)
     ptx = compiled.asm["ptx"]
     return {
         "kernel": kernel.__name__,
@@ -176,9 +179,21 @@ def compile_launch(kernel: Any, launch: dict[str, Any], arch: int) -> dict[str, 
         "tensor_core": sorted(set(TENSOR_CORE.findall(ptx))),
         "wide_loads": len(WIDE_LOAD.findall(ptx)),
         "narrow_loads": len(NARROW_LOAD.findall(ptx)),
+        "loops": main_loops(compiled.asm["cubin"]) if case.get("count_loops") else [],
         **resource_usage(compiled.asm["cubin"]),
         **options,
     }
+
+
+def main_loops(cubin: bytes) -> list[dict[str, int]]:
+    """Instructions and tensor-core products of a pass of each main loop, in the code's order."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        (counts,) = tools.counts_of([Path(file.name)]).values()
+    return [
+        {"products": loop.products, "instructions": loop.instructions} for loop in counts.main_loops
+    ]
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
@@ -199,7 +214,7 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 def run_case(case: dict[str, Any]) -> list[dict[str, Any]]:
     return [
-        {"case": case, **compile_launch(kernel, launch, case["arch"])}
+        {"case": case, **compile_launch(kernel, launch, case)}
         for kernel, launch in recorded_launches(case)
     ]
 

@@ -18,6 +18,7 @@ from ...common import device_guard
 from ...inputs import AttentionInputs, BackwardInputs
 from ...protocol import Gradients
 from ..configs import grad_key_value_config, grad_query_config
+from .key_weights import load_log_weights, log_weights
 from .tiles import (
     LOG2_E,
     device_capability,
@@ -29,7 +30,6 @@ from .tiles import (
     hide_later_keys,
     key_weights,
     load_columns,
-    load_key_weights,
     load_rows,
     locate_rows,
     loop_bound,
@@ -82,7 +82,7 @@ def grad_query_kernel(
     query_ptr,  # [B, H, Lq, d]
     key_ptr,  # [B, H, L, d]
     value_ptr,  # [B, H, L, d]
-    weights_ptr,  # [B, L]
+    log_weights_ptr,  # [B, L]
     output_ptr,  # [B, H, Lq, d], contiguous
     log_sum_exp_ptr,  # [B, H, Lq]
     grad_query_ptr,  # [B, H, Lq, d], contiguous
@@ -108,7 +108,7 @@ def grad_query_kernel(
     query_ptr = head_pointer(query_ptr, batch, head, query_strides, STRIDE_UNIT)
     key_ptr = head_pointer(key_ptr, batch, head, key_strides, STRIDE_UNIT)
     value_ptr = head_pointer(value_ptr, batch, head, value_strides, STRIDE_UNIT)
-    weights_ptr += batch.to(tl.int64) * num_keys
+    log_weights_ptr += batch.to(tl.int64) * num_keys
     first_row = head_number * num_queries
 
     rows = first_query + tl.arange(0, BLOCK_QUERY)
@@ -135,8 +135,7 @@ def grad_query_kernel(
     end = end_of_keys(first_query, num_keys, BLOCK_QUERY, IS_CAUSAL)
     for first_key in range(0, loop_bound(end), BLOCK_KEY):
         keys = first_key + tl.arange(0, BLOCK_KEY)
-        _, attended, log_weights = load_key_weights(weights_ptr, keys, end)
-        bias = tl.where(attended, log_weights, float("-inf"))
+        bias, attended = load_log_weights(log_weights_ptr, keys, end)
         key = load_rows(key_ptr, keys, attended, key_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT)
         value = load_rows(
             value_ptr, keys, attended, value_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT
@@ -158,7 +157,8 @@ def grad_key_value_kernel(
     query_ptr,  # [B, H, Lq, d]
     key_ptr,  # [B, H, L, d]
     value_ptr,  # [B, H, L, d]
-    weights_ptr,  # [B, L]
+    weights_ptr,  # [B, L]; None unless NEEDS_WEIGHTS_GRAD
+    log_weights_ptr,  # [B, L]
     log_sum_exp_ptr,  # [B, H, Lq]
     delta_ptr,  # [B, H, Lq]
     grad_key_ptr,  # [B, H, L, d], contiguous
@@ -186,16 +186,22 @@ def grad_key_value_kernel(
     query_ptr = head_pointer(query_ptr, batch, head, query_strides, STRIDE_UNIT)
     key_ptr = head_pointer(key_ptr, batch, head, key_strides, STRIDE_UNIT)
     value_ptr = head_pointer(value_ptr, batch, head, value_strides, STRIDE_UNIT)
-    weights_ptr += batch.to(tl.int64) * num_keys
+    log_weights_ptr += batch.to(tl.int64) * num_keys
     first_row, first_key_row = head_number * num_queries, head_number * num_keys
 
     keys = first_key + tl.arange(0, BLOCK_KEY)
     in_range = keys < num_keys
-    weights, attended, bias = load_key_weights(weights_ptr, keys, num_keys)
-    # At weight 0 the weight's own derivative still needs the true key and value; below 0 nothing
-    # does. Such a key's bias is 0, as if its weight were 1, and what it sums up for its key and
-    # value is dropped at the end: all of these sums belong to single keys.
-    needed = in_range & ((weights < 0.0) == 0)
+    bias, attended = load_log_weights(log_weights_ptr, keys, num_keys)
+    # A key that is not attended to gets a bias of 0, as if its weight were 1, and what it sums up
+    # for itself and its value is dropped at the end: all of these sums belong to single keys.
+    bias = tl.where(attended, bias, 0.0)
+    needed = attended
+    if NEEDS_WEIGHTS_GRAD:
+        # At weight 0 the weight's own derivative needs the true key and value; below 0 nothing
+        # does.
+        weights_ptr += batch.to(tl.int64) * num_keys
+        weights = tl.load(weights_ptr + keys, mask=in_range, other=0.0)
+        needed = in_range & ((weights < 0.0) == 0)
     key = load_rows(key_ptr, keys, needed, key_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT)
     value = load_rows(value_ptr, keys, needed, value_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT)
     grad_key = zero_rows(BLOCK_KEY, MAIN, TAIL)
@@ -271,10 +277,11 @@ def attention_backward(inputs: AttentionInputs, backward: BackwardInputs) -> Gra
     strides = (tensor.stride()[:-1] for tensor in rows)
     numbers = (*strides, num_heads, num_queries, key.shape[2], scale)
     constants = {**head_constants(*rows), "IS_CAUSAL": is_causal}
+    logarithms = log_weights(weights)
     with device_guard(query.device):
         grad_query_kernel[row_programs(query, query_config.block_stationary)](
             *rows,
-            weights,
+            logarithms,
             output.contiguous(),
             log_sum_exp,
             grad_query,
@@ -285,7 +292,8 @@ def attention_backward(inputs: AttentionInputs, backward: BackwardInputs) -> Gra
         )
         grad_key_value_kernel[row_programs(key, key_config.block_stationary)](
             *rows,
-            weights,
+            weights if needs_weights_grad else None,
+            logarithms,
             log_sum_exp,
             delta,
             grad_key,

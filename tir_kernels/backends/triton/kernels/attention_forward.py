@@ -14,6 +14,7 @@ from torch import Tensor
 from ...common import device_guard
 from ...inputs import AttentionInputs
 from ..configs import forward_config
+from .key_weights import load_log_weights, log_weights
 from .tiles import (
     LOG2_E,
     device_capability,
@@ -24,7 +25,6 @@ from .tiles import (
     head_pointer,
     hide_later_keys,
     key_weights,
-    load_key_weights,
     load_rows,
     locate_rows,
     loop_bound,
@@ -43,7 +43,7 @@ def attention_forward_kernel(
     query_ptr,  # [B, H, Lq, d]
     key_ptr,  # [B, H, L, d]
     value_ptr,  # [B, H, L, d]
-    weights_ptr,  # [B, L]
+    log_weights_ptr,  # [B, L]
     output_ptr,  # [B, H, Lq, d], contiguous
     log_sum_exp_ptr,  # [B, H, Lq]
     query_strides,  # of batch, head and row
@@ -65,7 +65,7 @@ def attention_forward_kernel(
     query_ptr = head_pointer(query_ptr, batch, head, query_strides, STRIDE_UNIT)
     key_ptr = head_pointer(key_ptr, batch, head, key_strides, STRIDE_UNIT)
     value_ptr = head_pointer(value_ptr, batch, head, value_strides, STRIDE_UNIT)
-    weights_ptr += batch.to(tl.int64) * num_keys
+    log_weights_ptr += batch.to(tl.int64) * num_keys
     first_row = head_number * num_queries
 
     rows = first_query + tl.arange(0, BLOCK_QUERY)
@@ -81,8 +81,7 @@ def attention_forward_kernel(
     for first_key in range(0, loop_bound(end), BLOCK_KEY):
         keys = first_key + tl.arange(0, BLOCK_KEY)
         # Keys and values that are not attended to are never read: not even their NaN gets out.
-        _, attended, log_weights = load_key_weights(weights_ptr, keys, end)
-        bias = tl.where(attended, log_weights, float("-inf"))
+        bias, attended = load_log_weights(log_weights_ptr, keys, end)
         key = load_rows(key_ptr, keys, attended, key_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT)
         scores = dot_transposed(query, key, TAIL) * scale_log2 + bias[None, :]
         scores = hide_later_keys(scores, rows[:, None], keys[None, :], IS_CAUSAL)
@@ -111,7 +110,7 @@ def attention_forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
             query,
             key,
             value,
-            key_weights(weights, key),
+            log_weights(key_weights(weights, key)),
             output,
             log_sum_exp,
             query.stride()[:-1],

@@ -19,6 +19,7 @@ from ...common import device_guard
 from ...inputs import StatisticsInputs
 from ...protocol import AttentionStatistics
 from ..configs import forward_config
+from .key_weights import load_log_weights, log_weights
 from .tiles import (
     LN_2,
     LOG2_E,
@@ -29,7 +30,6 @@ from .tiles import (
     head_pointer,
     hide_later_keys,
     key_weights,
-    load_key_weights,
     load_rows,
     locate_rows,
     loop_bound,
@@ -44,7 +44,7 @@ from .tiles import (
 def row_statistics_kernel(
     query_ptr,  # [B, H, Lq, d]
     key_ptr,  # [B, H, L, d]
-    weights_ptr,  # [B, L]
+    log_weights_ptr,  # [B, L]
     entropy_ptr,  # [B, H, Lq]
     log_sum_exp_ptr,  # [B, H, Lq]
     maximum_ptr,  # [B, H, Lq]
@@ -66,7 +66,7 @@ def row_statistics_kernel(
     first_query, batch, head, head_number = locate_rows(num_heads, num_queries, BLOCK_QUERY)
     query_ptr = head_pointer(query_ptr, batch, head, query_strides, STRIDE_UNIT)
     key_ptr = head_pointer(key_ptr, batch, head, key_strides, STRIDE_UNIT)
-    weights_ptr += batch.to(tl.int64) * num_keys
+    log_weights_ptr += batch.to(tl.int64) * num_keys
     first_row = head_number * num_queries
 
     rows = first_query + tl.arange(0, BLOCK_QUERY)
@@ -83,8 +83,7 @@ def row_statistics_kernel(
     end = end_of_keys(first_query, num_keys, BLOCK_QUERY, IS_CAUSAL)
     for first_key in range(0, loop_bound(end), BLOCK_KEY):
         keys = first_key + tl.arange(0, BLOCK_KEY)
-        _, attended, log_weights = load_key_weights(weights_ptr, keys, end)
-        bias = tl.where(attended, log_weights, float("-inf"))
+        bias, attended = load_log_weights(log_weights_ptr, keys, end)
         key = load_rows(key_ptr, keys, attended, key_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT)
         scores = dot_transposed(query, key, TAIL) * scale_log2 + bias[None, :]
         scores = hide_later_keys(scores, rows[:, None], keys[None, :], IS_CAUSAL)
@@ -110,7 +109,7 @@ def row_statistics_kernel(
 def column_statistics_kernel(
     query_ptr,  # [B, H, Lq, d]
     key_ptr,  # [B, H, L, d]
-    weights_ptr,  # [B, L]
+    log_weights_ptr,  # [B, L]
     maximum_ptr,  # [B, H, Lq]
     total_ptr,  # [B, H, Lq]
     from_prefix_ptr,  # [B, H, L]
@@ -133,11 +132,11 @@ def column_statistics_kernel(
     first_key, batch, head, head_number = locate_rows(num_heads, num_keys, BLOCK_KEY)
     query_ptr = head_pointer(query_ptr, batch, head, query_strides, STRIDE_UNIT)
     key_ptr = head_pointer(key_ptr, batch, head, key_strides, STRIDE_UNIT)
-    weights_ptr += batch.to(tl.int64) * num_keys
+    log_weights_ptr += batch.to(tl.int64) * num_keys
     first_row = head_number * num_queries
 
     keys = first_key + tl.arange(0, BLOCK_KEY)
-    _, attended, bias = load_key_weights(weights_ptr, keys, num_keys)
+    bias, attended = load_log_weights(log_weights_ptr, keys, num_keys)
     key = load_rows(key_ptr, keys, attended, key_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT)
     # Sums over the queries at the same place of their blocks; warps exchange them once, at the end.
     from_prefix = tl.zeros((BLOCK_QUERY, BLOCK_KEY), tl.float32)
@@ -181,7 +180,7 @@ def attention_statistics(inputs: StatisticsInputs) -> AttentionStatistics:
 
     from_prefix, from_patches = empty_numbers(key), empty_numbers(key)
     entropy, log_sum_exp, maximum, total = (empty_numbers(query) for _ in range(4))
-    tensors = (query, key, key_weights(weights, key))
+    tensors = (query, key, log_weights(key_weights(weights, key)))
     numbers = (query.stride()[:-1], key.stride()[:-1], num_heads, num_queries, key.shape[2])
     scale_log2 = scale * LOG2_E.value
     constants = {**head_constants(query, key), **config.options(), "IS_CAUSAL": is_causal}

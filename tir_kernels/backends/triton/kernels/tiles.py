@@ -15,8 +15,6 @@ from ..configs import split_head_dim
 
 LOG2_E = tl.constexpr(common.LOG2_E)
 LN_2 = tl.constexpr(0.6931471805599453)
-# Below this the hardware's logarithm sees 0. NaN is not below it: it stays, and shows.
-SMALLEST_WEIGHT = tl.constexpr(1.1754943508222875e-38)
 
 # Triton compiles or interprets a kernel as it was when the kernel was defined; so does this.
 INTERPRETED = tl.constexpr(interpreter_is_on())
@@ -210,16 +208,6 @@ def softmax_end(maximum, total):
     divisor = tl.where(is_empty, 1.0, total)
     log_sum_exp = tl.where(is_empty, float("-inf"), (maximum + tl.log2(divisor)) * LN_2)
     return divisor, log_sum_exp
-
-
-@triton.jit
-def load_key_weights(weights_ptr, keys, length):
-    """The weights of some keys, whether each is attended to, and the base-2 logarithm of those that
-    are. A key past the end has a weight of 0.
-    """
-    weights = tl.load(weights_ptr + keys, mask=keys < length, other=0.0)
-    attended = (weights < SMALLEST_WEIGHT) == 0
-    return weights, attended, tl.log2(tl.where(attended, weights, 1.0))
 
 
 @triton.jit
