@@ -17,7 +17,8 @@ from triton_cases import (
     run_attention,
 )
 
-from tir_kernels.backends.inputs import AttentionInputs
+from tir_kernels.backends.inputs import AttentionInputs, StatisticsInputs
+from tir_kernels.backends.triton.kernels.key_weights import log_weights
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -65,6 +66,16 @@ def test_nan_weights_show_and_stay_in_their_image(device: str) -> None:
         assert torch.equal(ours[1], before[1])
         assert torch.equal(ours[0].isnan(), true[0].isnan())
         assert ours[0].isnan().any()
+
+
+def test_logarithms_of_weights(device: str) -> None:
+    """What does not count gets -inf: too small, 0, negative; NaN stays."""
+    ordinary = [1.0, 2.0, 0.3, 2.0**-126, 1e-30, 3e38, INF]
+    weights = torch.tensor([[*ordinary, 2.0**-127, 1e-44, 0.0], [-0.0, -1.0, -INF, NAN, *6 * [4]]])
+    found = log_weights(weights.to(device)).cpu()
+    expected = weights.double().log2().float()
+    expected[0, len(ordinary) :], expected[1, :3] = -INF, -INF
+    torch.testing.assert_close(found, expected, rtol=2e-7, atol=2e-7, equal_nan=True)
 
 
 def test_rows_without_attended_keys(device: str) -> None:
@@ -116,6 +127,47 @@ def test_any_strides(device: str) -> None:
         run_attention(*strided, 0.2), run_attention(*contiguous, 0.2), strict=True
     ):
         torch.testing.assert_close(ours, other, rtol=1e-6, atol=1e-6)
+
+
+def causal_attention(
+    num_queries: int, num_keys: int, device: str
+) -> tuple[AttentionInputs, torch.Tensor]:
+    """A causal problem of several blocks either way, and a gradient of its output."""
+    query, grad_output = (random_tensor(1, 2, num_queries, 16, seed=s).to(device) for s in (0, 1))
+    key, value = (random_tensor(1, 2, num_keys, 16, seed=s).to(device) for s in (2, 3))
+    weights = random_tensor(1, num_keys, seed=4).to(device).abs()
+    return AttentionInputs(query, key, value, weights, 0.25, True), grad_output
+
+
+def test_blocks_of_keys_that_no_query_sees_are_not_read(device: str) -> None:
+    """Within a block a probability of 0 times NaN would be NaN."""
+    inputs, grad_output = causal_attention(70, 260, device)
+    for tensor in inputs[1:3]:
+        tensor[:, :, 192:] = NAN
+    key, value, weights = inputs.key[:, :, :192], inputs.value[:, :, :192], inputs.weights[:, :192]
+    read = inputs._replace(key=key, value=value, weights=weights)
+    expected = oracle.run_attention(BACKEND, read, grad_output)
+    results = oracle.run_attention(BACKEND, inputs, grad_output)
+    for ours, other in zip(results[:3], expected[:3], strict=True):
+        assert torch.equal(ours, other)
+    for ours in results[3:5]:
+        assert (ours[:, :, 70:] == 0).all()
+    assert (results[5][:, 70:] == 0).all()
+    found = BACKEND.attention_statistics(StatisticsInputs(*inputs[:2], *inputs[3:5], 1, True))
+    for statistic in found:
+        assert statistic.isfinite().all()
+
+
+def test_blocks_of_queries_that_see_no_key_are_not_read(device: str) -> None:
+    inputs, grad_output = causal_attention(260, 260, device)
+    results = oracle.run_attention(BACKEND, inputs, grad_output)
+    for tensor in (inputs.query, grad_output):
+        tensor[:, :, :64] = NAN
+    others = oracle.run_attention(BACKEND, inputs, grad_output)
+    for ours, other in zip(results[3:5], others[3:5], strict=True):
+        assert torch.equal(ours[:, :, 64:], other[:, :, 64:])
+    assert torch.equal(results[5][:, 64:], others[5][:, 64:])
+    assert others[5][:, :64].isnan().any()
 
 
 def test_weight_gradient_only_if_asked(device: str) -> None:

@@ -27,6 +27,17 @@ SHARED_MEMORY = {80: 99, 90: 227, 100: 227}
 # for occupancy, with registers to spare, and differ from one release to the next.
 MAX_STACK = 32
 ATTENTION = ("forward", "backward", "statistics")
+# Instructions of a warp in a pass of a main loop, for bfloat16, heads of width 64 and Triton 3.8 on
+# 9.0: 64 keys or queries with the 16 rows that a warp has of the stationary ones. Its number of
+# tensor-core products says what work a budget is for.
+LOOPS_OF = "3.8"
+MAIN_LOOPS = {
+    "attention_forward_kernel": [(8, 475)],  # 453
+    "grad_query_kernel": [(12, 425)],  # 405
+    "grad_key_value_kernel": [(16, 570)],  # 545
+    "row_statistics_kernel": [(4, 575)],  # 549
+    "column_statistics_kernel": [(4, 400)],  # 383
+}
 TENSOR_CORE = {80: {"mma.sync"}, 90: {"wgmma.mma_async"}, 100: {"tcgen05.mma"}}
 
 
@@ -49,7 +60,8 @@ def attention_cases() -> list[dict[str, Any]]:
     wide_heads = {"dtype": "float32", "head_dim": 256}
     kernels = ("forward", "statistics")
     more = [{"kernel": kernel, **case} for case in (long_rows, wide_heads) for kernel in kernels]
-    return [*cases, *more]
+    causal = [{**case, "is_causal": True} for case in cases if case["head_dim"] in (64, 80, 128)]
+    return [*cases, *more, *causal]
 
 
 def relevance_cases() -> list[dict[str, Any]]:
@@ -99,11 +111,17 @@ MAKERS = (
 )
 
 
+def is_counted(case: dict[str, Any], arch: int) -> bool:
+    """Whether the main loops of an attention kernel have budgets."""
+    facts = (case["kernel"] in ATTENTION, case["dtype"], case.get("head_dim"), case.get("length"))
+    return facts == (True, "bfloat16", 64, 197) and arch == 90 and "is_causal" not in case
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The compiler's word on each kernel, kept for as long as the kernels stay as they are."""
     cases = [
-        {**case, "arch": arch, "weights_grad": True}
+        {**case, "arch": arch, "weights_grad": True, "count_loops": is_counted(case, arch)}
         for make in MAKERS
         for case in make()
         for arch in SHARED_MEMORY
@@ -133,6 +151,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_every_kernel_compiles(compiled: list[dict[str, Any]]) -> None:
     for arch in SHARED_MEMORY:
         assert {result["kernel"] for result in compiled if result["case"]["arch"] == arch} == {
+            "log_weights_kernel",
             "attention_forward_kernel",
             "grad_query_kernel",
             "grad_key_value_kernel",
@@ -165,7 +184,8 @@ def test_tiles_fit_into_registers(compiled: list[dict[str, Any]]) -> None:
 def test_tensor_cores_serve_16_bit_types(compiled: list[dict[str, Any]]) -> None:
     for result in compiled:
         case, used = result["case"], set(result["tensor_core"])
-        if case["kernel"] in ("dropout", "dropped_product", "add_norm"):
+        plain = ("dropout", "dropped_product", "add_norm")
+        if case["kernel"] in plain or result["kernel"] == "log_weights_kernel":
             continue
         if case["dtype"] == "float32":
             assert not used, f"float32 must not be rounded to what tensor cores take: {result}"
@@ -178,6 +198,21 @@ def test_tensor_cores_serve_16_bit_types(compiled: list[dict[str, Any]]) -> None
 def test_rows_are_read_in_wide_pieces(compiled: list[dict[str, Any]]) -> None:
     """16 bytes at a time, also for a head_dim such as 72 that is no multiple of 16."""
     for result in compiled:
-        if result["case"]["kernel"] in ATTENTION:
+        if result["case"]["kernel"] in ATTENTION and result["kernel"] != "log_weights_kernel":
             assert result["wide_loads"] >= 4, result
             assert result["narrow_loads"] == 0, result
+
+
+def test_main_loops_stay_short(compiled: list[dict[str, Any]]) -> None:
+    if not triton.__version__.startswith(LOOPS_OF):
+        pytest.skip(f"budgets are of Triton {LOOPS_OF}, this is {triton.__version__}")
+    counted = {
+        result["kernel"]: [(loop["products"], loop["instructions"]) for loop in result["loops"]]
+        for result in compiled
+        if result["loops"]
+    }
+    assert counted.keys() == MAIN_LOOPS.keys()
+    for name, loops in counted.items():
+        assert [products for products, _ in loops] == [products for products, _ in MAIN_LOOPS[name]]
+        for (_, found), (_, budget) in zip(loops, MAIN_LOOPS[name], strict=True):
+            assert 0.9 * budget <= found <= budget, f"{name}: {found}, the budget is {budget}"

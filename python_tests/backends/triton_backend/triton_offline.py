@@ -23,6 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tir_kernels.backends.optional import DropoutInputs
+from bench.sass import tools
+from tir_kernels.backends.inputs import AttentionInputs, BackwardInputs, StatisticsInputs
 from tir_kernels.backends.triton.kernels import (
     add_norm,
     attention_backward,
@@ -30,6 +32,7 @@ from tir_kernels.backends.triton.kernels import (
     attention_statistics,
     dropout,
     dropped_product,
+    key_weights,
     relevance,
     selection,
 )
@@ -41,6 +44,7 @@ MODULES = (
     add_norm,
     dropout,
     dropped_product,
+    key_weights,
     relevance,
     selection,
 )
@@ -99,17 +103,19 @@ def run_launcher(case: dict[str, Any]) -> None:
         packed = tensor(2, length, 3, 12, case["head_dim"]).permute(2, 0, 3, 1, 4)
         query, key, value = packed
         weights = tensor(2, length, dtype=torch.float32)
+        is_causal = case.get("is_causal", False)
+        inputs = AttentionInputs(query, key, value, weights, 0.125, is_causal)
         if case["kernel"] == "forward":
-            attention_forward.attention_forward(query, key, value, weights, 0.125)
+            attention_forward.attention_forward(inputs)
             return
         if case["kernel"] == "statistics":
-            attention_statistics.attention_statistics(query, key, weights, 0.125, 1)
+            described = StatisticsInputs(query, key, weights, 0.125, 1, is_causal)
+            attention_statistics.attention_statistics(described)
             return
         output = tensor(2, 12, length, case["head_dim"])
         log_sums = tensor(2, 12, length, dtype=torch.float32)
-        attention_backward.attention_backward(
-            output, query, key, value, weights, output, log_sums, 0.125, case["weights_grad"]
-        )
+        backward = BackwardInputs(output, log_sums, output, case["weights_grad"])
+        attention_backward.attention_backward(inputs, backward)
     elif case["kernel"] == "relevance":
         width, features = case["width"], case["features"]
         has_norm, has_proj = case.get("norm", True), case.get("proj", True)
@@ -161,8 +167,8 @@ def signature_of(given: Any, is_general: bool) -> tuple[str, bool]:
     return "fp32", False
 
 
-def compile_launch(kernel: Any, launch: dict[str, Any], arch: int) -> dict[str, Any]:
-    """The compiled launch: its shared memory, registers, stack and tensor-core instructions."""
+def compile_launch(kernel: Any, launch: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
+    """The compiled launch: its shared memory, registers, stack, tensor-core instructions, loops."""
     options = {name: launch.pop(name) for name in OPTIONS if name in launch}
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
@@ -181,7 +187,7 @@ def compile_launch(kernel: Any, launch: dict[str, Any], arch: int) -> dict[str, 
                 attributes[path] = [["tt.divisibility", 16]]
     stationary = "BLOCK_KEY" if kernel.__name__ == "grad_key_value_kernel" else "BLOCK_QUERY"
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", case["arch"], 32), options=options)
     ptx = compiled.asm["ptx"]
     return {
         "kernel": kernel.__name__,
@@ -190,9 +196,21 @@ def compile_launch(kernel: Any, launch: dict[str, Any], arch: int) -> dict[str, 
         "tensor_core": sorted(set(TENSOR_CORE.findall(ptx))),
         "wide_loads": len(WIDE_LOAD.findall(ptx)),
         "narrow_loads": len(NARROW_LOAD.findall(ptx)),
+        "loops": main_loops(compiled.asm["cubin"]) if case.get("count_loops") else [],
         **resource_usage(compiled.asm["cubin"]),
         **options,
     }
+
+
+def main_loops(cubin: bytes) -> list[dict[str, int]]:
+    """Instructions and tensor-core products of a pass of each main loop, in the code's order."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        (counts,) = tools.counts_of([Path(file.name)]).values()
+    return [
+        {"products": loop.products, "instructions": loop.instructions} for loop in counts.main_loops
+    ]
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
@@ -213,7 +231,7 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 def run_case(case: dict[str, Any]) -> list[dict[str, Any]]:
     return [
-        {"case": case, **compile_launch(kernel, launch, case["arch"])}
+        {"case": case, **compile_launch(kernel, launch, case)}
         for kernel, launch in recorded_launches(case)
     ]
 

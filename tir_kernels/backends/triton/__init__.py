@@ -47,22 +47,6 @@ def _kernels(operation: str) -> ModuleType:
     return importlib.import_module(f".kernels.{operation}", __name__)
 
 
-def _key_weights(inputs: AttentionInputs | StatisticsInputs) -> Tensor:
-    """The weights, (B, L): ones where there are none, because the kernels read them."""
-    if inputs.weights is not None:
-        return inputs.weights
-    batch, _, length, _ = inputs.query.shape
-    return inputs.query.new_ones((batch, length), dtype=torch.float32)
-
-
-def _require_square(inputs: AttentionInputs | StatisticsInputs) -> None:
-    if inputs.is_causal or inputs.query.shape[2] != inputs.key.shape[2]:
-        raise RuntimeError(
-            "the triton kernels take as many queries as keys and no causality yet; use another "
-            "backend"
-        )
-
-
 class TritonBackend:
     """Triton kernels for tensors on GPUs of capability 8.0 and newer."""
 
@@ -101,27 +85,13 @@ class TritonBackend:
         )
 
     def attention_forward(self, inputs: AttentionInputs) -> Pair:
-        _require_square(inputs)
-        query, key, value, _, scale, _ = inputs
-        return _kernels("attention_forward").attention_forward(
-            query, key, value, _key_weights(inputs), scale
-        )
+        return _kernels("attention_forward").attention_forward(inputs)
 
     def attention_backward(self, inputs: AttentionInputs, backward: BackwardInputs) -> Gradients:
-        _require_square(inputs)
-        output, log_sum_exp, grad_output, needs_weights_grad = backward
-        tensors = (*inputs[:3], _key_weights(inputs), output, log_sum_exp)
-        return _kernels("attention_backward").attention_backward(
-            grad_output, *tensors, inputs.scale, needs_weights_grad
-        )
+        return _kernels("attention_backward").attention_backward(inputs, backward)
 
     def attention_statistics(self, inputs: StatisticsInputs) -> AttentionStatistics:
-        _require_square(inputs)
-        query, key, _, scale, num_prefix_tokens, _ = inputs
-        weights = _key_weights(inputs)
-        return _kernels("attention_statistics").attention_statistics(
-            query, key, weights, scale, num_prefix_tokens
-        )
+        return _kernels("attention_statistics").attention_statistics(inputs)
 
     def philox_dropout(self, inputs: DropoutInputs, output: Tensor) -> None:
         _kernels("dropout").philox_dropout(*inputs, output)

@@ -15,22 +15,28 @@ from torch import Tensor
 
 from ... import common
 from ...common import device_guard
+from ...inputs import AttentionInputs, BackwardInputs
+from ...protocol import Gradients
 from ..configs import grad_key_value_config, grad_query_config
+from .key_weights import load_log_weights, log_weights
 from .tiles import (
     LOG2_E,
     device_capability,
     dot_rows,
     dot_transposed,
+    end_of_keys,
     head_constants,
     head_pointer,
+    hide_later_keys,
+    key_weights,
     load_columns,
-    load_key_weights,
     load_rows,
     locate_rows,
-    loop_end,
+    loop_bound,
     narrow,
     row_programs,
     scale_rows,
+    start_of_queries,
     store_rows,
     zero_rows,
 )
@@ -70,23 +76,24 @@ def row_products(
     return total
 
 
-@triton.jit(do_not_specialize=["num_heads", "length"])
+@triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys"])
 def grad_query_kernel(
-    grad_output_ptr,  # [B, H, L, d]
-    query_ptr,  # [B, H, L, d]
+    grad_output_ptr,  # [B, H, Lq, d]
+    query_ptr,  # [B, H, Lq, d]
     key_ptr,  # [B, H, L, d]
     value_ptr,  # [B, H, L, d]
-    weights_ptr,  # [B, L]
-    output_ptr,  # [B, H, L, d], contiguous
-    log_sum_exp_ptr,  # [B, H, L]
-    grad_query_ptr,  # [B, H, L, d], contiguous
-    delta_ptr,  # [B, H, L]
+    log_weights_ptr,  # [B, L]
+    output_ptr,  # [B, H, Lq, d], contiguous
+    log_sum_exp_ptr,  # [B, H, Lq]
+    grad_query_ptr,  # [B, H, Lq, d], contiguous
+    delta_ptr,  # [B, H, Lq]
     grad_output_strides,  # of batch, head and row
     query_strides,
     key_strides,
     value_strides,
     num_heads,
-    length,
+    num_queries,
+    num_keys,
     scale,
     HEAD_DIM: tl.constexpr,
     MAIN: tl.constexpr,
@@ -94,15 +101,18 @@ def grad_query_kernel(
     STRIDE_UNIT: tl.constexpr,
     BLOCK_QUERY: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
 ):
-    rows, batch, head, first_row = locate_rows(num_heads, length, BLOCK_QUERY)
+    first_query, batch, head, head_number = locate_rows(num_heads, num_queries, BLOCK_QUERY)
     grad_output_ptr = head_pointer(grad_output_ptr, batch, head, grad_output_strides, STRIDE_UNIT)
     query_ptr = head_pointer(query_ptr, batch, head, query_strides, STRIDE_UNIT)
     key_ptr = head_pointer(key_ptr, batch, head, key_strides, STRIDE_UNIT)
     value_ptr = head_pointer(value_ptr, batch, head, value_strides, STRIDE_UNIT)
-    weights_ptr += batch.to(tl.int64) * length
+    log_weights_ptr += batch.to(tl.int64) * num_keys
+    first_row = head_number * num_queries
 
-    in_range = rows < length
+    rows = first_query + tl.arange(0, BLOCK_QUERY)
+    in_range = rows < num_queries
     query = load_rows(
         query_ptr, rows, in_range, query_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT
     )
@@ -122,10 +132,10 @@ def grad_query_kernel(
     tl.store(delta_ptr + first_row + rows, delta, mask=in_range)
     log_sums = load_log_sums(log_sum_exp_ptr + first_row, rows, in_range)
 
-    for first_key in range(0, loop_end(length), BLOCK_KEY):
+    end = end_of_keys(first_query, num_keys, BLOCK_QUERY, IS_CAUSAL)
+    for first_key in range(0, loop_bound(end), BLOCK_KEY):
         keys = first_key + tl.arange(0, BLOCK_KEY)
-        _, attended, log_weights = load_key_weights(weights_ptr, keys, length)
-        bias = tl.where(attended, log_weights, float("-inf"))
+        bias, attended = load_log_weights(log_weights_ptr, keys, end)
         key = load_rows(key_ptr, keys, attended, key_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT)
         value = load_rows(
             value_ptr, keys, attended, value_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT
@@ -133,6 +143,7 @@ def grad_query_kernel(
         scores = dot_transposed(query, key, TAIL)
         grad_probabilities = dot_transposed(grads, value, TAIL)
         exponents = scores * (scale * LOG2_E) + bias[None, :] - log_sums[:, None]
+        exponents = hide_later_keys(exponents, rows[:, None], keys[None, :], IS_CAUSAL)
         grad_scores = tl.exp2(exponents) * (grad_probabilities - delta[:, None])
         grad_query = dot_rows(narrow(grad_scores, key[0].dtype), key, grad_query, TAIL)
 
@@ -140,15 +151,16 @@ def grad_query_kernel(
     store_rows(grad_query_ptr + first_row * HEAD_DIM, rows, in_range, grad_query, HEAD_DIM, TAIL)
 
 
-@triton.jit(do_not_specialize=["num_heads", "length"])
+@triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys"])
 def grad_key_value_kernel(
-    grad_output_ptr,  # [B, H, L, d]
-    query_ptr,  # [B, H, L, d]
+    grad_output_ptr,  # [B, H, Lq, d]
+    query_ptr,  # [B, H, Lq, d]
     key_ptr,  # [B, H, L, d]
     value_ptr,  # [B, H, L, d]
-    weights_ptr,  # [B, L]
-    log_sum_exp_ptr,  # [B, H, L]
-    delta_ptr,  # [B, H, L]
+    weights_ptr,  # [B, L]; None unless NEEDS_WEIGHTS_GRAD
+    log_weights_ptr,  # [B, L]
+    log_sum_exp_ptr,  # [B, H, Lq]
+    delta_ptr,  # [B, H, Lq]
     grad_key_ptr,  # [B, H, L, d], contiguous
     grad_value_ptr,  # [B, H, L, d], contiguous
     grad_weights_ptr,  # [B, H, L]; not touched unless NEEDS_WEIGHTS_GRAD
@@ -157,7 +169,8 @@ def grad_key_value_kernel(
     key_strides,
     value_strides,
     num_heads,
-    length,
+    num_queries,
+    num_keys,
     scale,
     HEAD_DIM: tl.constexpr,
     MAIN: tl.constexpr,
@@ -165,31 +178,40 @@ def grad_key_value_kernel(
     STRIDE_UNIT: tl.constexpr,
     BLOCK_QUERY: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
     NEEDS_WEIGHTS_GRAD: tl.constexpr,
 ):
-    keys, batch, head, first_row = locate_rows(num_heads, length, BLOCK_KEY)
+    first_key, batch, head, head_number = locate_rows(num_heads, num_keys, BLOCK_KEY)
     grad_output_ptr = head_pointer(grad_output_ptr, batch, head, grad_output_strides, STRIDE_UNIT)
     query_ptr = head_pointer(query_ptr, batch, head, query_strides, STRIDE_UNIT)
     key_ptr = head_pointer(key_ptr, batch, head, key_strides, STRIDE_UNIT)
     value_ptr = head_pointer(value_ptr, batch, head, value_strides, STRIDE_UNIT)
+    log_weights_ptr += batch.to(tl.int64) * num_keys
+    first_row, first_key_row = head_number * num_queries, head_number * num_keys
 
-    in_range = keys < length
-    weights, attended, bias = load_key_weights(
-        weights_ptr + batch.to(tl.int64) * length, keys, length
-    )
-    # At weight 0 the weight's own derivative still needs the true key and value; below 0 nothing
-    # does. Such a key's bias is 0, as if its weight were 1, and what it sums up for its key and
-    # value is dropped at the end: all of these sums belong to single keys.
-    needed = in_range & ((weights < 0.0) == 0)
+    keys = first_key + tl.arange(0, BLOCK_KEY)
+    in_range = keys < num_keys
+    bias, attended = load_log_weights(log_weights_ptr, keys, num_keys)
+    # A key that is not attended to gets a bias of 0, as if its weight were 1, and what it sums up
+    # for itself and its value is dropped at the end: all of these sums belong to single keys.
+    bias = tl.where(attended, bias, 0.0)
+    needed = attended
+    if NEEDS_WEIGHTS_GRAD:
+        # At weight 0 the weight's own derivative needs the true key and value; below 0 nothing
+        # does.
+        weights_ptr += batch.to(tl.int64) * num_keys
+        weights = tl.load(weights_ptr + keys, mask=in_range, other=0.0)
+        needed = in_range & ((weights < 0.0) == 0)
     key = load_rows(key_ptr, keys, needed, key_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT)
     value = load_rows(value_ptr, keys, needed, value_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT)
     grad_key = zero_rows(BLOCK_KEY, MAIN, TAIL)
     grad_value = zero_rows(BLOCK_KEY, MAIN, TAIL)
     grad_weights = tl.zeros((BLOCK_KEY,), tl.float32)
 
-    for first_query in range(0, loop_end(length), BLOCK_QUERY):
+    start = start_of_queries(first_key, IS_CAUSAL)
+    for first_query in range(loop_bound(start), loop_bound(num_queries), BLOCK_QUERY):
         rows = first_query + tl.arange(0, BLOCK_QUERY)
-        row_exists = rows < length
+        row_exists = rows < num_queries
         query = load_rows(
             query_ptr, rows, row_exists, query_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT
         )
@@ -210,6 +232,7 @@ def grad_key_value_kernel(
         exponents = scores * (scale * LOG2_E) + bias[:, None] - log_sums[None, :]
         # The limit of an unattended key may overflow; NaN must not be lost here.
         exponents = tl.minimum(exponents, MAX_EXPONENT_LOG2, propagate_nan=tl.PropagateNan.ALL)
+        exponents = hide_later_keys(exponents, rows[None, :], keys[:, None], IS_CAUSAL)
         probabilities = tl.exp2(exponents)
         grad_scores = probabilities * (grad_probabilities - delta[None, :])
         if NEEDS_WEIGHTS_GRAD:
@@ -221,27 +244,21 @@ def grad_key_value_kernel(
     grad_key = scale_rows(grad_key, scale, TAIL)
     grad_key = (tl.where(keep, grad_key[0], 0.0), tl.where(keep, grad_key[1], 0.0))
     grad_value = (tl.where(keep, grad_value[0], 0.0), tl.where(keep, grad_value[1], 0.0))
-    store_rows(grad_key_ptr + first_row * HEAD_DIM, keys, in_range, grad_key, HEAD_DIM, TAIL)
-    store_rows(grad_value_ptr + first_row * HEAD_DIM, keys, in_range, grad_value, HEAD_DIM, TAIL)
+    store_rows(grad_key_ptr + first_key_row * HEAD_DIM, keys, in_range, grad_key, HEAD_DIM, TAIL)
+    store_rows(
+        grad_value_ptr + first_key_row * HEAD_DIM, keys, in_range, grad_value, HEAD_DIM, TAIL
+    )
     if NEEDS_WEIGHTS_GRAD:
         grad_weights = grad_weights / tl.where(attended, weights, 1.0)
         grad_weights = tl.where(weights < 0.0, 0.0, grad_weights)
-        tl.store(grad_weights_ptr + first_row + keys, grad_weights, mask=in_range)
+        tl.store(grad_weights_ptr + first_key_row + keys, grad_weights, mask=in_range)
 
 
-def attention_backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weights: Tensor,
-    output: Tensor,
-    log_sum_exp: Tensor,
-    scale: float,
-    needs_weights_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value (B, H, L, d) and weights (B, L), or (0,) if not needed."""
-    _, num_heads, length, head_dim = query.shape
+def attention_backward(inputs: AttentionInputs, backward: BackwardInputs) -> Gradients:
+    """Gradients of query, key, value and weights (B, L), or (0,) if the latter is not needed."""
+    query, key, value, weights, scale, is_causal = inputs
+    output, log_sum_exp, grad_output, needs_weights_grad = backward
+    _, num_heads, num_queries, head_dim = query.shape
     capability = device_capability(query.device)
     query_config = grad_query_config(capability, query.dtype, head_dim)
     key_config = grad_key_value_config(capability, query.dtype, head_dim)
@@ -249,20 +266,22 @@ def attention_backward(
     def empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=query.device)
 
-    grad_query, grad_key, grad_value = (empty(query.shape, query.dtype) for _ in range(3))
+    grad_query, grad_key, grad_value = (empty(t.shape, t.dtype) for t in (query, key, value))
     delta = empty(log_sum_exp.shape, torch.float32)
     partial_grad_weights = delta
     if needs_weights_grad:
-        partial_grad_weights = empty(log_sum_exp.shape, torch.float32)
+        partial_grad_weights = empty(key.shape[:-1], torch.float32)
 
-    weights, log_sum_exp = weights.contiguous(), log_sum_exp.contiguous()
-    inputs = (grad_output, query, key, value)
-    numbers = (*(tensor.stride()[:-1] for tensor in inputs), num_heads, length, scale)
-    constants = head_constants(*inputs)
+    weights, log_sum_exp = key_weights(weights, key), log_sum_exp.contiguous()
+    rows = (grad_output, query, key, value)
+    strides = (tensor.stride()[:-1] for tensor in rows)
+    numbers = (*strides, num_heads, num_queries, key.shape[2], scale)
+    constants = {**head_constants(*rows), "IS_CAUSAL": is_causal}
+    logarithms = log_weights(weights)
     with device_guard(query.device):
         grad_query_kernel[row_programs(query, query_config.block_stationary)](
-            *inputs,
-            weights,
+            *rows,
+            logarithms,
             output.contiguous(),
             log_sum_exp,
             grad_query,
@@ -271,9 +290,10 @@ def attention_backward(
             **constants,
             **query_config.options(),
         )
-        grad_key_value_kernel[row_programs(query, key_config.block_stationary)](
-            *inputs,
-            weights,
+        grad_key_value_kernel[row_programs(key, key_config.block_stationary)](
+            *rows,
+            weights if needs_weights_grad else None,
+            logarithms,
             log_sum_exp,
             delta,
             grad_key,

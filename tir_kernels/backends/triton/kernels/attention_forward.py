@@ -12,18 +12,22 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common import device_guard
+from ...inputs import AttentionInputs
 from ..configs import forward_config
+from .key_weights import load_log_weights, log_weights
 from .tiles import (
     LOG2_E,
     device_capability,
     dot_rows,
     dot_transposed,
+    end_of_keys,
     head_constants,
     head_pointer,
-    load_key_weights,
+    hide_later_keys,
+    key_weights,
     load_rows,
     locate_rows,
-    loop_end,
+    loop_bound,
     narrow,
     online_softmax_update,
     row_programs,
@@ -34,19 +38,20 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["num_heads", "length"])
+@triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys"])
 def attention_forward_kernel(
-    query_ptr,  # [B, H, L, d]
+    query_ptr,  # [B, H, Lq, d]
     key_ptr,  # [B, H, L, d]
     value_ptr,  # [B, H, L, d]
-    weights_ptr,  # [B, L]
-    output_ptr,  # [B, H, L, d], contiguous
-    log_sum_exp_ptr,  # [B, H, L]
+    log_weights_ptr,  # [B, L]
+    output_ptr,  # [B, H, Lq, d], contiguous
+    log_sum_exp_ptr,  # [B, H, Lq]
     query_strides,  # of batch, head and row
     key_strides,
     value_strides,
     num_heads,
-    length,
+    num_queries,
+    num_keys,
     scale_log2,  # scale times log2(e): exponentials are powers of two
     HEAD_DIM: tl.constexpr,
     MAIN: tl.constexpr,
@@ -54,14 +59,17 @@ def attention_forward_kernel(
     STRIDE_UNIT: tl.constexpr,
     BLOCK_QUERY: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
 ):
-    rows, batch, head, first_row = locate_rows(num_heads, length, BLOCK_QUERY)
+    first_query, batch, head, head_number = locate_rows(num_heads, num_queries, BLOCK_QUERY)
     query_ptr = head_pointer(query_ptr, batch, head, query_strides, STRIDE_UNIT)
     key_ptr = head_pointer(key_ptr, batch, head, key_strides, STRIDE_UNIT)
     value_ptr = head_pointer(value_ptr, batch, head, value_strides, STRIDE_UNIT)
-    weights_ptr += batch.to(tl.int64) * length
+    log_weights_ptr += batch.to(tl.int64) * num_keys
+    first_row = head_number * num_queries
 
-    in_range = rows < length
+    rows = first_query + tl.arange(0, BLOCK_QUERY)
+    in_range = rows < num_queries
     query = load_rows(
         query_ptr, rows, in_range, query_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT
     )
@@ -69,13 +77,14 @@ def attention_forward_kernel(
     maximum = tl.full((BLOCK_QUERY,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_QUERY,), tl.float32)
 
-    for first_key in range(0, loop_end(length), BLOCK_KEY):
+    end = end_of_keys(first_query, num_keys, BLOCK_QUERY, IS_CAUSAL)
+    for first_key in range(0, loop_bound(end), BLOCK_KEY):
         keys = first_key + tl.arange(0, BLOCK_KEY)
         # Keys and values that are not attended to are never read: not even their NaN gets out.
-        _, attended, log_weights = load_key_weights(weights_ptr, keys, length)
-        bias = tl.where(attended, log_weights, float("-inf"))
+        bias, attended = load_log_weights(log_weights_ptr, keys, end)
         key = load_rows(key_ptr, keys, attended, key_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT)
         scores = dot_transposed(query, key, TAIL) * scale_log2 + bias[None, :]
+        scores = hide_later_keys(scores, rows[:, None], keys[None, :], IS_CAUSAL)
         exponentials, correction, maximum, total = online_softmax_update(scores, maximum, total)
         value = load_rows(
             value_ptr, keys, attended, value_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT
@@ -89,12 +98,11 @@ def attention_forward_kernel(
     store_rows(output_ptr + first_row * HEAD_DIM, rows, in_range, output, HEAD_DIM, TAIL)
 
 
-def attention_forward(
-    query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """(B, H, L, d) three times and (B, L) -> output (B, H, L, d), log-sum-exp (B, H, L)."""
-    _, num_heads, length, head_dim = query.shape
-    config = forward_config(device_capability(query.device), query.dtype, head_dim, length)
+def attention_forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """Output (B, H, Lq, d) and log-sum-exp (B, H, Lq)."""
+    query, key, value, weights, scale, is_causal = inputs
+    _, num_heads, num_queries, head_dim = query.shape
+    config = forward_config(device_capability(query.device), query.dtype, head_dim, num_queries)
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     log_sum_exp = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
     with device_guard(query.device):
@@ -102,16 +110,18 @@ def attention_forward(
             query,
             key,
             value,
-            weights.contiguous(),
+            log_weights(key_weights(weights, key)),
             output,
             log_sum_exp,
             query.stride()[:-1],
             key.stride()[:-1],
             value.stride()[:-1],
             num_heads,
-            length,
+            num_queries,
+            key.shape[2],
             scale * LOG2_E.value,
             **head_constants(query, key, value),
             **config.options(),
+            IS_CAUSAL=is_causal,
         )
     return output, log_sum_exp

@@ -1,4 +1,4 @@
-"""What keys receive of weighted attention and how queries spread theirs, without a matrix of L x L
+"""What keys receive of weighted attention and how queries spread theirs, without a matrix of Lq x L
 and without atomics.
 
 The first kernel has stationary queries and streamed keys: it finds the softmax and the entropy of
@@ -16,38 +16,44 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common import device_guard
+from ...inputs import StatisticsInputs
 from ...protocol import AttentionStatistics
 from ..configs import forward_config
+from .key_weights import load_log_weights, log_weights
 from .tiles import (
     LN_2,
     LOG2_E,
     device_capability,
     dot_transposed,
+    end_of_keys,
     head_constants,
     head_pointer,
-    load_key_weights,
+    hide_later_keys,
+    key_weights,
     load_rows,
     locate_rows,
-    loop_end,
+    loop_bound,
     online_softmax_update,
     row_programs,
     softmax_end,
+    start_of_queries,
 )
 
 
-@triton.jit(do_not_specialize=["num_heads", "length"])
+@triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys"])
 def row_statistics_kernel(
-    query_ptr,  # [B, H, L, d]
+    query_ptr,  # [B, H, Lq, d]
     key_ptr,  # [B, H, L, d]
-    weights_ptr,  # [B, L]
-    entropy_ptr,  # [B, H, L]
-    log_sum_exp_ptr,  # [B, H, L]
-    maximum_ptr,  # [B, H, L]
-    total_ptr,  # [B, H, L]
+    log_weights_ptr,  # [B, L]
+    entropy_ptr,  # [B, H, Lq]
+    log_sum_exp_ptr,  # [B, H, Lq]
+    maximum_ptr,  # [B, H, Lq]
+    total_ptr,  # [B, H, Lq]
     query_strides,  # of batch, head and row
     key_strides,
     num_heads,
-    length,
+    num_queries,
+    num_keys,
     scale_log2,  # scale times log2(e): exponentials are powers of two
     HEAD_DIM: tl.constexpr,
     MAIN: tl.constexpr,
@@ -55,13 +61,16 @@ def row_statistics_kernel(
     STRIDE_UNIT: tl.constexpr,
     BLOCK_QUERY: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
 ):
-    rows, batch, head, first_row = locate_rows(num_heads, length, BLOCK_QUERY)
+    first_query, batch, head, head_number = locate_rows(num_heads, num_queries, BLOCK_QUERY)
     query_ptr = head_pointer(query_ptr, batch, head, query_strides, STRIDE_UNIT)
     key_ptr = head_pointer(key_ptr, batch, head, key_strides, STRIDE_UNIT)
-    weights_ptr += batch.to(tl.int64) * length
+    log_weights_ptr += batch.to(tl.int64) * num_keys
+    first_row = head_number * num_queries
 
-    in_range = rows < length
+    rows = first_query + tl.arange(0, BLOCK_QUERY)
+    in_range = rows < num_queries
     query = load_rows(
         query_ptr, rows, in_range, query_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT
     )
@@ -71,12 +80,13 @@ def row_statistics_kernel(
     # is made of two numbers that are never negative: nothing cancels where one key has nearly all.
     deficit = tl.zeros((BLOCK_QUERY,), tl.float32)
 
-    for first_key in range(0, loop_end(length), BLOCK_KEY):
+    end = end_of_keys(first_query, num_keys, BLOCK_QUERY, IS_CAUSAL)
+    for first_key in range(0, loop_bound(end), BLOCK_KEY):
         keys = first_key + tl.arange(0, BLOCK_KEY)
-        _, attended, log_weights = load_key_weights(weights_ptr, keys, length)
-        bias = tl.where(attended, log_weights, float("-inf"))
+        bias, attended = load_log_weights(log_weights_ptr, keys, end)
         key = load_rows(key_ptr, keys, attended, key_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT)
         scores = dot_transposed(query, key, TAIL) * scale_log2 + bias[None, :]
+        scores = hide_later_keys(scores, rows[:, None], keys[None, :], IS_CAUSAL)
         before, total_before = maximum, total
         exponentials, correction, maximum, total = online_softmax_update(scores, maximum, total)
         # What counts no more may be infinitely far below.
@@ -95,19 +105,20 @@ def row_statistics_kernel(
     tl.store(total_ptr + first_row + rows, divisor, mask=in_range)
 
 
-@triton.jit(do_not_specialize=["num_heads", "length", "num_prefix_tokens"])
+@triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys", "num_prefix_tokens"])
 def column_statistics_kernel(
-    query_ptr,  # [B, H, L, d]
+    query_ptr,  # [B, H, Lq, d]
     key_ptr,  # [B, H, L, d]
-    weights_ptr,  # [B, L]
-    maximum_ptr,  # [B, H, L]
-    total_ptr,  # [B, H, L]
+    log_weights_ptr,  # [B, L]
+    maximum_ptr,  # [B, H, Lq]
+    total_ptr,  # [B, H, Lq]
     from_prefix_ptr,  # [B, H, L]
     from_patches_ptr,  # [B, H, L]
     query_strides,  # of batch, head and row
     key_strides,
     num_heads,
-    length,
+    num_queries,
+    num_keys,
     num_prefix_tokens,
     scale_log2,
     HEAD_DIM: tl.constexpr,
@@ -116,26 +127,32 @@ def column_statistics_kernel(
     STRIDE_UNIT: tl.constexpr,
     BLOCK_QUERY: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
 ):
-    keys, batch, head, first_row = locate_rows(num_heads, length, BLOCK_KEY)
+    first_key, batch, head, head_number = locate_rows(num_heads, num_keys, BLOCK_KEY)
     query_ptr = head_pointer(query_ptr, batch, head, query_strides, STRIDE_UNIT)
     key_ptr = head_pointer(key_ptr, batch, head, key_strides, STRIDE_UNIT)
+    log_weights_ptr += batch.to(tl.int64) * num_keys
+    first_row = head_number * num_queries
 
-    _, attended, bias = load_key_weights(weights_ptr + batch.to(tl.int64) * length, keys, length)
+    keys = first_key + tl.arange(0, BLOCK_KEY)
+    bias, attended = load_log_weights(log_weights_ptr, keys, num_keys)
     key = load_rows(key_ptr, keys, attended, key_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT)
     # Sums over the queries at the same place of their blocks; warps exchange them once, at the end.
     from_prefix = tl.zeros((BLOCK_QUERY, BLOCK_KEY), tl.float32)
     from_patches = tl.zeros((BLOCK_QUERY, BLOCK_KEY), tl.float32)
 
-    for first_query in range(0, loop_end(length), BLOCK_QUERY):
+    start = start_of_queries(first_key, IS_CAUSAL)
+    for first_query in range(loop_bound(start), loop_bound(num_queries), BLOCK_QUERY):
         rows = first_query + tl.arange(0, BLOCK_QUERY)
-        row_exists = rows < length
+        row_exists = rows < num_queries
         query = load_rows(
             query_ptr, rows, row_exists, query_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT
         )
         maximum = tl.load(maximum_ptr + first_row + rows, mask=row_exists, other=float("inf"))
         total = tl.load(total_ptr + first_row + rows, mask=row_exists, other=1.0)
         scores = dot_transposed(query, key, TAIL) * scale_log2 + bias[None, :]
+        scores = hide_later_keys(scores, rows[:, None], keys[None, :], IS_CAUSAL)
         probabilities = tl.exp2(scores - maximum[:, None]) * (1.0 / total)[:, None]
         is_prefix = (rows < num_prefix_tokens)[:, None]
         from_prefix += tl.where(is_prefix, probabilities, 0.0)
@@ -143,33 +160,36 @@ def column_statistics_kernel(
 
     # A mean over no queries is 0, and not even their NaN gets to a key that is not attended to.
     mean_of_prefix = tl.sum(from_prefix, 0) / tl.maximum(num_prefix_tokens, 1)
-    mean_of_patches = tl.sum(from_patches, 0) / tl.maximum(length - num_prefix_tokens, 1)
+    mean_of_patches = tl.sum(from_patches, 0) / tl.maximum(num_queries - num_prefix_tokens, 1)
     mean_of_prefix = tl.where(attended, mean_of_prefix, 0.0)
     mean_of_patches = tl.where(attended, mean_of_patches, 0.0)
-    in_range = keys < length
-    tl.store(from_prefix_ptr + first_row + keys, mean_of_prefix, mask=in_range)
-    tl.store(from_patches_ptr + first_row + keys, mean_of_patches, mask=in_range)
+    in_range = keys < num_keys
+    places = head_number * num_keys + keys
+    tl.store(from_prefix_ptr + places, mean_of_prefix, mask=in_range)
+    tl.store(from_patches_ptr + places, mean_of_patches, mask=in_range)
 
 
-def attention_statistics(
-    query: Tensor, key: Tensor, weights: Tensor, scale: float, num_prefix_tokens: int
-) -> AttentionStatistics:
-    """(B, H, L, d) twice and (B, L) -> four results (B, H, L) float32."""
-    _, num_heads, length, head_dim = query.shape
-    config = forward_config(device_capability(query.device), query.dtype, head_dim, length)
-    from_prefix, from_patches, entropy, log_sum_exp, maximum, total = (
-        torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device) for _ in range(6)
-    )
-    inputs = (query, key, weights.contiguous())
-    numbers = (query.stride()[:-1], key.stride()[:-1], num_heads, length)
+def attention_statistics(inputs: StatisticsInputs) -> AttentionStatistics:
+    """Four results in float32: (B, H, L) by the key twice, (B, H, Lq) by the query twice."""
+    query, key, weights, scale, num_prefix_tokens, is_causal = inputs
+    _, num_heads, num_queries, head_dim = query.shape
+    config = forward_config(device_capability(query.device), query.dtype, head_dim, num_queries)
+
+    def empty_numbers(rows: Tensor) -> Tensor:
+        return torch.empty(rows.shape[:-1], dtype=torch.float32, device=rows.device)
+
+    from_prefix, from_patches = empty_numbers(key), empty_numbers(key)
+    entropy, log_sum_exp, maximum, total = (empty_numbers(query) for _ in range(4))
+    tensors = (query, key, log_weights(key_weights(weights, key)))
+    numbers = (query.stride()[:-1], key.stride()[:-1], num_heads, num_queries, key.shape[2])
     scale_log2 = scale * LOG2_E.value
-    constants = {**head_constants(query, key), **config.options()}
+    constants = {**head_constants(query, key), **config.options(), "IS_CAUSAL": is_causal}
     with device_guard(query.device):
         row_statistics_kernel[row_programs(query, config.block_stationary)](
-            *inputs, entropy, log_sum_exp, maximum, total, *numbers, scale_log2, **constants
+            *tensors, entropy, log_sum_exp, maximum, total, *numbers, scale_log2, **constants
         )
-        column_statistics_kernel[row_programs(query, config.block_streamed)](
-            *inputs,
+        column_statistics_kernel[row_programs(key, config.block_streamed)](
+            *tensors,
             maximum,
             total,
             from_prefix,

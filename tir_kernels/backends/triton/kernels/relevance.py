@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...common import COSINE_EPS, device_guard
 from ..configs import relevance_config
-from .tiles import dot, loop_end, narrow
+from .tiles import dot, loop_bound, narrow
 
 EPS = tl.constexpr(COSINE_EPS)
 
@@ -153,7 +153,7 @@ def relevance_kernel(
         feature_squares += tl.sum(features * features, 1)
         # Class after class, not as one product of matrices: classes are few, the features are in
         # registers already, and nothing is rounded to what tensor cores take.
-        for index in range(0, loop_end(num_own_classes)):
+        for index in range(0, loop_bound(num_own_classes)):
             class_ptr = classes_ptr + (first_class + index).to(tl.int64) * class_strides[1]
             embedding = tl.load(class_ptr + columns * class_strides[2], mask=exists, other=0.0)
             embedding = embedding.to(tl.float32)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...common import device_guard
 from ..configs import next_power_of_two, selection_config
-from .tiles import loop_end
+from .tiles import loop_bound
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def selection_kernel(
     patches = tl.arange(0, BLOCK_PATCHES)
     exists = patches < num_patches
     counts = tl.zeros((BLOCK_PATCHES,), tl.int32)
-    for first_class in range(0, loop_end(num_classes), BLOCK_CLASSES):
+    for first_class in range(0, loop_bound(num_classes), BLOCK_CLASSES):
         classes = first_class + tl.arange(0, BLOCK_CLASSES)
         # Absent tokens rank with NaN and have the highest indices: k tokens are found before them.
         scores = tl.load(

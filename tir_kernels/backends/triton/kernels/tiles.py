@@ -15,16 +15,14 @@ from ..configs import split_head_dim
 
 LOG2_E = tl.constexpr(common.LOG2_E)
 LN_2 = tl.constexpr(0.6931471805599453)
-# Below this the hardware's logarithm sees 0. NaN is not below it: it stays, and shows.
-SMALLEST_WEIGHT = tl.constexpr(1.1754943508222875e-38)
 
 # Triton compiles or interprets a kernel as it was when the kernel was defined; so does this.
 INTERPRETED = tl.constexpr(interpreter_is_on())
 
 
 @triton.jit
-def loop_end(number):
-    """A run-time number as the end of a range()."""
+def loop_bound(number):
+    """A run-time number as the start or the end of a range()."""
     if INTERPRETED:  # before Triton 3.7 it cannot make an index of its integers under NumPy 2.4
         return number.handle.data.item()
     return number
@@ -32,12 +30,39 @@ def loop_end(number):
 
 @triton.jit
 def locate_rows(num_heads, length, BLOCK: tl.constexpr):
-    """This program's rows, their image and head, and the head's first row among those of all."""
+    """This program's first row, its image and head, and the head's number among those of all."""
     num_blocks = tl.cdiv(length, BLOCK)
     batch_head = tl.program_id(0) // num_blocks
-    rows = (tl.program_id(0) % num_blocks) * BLOCK + tl.arange(0, BLOCK)
-    first_row = batch_head.to(tl.int64) * length
-    return rows, batch_head // num_heads, batch_head % num_heads, first_row
+    first_row = (tl.program_id(0) % num_blocks) * BLOCK
+    return first_row, batch_head // num_heads, batch_head % num_heads, batch_head.to(tl.int64)
+
+
+# Under causality query i attends to the keys j <= i alone.
+
+
+@triton.jit
+def end_of_keys(first_query, num_keys, BLOCK_QUERY: tl.constexpr, IS_CAUSAL: tl.constexpr):
+    """Where the keys end that some query of a block may see."""
+    if IS_CAUSAL:
+        num_keys = tl.minimum(num_keys, first_query + BLOCK_QUERY)
+    return num_keys
+
+
+@triton.jit
+def start_of_queries(first_key, IS_CAUSAL: tl.constexpr):
+    """Where the queries begin that may see some key of a block."""
+    if IS_CAUSAL:
+        return first_key
+    else:
+        return first_key * 0  # a run-time number too, as loop_bound takes it
+
+
+@triton.jit
+def hide_later_keys(scores, queries, keys, IS_CAUSAL: tl.constexpr):
+    """Scores, or exponents, -inf where the query must not see the key."""
+    if IS_CAUSAL:
+        scores = tl.where(keys > queries, float("-inf"), scores)
+    return scores
 
 
 @triton.jit
@@ -186,16 +211,6 @@ def softmax_end(maximum, total):
 
 
 @triton.jit
-def load_key_weights(weights_ptr, keys, length):
-    """The weights of some keys, whether each is attended to, and the base-2 logarithm of those that
-    are. A key past the end has a weight of 0.
-    """
-    weights = tl.load(weights_ptr + keys, mask=keys < length, other=0.0)
-    attended = (weights < SMALLEST_WEIGHT) == 0
-    return weights, attended, tl.log2(tl.where(attended, weights, 1.0))
-
-
-@triton.jit
 def dot(left, right, total):
     """total + left @ right, summed in float32; float32 operands are multiplied as such."""
     if INTERPRETED:  # it would multiply the bit patterns of bfloat16
@@ -227,9 +242,17 @@ def stride_unit(*tensors: Tensor) -> int:
     return unit
 
 
-def row_programs(query: Tensor, block: int) -> tuple[int]:
+def key_weights(weights: Tensor | None, key: Tensor) -> Tensor:
+    """The weights of keys, (B, L): ones where there are none, because the kernels read them."""
+    if weights is not None:
+        return weights.contiguous()
+    batch, _, num_keys, _ = key.shape
+    return key.new_ones((batch, num_keys), dtype=torch.float32)
+
+
+def row_programs(rows: Tensor, block: int) -> tuple[int]:
     """The grid with a program for each block of rows of each head of (B, H, L, d)."""
-    batch, num_heads, length, _ = query.shape
+    batch, num_heads, length, _ = rows.shape
     return (triton.cdiv(length, block) * batch * num_heads,)
 
 
