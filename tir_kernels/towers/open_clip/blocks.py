@@ -14,12 +14,14 @@ from open_clip.transformer import (
 from torch import Tensor, nn
 
 from tir_kernels.towers.blocks import BlockBase
+from tir_kernels.towers.masks import KnownMask
 from tir_kernels.towers.mlp import OpenedMlp
 from tir_kernels.towers.open_clip.attention import (
     OpenedCustomAttention,
     OpenedMultiheadAttention,
 )
-from tir_kernels.towers.opening import Opened, require_own_forward
+from tir_kernels.towers.open_clip.pools import OpenedAttentionalPooler
+from tir_kernels.towers.opening import Opened, has_own_forward, require_own_forward
 from tir_kernels.towers.protocol import Linear
 
 
@@ -93,6 +95,7 @@ class OpenClipBlock(BlockBase):
         nn.MultiheadAttention: OpenedMultiheadAttention,
         Attention: OpenedCustomAttention,
         nn.Sequential: _OpenedMlp,
+        OpenedAttentionalPooler.plain: OpenedAttentionalPooler,
     }
     products: ClassVar[Mapping[type, tuple[str, ...]]] = {
         **BlockBase.products,
@@ -136,7 +139,16 @@ class OpenClipBlock(BlockBase):
             )
         require_own_forward(attention)
 
-    def __call__(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+    @property
+    def _takes_known_masks(self) -> bool:
+        """Whether what it is given for a mask reaches an opened attention as it is."""
+        block = self.module
+        is_known = isinstance(block, Opened) or type(block) in self.opened
+        return is_known and has_own_forward(block) and isinstance(block.attn, Opened)
+
+    def __call__(self, hidden: Tensor, mask: Any = None) -> Tensor:
+        if isinstance(mask, KnownMask) and not self._takes_known_masks:
+            mask = mask.tensor()
         if self.batch_first:
             return self.module(hidden, attn_mask=mask)
         return self.module(hidden.transpose(0, 1), attn_mask=mask).transpose(0, 1)
