@@ -85,7 +85,7 @@ def main(
 ) -> None:
     """Measure tir_kernels beside PyTorch, on the same tensors in the same process.
 
-    SUITES are some of attention, relevance, operator, statistics, step, savings, memory and
+    SUITES are some of attention, short, relevance, operator, statistics, step, savings, memory and
     episodes; all of them by default. "published" is a plain rendering of the method's published
     program, the baseline. Exit status: 1 if an implementation computes something wrong, 75 if the
     budget ran out (run the same command again), 130 after Ctrl-C.

@@ -40,16 +40,19 @@ def attention_cost(point: Point, direction: str) -> Cost:
     Forward: queries, keys, values and weights in, outputs out; two products (scores, outputs).
     Backward: these, the outputs, their gradients and the log-sum-exp of each row in, three
     gradients out; five products (scores again, since storing them would move more, and the
-    gradients of probabilities, queries, keys and values).
+    gradients of probabilities, queries, keys and values). Products are of the pairs that a query
+    sees.
     """
     if direction == "forward+backward":
         return attention_cost(point, "forward") + attention_cost(point, "backward")
     weights = point.images * point.length * NUMBER_BYTES
-    product = 2 * point.rows * point.length * point.head_dim
+    product = 2 * point.pairs * point.head_dim
+    # Queries and outputs, keys and values: half of all tensors are of either kind.
+    tensors = (point.rows + point.key_rows) * point.head_dim * point.itemsize
     if direction == "forward":
-        return Cost(4 * _head_bytes(point) + weights, 2 * product)
+        return Cost(2 * tensors + weights, 2 * product)
     log_sum_exp = point.rows * NUMBER_BYTES
-    return Cost(8 * _head_bytes(point) + weights + log_sum_exp, 5 * product)
+    return Cost(4 * tensors + weights + log_sum_exp, 5 * product)
 
 
 def statistics_cost(point: Point) -> Cost:

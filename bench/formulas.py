@@ -31,8 +31,29 @@ def key_bias(weights: Tensor) -> Tensor:
     return weights.clamp(min=0).log()[:, None, None, :]
 
 
-def plain_attention(query: Tensor, key: Tensor, value: Tensor, weights: Tensor) -> Tensor:
-    return materialised_attention(query, key, value, key_bias(weights))
+def causal_bias(query: Tensor, key: Tensor) -> Tensor:
+    """(Lq, L) float32, -inf for keys behind a query's place."""
+    shape = query.shape[2], key.shape[2]
+    return torch.full(shape, -torch.inf, device=query.device).triu(1)
+
+
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, weights: Tensor, is_causal: bool = False
+) -> Tensor:
+    bias = key_bias(weights)
+    bias = bias + causal_bias(query, key) if is_causal else bias
+    return materialised_attention(query, key, value, bias)
+
+
+def tome_attention(
+    query: Tensor, key: Tensor, value: Tensor, sizes: Tensor, is_causal: bool = False
+) -> Tensor:
+    """ToMe's proportional attention as its program has it; tokens stand for ``sizes`` of them."""
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    scores = scores + sizes.log()[:, None, None].to(scores.dtype)
+    if is_causal:
+        scores = scores + causal_bias(query, key).to(scores.dtype)
+    return scores.softmax(dim=-1) @ value
 
 
 def masked_sdpa(query: Tensor, key: Tensor, value: Tensor, weights: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +17,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tir_kernels
 
-from .formulas import key_bias, masked_sdpa, plain_attention, plain_token_weights
+from .formulas import (
+    causal_bias,
+    key_bias,
+    masked_sdpa,
+    plain_attention,
+    plain_token_weights,
+    tome_attention,
+)
 from .problems import AttentionProblem, Forward, Problem, ReweightedProblem
 from .settings import DIRECTIONS, OURS, Settings
 
@@ -25,6 +34,8 @@ COMPILED_SDPA = f"{COMPILED} sdpa+mask"
 MASKED = "sdpa+mask"
 UNWEIGHTED = "sdpa unweighted"
 FLEX = "flex_attention"
+FLEX_FLASH = f"{FLEX} flash"
+TOME = "ToMe"
 
 _SDPA_BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -95,9 +106,11 @@ def attention_peers(settings: Settings) -> list[Peer]:
     plain = peers_of(tir_kernels.weighted_attention, plain_attention, has_scores=True)
     return [
         *plain(settings),
+        Peer(TOME, _tome, score_tensors=3),
         *(sdpa_peer(MASKED, name) for name in backends),
         *(sdpa_peer(UNWEIGHTED, name) for name in backends if name != "math"),
         _flex_peer(settings),
+        Peer(FLEX_FLASH, _flex_flash, _why_no_flash(settings), is_compiled=True),
     ]
 
 
@@ -161,8 +174,14 @@ def sdpa_peer(kind: str, backend: str = "") -> Peer:
 
     def build(problem: AttentionProblem) -> Forward:
         # The mask is given ready made, in the type it asks for.
-        mask = key_bias(problem.weights).to(problem.dtype) if kind == MASKED else None
-        forward = functools.partial(F.scaled_dot_product_attention, *problem.leaves, attn_mask=mask)
+        mask = key_bias(problem.weights) if kind == MASKED else None
+        is_causal = problem.is_causal and mask is None
+        if mask is not None:
+            hidden = causal_bias(*problem.leaves[:2]) if problem.is_causal else 0.0
+            mask = (mask + hidden).to(problem.dtype)
+        forward = functools.partial(
+            F.scaled_dot_product_attention, *problem.leaves, attn_mask=mask, is_causal=is_causal
+        )
         # The context manager is a decorator too, which enters it anew at each call.
         return sdpa_kernel(_SDPA_BACKENDS[backend])(forward) if backend else forward
 
@@ -179,8 +198,30 @@ def _flex_peer(settings: Settings) -> Peer:
     return Peer(FLEX, _flex, reason, directions, is_compiled=True)
 
 
-def _flex(problem: AttentionProblem) -> Forward:
-    from torch.nn.attention.flex_attention import flex_attention
+def _why_no_flash(settings: Settings) -> str:
+    if settings.device == "cpu":
+        return "its kernels are FlashAttention's, which are for GPUs alone"
+    from torch.nn.attention import flex_attention as flex
+
+    if not hasattr(flex, "_Backend"):
+        return "FlexAttention of this version of PyTorch has no choice of a BACKEND; newer ones do"
+    with contextlib.suppress(ImportError):
+        if importlib.util.find_spec("flash_attn.cute") is not None:
+            return settings.why_not_compiled
+    return "it needs FlashAttention's CuTe kernels: pip install --pre flash-attn-4"
+
+
+def _tome(problem: AttentionProblem) -> Forward:
+    return functools.partial(tome_attention, *problem.arguments)
+
+
+def _flex_flash(problem: AttentionProblem) -> Forward:
+    return _flex(problem, {"BACKEND": "FLASH"})
+
+
+def _flex(problem: AttentionProblem, kernel_options: dict[str, Any] | None = None) -> Forward:
+
+    from torch.nn.attention import flex_attention as flex
 
     log_weights = problem.weights.log()
 
@@ -190,4 +231,16 @@ def _flex(problem: AttentionProblem) -> Forward:
     leaves = problem.leaves
     if log_weights.device.type == "cpu":  # where it refuses what requires gradients
         leaves = tuple(leaf.detach() for leaf in leaves)
-    return functools.partial(_compiled(flex_attention), *leaves, score_mod=add_log_weight)
+    block_mask = None
+    if problem.is_causal:
+        sizes = leaves[0].shape[2], leaves[1].shape[2]
+        block_mask = flex.create_block_mask(
+            lambda b, h, i, j: i >= j, None, None, *sizes, device=log_weights.device.type
+        )
+    return functools.partial(
+        _compiled(flex.flex_attention),
+        *leaves,
+        score_mod=add_log_weight,
+        block_mask=block_mask,
+        kernel_options=kernel_options,
+    )

@@ -71,9 +71,11 @@ class AttentionProblem(Problem):
     """Query, key, value as views of a packed projection, key weights and an upstream gradient.
 
     Attributes:
-        leaves: Query, key and value (B, H, L, d), views of (B, L, 3, H, d).
+        leaves: Query, key and value (B, H, L, d), views of (B, L, 3, H, d); another number of
+            queries than keys is a projection of its own.
         weights: (B, L) float32, positive.
-        grad_output: (B, H, L, d).
+        grad_output: (B, H, Lq, d).
+        is_causal: Whether a query sees the keys up to its own place alone.
     """
 
     grad_output: Tensor
@@ -82,14 +84,22 @@ class AttentionProblem(Problem):
         sizes = point.images, point.heads, point.length, point.head_dim
         batch, heads, length, head_dim = sizes
         self.dtype = DTYPES[point.dtype]
-        packed = torch.randn(batch, length, 3, heads, head_dim, device=device).to(self.dtype)
-        self.leaves = tuple(
-            part.requires_grad_() for part in packed.permute(2, 0, 3, 1, 4).unbind(0)
-        )
+        self.is_causal = point.is_causal
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, device=device).to(self.dtype)
+
+        parts = random(batch, length, 3, heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        if point.queries is not None:
+            parts = random(batch, point.queries, heads, head_dim).transpose(1, 2), *parts[1:]
+        self.leaves = tuple(part.requires_grad_() for part in parts)
         self.weights = torch.rand(batch, length, device=device) + 0.5
-        self.grad_output = torch.randn(sizes, device=device).to(self.dtype)
+        self.grad_output = random(batch, heads, point.num_queries, head_dim)
         self.arguments = *self.leaves, self.weights
         self.options = dict(zip(("q", "k", "v", "weights"), self.arguments, strict=True))
+        if self.is_causal:  # else calls stay as they are without it
+            self.arguments = *self.arguments, True
+            self.options["is_causal"] = True
 
     def verify(self, forward: Forward, direction: str, *, is_weighted: bool = True) -> None:
         weights = self.weights if is_weighted else torch.ones_like(self.weights)
@@ -97,7 +107,9 @@ class AttentionProblem(Problem):
 
     def verify_with(self, forward: Forward, weights: Tensor, direction: str) -> None:
         leaves = [_corners(leaf).double().requires_grad_() for leaf in self.leaves]
-        exact = functools.partial(plain_attention, *leaves, _ends(weights).double())
+        exact = functools.partial(
+            plain_attention, *leaves, _ends(weights).double(), is_causal=self.is_causal
+        )
         found = _results(forward, direction, self.leaves, self.grad_output)
         expected = _results(exact, direction, leaves, _corners(self.grad_output).double())
         names = ("output", "gradient of q", "gradient of k", "gradient of v")

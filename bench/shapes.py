@@ -9,6 +9,7 @@ from itertools import chain, product
 from .settings import DTYPES, Settings
 
 LENGTHS = (50, 197, 257, 577, 1024)
+SHORT_LENGTHS = (16, 32, 50, 64, 77, 128, 197, 256)  # at which fused attention may tie or lose
 CLASSES = (5, 20, 100)
 
 JOINT_DIM = 512  # E of ViT-B/16
@@ -18,7 +19,11 @@ PREFIX_TOKENS = 1
 
 @dataclass(frozen=True)
 class Point:
-    """One shape of a grid, and the type of its tensors."""
+    """One shape of a grid, and the type of its tensors.
+
+    Of attention alone, ``queries`` may be another number than ``length``, that of the keys, and
+    ``is_causal`` says whether a query sees the keys up to its own place.
+    """
 
     length: int
     head_dim: int
@@ -27,6 +32,8 @@ class Point:
     num_classes: int
     dtype: str
     joint_dim: int = JOINT_DIM
+    queries: int | None = None
+    is_causal: bool = False
 
     @property
     def model_dim(self) -> int:
@@ -34,9 +41,26 @@ class Point:
         return self.heads * self.head_dim
 
     @property
+    def num_queries(self) -> int:
+        return self.length if self.queries is None else self.queries
+
+    @property
     def rows(self) -> int:
         """Rows of queries of all heads."""
+        return self.images * self.heads * self.num_queries
+
+    @property
+    def key_rows(self) -> int:
+        """Rows of keys of all heads."""
         return self.images * self.heads * self.length
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a query and a key that it sees, of all heads."""
+        if not self.is_causal:
+            return self.rows * self.length
+        seen = sum(min(place + 1, self.length) for place in range(self.num_queries))
+        return self.images * self.heads * seen
 
     @property
     def patches(self) -> int:
@@ -57,7 +81,10 @@ class Point:
             "E": self.joint_dim,
             "C": self.num_classes,
         }
-        return {name: found[name] for name in names}
+        unusual = {} if self.queries is None else {"Lq": self.queries}
+        if self.is_causal:
+            unusual["causal"] = 1
+        return {name: found[name] for name in names} | unusual
 
 
 @dataclass(frozen=True)
@@ -95,6 +122,11 @@ _GRIDS: dict[tuple[str, str, bool], tuple[Grid, ...]] = {
         Grid((197,), (64,), (300,), dtypes=_CPU_DTYPES),
     ),
     ("attention", "cpu", True): (Grid((50, 197), (64,), (60,), dtypes=_CPU_DTYPES),),
+    **{
+        ("short", device, quick): (Grid(SHORT_LENGTHS, (64,), (300, 60), dtypes=dtypes),)
+        for device, dtypes in (("cuda", ("bfloat16",)), ("cpu", _CPU_DTYPES))
+        for quick in (False, True)
+    },
     ("relevance", "cuda", False): (
         Grid((197,), heads=(300, 768, 60), classes=CLASSES),
         Grid((50, 577), heads=(300,)),
@@ -134,6 +166,7 @@ _GRIDS: dict[tuple[str, str, bool], tuple[Grid, ...]] = {
 # Filters of other sizes mean nothing to a suite.
 _FILTERS = {
     "attention": ("lengths", "widths", "heads", "dtypes"),
+    "short": ("lengths", "widths", "heads", "dtypes"),
     "relevance": ("lengths", "heads", "classes", "dtypes"),
     "operator": ("lengths", "widths", "heads", "classes", "dtypes"),
     "step": ("heads", "dtypes"),
@@ -149,6 +182,27 @@ def points(suite: str, settings: Settings) -> list[Point]:
         for grid in _GRIDS[suite, settings.device, settings.quick]
     ]
     return list(dict.fromkeys(chain.from_iterable(found)))
+
+
+def unusual_points(settings: Settings) -> list[Point]:
+    """Single queries, as of a last block or a pool, and causal texts, that no filter leaves out.
+
+    Texts have the 77 places of CLIP or the 32 of PE-Core, 8 heads, and one or a hundred per class.
+    """
+    dtypes = _CPU_DTYPES if settings.device == "cpu" else ("bfloat16",)
+    found: list[Point] = []
+    for dtype in settings.dtypes or dtypes:
+        for images, length in product((25, 5), (197, 257)):
+            found.append(Point(length, 64, images, MODEL_HEADS, 5, dtype, queries=1))
+        for texts, length in product((5, 100), (77, 32)):
+            found.append(Point(length, 64, texts, 8, 5, dtype, is_causal=True))
+
+    def is_wanted(point: Point) -> bool:
+        sizes = (point.length, settings.lengths), (point.head_dim, settings.widths)
+        all_sizes = *sizes, (point.images * point.heads, settings.heads)
+        return all(wanted is None or size in wanted for size, wanted in all_sizes)
+
+    return list(filter(is_wanted, found))
 
 
 def split_heads(heads: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from analysis.views import PATCHES, attention, found, make_view
 from tir_kernels.analysis.measures.attention_entropy import AttentionEntropy
 from tir_kernels.analysis.measures.received_mass import ReceivedMass
 from tir_kernels.analysis.measures.top_patch import TopPatch
+from tir_kernels.analysis.statistics import statistics_of
 from tir_kernels.towers.protocol import AttentionCall
 
 PREFIXES = pytest.mark.parametrize("prefix", [0, 1, 5])
@@ -144,3 +145,24 @@ def test_top_patches_of_random_attention_lie_on_the_border_by_chance():
     border, _, others = found(TopPatch(), view_of_received(random)).values()
     assert abs(border.values.mean() - border.chance) < 4 * 0.5 / 4000**0.5
     assert abs(others.values.mean() - others.chance) < 0.002
+
+
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_statistics_of_causal_attention(is_weighted):
+    query, key, value = torch.randn(3, 2, 3, 9, 8, generator=torch.Generator().manual_seed(4))
+    weights = torch.linspace(0.5, 2, 18).view(2, 9) if is_weighted else None
+    call = AttentionCall(query, key, value, key_weights=weights, is_causal=True)
+    scores = (query.double() @ key.double().mT) * 8**-0.5
+    terms = scores.exp().tril() * (1 if weights is None else weights.double()[:, None, None])
+    matrix = terms / terms.sum(-1, keepdim=True)
+    statistics = statistics_of(call, 2)
+    expected = (
+        matrix[:, :, :2].mean(2),
+        matrix[:, :, 2:].mean(2),
+        -matrix.xlogy(matrix).sum(-1),
+        terms.sum(-1).log(),
+    )
+    for one, other in zip(statistics, expected, strict=True):
+        torch.testing.assert_close(one, other.float())
+    view = make_view(1, batch=2, patches=8, call=call)
+    torch.testing.assert_close(view.class_token_row, matrix[:, :, 0].float())

@@ -293,7 +293,7 @@ def test_records_of_another_environment_are_pointed_out(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["attentoin"], "'attentoin' is not one of 'attention', 'relevance'"),
+        (["attentoin"], "'attentoin' is not one of 'attention', 'short'"),
         (["--lengths", "50,x"], "'x' is not a valid integer"),
         (["--heads", "0"], "0 is not in the range x>=1"),
         (["--dtypes", "float8"], "'float8' is not one of 'float32', 'float16', 'bfloat16'"),

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from tiny_clip import (
 from torch import Tensor, nn
 
 from tir_kernels import JointSpace, adapters
-from tir_kernels.towers import ImageEncoder, text_tower, vision_tower
+from tir_kernels.towers import ImageEncoder, opened_attention, text_tower, vision_tower
 
 TEXT_VARIANTS: dict[str, Callable[[], nn.Module]] = {
     "clip": make_clip,
@@ -163,11 +164,21 @@ def test_a_tower_without_a_pool_takes_adapters() -> None:
         torch.testing.assert_close(model.encode_image(make_images()), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("is_opened", [False, True])
 @pytest.mark.parametrize("variant", TEXT_VARIANTS)
 @torch.no_grad()
-def test_encode_is_the_models_encode_text(variant: str) -> None:
-    model = TEXT_VARIANTS[variant]()
+def test_encode_is_the_models_encode_text(
+    variant: str, is_opened: bool, dtype: torch.dtype
+) -> None:
+    model = TEXT_VARIANTS[variant]().to(dtype)
     before = Untouched(model)
+    with opened_attention(model) if is_opened else nullcontext():
+        check_encoding(model, variant)
+    before.check()
+
+
+def check_encoding(model: nn.Module, variant: str) -> None:
     tower = text_tower(model)
     for block in tower.blocks:
         assert model.get_submodule(block.path) is block.module
@@ -183,7 +194,6 @@ def test_encode_is_the_models_encode_text(variant: str) -> None:
     if key_mask is not None:
         with pytest.raises(ValueError, match="key_mask must be given"):
             tower.encode(embeddings, last)
-    before.check()
 
 
 @pytest.mark.parametrize("variant", ["clip", "custom text", "projection with bias"])

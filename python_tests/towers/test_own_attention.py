@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import small_transformers
 import timm_models
 import torch
-from tiny_clip import make_images
+from tiny_clip import OWN_BLOCKS, make_clip, make_images
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -121,9 +122,11 @@ def test_a_users_function_is_kept(replaced: str, monkeypatch: pytest.MonkeyPatch
     assert "own" not in names.names
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @torch.no_grad()
-def test_a_causal_text_tower_keeps_its_mask() -> None:
-    model = small_transformers.make_clip()
+def test_a_causal_text_tower_of_transformers(implementation: str, dtype: torch.dtype) -> None:
+    model = small_transformers.make_clip(implementation).to(dtype)
     ids = torch.tensor([[48, 3, 4, 5, small_transformers.END_OF_TEXT, *[0] * 7]])
     text = towers.text_tower(model)
     expected = model.text_model(ids).last_hidden_state
@@ -132,4 +135,49 @@ def test_a_causal_text_tower_keeps_its_mask() -> None:
         encoded, _ = text.encode(text.embed(ids), text.last_position(ids))
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(encoded, model.text_projection(expected[:, 4]))
-    assert set(names.names) == {"PyTorch's"}
+    own = "own" if dtype == torch.float32 else "PyTorch's"
+    assert names.names == ([own] * 4 if implementation == "sdpa" else [])
+
+
+@torch.no_grad()
+def test_padding_of_a_causal_text_tower_of_transformers() -> None:
+    """The library's own mask, of padding too, stays PyTorch's."""
+    model = small_transformers.make_clip()
+    ids = torch.tensor([[0, 0, 48, 3, 4, 5, small_transformers.END_OF_TEXT, *[0] * 5]])
+    options = {"attention_mask": (torch.arange(12) > 1)[None].long()}
+    expected = model.text_model(ids, **options).last_hidden_state
+    with add_lora(model, rank=2, towers=["text"]):
+        found = model.text_model(ids, **options).last_hidden_state
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(model.text_model(ids).last_hidden_state, expected, atol=1e-3)
+
+
+FIRST_TOKENS: dict[str, tuple[Any, int]] = {
+    "open_clip": (make_clip, 1),
+    "open_clip, own blocks": (partial(make_clip, OWN_BLOCKS), 1),
+    "EVA-02": (timm_models.MODELS["EVA-02"], 1),
+    "distilled": (timm_models.MODELS["distilled"], 2),
+    "gate": (timm_models.MODELS["gate"], 1),
+    "CLIP of transformers": (small_transformers.make_clip, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", FIRST_TOKENS)
+def test_the_last_block_of_the_pooled_tokens_alone(name: str, dtype: torch.dtype) -> None:
+    make, count = FIRST_TOKENS[name]
+    model = make().requires_grad_(False).to(dtype)
+    tower = towers.vision_tower(model)
+    tokens = torch.randn(3, 16 + tower.num_prefix_tokens, 32, dtype=dtype, requires_grad=True)
+    last = tower.blocks[-1]
+    expected = last(tokens)[:, :count]
+    weights = torch.randn(expected.shape, dtype=dtype)
+    (expected_grad,) = torch.autograd.grad((expected * weights).sum(), tokens)
+    with towers.opened_attention(model), OperatorNames() as names:
+        first = last.first_tokens(tokens, count)
+        assert first is not None
+        (grad,) = torch.autograd.grad((first * weights).sum(), tokens)
+    assert names.names == ["own" if dtype == torch.float32 else "PyTorch's"] * 2
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {}
+    torch.testing.assert_close(first, expected, **tolerance)
+    torch.testing.assert_close(grad, expected_grad, **tolerance)

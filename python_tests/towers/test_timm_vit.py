@@ -246,11 +246,6 @@ def test_unsuitable_towers_are_refused() -> None:
         adapters.add_reweighting(parallel)
     with pytest.raises(TypeError, match=r"use timm's Attention without .*; got NoneType"):
         adapters.add_lora(parallel, towers=["visual"])
-    with adapters.add_reweighting(make_vit(), placement="both") as handle:
-        handle.set_class_embeddings(make_classes())
-        block = handle._places[0][0].module
-        with pytest.raises(ValueError, match="is_causal cannot be combined"):
-            block(torch.randn(1, 21, 32), is_causal=True)
 
 
 def test_the_joint_space_is_the_norm_alone() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -135,20 +136,23 @@ class Redistributed(AttentionRule):
         self.most = most
         self.before = before
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        weights, backend = self.before.key_weights, self.before.backend
+    def attend(self, call: AttentionCall) -> Tensor:
+        weights = self.before.key_weights
         if weights is not None and not isinstance(weights, Tensor):
             weights = weights.form()
         others = (~self.is_sink).float()
         if weights is not None:
             others = others * weights
-        inputs = (query, key, value)
-        plain, lse = weighted_attention(
-            *inputs, weights, scale=scale, backend=backend, return_lse=True
+        attend = partial(
+            weighted_attention,
+            *(call.query, call.key, call.value),
+            is_causal=call.is_causal,
+            scale=call.scale,
+            backend=self.before.backend,
+            return_lse=True,
         )
-        without, lse_without = weighted_attention(
-            *inputs, others, scale=scale, backend=backend, return_lse=True
-        )
+        plain, lse = attend(weights)
+        without, lse_without = attend(others)
         mass = 1 - (lse_without - lse).exp()
         mixed = self.keep * plain + (1 - self.keep) * without
         return torch.where(self._gives(mass)[..., None], mixed, plain)

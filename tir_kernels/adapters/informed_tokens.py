@@ -13,7 +13,7 @@ from tir_kernels.adapters.sinks import above_quartiles
 from tir_kernels.rules import ratio
 from tir_kernels.scalars import finite_number
 from tir_kernels.towers import vision_tower
-from tir_kernels.towers.attention import AttentionRule, attend, attention_matrix
+from tir_kernels.towers.attention import AttentionRule, attend, attention_matrix, hide_later
 from tir_kernels.towers.protocol import AttentionCall, Block, Modifier, VisionTower
 
 
@@ -86,20 +86,21 @@ class Informed(AttentionRule):
         self.gains = gains
         self.before = before
 
-    def _row(self, query: Tensor, key: Tensor, scale: float | None) -> Tensor:
+    def _row(self, call: AttentionCall) -> Tensor:
         """(B, H, 1, L) attention of the class token."""
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        scores = scale * query[:, :, :1].float() @ key.float().mT
-        return (scores + self.gains[:, None, None] * scores.abs()).softmax(-1)
+        scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
+        scores = scale * call.query[:, :, :1].float() @ call.key.float().mT
+        scores = scores + self.gains[:, None, None] * scores.abs()
+        return (hide_later(scores) if call.is_causal else scores).softmax(-1)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        plain = attend(self.before._replace(query=query, key=key, value=value, scale=scale))
-        first = (self._row(query, key, scale) @ value.float()).to(plain.dtype)
+    def attend(self, call: AttentionCall) -> Tensor:
+        plain = attend(call._replace(key_weights=None, backend=self.before.backend))
+        first = (self._row(call) @ call.value.float()).to(plain.dtype)
         return torch.cat([first, plain[:, :, 1:]], 2)
 
     def matrix(self, call: AttentionCall) -> Tensor:
         plain = attention_matrix(call._replace(key_weights=None))
-        return torch.cat([self._row(call.query, call.key, call.scale), plain[:, :, 1:]], 2)
+        return torch.cat([self._row(call), plain[:, :, 1:]], 2)
 
 
 class PayingAttention(BlockChange):

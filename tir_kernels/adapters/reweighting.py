@@ -16,6 +16,7 @@ from tir_kernels import (
     WeightRule,
     reweighted_attention,
     token_weights,
+    weighted_attention,
 )
 from tir_kernels.adapters.block_change import default_layers, resolved_layers
 from tir_kernels.adapters.handle import Handle, handles_on
@@ -185,16 +186,18 @@ class _DerivedKeyWeights:
     layer: int
     tokens: Tensor
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        results: Any = reweighted_attention(
-            query,
-            key,
-            value,
-            **self.handle._inputs(self.tokens),
-            scale=scale,
-            return_counts=True,
-        )
-        attended, counts = results
+    def attend(self, call: AttentionCall) -> Tensor:
+        rows, inputs = (call.query, call.key, call.value), self.handle._inputs(self.tokens)
+        if call.is_causal:  # which the operator in one piece is not
+            weights, counts = token_weights(**inputs)
+            attended = weighted_attention(
+                *rows, weights, is_causal=True, scale=call.scale, backend=inputs["backend"]
+            )
+        else:
+            results: Any = reweighted_attention(
+                *rows, **inputs, scale=call.scale, return_counts=True
+            )
+            attended, counts = results
         self.handle._keep(self.layer, counts)
         return attended
 

@@ -21,6 +21,7 @@ def statistics_of(call: AttentionCall, num_prefix_tokens: int) -> AttentionStati
         call.key,
         weights,
         num_prefix_tokens=num_prefix_tokens,
+        is_causal=call.is_causal,
         scale=call.scale,
         backend=call.backend,
     )

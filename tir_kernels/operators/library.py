@@ -30,7 +30,13 @@ def define(schema: str) -> Callable[[Callable], Callable]:
 
     def register(function: Callable) -> Callable:
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-        _implementations[name] = function
+
+        def call(*inputs: Any) -> Any:
+            # A backend of one's own may give a list, which autograd would not look into.
+            results = function(*inputs)
+            return tuple(results) if type(results) is list else results
+
+        _implementations[name] = call
         return function
 
     return register

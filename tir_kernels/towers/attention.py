@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tir_kernels import weighted_attention
 from tir_kernels.operators.choose import load_backend
+from tir_kernels.towers.masks import KnownMask
 from tir_kernels.towers.opening import NO_CHANGES, Changes, Opened
 from tir_kernels.towers.protocol import AttentionCall
 
@@ -17,7 +18,7 @@ from tir_kernels.towers.protocol import AttentionCall
 class AttentionRule:
     """A change of attention that is no weight of single keys; it stands in the place of those."""
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor:
         """(B, H, L, d), the attention under the rule."""
         raise NotImplementedError
 
@@ -34,19 +35,30 @@ class AttentionRule:
 
 
 def attend(call: AttentionCall) -> Tensor:
-    """Softmax attention of a call, (B, H, L, d).
+    """Softmax attention of a call, (B, H, Lq, d).
 
     Raises:
         ValueError: Key weights together with a mask.
     """
-    query, key, value, scale, weights, mask, backend = call
-    if weights is None:
+    if call.key_weights is None:
         return _unweighted_attention(call)
-    if mask is not None:
+    if call.mask is not None:
         raise ValueError("key weights cannot be combined with an attention mask")
-    if isinstance(weights, Tensor):
-        return weighted_attention(query, key, value, weights, scale=scale, backend=backend)
-    return weights.attend(query, key, value, scale)
+    if isinstance(call.key_weights, Tensor):
+        return _own_attention(call, call.key_weights)
+    return call.key_weights.attend(call)
+
+
+def _own_attention(call: AttentionCall, weights: Tensor | None) -> Tensor:
+    return weighted_attention(
+        call.query,
+        call.key,
+        call.value,
+        weights,
+        is_causal=call.is_causal,
+        scale=call.scale,
+        backend=call.backend,
+    )
 
 
 @torch.compiler.assume_constant_result
@@ -66,21 +78,59 @@ def is_faster_than_pytorch(tokens: Tensor) -> bool:
 
 
 def _unweighted_attention(call: AttentionCall) -> Tensor:
-    query, key, value, scale, _, mask, backend = call
-    if mask is None and (backend != "auto" or is_faster_than_pytorch(query)):
-        return weighted_attention(query, key, value, scale=scale, backend=backend)
+    query, key, value, scale, _, mask, _, is_causal = call
+    if mask is None and _is_own(call):
+        return _own_attention(call, None)
     mask = None if mask is None else mask.to(query.dtype)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale
+    )
+
+
+def _is_own(call: AttentionCall) -> bool:
+    """Whether a call without a mask goes to this package's attention."""
+    return call.backend != "auto" or is_faster_than_pytorch(call.query)
+
+
+def under_mask(
+    call: AttentionCall, mask: Tensor | KnownMask | None, has_changes: bool
+) -> AttentionCall:
+    """The call under a mask, of which it takes no more than it needs.
+
+    Keys that are hidden from all queries are keys of weight 0 where this package's attention serves
+    the call, and nothing else is to weigh them.
+
+    Args:
+        call: Without a mask or key weights.
+        mask: Added to the scores, (L, L) or (B, H, L, L), or known to a text tower.
+        has_changes: Whether modifiers are yet to come.
+    """
+    if not isinstance(mask, KnownMask):
+        return call._replace(mask=mask)
+    if mask.keys is None or (_is_own(call) and not has_changes):
+        return call._replace(is_causal=mask.is_causal, key_weights=mask.keys)
+    added = mask.tensor()
+    return call._replace(
+        mask=added.unflatten(0, call.query.shape[:2]) if added.dim() == 3 else added
+    )
+
+
+def hide_later(scores: Tensor) -> Tensor:
+    """(..., Lq, L) scores, with -inf where the key's place is behind the query's."""
+    is_later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    return scores.masked_fill(is_later, -torch.inf)
 
 
 def attention_matrix(call: AttentionCall) -> Tensor:
-    """The attention of each query to each key, (B, H, L, L) float32; rows sum to 1."""
+    """The attention of each query to each key, (B, H, Lq, L) float32; rows sum to 1."""
     if isinstance(call.key_weights, AttentionRule):
         return call.key_weights.matrix(call)
     scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
     scores = scale * call.query.float() @ call.key.float().mT
     if call.mask is not None:
         scores = scores + call.mask.float()
+    if call.is_causal:
+        scores = hide_later(scores)
     weights = call.key_weights
     if weights is None:
         return scores.softmax(-1)
@@ -131,23 +181,24 @@ class OpenedAttention(Opened):
         return next((name for name in named if name != "auto"), "auto")
 
     def call_of(
-        self, tokens: Tensor, mask: Tensor | None = None, changes: Changes = NO_CHANGES
+        self, tokens: Tensor, mask: Tensor | KnownMask | None = None, changes: Changes = NO_CHANGES
     ) -> AttentionCall:
         """The attention call of tokens (B, L, D), as adapters leave it.
 
         Args:
             tokens: (B, L, D), normalised as the block does it.
-            mask: Added to the scores.
+            mask: Added to the scores, or known to a text tower.
             changes: Of the pass under way, from the block.
         """
         query, key, value = self.project(tokens, slice(0, 3))
-        return changes.of(AttentionCall(query, key, value, mask=mask, backend=self._backend))
+        call = AttentionCall(query, key, value, backend=self._backend)
+        return changes.of(under_mask(call, mask, bool(changes.modifiers)))
 
     def first_tokens(self, tokens: Tensor, count: int) -> Tensor:
         """(B, L, D) -> (B, count, D): the output of the first tokens, which attend to all."""
         (query,) = self.project(tokens[:, :count], slice(0, 1))
         key, value = self.project(tokens, slice(1, 3))
-        return self.output(F.scaled_dot_product_attention(query, key, value))
+        return self.output(attend(AttentionCall(query, key, value, backend=self._backend)))
 
 
 class OpenedLinear(Opened, nn.Linear):
@@ -166,7 +217,8 @@ def split_heads(projected: Tensor, num_heads: int, parts: slice) -> tuple[Tensor
     count = parts.stop - parts.start
     # Not one view of all: then their gradients would be stacked, and copied back in order.
     whole = (projected,) if count == 1 else projected.split(width // count, dim=2)
-    return tuple(part.view(batch, length, num_heads, -1).transpose(1, 2) for part in whole)
+    shape = (batch, length, num_heads, width // (count * num_heads))
+    return tuple(part.view(shape).transpose(1, 2) for part in whole)
 
 
 def join_heads(attended: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """Frozen layers of opened towers, for the time of a training, in the form it uses most.
 
-The contexts serve the blocks of a model's towers, and all but ``opened_attention`` what these pool
-their tokens with. What a family's blocks do not know stays as it is, and so does a tower that can't
-be opened.
+The contexts serve the blocks of a model's towers, and what these pool their tokens with. What a
+family's blocks do not know stays as it is, and so does a tower that can't be opened.
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ from tir_kernels.towers.blocks import BlockBase
 from tir_kernels.towers.find import open_tower
 from tir_kernels.towers.mlp import FusedActivation, OpenedMlp
 from tir_kernels.towers.norms import FusedNorm, OpenedNorm
-from tir_kernels.towers.opening import Opened, is_untouched, put_on, take_off
+from tir_kernels.towers.opening import is_untouched, plain_type, put_on, take_off
+from tir_kernels.towers.pools import OpenedPool
 
 
 @contextmanager
@@ -82,7 +82,7 @@ class _Opener:
 
 @contextmanager
 def opened_attention(model: nn.Module) -> Iterator[None]:
-    """Let the attention of all blocks run in the open, also where no adapter is on it.
+    """Let the attention of all blocks and pools run in the open, also without an adapter on it.
 
     On a CPU that is this package's own attention, by far faster in 16 bits. Where it matters most
     is ``nn.MultiheadAttention``: as it lays out its tokens, PyTorch copies frozen projections once
@@ -93,13 +93,8 @@ def opened_attention(model: nn.Module) -> Iterator[None]:
     """
     opener, served = _Opener(), []
     try:
-        for block in _blocks(model):
-            attention = block.attention
-            if isinstance(attention, nn.Module) and is_untouched(attention):
-                try:
-                    block.check_attention()
-                except TypeError:  # of a kind that stays as it is
-                    continue
+        for attention, block in _attentions(model):
+            if is_untouched(attention):
                 served.append(attention)
                 put_on(attention, opener, block.opened)
         yield
@@ -124,8 +119,8 @@ def cast_blocks(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     kept: list[tuple[nn.Parameter, Tensor]] = []
     try:
         for module, block in _layers(model):
-            plain = module.plain if isinstance(module, Opened) else type(module)
-            for name in block.products.get(plain, ()) if is_untouched(module) else ():
+            names = block.products.get(plain_type(module), ())
+            for name in names if is_untouched(module) else ():
                 parameter = module._parameters.get(name)
                 if parameter is not None and _is_converted(parameter, dtype):
                     kept.append((parameter, parameter.data))
@@ -154,9 +149,20 @@ def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, BlockBase]]:
                 yield module, blocks[0]
 
 
-def _blocks(model: nn.Module) -> Iterator[BlockBase]:
-    for _, blocks in _towers(model):
-        yield from blocks
+def _attentions(model: nn.Module) -> Iterator[tuple[nn.Module, BlockBase]]:
+    """The attentions of a model's blocks and pools that can be opened, each with such a block."""
+    for tower, blocks in _towers(model):
+        for pool in getattr(tower, "pools", ()):
+            stand_in = blocks[0].opened.get(type(pool))
+            if stand_in and issubclass(stand_in, OpenedPool):
+                yield pool, blocks[0]
+        for block in blocks:
+            if isinstance(block.attention, nn.Module):
+                try:
+                    block.check_attention()
+                except TypeError:  # of a kind that stays as it is
+                    continue
+                yield block.attention, block
 
 
 def _towers(model: nn.Module) -> Iterator[tuple[Any, list[BlockBase]]]:

@@ -67,11 +67,21 @@ def require_own_forward(module: nn.Module) -> None:
     Raises:
         TypeError: It was replaced.
     """
-    if "forward" in vars(module) or _SET_ASIDE in vars(module):
+    if not has_own_forward(module):
         raise TypeError(
             f"another tool has replaced the forward of a {type(module).__name__} of the model; "
             "put the adapter on first, or take the other tool's change back"
         )
+
+
+def plain_type(module: nn.Module) -> type[nn.Module]:
+    """The library's class of a module, opened or not."""
+    return module.plain if isinstance(module, Opened) else type(module)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether no other tool has put its forward on a module."""
+    return "forward" not in vars(module) and _SET_ASIDE not in vars(module)
 
 
 def is_untouched(module: nn.Module) -> bool:
@@ -81,7 +91,7 @@ def is_untouched(module: nn.Module) -> bool:
     """
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     is_hooked = any(getattr(module, kind) for kind in kinds)
-    return not (is_hooked or "forward" in vars(module) or _SET_ASIDE in vars(module))
+    return has_own_forward(module) and not is_hooked
 
 
 def put_on(module: Any, adapter: Any, opened: Mapping[type, type[Opened]]) -> None:

@@ -15,24 +15,24 @@ from tir_kernels import JointSpace
 class KeyWeights(Protocol):
     """Weights of the keys that one operator derives and uses, so that they are never written."""
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor: ...
+    def attend(self, call: AttentionCall) -> Tensor: ...  # (B, H, Lq, d)
     def form(self) -> Tensor: ...  # (B, L), for a modifier that has to see them
 
 
 class AttentionCall(NamedTuple):
     """The inputs of one attention, after QK-norm and rotary embedding; modifiers change them."""
 
-    query: Tensor  # (B, H, L, d)
+    query: Tensor  # (B, H, Lq, d)
     key: Tensor  # (B, H, L, d)
     value: Tensor  # (B, H, L, d)
     scale: float | None = None  # None: d ** -0.5
     key_weights: Tensor | KeyWeights | None = None  # (B, L); None: all keys count alike
-    mask: Tensor | None = None  # added to the scores; (L, L) or (B, H, L, L)
+    mask: Tensor | None = None  # added to the scores; (Lq, L) or (B, H, Lq, L)
     backend: str = "auto"
+    is_causal: bool = False  # each query attends to the keys up to its own place; without a mask
 
 
-# A change of an attention call, given the tokens (B, L, D) that entered the block.
-Modifier = Callable[[AttentionCall, Tensor], AttentionCall]
+Modifier = Callable[[AttentionCall, Tensor], AttentionCall]  # given what entered, (B, L, D)
 
 
 class BlockAdapter(Protocol):
@@ -58,7 +58,7 @@ class Block(Protocol):
     def linears(self) -> Mapping[str, Linear]: ...  # "q", "k", "v"; of one owner, as packed
     @property
     def adapters(self) -> tuple[BlockAdapter, ...]: ...
-    def __call__(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor: ...
+    def __call__(self, hidden: Tensor, mask: Any = None) -> Tensor: ...  # Tensor or KnownMask
     def attention_of(self, hidden: Tensor) -> AttentionCall: ...  # with LoRA, without modifiers
     def twin(self) -> Block: ...  # takes adapters without the model's notice
     def first_tokens(self, hidden: Tensor, count: int) -> Tensor | None: ...  # None: run it whole
@@ -96,5 +96,5 @@ class TextTower(Protocol):
     def last_position(self, token_ids: Tensor) -> Tensor: ...  # (C,), what pool reads
     def key_mask(self, token_ids: Tensor) -> Tensor | None: ...  # (C, L) bool; None: all are keys
     def start(self, embeddings: Tensor) -> Tensor: ...  # -> (C, L, W), what enters the first block
-    def mask(self, length: int, key_mask: Tensor | None) -> Tensor | None: ...  # as blocks take it
+    def mask(self, length: int, key_mask: Tensor | None) -> Any: ...  # as its blocks take it
     def pool(self, hidden: Tensor, last_position: Tensor) -> Tensor: ...  # -> (C, E)

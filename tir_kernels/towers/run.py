@@ -128,7 +128,7 @@ class EncodesText(TextTower, Protocol):
                 raise ValueError(f"layer must lie between 0 and {len(blocks) - 1}; got {layer}")
         hidden = self.start(embeddings)
         mask = self.mask(hidden.shape[1], key_mask)
-        if mask is not None and are_fused(hidden):  # once for all blocks
+        if isinstance(mask, Tensor) and are_fused(hidden):  # once for all blocks
             mask = mask.to(autocast_dtype(hidden.device.type) or mask.dtype)
         intermediate = None
         for index, block in enumerate(blocks):

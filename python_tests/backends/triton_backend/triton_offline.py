@@ -22,9 +22,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tir_kernels.backends.optional import DropoutInputs
 from bench.sass import tools
 from tir_kernels.backends.inputs import AttentionInputs, BackwardInputs, StatisticsInputs
+from tir_kernels.backends.optional import DropoutInputs
 from tir_kernels.backends.triton.kernels import (
     add_norm,
     attention_backward,

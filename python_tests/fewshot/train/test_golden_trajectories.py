@@ -81,9 +81,11 @@ def select_as_published(relevance: torch.Tensor, top_k: int) -> torch.Tensor:
     return torch.zeros_like(relevance, dtype=torch.int32).scatter_(-1, selected, 1).sum(1).int()
 
 
-def attend_as_published(q, k, v, attn_mask=None, scale=None):
+def attend_as_published(q, k, v, attn_mask=None, is_causal=False, scale=None):
     assert scale is None
     scores = q @ k.mT * q.shape[-1] ** -0.5
+    if is_causal:
+        attn_mask = torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype).triu(1)
     return (scores if attn_mask is None else scores + attn_mask).softmax(-1) @ v
 
 

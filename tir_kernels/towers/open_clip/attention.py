@@ -16,6 +16,7 @@ from tir_kernels.towers.attention import (
     project_parts,
     split_heads,
 )
+from tir_kernels.towers.masks import KnownMask
 from tir_kernels.towers.opening import NO_CHANGES, Changes
 
 
@@ -38,7 +39,7 @@ class OpenedMultiheadAttention(OpenedAttention, nn.MultiheadAttention):
         value: Tensor,
         *,
         need_weights: bool = True,
-        attn_mask: Tensor | None = None,
+        attn_mask: Tensor | KnownMask | None = None,
         average_attn_weights: bool = True,
         changes: Changes = NO_CHANGES,
     ) -> tuple[Tensor, Tensor | None]:
@@ -47,7 +48,7 @@ class OpenedMultiheadAttention(OpenedAttention, nn.MultiheadAttention):
         Args:
             query, key, value: The same tokens, (B, L, D) or (L, B, D).
             need_weights: Also return the attention, (B, L, L).
-            attn_mask: Added to the scores, (L, L) or (B H, L, L).
+            attn_mask: Added to the scores, (L, L) or (B H, L, L), or known to a text tower.
             average_attn_weights: Over the heads; else the attention is (B, H, L, L).
             changes: Of the pass under way, from the block.
 
@@ -86,16 +87,18 @@ class OpenedCustomAttention(OpenedAttention, Attention):
         return self.out_drop(self.out_proj(self.ln_inner(join_heads(attended))))
 
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, changes: Changes = NO_CHANGES
+        self, x: Tensor, attn_mask: Tensor | KnownMask | None = None, changes: Changes = NO_CHANGES
     ) -> Tensor:
         mask = _added_mask(attn_mask, len(x), self.num_heads)
         return self.output(attend(self.call_of(x, mask, changes)))
 
 
-def _added_mask(mask: Tensor | None, batch: int, num_heads: int) -> Tensor | None:
+def _added_mask(
+    mask: Tensor | KnownMask | None, batch: int, num_heads: int
+) -> Tensor | KnownMask | None:
     """A mask as open_clip gives it, (L, L) or (B H, L, L), for an ``AttentionCall``."""
-    if mask is None:
-        return None
+    if mask is None or isinstance(mask, KnownMask):
+        return mask
     if mask.dtype == torch.bool:
         raise ValueError("attn_mask must be added to the scores, so of floating point")
     return mask.unflatten(0, (batch, num_heads)) if mask.dim() == 3 else mask

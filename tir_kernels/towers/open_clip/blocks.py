@@ -16,13 +16,21 @@ from torch import Tensor, nn
 
 from tir_kernels.towers import norms
 from tir_kernels.towers.blocks import BlockBase
+from tir_kernels.towers.masks import KnownMask
 from tir_kernels.towers.mlp import OpenedMlp
 from tir_kernels.towers.norms import OpenedNorm
 from tir_kernels.towers.open_clip.attention import (
     OpenedCustomAttention,
     OpenedMultiheadAttention,
 )
-from tir_kernels.towers.opening import NO_CHANGES, Opened, is_untouched, require_own_forward
+from tir_kernels.towers.open_clip.pools import OpenedAttentionalPooler
+from tir_kernels.towers.opening import (
+    NO_CHANGES,
+    Opened,
+    has_own_forward,
+    is_untouched,
+    require_own_forward,
+)
 from tir_kernels.towers.protocol import Linear
 
 
@@ -111,6 +119,7 @@ class OpenClipBlock(BlockBase):
         Attention: OpenedCustomAttention,
         nn.Sequential: _OpenedMlp,
         LayerNorm: _OpenedNorm,
+        OpenedAttentionalPooler.plain: OpenedAttentionalPooler,
     }
     products: ClassVar[Mapping[type, tuple[str, ...]]] = {
         **BlockBase.products,
@@ -154,9 +163,18 @@ class OpenClipBlock(BlockBase):
             )
         require_own_forward(attention)
 
-    def __call__(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+    @property
+    def _takes_known_masks(self) -> bool:
+        """Whether what it is given for a mask reaches an opened attention as it is."""
+        block = self.module
+        is_known = isinstance(block, Opened) or type(block) in self.opened
+        return is_known and has_own_forward(block) and isinstance(block.attn, Opened)
+
+    def __call__(self, hidden: Tensor, mask: Any = None) -> Tensor:
         if norms.are_fused(hidden) and self._is_usual:
             return self._in_fewer_passes(hidden, mask)
+        if isinstance(mask, KnownMask) and not self._takes_known_masks:
+            mask = mask.tensor()
         if self.batch_first:
             return self.module(hidden, attn_mask=mask)
         return self.module(hidden.transpose(0, 1), attn_mask=mask).transpose(0, 1)
@@ -173,7 +191,7 @@ class OpenClipBlock(BlockBase):
             and norms.are_opened(block.ln_1, block.ln_2)
         )
 
-    def _in_fewer_passes(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+    def _in_fewer_passes(self, hidden: Tensor, mask: Any) -> Tensor:
         """The usual block's output, with its sums, norms and conversions fused."""
         block, changes = self.module, NO_CHANGES
         if isinstance(block, Opened):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
 from tir_kernels.precision import autocast_dtype
+from tir_kernels.towers.masks import KnownMask
 from tir_kernels.towers.open_clip.blocks import OpenClipBlock, blocks_of
 from tir_kernels.towers.run import EncodesText
 
@@ -82,24 +84,32 @@ class OpenClipText(EncodesText):
         positions = self.owner.positional_embedding[: tokens.shape[1]]
         return tokens + positions.to(dtype)
 
-    def mask(self, length: int, key_mask: Tensor | None = None) -> Tensor | None:
+    def mask(self, length: int, key_mask: Tensor | None = None) -> KnownMask | None:
         """The mask of the blocks: (L, L), or (C H, L, L) where keys of each text are masked.
 
         Raises:
             ValueError: The tower masks keys, but those of the texts were not given.
         """
         owner = self.owner
-        causal = None if owner.attn_mask is None else owner.attn_mask[:length, :length]
+        is_causal = owner.attn_mask is not None
         if key_mask is None:
             if self._class_token is not None or getattr(owner, "use_pad_mask", False):
                 raise ValueError(
                     "key_mask must be given, since the text tower masks padding: pass its "
                     "key_mask(token_ids)"
                 )
+            return KnownMask(partial(self._added_mask, length), True) if is_causal else None
+        keys = key_mask.to(owner.positional_embedding.device)
+        return KnownMask(partial(self._added_mask, length, keys), is_causal, keys.float())
+
+    def _added_mask(self, length: int, keys: Tensor | None = None) -> Tensor:
+        owner = self.owner
+        causal = None if owner.attn_mask is None else owner.attn_mask[:length, :length]
+        if keys is None:
+            assert causal is not None
             return causal
-        keys = torch.zeros(key_mask.shape, device=owner.positional_embedding.device)
-        keys = keys.masked_fill(~key_mask.to(keys.device), -torch.inf)
-        mask = keys[:, None].expand(-1, length, -1)
+        added = torch.zeros(keys.shape, device=keys.device).masked_fill(~keys, -torch.inf)
+        mask = added[:, None].expand(-1, length, -1)
         mask = mask if causal is None else mask + causal
         return mask.repeat_interleave(owner.heads, 0)
 

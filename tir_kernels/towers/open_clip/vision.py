@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tir_kernels import JointSpace
 from tir_kernels.towers.open_clip.blocks import OpenClipBlock, blocks_of
+from tir_kernels.towers.opening import plain_type
 from tir_kernels.towers.run import features_of_patches, joint_space_of, unchanged_tokens
 
 
@@ -110,7 +111,7 @@ def vision_of(tower: Any, path: str) -> OpenClipVision:
     if tower.attn_pool is None:
         return OpenClipVision(tower, path)
     for pooler in (tower.attn_pool, tower.attn_pool_contrastive):
-        if pooler is not None and type(pooler) is not AttentionalPooler:
+        if pooler is not None and plain_type(pooler) is not AttentionalPooler:
             raise ValueError(
                 f"model pools its image tokens by a {type(pooler).__name__}; what that makes of a "
                 "single token is known of open_clip's AttentionalPooler alone"

@@ -10,6 +10,7 @@ from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
 from tir_kernels import JointSpace
+from tir_kernels.towers.opening import plain_type
 
 
 class AfterBlocks:
@@ -89,7 +90,7 @@ def refuse_pool(trunk: Any) -> None:
                 "make it with global_pool='token' or 'avg'"
             )
         return
-    if type(pool) is not AttentionPoolLatent or pool.pos_embed is not None or not pool.pool:
+    if plain_type(pool) is not AttentionPoolLatent or pool.pos_embed is not None or not pool.pool:
         kind = type(pool).__name__
         of_positions = " with positions" if getattr(pool, "pos_embed", None) is not None else ""
         raise ValueError(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers.attention import Attention, AttentionRope, resolve_self_attn_mask
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import EvaAttention
@@ -20,6 +20,7 @@ from tir_kernels.towers.attention import (
     project_parts,
     split_heads,
 )
+from tir_kernels.towers.masks import KnownMask
 from tir_kernels.towers.opening import NO_CHANGES, Changes
 from tir_kernels.towers.protocol import AttentionCall
 
@@ -80,7 +81,7 @@ class OpenedTimmAttention(OpenedAttention):
     def call_of(
         self,
         tokens: Tensor,
-        mask: Tensor | None = None,
+        mask: Tensor | KnownMask | None = None,
         changes: Changes = NO_CHANGES,
         rope: Tensor | None = None,
     ) -> AttentionCall:
@@ -93,7 +94,8 @@ class OpenedTimmAttention(OpenedAttention):
         (query,) = self.project(tokens[:, :count], slice(0, 1))
         key, value = self.project(tokens, slice(1, 3))
         query, key = (self._rotated(part, rope, value) for part in (query, key))
-        return self.output(F.scaled_dot_product_attention(query, key, value), tokens[:, :count])
+        call = AttentionCall(query, key, value, backend=self._backend)
+        return self.output(attend(call), tokens[:, :count])
 
     def output(self, attended: Tensor, tokens: Tensor | None = None) -> Tensor:
         """(B, H, L, d) -> (B, L, D); ``tokens`` are what was projected, which a gate reads."""
@@ -115,25 +117,23 @@ class OpenedTimmAttention(OpenedAttention):
             x: (B, L, D), normalised as the block does it.
             options: ``attn_mask``, ``is_causal`` and perhaps ``rope``, as timm takes them.
             changes: Of the pass under way, from the block.
-
-        Raises:
-            ValueError: A causal mask together with modifiers.
         """
         # EVA's packed projection with its bias apart doesn't go through the module of the weight.
         has_hidden_lora = (
             isinstance(self._own.qkv, OpenedLinear) and self._separate_bias is not None
         )
-        is_masked = options["attn_mask"] is not None or options["is_causal"]
-        is_faster_opened = not is_masked and is_faster_than_pytorch(x)
+        is_faster_opened = options["attn_mask"] is None and is_faster_than_pytorch(x)
         if not (changes.modifiers or has_hidden_lora or is_faster_opened):
             return self.plain_forward(x, **options)
-        if changes.modifiers and options["is_causal"]:
-            raise ValueError("is_causal cannot be combined with re-weighted attention")
-        mask = resolve_self_attn_mask(
-            x.shape[1], x, options["attn_mask"], is_causal=options["is_causal"]
-        )
+        mask = _mask_of(x, options["attn_mask"], options["is_causal"])
         call = self.call_of(x, mask, changes, options.get("rope"))
         return self.output(attend(call), x)
+
+
+def _mask_of(x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor | KnownMask | None:
+    """What timm's options hide from tokens (B, L, D)."""
+    resolved = partial(resolve_self_attn_mask, x.shape[1], x, attn_mask, is_causal=is_causal)
+    return KnownMask(resolved, True) if is_causal and attn_mask is None else resolved()
 
 
 class OpenedPlainAttention(OpenedTimmAttention, Attention):

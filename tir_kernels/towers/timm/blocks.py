@@ -22,6 +22,7 @@ from tir_kernels.towers.timm.attention import (
     OpenedPlainAttention,
     OpenedTimmAttention,
 )
+from tir_kernels.towers.timm.pools import OpenedAttentionPoolLatent
 
 
 def _norm_first(block: Any, hidden: Tensor) -> Tensor:
@@ -120,6 +121,7 @@ class TimmBlock(BlockBase):
         Attention: OpenedPlainAttention,
         nn.Linear: OpenedLinear,
         Mlp: _OpenedMlp,
+        OpenedAttentionPoolLatent.plain: OpenedAttentionPoolLatent,
     }
     blocks: ClassVar[tuple[type, ...]] = (Block,)
     attentions: ClassVar[tuple[type, ...]] = (Attention,)
@@ -199,6 +201,7 @@ class EvaTowerBlock(TimmBlock):
         AttentionRope: OpenedAttentionRope,
         nn.Linear: OpenedLinear,
         Mlp: _OpenedMlp,
+        OpenedAttentionPoolLatent.plain: OpenedAttentionPoolLatent,
     }
     blocks: ClassVar[tuple[type, ...]] = (EvaBlock, EvaBlockPostNorm)
     attentions: ClassVar[tuple[type, ...]] = (EvaAttention, AttentionRope)

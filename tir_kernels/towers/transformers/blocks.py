@@ -31,9 +31,11 @@ from tir_kernels.towers.attention import (
     split_heads,
 )
 from tir_kernels.towers.blocks import BlockBase
+from tir_kernels.towers.masks import KnownMask
 from tir_kernels.towers.mlp import OpenedMlp
 from tir_kernels.towers.opening import Changes, Opened, put_on, require_own_forward, take_off
 from tir_kernels.towers.protocol import AttentionCall, Linear
+from tir_kernels.towers.transformers.pools import OpenedSiglip2Head, OpenedSiglipHead
 
 REGISTERED_NAME = "tir_kernels"
 
@@ -54,22 +56,18 @@ def _attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """An attention function of transformers: (B, H, L, d) each -> (B, L, H, d), and the attention.
-
-    Raises:
-        ValueError: Modifiers in a causal pass without a mask.
-    """
+    """An attention function of transformers: (B, H, L, d) each -> (B, L, H, d), and its matrix."""
+    call = AttentionCall(query, key, value, scaling, backend=module.named_backend)
     if not isinstance(attention_mask, _Pass):
         if attention_mask is None and _is_plain(module, query, options):
-            call = AttentionCall(query, key, value, scaling, backend=module.named_backend)
+            call = call._replace(is_causal=_is_causal(module, options))
             return attend(call).transpose(1, 2).contiguous(), None
         chosen = module.chosen_attention
         return chosen(module, query, key, value, attention_mask, scaling=scaling, **options)
-    if options.get("is_causal"):
-        raise ValueError("is_causal cannot be combined with re-weighted attention")
-    call = AttentionCall(
-        query, key, value, scaling, mask=attention_mask.mask, backend=module.named_backend
-    )
+    mask = attention_mask.mask
+    # A mask of the library's hides later tokens itself.
+    is_causal = mask is None and _is_causal(module, options)
+    call = call._replace(mask=None if mask is None else _added(mask), is_causal=is_causal)
     call = attention_mask.changes.of(call)
     attended = attend(call).transpose(1, 2).contiguous()
     if module.chosen_name != "eager":
@@ -79,10 +77,20 @@ def _attention(
 
 def _is_plain(module: Any, query: Tensor, options: dict[str, Any]) -> bool:
     """Whether PyTorch's own attention was chosen where this package's is faster."""
-    is_causal = options.get("is_causal") or module.is_causal
-    is_simple = not is_causal and not options.get("dropout")
-    is_own = module.chosen_attention is sdpa_attention_forward
-    return is_simple and is_own and is_faster_than_pytorch(query)
+    is_pytorchs = module.chosen_attention is sdpa_attention_forward
+    return is_pytorchs and not options.get("dropout") and is_faster_than_pytorch(query)
+
+
+def _added(mask: Tensor) -> Tensor:
+    """A mask as it is added to the scores, also where it says what is kept."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
+
+
+def _is_causal(module: Any, options: dict[str, Any]) -> bool:
+    is_causal = options.get("is_causal")
+    return bool(module.is_causal if is_causal is None else is_causal)
 
 
 AttentionInterface.register(REGISTERED_NAME, _attention)
@@ -228,6 +236,7 @@ class TransformersBlock(BlockBase):
         _OpenedSiglip2Attention.plain: _OpenedSiglip2Attention,
         nn.Linear: OpenedLinear,
         **{each.plain: each for each in (_OpenedClipMlp, _OpenedSiglipMlp, _OpenedSiglip2Mlp)},
+        **{each.plain: each for each in (OpenedSiglipHead, OpenedSiglip2Head)},
     }
 
     @property
@@ -274,17 +283,25 @@ class TransformersBlock(BlockBase):
         super().take_low_rank(owner, handle)
         take_off(self.attention, handle)
 
-    def __call__(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+    def __call__(self, hidden: Tensor, mask: Any = None) -> Tensor:
         options: dict[str, Any] = {"attention_mask": None}
-        if mask is not None and "flash" in self._chosen_name:
-            options["is_causal"] = True  # it takes no mask; those of the towers are causal
-        elif mask is not None:
+        if isinstance(mask, KnownMask):
+            if self._knows_causality:
+                options["is_causal"] = mask.is_causal
+                mask = None
+            else:
+                mask = mask.tensor()
+        if mask is not None:
             options["attention_mask"] = mask.to(hidden.dtype)[None, None]
         return self.module(hidden, **options)
 
     @property
-    def _chosen_name(self) -> str:
-        return self.attention.__dict__["config"]._attn_implementation or "eager"
+    def _knows_causality(self) -> bool:
+        """Whether the chosen attention is causal by an option, without a mask."""
+        name = self.attention.__dict__["config"]._attn_implementation or "eager"
+        if "flash" in name:  # which takes no mask
+            return True
+        return name != "eager" and ALL_ATTENTION_FUNCTIONS[name] is sdpa_attention_forward
 
     def first_tokens(self, hidden: Tensor, count: int) -> Tensor | None:
         block = self.module

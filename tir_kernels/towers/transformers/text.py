@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tir_kernels.towers.masks import KnownMask
 from tir_kernels.towers.run import EncodesText
 from tir_kernels.towers.transformers.blocks import TransformersBlock, blocks_of, causal_mask
 
@@ -44,7 +46,7 @@ class TransformersText(EncodesText):
     def key_mask(self, token_ids: Tensor) -> None:
         """All tokens are keys: SigLIP was trained on its padding, and CLIP is causal."""
 
-    def mask(self, length: int, key_mask: Tensor | None = None) -> Tensor | None:
+    def mask(self, length: int, key_mask: Tensor | None = None) -> KnownMask | None:
         return None
 
     def pool(self, hidden: Tensor, last_position: Tensor) -> Tensor:
@@ -65,8 +67,9 @@ class ClipText(TransformersText):
             return token_ids.argmax(1)
         return (token_ids == end).int().argmax(1)
 
-    def mask(self, length: int, key_mask: Tensor | None = None) -> Tensor | None:
-        return causal_mask(length, self.owner.embeddings.position_embedding.weight.device)
+    def mask(self, length: int, key_mask: Tensor | None = None) -> KnownMask | None:
+        device = self.owner.embeddings.position_embedding.weight.device
+        return KnownMask(partial(causal_mask, length, device), True)
 
 
 def text_of(model: Any, kind: str) -> TransformersText:

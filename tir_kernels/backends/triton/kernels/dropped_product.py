@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...common import device_guard
 from ...optional import DropoutInputs
-from .tiles import dot, loop_end, narrow
+from .tiles import dot, loop_bound, narrow
 
 MAX_RANK = 64  # wider factors would not stay in registers
 _BLOCKS = 32  # of 8 channels each
@@ -64,7 +64,7 @@ def dropped_product_kernel(
     own = group * num_branches + branch
     column = tl.arange(0, RANK)
     total = tl.zeros((ROWS, RANK), tl.float32)
-    for first_block in range(0, loop_end(num_blocks), BLOCKS):
+    for first_block in range(0, loop_bound(num_blocks), BLOCKS):
         block = first_block + tl.arange(0, BLOCKS)
         word_0, word_1, word_2, word_3 = _words(
             seed, step, place + (branch << 16), block, rows, length, ROWS, BLOCKS
@@ -153,7 +153,7 @@ def factor_gradient_kernel(
     total_5 = tl.zeros((RANK, BLOCKS), tl.float32)
     total_6 = tl.zeros((RANK, BLOCKS), tl.float32)
     total_7 = tl.zeros((RANK, BLOCKS), tl.float32)
-    for offset in range(0, loop_end(split_rows), ROWS):
+    for offset in range(0, loop_bound(split_rows), ROWS):
         rows = split * split_rows + offset + tl.arange(0, ROWS)
         word_0, word_1, word_2, word_3 = _words(
             seed, step, place + (branch << 16), block, rows, length, ROWS, BLOCKS
@@ -208,7 +208,7 @@ def factor_gradient_kernel(
 def add_splits_kernel(parts_ptr, output_ptr, count, num_splits, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for split in range(0, loop_end(num_splits)):
+    for split in range(0, loop_bound(num_splits)):
         total += tl.load(parts_ptr + split * count + place, mask=place < count, other=0.0)
     total = narrow(total, output_ptr.dtype.element_ty)
     tl.store(output_ptr + place, total, mask=place < count)
