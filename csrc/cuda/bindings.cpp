@@ -42,7 +42,6 @@ void forward(const AttentionForward& arguments, DerivedArgument derived, Address
 
 void backward(const AttentionBackward& arguments, DerivedArgument derived, Address delta,
               Address partial, Address stream) {
-  require_square(arguments.shape);
   require(arguments.grad_weights == nullptr || partial != 0, "partial is null");
   attention_backward(arguments, derived_weights(derived, arguments.weights),
                      pointer<float>(delta, "delta is null"), optional_pointer<float>(partial),

@@ -28,7 +28,8 @@ int main() {
   tir::cuda::emulated_device = {132, 227 * 1024};
   int64_t length, batch, heads;
   while (std::cin >> length >> batch >> heads) {
-    tir::AttentionShape shape{batch, heads, length, 64, tir::Type::bfloat16, 0.125f};
+    tir::AttentionShape shape{batch, heads, length, length,
+                              64,    tir::Type::bfloat16, 0.125f, false};
     tir::AttentionForward forward{};
     tir::AttentionBackward backward{};
     forward.shape = backward.shape = shape;

@@ -101,7 +101,7 @@ class Launcher:
 
     def attention_backward(self, inputs: AttentionInputs, backward: BackwardInputs) -> Gradients:
         weights = None if inputs.weights is None else inputs.weights.contiguous()
-        derived = _weights_of_one(inputs.query) if weights is None else None
+        derived = _weights_of_one(inputs.key) if weights is None else None
         return self._backward(inputs, weights, derived, backward)
 
     def attention_statistics(self, inputs: StatisticsInputs) -> AttentionStatistics:
@@ -148,7 +148,7 @@ class Launcher:
         self, inputs: AttentionInputs, backward: BackwardInputs, counts: Tensor, table: Tensor
     ) -> Gradients:
         table, counts = table.contiguous(), counts.contiguous()
-        num_prefix_tokens = inputs.query.shape[2] - counts.shape[1]
+        num_prefix_tokens = inputs.key.shape[2] - counts.shape[1]
         num_classes = table.shape[0] - 1
         derived = DerivedWeights(
             table.data_ptr(), 0, counts.data_ptr(), num_prefix_tokens, num_classes, 0
@@ -197,17 +197,17 @@ class Launcher:
         derived: DerivedWeights | None,
         backward: BackwardInputs,
     ) -> Gradients:
-        query = inputs.query
+        query, key = inputs.query, inputs.key
         output = with_contiguous_rows(backward.output)
         log_sum_exp = backward.log_sum_exp.contiguous()
         grad_query, grad_key, grad_value = (
-            _empty(query.shape, query, query.dtype) for _ in range(3)
+            _empty(rows.shape, query, query.dtype) for rows in (query, key, inputs.value)
         )
         delta = _empty(log_sum_exp.shape, query)
         partial = grad_weights = None
         if backward.needs_weights_grad:
-            partial = _empty(log_sum_exp.shape, query)
-            grad_weights = _empty((query.shape[0], query.shape[2]), query)
+            partial = _empty(key.shape[:3], query)
+            grad_weights = _empty((key.shape[0], key.shape[2]), query)
         with self._guard(query.device):
             self._kernels.attention_backward(
                 *attention_problem(inputs),
@@ -332,13 +332,13 @@ def _compiled() -> ModuleType | None:
         return None
 
 
-def _weights_of_one(query: Tensor) -> DerivedWeights:
+def _weights_of_one(key: Tensor) -> DerivedWeights:
     """No weights to read: every token is a prefix token, whose weight is 1.
 
     So neither the table nor the counts are looked at, and any address serves for them.
     """
-    unread = query.data_ptr()
-    return DerivedWeights(unread, 0, unread, query.shape[2], 1, 0)
+    unread = key.data_ptr()
+    return DerivedWeights(unread, 0, unread, key.shape[2], 1, 0)
 
 
 def _empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
