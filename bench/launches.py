@@ -12,7 +12,7 @@ from statistics import fmean
 from .sass.counts import WARP, KernelCounts, MainLoop
 
 FORWARD = "attention_forward_kernel<bfloat16, 64>"
-BACKWARD = "attention_backward_kernel<bfloat16, 64>"
+BACKWARD = "attention_backward_kernel<bfloat16, 64, 0>"
 
 HEAD_DIM, _ITEM = 64, 2
 _TILE = 16  # rows of a product

@@ -15,34 +15,36 @@ namespace {
 constexpr const char* kName = "weighted_attention (backward)";
 
 struct BackwardPlan {
-  int parts;  // blocks with stationary keys, and with stationary queries, of each head
+  int key_parts, query_parts;  // blocks of each head with stationary keys, and with queries
   bool is_aligned;
 };
 
 // Stationary keys, streamed queries. `partial` may be null.
-template <class T, int D>
+template <class T, int D, bool kCausal>
 TIR_DEVICE void grad_key_value(const AttentionBackward& arguments, const KeyWeights& derived,
                                const float* delta, float* partial,
-                               const BackwardBlock<T, D>& block) {
-  using Block = BackwardBlock<T, D>;
-  int64_t head_start = block.head_index * block.length;
-  block.load_stationary(block.rows_of(arguments.key), block.rows_of(arguments.value));
+                               const BackwardBlock<T, D, true, kCausal>& block) {
+  using Block = BackwardBlock<T, D, true, kCausal>;
+  int64_t first_query = block.head_index * block.queries;
+  int64_t first_key = block.head_index * block.keys;
+  block.load_stationary(block.rows_of(arguments.key, block.keys),
+                        block.rows_of(arguments.value, block.keys));
   for (int i = block.thread; i < block.chunks * kChunk<T, D>; i += block.threads) {
-    bool exists = i < block.length;
+    bool exists = i < block.queries;
     block.shifts[i] =
-        exists ? negative_log_sum(arguments.log_sum_exp[head_start + i]) : -INFINITY;
-    block.deltas[i] = exists ? delta[head_start + i] : 0.0f;
+        exists ? negative_log_sum(arguments.log_sum_exp[first_query + i]) : -INFINITY;
+    block.deltas[i] = exists ? delta[first_query + i] : 0.0f;
   }
   __syncthreads();
 
-  const int32_t* counts = stored_counts(derived, block.batch, block.length);
+  const int32_t* counts = stored_counts(derived, block.batch, block.keys);
   typename Block::PerRow weights, shifts, weight_sums = {};
   TIR_UNROLL
   for (int m = 0; m < Block::kHeld; ++m) {
     TIR_UNROLL
     for (int r = 0; r < 2; ++r) {
-      weights[m][r] = key_weight(arguments.weights, derived, counts, block.batch, block.length,
-                                 min(block.row(m, r), block.length - 1));
+      weights[m][r] = key_weight(arguments.weights, derived, counts, block.batch, block.keys,
+                                 min(block.row(m, r), block.keys - 1));
       // Without attention the shift is that of weight 1: the derivative by the weight itself has a
       // limit at 0. What such a key sums up for key and value is dropped at the end.
       shifts[m][r] = is_attended(weights[m][r]) ? log2f(weights[m][r]) : 0.0f;
@@ -52,7 +54,7 @@ TIR_DEVICE void grad_key_value(const AttentionBackward& arguments, const KeyWeig
   typename Block::Sums grad_key = {}, grad_value = {};
   auto step = [&](typename Block::Products& scores, typename Block::Products& grads, int start,
                   const T* queries, const T* grad_outputs, int used) {
-    block.template differentiate<true>(scores, grads, start, shifts,
+    block.differentiate(scores, grads, start, shifts,
                                        [](int, int, float delta) { return delta; });
     TIR_UNROLL
     for (int j = 0; j < Block::kTiles; ++j) {
@@ -65,8 +67,8 @@ TIR_DEVICE void grad_key_value(const AttentionBackward& arguments, const KeyWeig
     multiply<T, D>(grad_key, grads, queries, used, block.own_staging, block.lane);
     multiply<T, D>(grad_value, scores, grad_outputs, used, block.own_staging, block.lane);
   };
-  block.stream(block.rows_of(arguments.query), block.rows_of(arguments.grad_output), KeepAll(),
-               step);
+  block.stream(block.rows_of(arguments.query, block.queries),
+               block.rows_of(arguments.grad_output, block.queries), KeepAll(), step);
 
   TIR_UNROLL
   for (int m = 0; m < Block::kHeld; ++m) {
@@ -76,8 +78,8 @@ TIR_DEVICE void grad_key_value(const AttentionBackward& arguments, const KeyWeig
       if (partial != nullptr) {
         float sum = quad_sum(weight_sums[m][r]);
         if (has_weight) sum /= weights[m][r];
-        if (block.lane % 4 == 0 && block.row(m, r) < block.length) {
-          partial[head_start + block.row(m, r)] = weights[m][r] < 0.0f ? 0.0f : sum;
+        if (block.lane % 4 == 0 && block.row(m, r) < block.keys) {
+          partial[first_key + block.row(m, r)] = weights[m][r] < 0.0f ? 0.0f : sum;
         }
       }
       if (has_weight) continue;
@@ -93,17 +95,19 @@ TIR_DEVICE void grad_key_value(const AttentionBackward& arguments, const KeyWeig
 }
 
 // Stationary queries, streamed keys.
-template <class T, int D>
+template <class T, int D, bool kCausal>
 TIR_DEVICE void grad_query(const AttentionBackward& arguments, const KeyWeights& derived,
-                           const float* delta, const BackwardBlock<T, D>& block) {
-  using Block = BackwardBlock<T, D>;
-  int64_t head_start = block.head_index * block.length;
-  block.load_stationary(block.rows_of(arguments.query), block.rows_of(arguments.grad_output));
-  const int32_t* counts = stored_counts(derived, block.batch, block.length);
+                           const float* delta,
+                           const BackwardBlock<T, D, false, kCausal>& block) {
+  using Block = BackwardBlock<T, D, false, kCausal>;
+  int64_t first_query = block.head_index * block.queries;
+  block.load_stationary(block.rows_of(arguments.query, block.queries),
+                        block.rows_of(arguments.grad_output, block.queries));
+  const int32_t* counts = stored_counts(derived, block.batch, block.keys);
   for (int i = block.thread; i < block.chunks * kChunk<T, D>; i += block.threads) {
     float shift = -INFINITY;
-    if (i < block.length) {
-      float weight = key_weight(arguments.weights, derived, counts, block.batch, block.length, i);
+    if (i < block.keys) {
+      float weight = key_weight(arguments.weights, derived, counts, block.batch, block.keys, i);
       if (is_attended(weight)) shift = log2f(weight);
     }
     block.shifts[i] = shift;
@@ -115,7 +119,7 @@ TIR_DEVICE void grad_query(const AttentionBackward& arguments, const KeyWeights&
   for (int m = 0; m < Block::kHeld; ++m) {
     TIR_UNROLL
     for (int r = 0; r < 2; ++r) {
-      int64_t row = head_start + min(block.row(m, r), block.length - 1);
+      int64_t row = first_query + min(block.row(m, r), block.queries - 1);
       shifts[m][r] = negative_log_sum(arguments.log_sum_exp[row]);
       deltas[m][r] = delta[row];
     }
@@ -124,28 +128,30 @@ TIR_DEVICE void grad_query(const AttentionBackward& arguments, const KeyWeights&
   typename Block::Sums grad_query = {};
   auto step = [&](typename Block::Products& scores, typename Block::Products& grads, int start,
                   const T* keys, const T*, int used) {
-    block.template differentiate<false>(scores, grads, start, shifts,
+    block.differentiate(scores, grads, start, shifts,
                                         [&](int m, int r, float) { return deltas[m][r]; });
     multiply<T, D>(grad_query, grads, keys, used, block.own_staging, block.lane);
   };
   // 0 times the NaN of a key that is not attended to would not be 0.
   auto is_kept = [&](int row) { return block.shifts[row] != -INFINITY; };
-  block.stream(block.rows_of(arguments.key), block.rows_of(arguments.value), is_kept, step);
+  block.stream(block.rows_of(arguments.key, block.keys),
+               block.rows_of(arguments.value, block.keys), is_kept, step);
   block.store(grad_query, arguments.shape.scale, block.own_first, arguments.grad_query);
 }
 
-template <class T, int D>
+template <class T, int D, bool kCausal>
 __global__ void __launch_bounds__(128, 2)
     attention_backward_kernel(AttentionBackward arguments, KeyWeights derived, const float* delta,
                               float* partial, BackwardPlan plan) {
-  int64_t head_index = blockIdx.x / (2 * plan.parts);
-  int part = static_cast<int>(blockIdx.x % (2 * plan.parts));
-  bool holds_keys = part < plan.parts;
-  BackwardBlock<T, D> block{arguments.shape, head_index, holds_keys ? part : part - plan.parts,
-                            plan.is_aligned};
-  if (holds_keys) {
+  int parts = plan.key_parts + plan.query_parts;
+  int64_t head_index = blockIdx.x / parts;
+  int part = static_cast<int>(blockIdx.x % parts);
+  if (part < plan.key_parts) {
+    BackwardBlock<T, D, true, kCausal> block{arguments.shape, head_index, part, plan.is_aligned};
     grad_key_value(arguments, derived, delta, partial, block);
   } else {
+    BackwardBlock<T, D, false, kCausal> block{arguments.shape, head_index, part - plan.key_parts,
+                                              plan.is_aligned};
     grad_query(arguments, derived, delta, block);
   }
 }
@@ -156,12 +162,12 @@ template <class T>
 __global__ void __launch_bounds__(kDeltaThreads)
     delta_kernel(AttentionBackward arguments, float* delta, bool is_aligned) {
   const AttentionShape& shape = arguments.shape;
-  int64_t rows = shape.batch * shape.heads * shape.length;
+  int64_t rows = shape.batch * shape.heads * shape.queries;
   int64_t row = int64_t{blockIdx.x} * (kDeltaThreads / kLanesPerRow) + threadIdx.x / kLanesPerRow;
   int lane = static_cast<int>(threadIdx.x % kLanesPerRow);
   float sum = 0.0f;
   if (row < rows) {
-    int64_t head_index = row / shape.length, i = row % shape.length;
+    int64_t head_index = row / shape.queries, i = row % shape.queries;
     int64_t batch = head_index / shape.heads, head = head_index % shape.heads;
     auto grads = rows_of_head<T>(arguments.grad_output, shape, batch, head, is_aligned);
     auto outputs = rows_of_head<T>(arguments.output, shape, batch, head, is_aligned);
@@ -213,27 +219,38 @@ void launch_backward(const AttentionBackward& arguments, const KeyWeights& deriv
   constexpr int kSize = kChunk<T, D>;
   constexpr int64_t kRowBytes = kPitch<T, D> * sizeof(T);
   const AttentionShape& shape = arguments.shape;
-  int64_t heads = shape.batch * shape.heads, rows = heads * shape.length;
+  int64_t heads = shape.batch * shape.heads, rows = heads * shape.queries;
   bool is_aligned = rows_are_aligned(shape, arguments.grad_output);
   launch<&delta_kernel<T>>(kName, blocks_for(rows, kDeltaThreads / kLanesPerRow), kDeltaThreads,
                            0, stream, arguments, delta,
                            is_aligned && rows_are_aligned(shape, arguments.output));
 
   constexpr int kHeld = kHeldRows<T, D>;
-  int length = static_cast<int>(shape.length), tiles = (length + kHeld - 1) / kHeld;
+  int keys = static_cast<int>(shape.length), queries = static_cast<int>(shape.queries);
+  int key_tiles = (keys + kHeld - 1) / kHeld, query_tiles = (queries + kHeld - 1) / kHeld;
   auto bytes = [&](int warps) {
-    return round_up(length, kSize) * int64_t{8} + warps * 2 * kHeld * kRowBytes +
-           4 * kSize * kRowBytes + warps * kStaging<T, kStep<T, D> / 8> * int64_t{sizeof(T)};
+    return round_up(std::max(keys, queries), kSize) * int64_t{8} +
+           warps * 2 * kHeld * kRowBytes + 4 * kSize * kRowBytes +
+           warps * kStaging<T, kStep<T, D> / 8> * int64_t{sizeof(T)};
   };
-  int warps = fitting_warps(kName, std::min(tiles, 4), device(kName).shared_memory, bytes);
+  int warps = fitting_warps(kName, std::min(std::max(key_tiles, query_tiles), 4),
+                            device(kName).shared_memory, bytes);
   BackwardPlan plan;
-  plan.parts = (tiles + warps - 1) / warps;
+  plan.key_parts = (key_tiles + warps - 1) / warps;
+  plan.query_parts = (query_tiles + warps - 1) / warps;
   plan.is_aligned = is_aligned && rows_are_aligned(shape, arguments.query) &&
                     rows_are_aligned(shape, arguments.key) &&
                     rows_are_aligned(shape, arguments.value);
-  launch<&attention_backward_kernel<T, D>>(kName, heads * 2 * plan.parts, warps * kWarp,
-                                           bytes(warps), stream, arguments, derived,
-                                           static_cast<const float*>(delta), partial, plan);
+  auto run = [&](auto is_causal) {
+    launch<&attention_backward_kernel<T, D, decltype(is_causal)::value>>(
+        kName, heads * (plan.key_parts + plan.query_parts), warps * kWarp, bytes(warps), stream,
+        arguments, derived, static_cast<const float*>(delta), partial, plan);
+  };
+  if (shape.is_causal) {
+    run(std::true_type());
+  } else {
+    run(std::false_type());
+  }
   if (arguments.grad_weights != nullptr) {
     launch<&sum_heads_kernel>(kName, blocks_for(shape.batch * shape.length, kSumThreads),
                               kSumThreads, 0, stream, static_cast<const float*>(partial),

@@ -3,7 +3,8 @@
 // Every warp has 16 or 32 stationary rows of its own, the others of the head are streamed past all
 // warps: keys are stationary and queries streamed for the gradients of keys, values and weights,
 // and the other way round for those of queries. Each of the two kinds of rows is a pair: a key with
-// its value, a query with the gradient of its output.
+// its value, a query with the gradient of its output. Causality, where key j is hidden from the
+// queries i < j, is compiled apart.
 #pragma once
 
 #include "cuda/heads.cuh"
@@ -30,7 +31,7 @@ TIR_DEVICE float negative_log_sum(float log_sum) {
   return log_sum == -INFINITY ? -INFINITY : -log_sum * log2_e;
 }
 
-template <class T, int D>
+template <class T, int D, bool kHoldsKeys, bool kCausal>
 struct BackwardBlock {
   static constexpr int kHeld = kHeldTiles<T, D>, kTiles = kStep<T, D> / 8;
   static constexpr int kOwnElements = kHeldRows<T, D> * kPitch<T, D>;
@@ -45,10 +46,13 @@ struct BackwardBlock {
   bool is_aligned;
   int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   int warp = thread / kWarp, warps = threads / kWarp, lane = thread % kWarp;
-  int length = static_cast<int>(shape.length), head_dim = static_cast<int>(shape.head_dim);
+  int keys = static_cast<int>(shape.length), queries = static_cast<int>(shape.queries);
+  int held = kHoldsKeys ? keys : queries, passing = kHoldsKeys ? queries : keys;
+  int head_dim = static_cast<int>(shape.head_dim);
   int64_t batch = head_index / shape.heads, head = head_index % shape.heads;
-  int chunks = (length + kChunk<T, D> - 1) / kChunk<T, D>;
-  int first = (part * warps + warp) * kHeldRows<T, D>;  // of the warp's stationary rows
+  int chunks = (passing + kChunk<T, D> - 1) / kChunk<T, D>;
+  int first_of_block = part * warps * kHeldRows<T, D>;
+  int first = first_of_block + warp * kHeldRows<T, D>;  // of the warp's stationary rows
 
   // exponent = scale score + shift of the row + shift of the column: that of a key is the logarithm
   // of its weight, that of a query its negative log-sum. A streamed row at -inf is not there.
@@ -60,8 +64,10 @@ struct BackwardBlock {
   T* streamed = stationary + warps * 2 * kOwnElements;
   T* own_staging = streamed + 4 * kChunkElements + warp * kStaging<T, kTiles>;
 
-  TIR_DEVICE Rows<T> rows_of(const RowGrid& grid) const {
-    return rows_of_head<T>(grid, shape, batch, head, is_aligned);
+  TIR_DEVICE Rows<T> rows_of(const RowGrid& grid, int count) const {
+    Rows<T> rows = rows_of_head<T>(grid, shape, batch, head, is_aligned);
+    rows.count = count;
+    return rows;
   }
 
   TIR_DEVICE int row(int m, int r) const { return first + m * kRows + lane / 4 + 8 * r; }
@@ -71,6 +77,17 @@ struct BackwardBlock {
     load_tile<T, D>(own_second, second_rows, first, kHeldRows<T, D>, lane, kWarp, KeepAll());
   }
 
+  // The chunks of streamed rows from the first to before the last that some row of the block, of
+  // however many warps, has to do with. There is always one, since what is loaded is waited for.
+  TIR_DEVICE int first_chunk() const {
+    if (!kCausal || !kHoldsKeys) return 0;
+    return min(first_of_block / kChunk<T, D>, chunks - 1);
+  }
+  TIR_DEVICE int end_chunk() const {
+    if (!kCausal || kHoldsKeys) return chunks;
+    return min(chunks, (first_of_block + warps * kHeldRows<T, D> - 1) / kChunk<T, D> + 1);
+  }
+
   // Calls step(scores, grad_probabilities, start, tile of the first rows, tile of the second rows,
   // used) for kStep streamed rows at a time, of which 8 `used` count.
   template <class Keep, class Step>
@@ -78,7 +95,7 @@ struct BackwardBlock {
                          Step step) const {
     auto slot = [&](int chunk) { return streamed + chunk % 2 * 2 * kChunkElements; };
     auto load = [&](int chunk) {
-      int start = chunk * kChunk<T, D>, rows = min(kChunk<T, D>, round_up(length - start, kRows));
+      int start = chunk * kChunk<T, D>, rows = min(kChunk<T, D>, round_up(passing - start, kRows));
       T* target = slot(chunk);
       load_tile<T, D>(target, first_rows, start, rows, thread, threads, is_kept);
       load_tile<T, D>(target + kChunkElements, second_rows, start, rows, thread, threads, is_kept);
@@ -86,20 +103,26 @@ struct BackwardBlock {
     };
     constexpr bool kHold = kHeld == 1 && D <= 64;  // more would not leave registers for the sums
     LeftRows<T, D, kHold> left_first[kHeld], left_second[kHeld];
-    stream_chunks(chunks, load, [&](int chunk) {
-      if (chunk == 0) {
+    int skipped = first_chunk();
+    auto load_next = [&](int index) { load(skipped + index); };
+    stream_chunks(end_chunk() - skipped, load_next, [&](int index) {
+      int chunk = skipped + index;
+      if (index == 0) {
         TIR_UNROLL
         for (int m = 0; m < kHeld; ++m) {
           left_first[m].take(own_first + m * kRows * kPitch<T, D>, lane);
           left_second[m].take(own_second + m * kRows * kPitch<T, D>, lane);
         }
       }
-      int begin = chunk * kChunk<T, D>, end = min(length, begin + kChunk<T, D>);
+      int begin = chunk * kChunk<T, D>, end = min(passing, begin + kChunk<T, D>), visible = begin;
+      if (kCausal && kHoldsKeys) visible += first > begin ? (first - begin) / kStep<T, D> * kStep<T, D> : 0;
+      if (kCausal && !kHoldsKeys) end = min(end, first + kHeldRows<T, D>);
       TIR_NO_UNROLL
-      for (int start = begin; start < end; start += kStep<T, D>) {
+      for (int start = visible; start < end; start += kStep<T, D>) {
         const T* first_tile = slot(chunk) + (start - begin) * kPitch<T, D>;
         const T* second_tile = first_tile + kChunkElements;
-        int used = min(kTiles, 2 * ((end - start + 15) / 16));
+        // Rows are loaded by sixteens, so that a step of 16 is always full.
+        int used = kStep<T, D> == kRows ? kTiles : min(kTiles, 2 * ((end - start + 15) / 16));
         Products scores = {}, grad_probabilities = {};
         multiply_transposed(scores, left_first, first_tile, used, lane);
         multiply_transposed(grad_probabilities, left_second, second_tile, used, lane);
@@ -110,7 +133,7 @@ struct BackwardBlock {
 
   // Scores become probabilities, and the gradients of these become those of the scores.
   // delta_of(m, r, delta of the streamed row) is what a gradient loses to the sum staying 1.
-  template <bool kHasLimit, class DeltaOf>
+  template <class DeltaOf>
   TIR_DEVICE void differentiate(Products& scores, Products& grads, int start,
                                 const PerRow& row_shifts, DeltaOf delta_of) const {
     float scale = shape.scale * log2_e;
@@ -127,11 +150,16 @@ struct BackwardBlock {
           float difference = delta_of(m, e / 2, e % 2 == 0 ? column_deltas.x : column_deltas.y);
           float exponent = scores[m][j][e] * scale + (row_shifts[m][e / 2] + shift);
           // The limit of a key without weight may overflow. NaN is not larger, and stays.
-          if (kHasLimit && exponent > kMaxPowerOfTwo) exponent = kMaxPowerOfTwo;
+          if (kHoldsKeys && exponent > kMaxPowerOfTwo) exponent = kMaxPowerOfTwo;
           float probability = power_of_two(exponent);
           float grad = probability * (grads[m][j][e] - difference);
-          scores[m][j][e] = shift == -INFINITY ? 0.0f : probability;
-          grads[m][j][e] = shift == -INFINITY ? 0.0f : grad;
+          bool is_absent = shift == -INFINITY;
+          if (kCausal) {
+            int streamed_row = column + e % 2, held_row = row(m, e / 2);
+            is_absent |= kHoldsKeys ? streamed_row < held_row : streamed_row > held_row;
+          }
+          scores[m][j][e] = is_absent ? 0.0f : probability;
+          grads[m][j][e] = is_absent ? 0.0f : grad;
         }
       }
     }
@@ -139,11 +167,11 @@ struct BackwardBlock {
 
   // Writes the sums of the stationary rows times `factor`; the warp's own tile serves on the way.
   TIR_DEVICE void store(const Sums& sums, float factor, T* own_tile, void* gradient) const {
-    T* target = static_cast<T*>(gradient) + head_index * length * head_dim;
+    T* target = static_cast<T*>(gradient) + head_index * held * head_dim;
     TIR_UNROLL
     for (int m = 0; m < kHeld; ++m) {
       store_rows<T, D>(sums[m], factor, factor, own_tile + m * kRows * kPitch<T, D>, target,
-                       first + m * kRows, length, head_dim, lane);
+                       first + m * kRows, held, head_dim, lane);
     }
   }
 };

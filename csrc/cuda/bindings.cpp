@@ -28,11 +28,6 @@ KeyWeights derived_weights(const DerivedArgument& argument, const float* weights
           pointer<int32_t>(counts, "counts is null"), prefix, classes, top_k};
 }
 
-void require_square(const AttentionShape& shape) {
-  require(shape.queries == shape.length && !shape.is_causal,
-          "these kernels take as many queries as keys and no causality yet; use another backend");
-}
-
 Stream stream_at(Address stream) { return reinterpret_cast<Stream>(stream); }
 
 void forward(const AttentionForward& arguments, DerivedArgument derived, Address stream) {
@@ -41,7 +36,6 @@ void forward(const AttentionForward& arguments, DerivedArgument derived, Address
 
 void backward(const AttentionBackward& arguments, DerivedArgument derived, Address delta,
               Address partial, Address stream) {
-  require_square(arguments.shape);
   require(arguments.grad_weights == nullptr || partial != 0, "partial is null");
   attention_backward(arguments, derived_weights(derived, arguments.weights),
                      pointer<float>(delta, "delta is null"), optional_pointer<float>(partial),

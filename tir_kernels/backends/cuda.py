@@ -199,17 +199,17 @@ class Launcher:
         derived: DerivedWeights | None,
         backward: BackwardInputs,
     ) -> Gradients:
-        query = inputs.query
+        query, key = inputs.query, inputs.key
         output = with_contiguous_rows(backward.output)
         log_sum_exp = backward.log_sum_exp.contiguous()
         grad_query, grad_key, grad_value = (
-            _empty(query.shape, query, query.dtype) for _ in range(3)
+            _empty(rows.shape, query, query.dtype) for rows in (query, key, inputs.value)
         )
         delta = _empty(log_sum_exp.shape, query)
         partial = grad_weights = None
         if backward.needs_weights_grad:
-            partial = _empty(log_sum_exp.shape, query)
-            grad_weights = _empty((query.shape[0], query.shape[2]), query)
+            partial = _empty(key.shape[:3], query)
+            grad_weights = _empty((key.shape[0], key.shape[2]), query)
         with self._guard(query.device):
             self._kernels.attention_backward(
                 *attention_problem(inputs),

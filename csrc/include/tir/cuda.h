@@ -39,7 +39,7 @@ bool can_select(int64_t num_patches, int64_t num_classes);
 void attention_forward(const AttentionForward& arguments, const KeyWeights& derived,
                        Stream stream);
 
-// `delta` [B, H, L] and, where the weights' gradient is wanted, `partial` [B, H, L] are room to
+// `delta` [B, H, Lq] and, where the weights' gradient is wanted, `partial` [B, H, L] are room to
 // work in.
 void attention_backward(const AttentionBackward& arguments, const KeyWeights& derived,
                         float* delta, float* partial, Stream stream);
