@@ -145,8 +145,9 @@ def test_computes_the_formula(family: str, placement: str) -> None:
 @pytest.mark.parametrize("family", MODELS)
 @torch.no_grad()
 def test_lora_is_that_of_the_merged_weights(family: str, passes: bool) -> None:
-    model = MODELS[family]()
-    before, merged, images = Untouched(model), copy.deepcopy(model), images_for(model)
+    model = MODELS[family]().double()
+    images = images_for(model).double()
+    before, merged = Untouched(model), copy.deepcopy(model)
     with adapters.add_lora(
         model, rank=3, alpha=5, dropout=0.5, towers=["visual"], passes_input_gradient=passes
     ) as lora:
