@@ -102,8 +102,9 @@ auto from_python(void (*launch)(const AttentionBackward&, Rest...)) {
                   const RowGridArgument& key, const RowGridArgument& value, Address weights,
                   const RowGridArgument& output, Address log_sum_exp, Address grad_query,
                   Address grad_key, Address grad_value, Address grad_weights, Rest... rest) {
-    launch({attention_shape(shape, type, scale, is_causal), grid(grad_output, "grad_output is null"),
-            grid(query, "query is null"), grid(key, "key is null"), grid(value, "value is null"),
+    launch({attention_shape(shape, type, scale, is_causal),
+            grid(grad_output, "grad_output is null"), grid(query, "query is null"),
+            grid(key, "key is null"), grid(value, "value is null"),
             optional_pointer<const float>(weights), grid(output, "output is null"),
             pointer<const float>(log_sum_exp, "log_sum_exp is null"),
             pointer<void>(grad_query, "grad_query is null"),

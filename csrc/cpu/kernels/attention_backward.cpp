@@ -114,18 +114,15 @@ void attention_backward(const AttentionBackward& problem, int threads) {
   Buffer<float> head_grads(wants_weights ? num_heads * shape.length : 0);
   if (wants_weights) memset(head_grads, 0, num_heads * shape.length * sizeof(float));
 
-  int64_t tile_queries = Float32Math::tile_queries;
-  Worker worker = work<Float32Math>;
-#if defined(__AVX512BF16__)
-  if (shape.type == Type::bfloat16) worker = work<PairMath>;
-  if (shape.type == Type::bfloat16) tile_queries = PairMath::tile_queries;
-#endif
   Job job{problem, attended, nullptr, nullptr, Pass::everything, 1};
   if (wants_weights) {
     job.ignored = &ignored;
     job.head_grads = head_grads;
   }
-  run_passes(threads, worker, tile_queries, job);
+  with_math(shape.type, [&](auto math) {
+    using Math = decltype(math);
+    run_passes(threads, work<Math>, Math::tile_queries, job);
+  });
   if (wants_weights) sum_over_heads(shape, head_grads, attended, ignored, problem.grad_weights);
 }
 

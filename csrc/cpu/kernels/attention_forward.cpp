@@ -200,16 +200,13 @@ void attention_forward(const AttentionForward& problem, int threads) {
   const AttentionShape& shape = problem.shape;
   if (attention_work(shape) < min_parallel_work) threads = 1;
   KeyLists keys(problem.weights, shape.batch, shape.length, KeyLists::Which::positive);
-  int64_t tile_queries = Float32Math::tile_queries;
-  Worker worker = work<Float32Math>;
-#if defined(__AVX512BF16__)
-  if (shape.type == Type::bfloat16) worker = work<PairMath>;
-  if (shape.type == Type::bfloat16) tile_queries = PairMath::tile_queries;
-#endif
-  int64_t num_tiles = divide_up(shape.queries, tile_queries);
-  Job job{problem, keys,
-          fills_threads(shape, threads) ? 1 : parts_per_head(shape, threads, num_tiles)};
-  run_workers(threads, shape.batch * shape.heads * job.num_parts, worker, &job);
+  with_math(shape.type, [&](auto math) {
+    using Math = decltype(math);
+    int64_t num_tiles = divide_up(shape.queries, Math::tile_queries);
+    Job job{problem, keys,
+            fills_threads(shape, threads) ? 1 : parts_per_head(shape, threads, num_tiles)};
+    run_workers(threads, shape.batch * shape.heads * job.num_parts, work<Math>, &job);
+  });
 }
 
 }  // namespace tir::cpu::TIR_ARCH

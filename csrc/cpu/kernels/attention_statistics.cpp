@@ -250,14 +250,11 @@ void attention_statistics(const AttentionStatistics& problem, int threads) {
   int64_t num_heads = shape.batch * shape.heads;
   KeyLists keys(problem.weights, shape.batch, shape.length, KeyLists::Which::positive);
   Buffer<float> maxima(num_heads * shape.queries), inverse_totals(num_heads * shape.queries);
-  int64_t tile_queries = Float32Math::tile_queries;
-  Worker worker = work<Float32Math>;
-#if defined(__AVX512BF16__)
-  if (shape.type == Type::bfloat16) worker = work<PairMath>;
-  if (shape.type == Type::bfloat16) tile_queries = PairMath::tile_queries;
-#endif
   Job job{problem, keys, {maxima, inverse_totals}, Pass::everything, 1};
-  run_passes(threads, worker, tile_queries, job);
+  with_math(shape.type, [&](auto math) {
+    using Math = decltype(math);
+    run_passes(threads, work<Math>, Math::tile_queries, job);
+  });
 }
 
 }  // namespace tir::cpu::TIR_ARCH

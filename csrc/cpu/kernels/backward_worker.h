@@ -198,7 +198,6 @@ class BackwardWorker : AttentionWorker {
   void run_tile(int64_t first, int64_t count, bool adds) {
     load_tile(first, count);
     int64_t head_dim_steps = steps_of<Math>(shape_.head_dim);
-    int64_t query_steps = steps_of<Math>(count);
     int64_t block = key_block_size(keys_.count, max_key_block);
     for (int64_t key = 0; key < keys_.count; key += block) {
       // What no query of the tile attends to; all sums begin with the first tile and block.
@@ -224,24 +223,26 @@ class BackwardWorker : AttentionWorker {
           differentiate<false, false, false>(key, i, count);
         }
       }
-      clear_missing_pairs(count, columns);
       if (wanted_.query) {
         multiply<Math>(count, shape_.head_dim, steps_of<Math>(num_keys), grad_score_rows(),
                        {key_rows_ + steps_of<Math>(key) * panel_width, key_panel_stride_},
                        query_sums_, padded_head_dim_, key > 0);
       }
-      if (wanted_.key_value) add_key_value(key, num_keys, query_steps, adds);
+      if (wanted_.key_value) add_key_value(key, num_keys, count, adds);
     }
     if (wanted_.query) {
       for (int64_t i = 0; i < count; ++i) {
-        write(problem_.grad_query, first_query_place() + first + i, query_sums_ + i * padded_head_dim_, shape_.scale);
+        write(problem_.grad_query, first_query_place() + first + i,
+              query_sums_ + i * padded_head_dim_, shape_.scale);
       }
     }
   }
 
-  void add_key_value(int64_t key, int64_t num_keys, int64_t query_steps, bool adds) {
+  void add_key_value(int64_t key, int64_t num_keys, int64_t count, bool adds) {
+    int64_t query_steps = steps_of<Math>(count);
 #if defined(__AMX_BF16__)
     if constexpr (is_transposed) {
+      clear_missing_pairs(count, round_up(num_keys, Math::column_multiple));
       auto add = [&](const Unit* channels, const Unit* pairs, float* sums) {
         multiply_by_tiles(shape_.head_dim, num_keys, query_steps, {channels, tile_queries / 2},
                           {pairs, score_stride_}, panel_width, sums + key, sum_stride_, adds);
@@ -260,11 +261,9 @@ class BackwardWorker : AttentionWorker {
 
   // Rows behind the last pair of queries, up to a whole step, must not add to the keys' sums.
   void clear_missing_pairs(int64_t count, int64_t columns) {
-    if constexpr (is_transposed) {
-      for (int64_t pair = divide_up(count, 2); pair < steps_of<Math>(count); ++pair) {
-        memset(score_pairs_ + pair * score_stride_, 0, columns * sizeof(Unit));
-        memset(grad_column_pairs() + pair * score_stride_, 0, columns * sizeof(Unit));
-      }
+    for (int64_t pair = divide_up(count, 2); pair < steps_of<Math>(count); ++pair) {
+      memset(score_pairs_ + pair * score_stride_, 0, columns * sizeof(Unit));
+      memset(grad_column_pairs() + pair * score_stride_, 0, columns * sizeof(Unit));
     }
   }
 

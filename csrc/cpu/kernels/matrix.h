@@ -97,6 +97,15 @@ using PairMath = TileMath;
 using PairMath = BFloat16Math;
 #endif
 
+// Calls function(Math()) for how values of a type are multiplied.
+template <class Function>
+void with_math([[maybe_unused]] Type type, Function function) {
+#if defined(__AVX512BF16__)
+  if (type == Type::bfloat16) return function(PairMath());
+#endif
+  function(Float32Math());
+}
+
 template <class Math>
 constexpr int64_t steps_of(int64_t width) {
   return round_up(divide_up(width, Math::values_per_unit), Math::step_multiple);

@@ -330,13 +330,9 @@ void run(const Relevance& problem, int threads) {
 }  // namespace
 
 void relevance(const Relevance& problem, int threads) {
-#if defined(__AVX512BF16__)
   // Without a projection there is nothing to gain from products of bfloat16.
-  if (problem.proj.data != nullptr && problem.proj.type == Type::bfloat16) {
-    return run<PairMath>(problem, threads);
-  }
-#endif
-  run<Float32Math>(problem, threads);
+  with_math(problem.proj.data == nullptr ? Type::float32 : problem.proj.type,
+            [&](auto math) { run<decltype(math)>(problem, threads); });
 }
 
 }  // namespace tir::cpu::TIR_ARCH
