@@ -167,10 +167,11 @@ __global__ void __launch_bounds__(kDeltaThreads)
   int lane = static_cast<int>(threadIdx.x % kLanesPerRow);
   float sum = 0.0f;
   if (row < rows) {
-    int64_t head_index = row / shape.queries, i = row % shape.queries;
+    int queries = static_cast<int>(shape.queries);
+    int64_t head_index = row / queries, i = row % queries;
     int64_t batch = head_index / shape.heads, head = head_index % shape.heads;
-    auto grads = rows_of_head<T>(arguments.grad_output, shape, batch, head, is_aligned);
-    auto outputs = rows_of_head<T>(arguments.output, shape, batch, head, is_aligned);
+    auto grads = rows_of_head<T>(arguments.grad_output, shape, queries, batch, head, is_aligned);
+    auto outputs = rows_of_head<T>(arguments.output, shape, queries, batch, head, is_aligned);
     const T* left = grads.data + i * grads.stride;
     const T* right = outputs.data + i * outputs.stride;
     if (is_aligned) {

@@ -65,9 +65,7 @@ struct BackwardBlock {
   T* own_staging = streamed + 4 * kChunkElements + warp * kStaging<T, kTiles>;
 
   TIR_DEVICE Rows<T> rows_of(const RowGrid& grid, int count) const {
-    Rows<T> rows = rows_of_head<T>(grid, shape, batch, head, is_aligned);
-    rows.count = count;
-    return rows;
+    return rows_of_head<T>(grid, shape, count, batch, head, is_aligned);
   }
 
   TIR_DEVICE int row(int m, int r) const { return first + m * kRows + lane / 4 + 8 * r; }
@@ -115,7 +113,9 @@ struct BackwardBlock {
         }
       }
       int begin = chunk * kChunk<T, D>, end = min(passing, begin + kChunk<T, D>), visible = begin;
-      if (kCausal && kHoldsKeys) visible += first > begin ? (first - begin) / kStep<T, D> * kStep<T, D> : 0;
+      if (kCausal && kHoldsKeys && first > begin) {
+        visible += (first - begin) / kStep<T, D> * kStep<T, D>;
+      }
       if (kCausal && !kHoldsKeys) end = min(end, first + kHeldRows<T, D>);
       TIR_NO_UNROLL
       for (int start = visible; start < end; start += kStep<T, D>) {

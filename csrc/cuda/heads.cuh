@@ -20,13 +20,6 @@ TIR_DEVICE Rows<T> rows_of_head(const RowGrid& grid, const AttentionShape& shape
           grid.row_stride, count, static_cast<int>(shape.head_dim), is_aligned};
 }
 
-// The same for as many queries as keys.
-template <class T>
-TIR_DEVICE Rows<T> rows_of_head(const RowGrid& grid, const AttentionShape& shape, int64_t batch,
-                                int64_t head, bool is_aligned) {
-  return rows_of_head<T>(grid, shape, static_cast<int>(shape.length), batch, head, is_aligned);
-}
-
 // Calls step(chunk) for one chunk of streamed rows after the other. While a step is at work
 // load(chunk) copies the next: it may write to all slots but that of the step.
 template <class Load, class Step>
