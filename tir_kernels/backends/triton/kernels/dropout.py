@@ -13,6 +13,20 @@ _BLOCK = 256
 
 
 @triton.jit
+def bits_of(SLOT: tl.constexpr, word_0, word_1, word_2, word_3):
+    """The 16 bits that decide about the channel in one of the 8 slots of a draw."""
+    if SLOT // 2 == 0:
+        word = word_0
+    elif SLOT // 2 == 1:
+        word = word_1
+    elif SLOT // 2 == 2:
+        word = word_2
+    else:
+        word = word_3
+    return ((word >> (16 * (SLOT % 2))) & 0xFFFF).to(tl.int32)
+
+
+@triton.jit
 def _write_kept(
     rows_ptr, output_ptr, source, target, channel, exists, num_channels, bits, threshold, scale
 ):
@@ -56,19 +70,11 @@ def philox_dropout_kernel(
     source = row * num_channels
     target = ((group * num_branches + branch) * group_rows + row_of_group) * num_channels
     for slot in tl.static_range(8):
-        if slot // 2 == 0:
-            word = word_0
-        elif slot // 2 == 1:
-            word = word_1
-        elif slot // 2 == 2:
-            word = word_2
-        else:
-            word = word_3
-        bits = (word >> (16 * (slot % 2))) & 0xFFFF
+        bits = bits_of(slot, word_0, word_1, word_2, word_3)
         channel = slot * num_blocks + block
         _write_kept(
             rows_ptr, output_ptr, source, target, channel, exists, num_channels,
-            bits.to(tl.int32), threshold, scale,
+            bits, threshold, scale,
         )  # fmt: skip
 
 

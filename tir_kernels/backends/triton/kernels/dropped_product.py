@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...common import device_guard
 from ...optional import DropoutInputs
+from .dropout import bits_of
 from .tiles import dot, loop_bound, narrow
 
 MAX_RANK = 64  # wider factors would not stay in registers
@@ -34,7 +35,7 @@ def _kept(rows_ptr, first, rows, num_rows, channel, exists, width, bits, thresho
     is_read = (rows < num_rows)[:, None] & exists[None, :]
     places = first + rows.to(tl.int64)[:, None] * width + channel[None, :]
     value = tl.load(rows_ptr + places, mask=is_read, other=0.0).to(tl.float32)
-    kept = tl.where((bits & 0xFFFF).to(tl.int32) >= threshold, value * scale, 0.0)
+    kept = tl.where(bits >= threshold, value * scale, 0.0)
     return narrow(kept, rows_ptr.dtype.element_ty)
 
 
@@ -70,19 +71,11 @@ def dropped_product_kernel(
             seed, step, place + (branch << 16), block, rows, length, ROWS, BLOCKS
         )
         for slot in tl.static_range(8):
-            if slot // 2 == 0:
-                word = word_0
-            elif slot // 2 == 1:
-                word = word_1
-            elif slot // 2 == 2:
-                word = word_2
-            else:
-                word = word_3
             channel = slot * num_blocks + block
             exists = (block < num_blocks) & (channel < width)
             kept = _kept(
                 rows_ptr, group * num_rows * width, rows, num_rows, channel, exists, width,
-                word >> (16 * (slot % 2)), threshold, scale,
+                bits_of(slot, word_0, word_1, word_2, word_3), threshold, scale,
             )  # fmt: skip
             places = (own * rank + column[None, :]) * width + channel[:, None]
             is_read = exists[:, None] & (column < rank)[None, :]
@@ -95,12 +88,12 @@ def dropped_product_kernel(
 
 @triton.jit
 def _add_slot(
-    total, left, rows_ptr, first, rows, num_rows, block, num_blocks, width, word, threshold, scale,
-    SLOT: tl.constexpr,
+    total, left, rows_ptr, first, rows, num_rows, block, num_blocks, width,
+    word_0, word_1, word_2, word_3, threshold, scale, SLOT: tl.constexpr,
 ):  # fmt: skip
     channel = SLOT * num_blocks + block
     exists = (block < num_blocks) & (channel < width)
-    bits = word >> (16 * (SLOT % 2))
+    bits = bits_of(SLOT, word_0, word_1, word_2, word_3)
     kept = _kept(rows_ptr, first, rows, num_rows, channel, exists, width, bits, threshold, scale)
     return dot(left, kept, total)
 
@@ -162,36 +155,36 @@ def factor_gradient_kernel(
         is_read = (rows < num_rows)[None, :] & (column < rank)[:, None]
         left = tl.load(grad_ptr + places, mask=is_read, other=0.0)
         total_0 = _add_slot(
-            total_0, left, rows_ptr, first, rows, num_rows, block, num_blocks, width, word_0,
-            threshold, scale, 0,
+            total_0, left, rows_ptr, first, rows, num_rows, block, num_blocks, width,
+            word_0, word_1, word_2, word_3, threshold, scale, 0,
         )  # fmt: skip
         total_1 = _add_slot(
-            total_1, left, rows_ptr, first, rows, num_rows, block, num_blocks, width, word_0,
-            threshold, scale, 1,
+            total_1, left, rows_ptr, first, rows, num_rows, block, num_blocks, width,
+            word_0, word_1, word_2, word_3, threshold, scale, 1,
         )  # fmt: skip
         total_2 = _add_slot(
-            total_2, left, rows_ptr, first, rows, num_rows, block, num_blocks, width, word_1,
-            threshold, scale, 2,
+            total_2, left, rows_ptr, first, rows, num_rows, block, num_blocks, width,
+            word_0, word_1, word_2, word_3, threshold, scale, 2,
         )  # fmt: skip
         total_3 = _add_slot(
-            total_3, left, rows_ptr, first, rows, num_rows, block, num_blocks, width, word_1,
-            threshold, scale, 3,
+            total_3, left, rows_ptr, first, rows, num_rows, block, num_blocks, width,
+            word_0, word_1, word_2, word_3, threshold, scale, 3,
         )  # fmt: skip
         total_4 = _add_slot(
-            total_4, left, rows_ptr, first, rows, num_rows, block, num_blocks, width, word_2,
-            threshold, scale, 4,
+            total_4, left, rows_ptr, first, rows, num_rows, block, num_blocks, width,
+            word_0, word_1, word_2, word_3, threshold, scale, 4,
         )  # fmt: skip
         total_5 = _add_slot(
-            total_5, left, rows_ptr, first, rows, num_rows, block, num_blocks, width, word_2,
-            threshold, scale, 5,
+            total_5, left, rows_ptr, first, rows, num_rows, block, num_blocks, width,
+            word_0, word_1, word_2, word_3, threshold, scale, 5,
         )  # fmt: skip
         total_6 = _add_slot(
-            total_6, left, rows_ptr, first, rows, num_rows, block, num_blocks, width, word_3,
-            threshold, scale, 6,
+            total_6, left, rows_ptr, first, rows, num_rows, block, num_blocks, width,
+            word_0, word_1, word_2, word_3, threshold, scale, 6,
         )  # fmt: skip
         total_7 = _add_slot(
-            total_7, left, rows_ptr, first, rows, num_rows, block, num_blocks, width, word_3,
-            threshold, scale, 7,
+            total_7, left, rows_ptr, first, rows, num_rows, block, num_blocks, width,
+            word_0, word_1, word_2, word_3, threshold, scale, 7,
         )  # fmt: skip
     at = (split.to(tl.int64) * tl.num_programs(2) * num_branches + own) * rank * width
     _store_slot(total_0, output_ptr, at, rank, column, block, num_blocks, width, 0)
