@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tir_kernels import towers
 from tir_kernels.adapters import add_lora, add_reweighting
 from tir_kernels.operators.add_norm import add_norm
-from tir_kernels.towers import frozen_norms, norms, run
+from tir_kernels.towers import frozen_norms, norms
 
 
 @pytest.fixture
@@ -27,8 +27,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen.append(results[1].dtype)
         return results
 
-    for room in (norms, run):
-        monkeypatch.setattr(room, "are_fused", lambda hidden: True)
+    monkeypatch.setattr(norms, "are_fused", lambda hidden: True)
     monkeypatch.setattr(norms, "add_norm", spy)
     return seen
 

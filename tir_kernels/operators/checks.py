@@ -202,9 +202,9 @@ def check_attention_inputs(
     """The scale that applies; ``others`` are keys, or keys and values, by the argument's name."""
     require_backend(backend)
     require_tensor("q", query, "(B, H, Lq, d)")
+    batch, heads, _, head_dim = query.shape
     for name, tensor in others.items():
         require_tensor(name, tensor, "(B, H, L, d)")
-        batch, heads, _, head_dim = query.shape
         num_keys = others["k"].shape[2]
         if tensor.shape != (batch, heads, num_keys, head_dim):
             length = "L" if name == "k" else f"{num_keys}"

@@ -6,7 +6,7 @@ family's blocks do not know stays as it is, and so does a tower that can't be op
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from tir_kernels.towers.blocks import BlockBase
 from tir_kernels.towers.find import open_tower
 from tir_kernels.towers.mlp import FusedActivation, OpenedMlp
 from tir_kernels.towers.norms import FusedNorm, OpenedNorm
-from tir_kernels.towers.opening import is_untouched, plain_type, put_on, take_off
+from tir_kernels.towers.opening import Opened, is_untouched, plain_type, put_on, take_off
 from tir_kernels.towers.pools import OpenedPool
 
 
@@ -35,17 +35,9 @@ def frozen_mlps(model: nn.Module, backend: str = "auto") -> Iterator[None]:
         backend: Backend of ``bias_activation`` where it offers that.
     """
     fused = FusedActivation(backend_with(backend, "bias_activation"))
-    served: list[nn.Module] = []
-    try:
-        for module, block in _layers(model):
-            stand_in = block.opened.get(type(module))
-            if stand_in and issubclass(stand_in, OpenedMlp) and is_untouched(module):
-                served.append(module)
-                put_on(module, fused, block.opened)
+    mlps = (each for each in _layers_opened_as(model, OpenedMlp) if is_untouched(each[0]))
+    with _put_on_for_a_time(mlps, fused):
         yield
-    finally:
-        for module in served:
-            take_off(module, fused)
 
 
 @contextmanager
@@ -61,19 +53,13 @@ def frozen_norms(model: nn.Module, backend: str = "auto") -> Iterator[None]:
         backend: Backend of ``add_norm`` where it offers that.
     """
     fused = FusedNorm(backend_with(backend, "add_norm"))
-    served: list[nn.Module] = []
-    try:
-        for module, block in _layers(model):
-            stand_in = block.opened.get(type(module))
-            if not (stand_in and issubclass(stand_in, OpenedNorm)):
-                continue
-            if norms.is_fusible(module) and norms.are_fused(module.weight):  # type: ignore[arg-type]
-                served.append(module)
-                put_on(module, fused, block.opened)
+    fusible = (
+        (norm, block)
+        for norm, block in _layers_opened_as(model, OpenedNorm)
+        if norms.is_fusible(norm) and norms.are_fused(norm.weight)  # type: ignore[arg-type]
+    )
+    with _put_on_for_a_time(fusible, fused):
         yield
-    finally:
-        for module in served:
-            take_off(module, fused)
 
 
 class _Opener:
@@ -91,16 +77,25 @@ def opened_attention(model: nn.Module) -> Iterator[None]:
     Args:
         model: A model with towers that can be opened.
     """
-    opener, served = _Opener(), []
+    attentions = (each for each in _attentions(model) if is_untouched(each[0]))
+    with _put_on_for_a_time(attentions, _Opener()):
+        yield
+
+
+@contextmanager
+def _put_on_for_a_time(
+    chosen: Iterable[tuple[nn.Module, BlockBase]], adapter: Any
+) -> Iterator[None]:
+    """Put an adapter on modules, each of which comes with a block of its family."""
+    served: list[nn.Module] = []
     try:
-        for attention, block in _attentions(model):
-            if is_untouched(attention):
-                served.append(attention)
-                put_on(attention, opener, block.opened)
+        for module, block in chosen:
+            served.append(module)
+            put_on(module, adapter, block.opened)
         yield
     finally:
-        for attention in served:
-            take_off(attention, opener)
+        for module in served:
+            take_off(module, adapter)
 
 
 @contextmanager
@@ -149,13 +144,19 @@ def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, BlockBase]]:
                 yield module, blocks[0]
 
 
+def _layers_opened_as(
+    model: nn.Module, kind: type[Opened]
+) -> Iterator[tuple[nn.Module, BlockBase]]:
+    """Those of the modules that are not opened yet, and would be as such a kind."""
+    for module, block in _layers(model):
+        if issubclass(block.opened.get(type(module), Opened), kind):
+            yield module, block
+
+
 def _attentions(model: nn.Module) -> Iterator[tuple[nn.Module, BlockBase]]:
     """The attentions of a model's blocks and pools that can be opened, each with such a block."""
-    for tower, blocks in _towers(model):
-        for pool in getattr(tower, "pools", ()):
-            stand_in = blocks[0].opened.get(type(pool))
-            if stand_in and issubclass(stand_in, OpenedPool):
-                yield pool, blocks[0]
+    yield from _layers_opened_as(model, OpenedPool)
+    for _, blocks in _towers(model):
         for block in blocks:
             if isinstance(block.attention, nn.Module):
                 try:

@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tir_kernels import JointSpace
-from tir_kernels.precision import autocast_dtype
 from tir_kernels.scalars import whole_number
 from tir_kernels.towers.find import vision_tower
-from tir_kernels.towers.norms import are_fused
 from tir_kernels.towers.protocol import Block, TextTower, VisionTower
 
 
@@ -128,8 +126,6 @@ class EncodesText(TextTower, Protocol):
                 raise ValueError(f"layer must lie between 0 and {len(blocks) - 1}; got {layer}")
         hidden = self.start(embeddings)
         mask = self.mask(hidden.shape[1], key_mask)
-        if isinstance(mask, Tensor) and are_fused(hidden):  # once for all blocks
-            mask = mask.to(autocast_dtype(hidden.device.type) or mask.dtype)
         intermediate = None
         for index, block in enumerate(blocks):
             hidden = block(hidden, mask)
