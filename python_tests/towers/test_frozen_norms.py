@@ -48,8 +48,8 @@ def adapted(model: nn.Module, placement: str | None = None) -> nn.Module:
 def results(model: Any, dtype: torch.dtype, is_fused: bool) -> list[Tensor]:
     """Features of images and texts in an autocast region, and LoRA's gradients."""
     encoder, text, ids = towers.ImageEncoder(model), towers.text_tower(model), make_token_ids()
-    tokens = encoder.embed(make_images(3))
-    region = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+    tokens = encoder.embed(make_images(3).to(next(model.parameters()).dtype))
+    region = torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16)
     with frozen_norms(model) if is_fused else nullcontext(), region:
         found = [encoder.features(tokens), encoder.features(tokens.to(dtype))]
         found += text.encode(text.embed(ids), text.last_position(ids), layer=1)
@@ -60,13 +60,13 @@ def results(model: Any, dtype: torch.dtype, is_fused: bool) -> list[Tensor]:
 
 @pytest.mark.parametrize("placement", [None, "tokens", "attention"])
 def test_results_are_those_without(fused: list[Any], placement: str | None) -> None:
-    model = adapted(make_clip(), placement)
+    model = adapted(make_clip(), placement).double()
     before = Untouched(model)
-    ours = results(model, torch.float32, True)
+    ours = results(model, torch.float64, True)
     before.check()
-    assert Counter(fused) == {torch.float32: 2 * (6 + 6 + 3)}  # two passes of images, one of texts
-    for one, other in zip(ours, results(model, torch.float32, False), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert Counter(fused) == {torch.float64: 2 * (6 + 6 + 3)}  # two passes of images, one of texts
+    for one, other in zip(ours, results(model, torch.float64, False), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
     assert len(fused) == 30
 
 
