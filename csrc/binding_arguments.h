@@ -46,9 +46,10 @@ inline Array array(Address data, const std::string& type) {
   return {optional_pointer<const void>(data), type_named(type)};
 }
 
-inline RowGrid grid(const RowGridArgument& argument, const char* name) {
+template <class Void = const void>
+GridOf<Void> grid(const RowGridArgument& argument, const char* name) {
   auto [data, batch_stride, head_stride, row_stride] = argument;
-  return {pointer<const void>(data, name), batch_stride, head_stride, row_stride};
+  return {pointer<Void>(data, name), batch_stride, head_stride, row_stride};
 }
 
 // shape: B, H, Lq, L, d.
@@ -64,11 +65,11 @@ template <class... Rest>
 auto from_python(void (*launch)(const AttentionForward&, Rest...)) {
   return [launch](const Sizes<5>& shape, const std::string& type, float scale, bool is_causal,
                   const RowGridArgument& query, const RowGridArgument& key,
-                  const RowGridArgument& value, Address weights, Address output,
+                  const RowGridArgument& value, Address weights, const RowGridArgument& output,
                   Address log_sum_exp, Rest... rest) {
     launch({attention_shape(shape, type, scale, is_causal), grid(query, "query is null"),
             grid(key, "key is null"), grid(value, "value is null"),
-            optional_pointer<const float>(weights), pointer<void>(output, "output is null"),
+            optional_pointer<const float>(weights), grid<void>(output, "output is null"),
             pointer<float>(log_sum_exp, "log_sum_exp is null")},
            rest...);
   };
@@ -100,16 +101,17 @@ auto from_python(void (*launch)(const AttentionBackward&, Rest...)) {
   return [launch](const Sizes<5>& shape, const std::string& type, float scale, bool is_causal,
                   const RowGridArgument& grad_output, const RowGridArgument& query,
                   const RowGridArgument& key, const RowGridArgument& value, Address weights,
-                  const RowGridArgument& output, Address log_sum_exp, Address grad_query,
-                  Address grad_key, Address grad_value, Address grad_weights, Rest... rest) {
+                  const RowGridArgument& output, Address log_sum_exp,
+                  const RowGridArgument& grad_query, const RowGridArgument& grad_key,
+                  const RowGridArgument& grad_value, Address grad_weights, Rest... rest) {
     launch({attention_shape(shape, type, scale, is_causal),
             grid(grad_output, "grad_output is null"), grid(query, "query is null"),
             grid(key, "key is null"), grid(value, "value is null"),
             optional_pointer<const float>(weights), grid(output, "output is null"),
             pointer<const float>(log_sum_exp, "log_sum_exp is null"),
-            pointer<void>(grad_query, "grad_query is null"),
-            pointer<void>(grad_key, "grad_key is null"),
-            pointer<void>(grad_value, "grad_value is null"),
+            grid<void>(grad_query, "grad_query is null"),
+            grid<void>(grad_key, "grad_key is null"),
+            grid<void>(grad_value, "grad_value is null"),
             optional_pointer<float>(grad_weights)},
            rest...);
   };

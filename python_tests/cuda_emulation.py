@@ -16,7 +16,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -135,15 +135,19 @@ def load(path: Path) -> ModuleType:
 
 
 def shapes_made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of all tensors that launchers make from now on."""
+    """The shapes of all tensors that launchers make from now on, but for gradients of rows."""
     made: list[tuple[int, ...]] = []
-    empty = cuda._empty
 
-    def record(shape: Sequence[int], *rest: Any) -> Tensor:
-        made.append(tuple(shape))
-        return empty(shape, *rest)
+    def record(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def recorded(*arguments: Any) -> Tensor:
+            tensor = make(*arguments)
+            made.append(tuple(tensor.shape))
+            return tensor
 
-    monkeypatch.setattr(cuda, "_empty", record)
+        return recorded
+
+    for name in ("_empty", "empty_result"):
+        monkeypatch.setattr(cuda, name, record(getattr(cuda, name)))
     return made
 
 

@@ -62,7 +62,7 @@ def test_opcheck(backend: str, device: str, dtype: torch.dtype) -> None:
     ]
     saved = (output, log_sum_exp, 0.1)
     for needs_weights_grad in (True, False):
-        rest = (needs_weights_grad, backend)
+        rest = (needs_weights_grad, False, backend)
         given = (output, q, k, v, weights, *saved, False, *rest)
         calls += [
             (OPS.weighted_attention_backward, given),

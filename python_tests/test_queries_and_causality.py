@@ -192,7 +192,7 @@ def test_opcheck(backend: str, device: str) -> None:
     given = (q, k, v, weights, 0.1, True, backend)
     output, lse = ops.weighted_attention(*given)
     torch.library.opcheck(ops.weighted_attention.default, given)
-    saved = (q, k, v, weights, output, lse, 0.1, True, True, backend)
+    saved = (q, k, v, weights, output, lse, 0.1, True, True, False, backend)
     torch.library.opcheck(ops.weighted_attention_backward.default, (grad_output, *saved))
 
 

@@ -113,7 +113,7 @@ def test_opcheck(backend: str, device: str) -> None:
     (q, k, v), grad_output = draw((2, 2, 20, 16), torch.float32, device)
     output, log_sum_exp = ops.weighted_attention(q, k, v, None, 0.1, False, backend)
     torch.library.opcheck(ops.weighted_attention.default, (q, k, v, None, 0.1, False, backend))
-    saved = (q, k, v, None, output, log_sum_exp, 0.1, False, False, backend)
+    saved = (q, k, v, None, output, log_sum_exp, 0.1, False, False, False, backend)
     torch.library.opcheck(ops.weighted_attention_backward.default, (grad_output, *saved))
 
 

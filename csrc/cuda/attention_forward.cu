@@ -121,8 +121,8 @@ struct QueryRows {
     }
   }
 
-  // Writes outputs to rows of a head and logarithms of sums, of which there are `count`.
-  TIR_DEVICE void store(T* rows, T* target, float* log_sum_exp, int count, int head_dim) const {
+  // Writes outputs and logarithms of sums; the warp's own tile serves on the way.
+  TIR_DEVICE void store(T* tile, const ResultRows<T>& rows, float* log_sum_exp) const {
     TIR_UNROLL
     for (int m = 0; m < kHeld; ++m) {
       float inverse[2];
@@ -131,12 +131,12 @@ struct QueryRows {
         float sum = quad_sum(total[m][r]);
         inverse[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
         int row = first + m * kRows + lane / 4 + 8 * r;
-        if (lane % 4 == 0 && row < count) {
+        if (lane % 4 == 0 && row < rows.count) {
           log_sum_exp[row] = sum == 0.0f ? -INFINITY : (maximum[m][r] + log2f(sum)) * ln_2;
         }
       }
-      store_rows<T, D>(output[m], inverse[0], inverse[1], rows + m * kRows * kPitch<T, D>, target,
-                       first + m * kRows, count, head_dim, lane);
+      store_rows<T, D>(output[m], inverse[0], inverse[1], tile + m * kRows * kPitch<T, D>, rows,
+                       first + m * kRows, lane);
     }
   }
 };
@@ -273,9 +273,9 @@ __global__ void __launch_bounds__(128, 2)
             });
       }
     }
-    int64_t head_start = int64_t{anew(head_index)} * num_queries;
-    rows.store(own_rows(), static_cast<T*>(arguments.output) + head_start * shape.head_dim,
-               arguments.log_sum_exp + head_start, num_queries, static_cast<int>(shape.head_dim));
+    rows.store(own_rows(),
+               rows_of_head<T>(arguments.output, shape, num_queries, anew(batch), anew(head)),
+               arguments.log_sum_exp + int64_t{anew(head_index)} * num_queries);
   }
 }
 

@@ -48,7 +48,6 @@ struct BackwardBlock {
   int warp = thread / kWarp, warps = threads / kWarp, lane = thread % kWarp;
   int keys = static_cast<int>(shape.length), queries = static_cast<int>(shape.queries);
   int held = kHoldsKeys ? keys : queries, passing = kHoldsKeys ? queries : keys;
-  int head_dim = static_cast<int>(shape.head_dim);
   int64_t batch = head_index / shape.heads, head = head_index % shape.heads;
   int chunks = (passing + kChunk<T, D> - 1) / kChunk<T, D>;
   int first_of_block = part * warps * kHeldRows<T, D>;
@@ -166,12 +165,13 @@ struct BackwardBlock {
   }
 
   // Writes the sums of the stationary rows times `factor`; the warp's own tile serves on the way.
-  TIR_DEVICE void store(const Sums& sums, float factor, T* own_tile, void* gradient) const {
-    T* target = static_cast<T*>(gradient) + head_index * held * head_dim;
+  TIR_DEVICE void store(const Sums& sums, float factor, T* own_tile,
+                        const ResultGrid& gradient) const {
+    ResultRows<T> rows = rows_of_head<T>(gradient, shape, held, batch, head);
     TIR_UNROLL
     for (int m = 0; m < kHeld; ++m) {
-      store_rows<T, D>(sums[m], factor, factor, own_tile + m * kRows * kPitch<T, D>, target,
-                       first + m * kRows, held, head_dim, lane);
+      store_rows<T, D>(sums[m], factor, factor, own_tile + m * kRows * kPitch<T, D>, rows,
+                       first + m * kRows, lane);
     }
   }
 };

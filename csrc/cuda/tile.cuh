@@ -38,6 +38,16 @@ struct Rows {
   bool is_aligned;  // every row begins on a 16-byte boundary and is a multiple of 16 bytes long
 };
 
+// Those that a result is written to, which the package lays out itself: wherever head_dim is a
+// multiple of 16 bytes, every row begins on a 16-byte boundary.
+template <class T>
+struct ResultRows {
+  T* data;
+  int64_t stride;
+  int count;
+  int head_dim;
+};
+
 // Begins to load `tile_rows` rows; zeros stand for rows that do not exist or are not kept, and for
 // columns past head_dim. The copies still have to be committed and waited for.
 template <class T, int D, class Keep>
@@ -249,11 +259,11 @@ TIR_DEVICE void multiply(float (&total)[M][D / 8][4], const float (&left)[M][N][
   }
 }
 
-// Writes a warp's 16 x D result, row g times factor[0] and row g + 8 times factor[1], to rows that
-// lie `head_dim` apart. The warp's own tile serves on the way.
+// Writes a warp's 16 x D result, row g times factor[0] and row g + 8 times factor[1], to rows from
+// `first` on. The warp's own tile serves on the way.
 template <class T, int D>
 TIR_DEVICE void store_rows(const float (&total)[D / 8][4], float factor_g, float factor_g8,
-                           T* tile, T* target, int first, int count, int head_dim, int lane) {
+                           T* tile, const ResultRows<T>& rows, int first, int lane) {
   int g = lane / 4, t = lane % 4;
   __syncwarp();  // the tile may still be read
   TIR_UNROLL
@@ -265,16 +275,16 @@ TIR_DEVICE void store_rows(const float (&total)[D / 8][4], float factor_g, float
   }
   __syncwarp();
   constexpr int kVectors = D / kVector<T>;
-  bool is_aligned = head_dim % kVector<T> == 0;
+  bool is_aligned = rows.head_dim % kVector<T> == 0;
   for (int i = lane; i < kRows * kVectors; i += kWarp) {
     int row = first + i / kVectors, start = i % kVectors * kVector<T>;
-    if (row >= count || start >= head_dim) continue;
+    if (row >= rows.count || start >= rows.head_dim) continue;
     const T* source = tile + i / kVectors * kPitch<T, D> + start;
-    T* destination = target + static_cast<int64_t>(row) * head_dim + start;
+    T* destination = rows.data + row * rows.stride + start;
     if (is_aligned) {
       *reinterpret_cast<uint4*>(destination) = *reinterpret_cast<const uint4*>(source);
     } else {
-      for (int e = 0; e < kVector<T> && start + e < head_dim; ++e) destination[e] = source[e];
+      for (int e = 0; e < kVector<T> && start + e < rows.head_dim; ++e) destination[e] = source[e];
     }
   }
   __syncwarp();  // the caller may write there again

@@ -142,12 +142,18 @@ def test_every_output_element_is_written(
     for threads in (1, 3):  # the two ways to cut the backward pass
         first = ((2, 2, length, length, width), common.TYPE_NAMES[dtype], width**-0.5, False)
         kernels.attention_forward(
-            *first, *grids, weights.data_ptr(), output.data_ptr(), log_sum_exp.data_ptr(), threads
+            *first,
+            *grids,
+            weights.data_ptr(),
+            common.row_grid(output),
+            log_sum_exp.data_ptr(),
+            threads,
         )
         kernels.attention_backward(
             *first, common.row_grid(grad_output), *grids, weights.data_ptr(),
-            common.row_grid(output), log_sum_exp.data_ptr(), grad_query.data_ptr(),
-            grad_key.data_ptr(), grad_value.data_ptr(), grad_weights.data_ptr(), threads,
+            common.row_grid(output), log_sum_exp.data_ptr(),
+            *map(common.row_grid, (grad_query, grad_key, grad_value)),
+            grad_weights.data_ptr(), threads,
         )  # fmt: skip
         for name, ours, wanted in zip(RESULTS, poisoned, expected, strict=True):
             assert torch.equal(ours, wanted), f"{name} with {threads} threads"

@@ -163,17 +163,18 @@ def bad_calls() -> list[tuple[str, Callable[[], object]]]:
     grid = (64, 0, 0, 0)
     return [
         ("B, H, Lq, L, d >= 1", lambda: kernels.attention_forward(
-            (1, 0, 1, 1, 1), "float32", 1.0, False, grid, grid, grid, 64, 64, 64, 1)),
+            (1, 0, 1, 1, 1), "float32", 1.0, False, grid, grid, grid, 64, grid, 64, 1)),
         ("unknown type", lambda: kernels.attention_forward(
-            (1, 1, 1, 1, 1), "float64", 1.0, False, grid, grid, grid, 64, 64, 64, 1)),
+            (1, 1, 1, 1, 1), "float64", 1.0, False, grid, grid, grid, 64, grid, 64, 1)),
         ("query is null", lambda: kernels.attention_forward(
-            (1, 1, 1, 1, 1), "float32", 1.0, False, (0, 0, 0, 0), grid, grid, 64, 64, 64, 1)),
+            (1, 1, 1, 1, 1), "float32", 1.0, False, (0, 0, 0, 0), grid, grid, 64, grid, 64, 1)),
         ("0 <= P <= Lq", lambda: kernels.attention_statistics(
             (1, 1, 1, 1, 1), "float32", 1.0, False, grid, grid, 0, 2, 64, 64, 64, 64, 1)),
         ("entropy is null", lambda: kernels.attention_statistics(
             (1, 1, 1, 1, 1), "float32", 1.0, False, grid, grid, 0, 1, 64, 64, 0, 64, 1)),
         ("weights is null, and their gradient is wanted", lambda: kernels.attention_backward(
-            (1, 1, 1, 1, 1), "float32", 1.0, False, *[grid] * 4, 0, grid, *[64] * 5, 1)),
+            (1, 1, 1, 1, 1), "float32", 1.0, False, *[grid] * 4, 0, grid, 64, *[grid] * 3, 64,
+            1)),
         ("0 <= K <= N", lambda: kernels.select_tokens((1, 1, 4, 0), 5, 64, 64, 64, 64, 1)),
         ("must be float32", lambda: kernels.relevance(
             (1, 4, 1, 8, 8, 1, 2), "float32", grid, "bfloat16", 64, False, "float32", 0, 0, 0.0,

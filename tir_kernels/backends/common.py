@@ -39,6 +39,52 @@ def row_grid(tensor: Tensor) -> RowGrid:
     return tensor.data_ptr(), strides[0], strides[1], strides[2]
 
 
+def result_strides(rows: Tensor) -> tuple[int, int, int, int]:
+    """The strides of a result (B, H, L, d) for rows of that shape.
+
+    What lies closer together among the rows, heads or tokens, does so in the result: models have
+    (B, L, H, d), and then they join heads without a copy.
+    """
+    _, heads, length, width = rows.shape
+    _, of_head, of_row, _ = rows.stride()
+    if of_head < of_row and heads > 1 and length > 1:
+        return length * heads * width, width, heads * width, 1
+    return heads * length * width, length * width, width, 1
+
+
+def empty_result(rows: Tensor) -> Tensor:
+    """A result for rows (B, H, L, d), as yet unwritten."""
+    return rows.new_empty_strided(rows.shape, result_strides(rows))
+
+
+def are_packed(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether they are the slices of one (B, L, 3, H, d) tensor."""
+    _, heads, length, width = query.shape
+    row = heads * width
+    strides = (3 * length * row, width, 3 * row, 1)
+    step = row * query.element_size()
+    return (
+        query.shape == key.shape == value.shape
+        and query.stride() == key.stride() == value.stride() == strides
+        and key.data_ptr() - query.data_ptr() == value.data_ptr() - key.data_ptr() == step
+    )
+
+
+def empty_gradients(inputs: AttentionInputs, is_packed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value as yet unwritten, in the type of the query.
+
+    Args:
+        inputs: Of the forward pass.
+        is_packed: Lay them out as slices of one (B, L, 3, H, d) tensor.
+    """
+    query, key, value = inputs[:3]
+    if not is_packed:
+        return empty_result(query), empty_result(key), empty_result(value)
+    batch, heads, length, width = query.shape
+    first, second, third = query.new_empty((batch, length, 3, heads, width)).unbind(2)
+    return first.transpose(1, 2), second.transpose(1, 2), third.transpose(1, 2)
+
+
 def attention_problem(
     inputs: AttentionInputs | StatisticsInputs,
 ) -> tuple[tuple[int, ...], str, float, bool]:

@@ -22,6 +22,8 @@ from .common import (
     TYPE_NAMES,
     address,
     attention_problem,
+    empty_gradients,
+    empty_result,
     projection_arguments,
     relevance_problem,
     relevance_shape,
@@ -114,7 +116,7 @@ class CpuBackend:
     def attention_forward(self, inputs: AttentionInputs) -> Pair:
         query, key, value, weights, *_ = inputs
         weights = None if weights is None else weights.contiguous()
-        output = query.new_empty(query.shape)
+        output = empty_result(query)
         log_sum_exp = query.new_empty(query.shape[:3], dtype=torch.float32)
         _kernels().attention_forward(
             *attention_problem(inputs),
@@ -122,7 +124,7 @@ class CpuBackend:
             row_grid(key),
             row_grid(value),
             address(weights),
-            output.data_ptr(),
+            row_grid(output),
             log_sum_exp.data_ptr(),
             torch.get_num_threads(),
         )
@@ -130,13 +132,11 @@ class CpuBackend:
 
     def attention_backward(self, inputs: AttentionInputs, backward: BackwardInputs) -> Gradients:
         query, key, value, weights, *_ = inputs
-        output, log_sum_exp, grad_output, needs_weights_grad = backward
+        output, log_sum_exp, grad_output, needs_weights_grad, is_packed = backward
         grad_output, output = with_contiguous_rows(grad_output), with_contiguous_rows(output)
         weights = None if weights is None else weights.contiguous()
         log_sum_exp = log_sum_exp.contiguous()
-        grad_query = query.new_empty(query.shape)
-        grad_key = key.new_empty(key.shape)
-        grad_value = value.new_empty(value.shape)
+        grads = empty_gradients(inputs, is_packed)
         weights_shape = (key.shape[0], key.shape[2]) if needs_weights_grad else (0,)
         grad_weights = log_sum_exp.new_empty(weights_shape)
         _kernels().attention_backward(
@@ -144,11 +144,12 @@ class CpuBackend:
             *map(row_grid, (grad_output, query, key, value)),
             address(weights),
             row_grid(output),
-            *map(address, (log_sum_exp, grad_query, grad_key, grad_value)),
+            log_sum_exp.data_ptr(),
+            *map(row_grid, grads),
             grad_weights.data_ptr() if needs_weights_grad else 0,
             torch.get_num_threads(),
         )
-        return grad_query, grad_key, grad_value, grad_weights
+        return (*grads, grad_weights)
 
     def attention_statistics(self, inputs: StatisticsInputs) -> AttentionStatistics:
         query, key, weights, _, num_prefix_tokens, _ = inputs

@@ -21,6 +21,8 @@ from .common import (
     address,
     attention_problem,
     device_guard,
+    empty_gradients,
+    empty_result,
     projection_arguments,
     reason_of_all,
     relevance_problem,
@@ -178,14 +180,14 @@ class Launcher:
         self, inputs: AttentionInputs, weights: Tensor | None, derived: DerivedWeights | None
     ) -> Pair:
         query = inputs.query
-        output = _empty(query.shape, query, query.dtype)
+        output = empty_result(query)
         log_sum_exp = _empty(query.shape[:3], query)
         with self._guard(query.device):
             self._kernels.attention_forward(
                 *attention_problem(inputs),
                 *map(row_grid, inputs[:3]),
                 address(weights),
-                output.data_ptr(),
+                row_grid(output),
                 log_sum_exp.data_ptr(),
                 derived,
                 self._current_stream(query.device),
@@ -202,9 +204,7 @@ class Launcher:
         query, key = inputs.query, inputs.key
         output = with_contiguous_rows(backward.output)
         log_sum_exp = backward.log_sum_exp.contiguous()
-        grad_query, grad_key, grad_value = (
-            _empty(rows.shape, query, query.dtype) for rows in (query, key, inputs.value)
-        )
+        grads = empty_gradients(inputs, backward.is_packed)
         delta = _empty(log_sum_exp.shape, query)
         partial = grad_weights = None
         if backward.needs_weights_grad:
@@ -217,7 +217,9 @@ class Launcher:
                 *map(row_grid, inputs[:3]),
                 address(weights),
                 row_grid(output),
-                *map(address, (log_sum_exp, grad_query, grad_key, grad_value, grad_weights)),
+                log_sum_exp.data_ptr(),
+                *map(row_grid, grads),
+                address(grad_weights),
                 derived,
                 delta.data_ptr(),
                 address(partial),
@@ -225,7 +227,7 @@ class Launcher:
             )
         if grad_weights is None:
             grad_weights = _empty((0,), query)
-        return grad_query, grad_key, grad_value, grad_weights
+        return (*grads, grad_weights)
 
 
 class CudaBackend(Launcher):

@@ -52,3 +52,4 @@ class BackwardInputs(NamedTuple):
     log_sum_exp: Tensor  # (B, H, Lq)
     grad_output: Tensor  # (B, H, Lq, d)
     needs_weights_grad: bool
+    is_packed: bool = False  # gradients of query, key and value are slices of (B, L, 3, H, d)

@@ -48,12 +48,16 @@ class Backend(Protocol):
         """Weights (B, L) and counts (B, N) int32; (C + 1,) float32 table, 0 <= top_k <= N."""
 
     def attention_forward(self, inputs: AttentionInputs) -> Pair:
-        """Output, contiguous, in the type of the query, and log_sum_exp (B, H, Lq) float32: the log
-        of the weighted sum of exponentials, -inf for rows that attend to nothing."""
+        """Output in the type of the query, and log_sum_exp (B, H, Lq) float32: the log of the
+        weighted sum of exponentials, -inf for rows that attend to nothing.
+
+        An output that does not lie as ``common.empty_result`` of the query does is copied.
+        """
 
     def attention_backward(self, inputs: AttentionInputs, backward: BackwardInputs) -> Gradients:
         """Gradients in the type of the query; the weights', (B, L) float32, has shape (0,) unless
-        it is needed."""
+        it is needed. Those that do not lie as ``common.empty_gradients`` do are copied.
+        """
 
     def attention_statistics(self, inputs: StatisticsInputs) -> AttentionStatistics:
         """Contiguous statistics. A mean over no queries is 0, and so is what a key of weight 0 or

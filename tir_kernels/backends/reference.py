@@ -16,7 +16,13 @@ from torch import Tensor
 
 from tir_kernels.precision import without_autocast
 
-from .common import COSINE_EPS, KERNEL_DTYPES, MAX_EXPONENT
+from .common import (
+    COSINE_EPS,
+    KERNEL_DTYPES,
+    MAX_EXPONENT,
+    empty_gradients,
+    empty_result,
+)
 from .inputs import AttentionInputs, BackwardInputs, RelevanceInputs, StatisticsInputs
 from .optional import DropoutInputs
 from .protocol import AttentionStatistics, Gradients, Pair
@@ -167,7 +173,7 @@ def _attend(inputs: AttentionInputs | StatisticsInputs) -> Pair:
 def attention_forward(inputs: AttentionInputs) -> Pair:
     probabilities, log_sum_exp = _attend(inputs)
     output = probabilities @ _masked(inputs.value, inputs.weights, probabilities.dtype)
-    return output.to(inputs.query.dtype), log_sum_exp
+    return empty_result(inputs.query).copy_(output), log_sum_exp
 
 
 @_without_autocast
@@ -226,12 +232,8 @@ def attention_backward(inputs: AttentionInputs, backward: BackwardInputs) -> Gra
     grad_query = grad_scores @ _masked(key, weights, dtype) * scale
     grad_key = grad_scores.mT @ queries * scale
     grad_value = probabilities.mT @ grads
-    return (
-        grad_query.to(query.dtype),
-        grad_key.to(query.dtype),
-        grad_value.to(query.dtype),
-        grad_weights,
-    )
+    first, second, third = empty_gradients(inputs, backward.is_packed)
+    return first.copy_(grad_query), second.copy_(grad_key), third.copy_(grad_value), grad_weights
 
 
 def philox_dropout(inputs: DropoutInputs, output: Tensor) -> None:

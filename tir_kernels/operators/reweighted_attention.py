@@ -36,6 +36,9 @@ from tir_kernels.operators.weighted_attention import (
     attention_backend,
     cast_for_autocast,
     differentiable_attention,
+    laid_out,
+    laid_out_gradients,
+    lie_packed,
     like_gradients,
     like_outputs,
     with_unit_stride,
@@ -126,7 +129,8 @@ def _reweighted_attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
     if is_fused:
         attention = AttentionInputs(query, key, value, None, scale)
-        return backend.reweighted_forward(attention, inputs, table, top_k)
+        output, *others = backend.reweighted_forward(attention, inputs, table, top_k)
+        return (laid_out(output, query), *others)
     weights, counts = weigh(selection, name)
     return (*attend(AttentionInputs(query, key, value, weights, scale), name), counts)
 
@@ -141,16 +145,17 @@ def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 @define(
     "reweighted_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, "
     "Tensor counts, Tensor table, Tensor output, Tensor log_sum_exp, float scale, "
-    "bool needs_weights_grad, str backend) "
+    "bool needs_weights_grad, bool is_packed, str backend) "
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weights)"
 )
 def _reweighted_attention_backward(grad_output: Tensor, *rest: Any) -> Gradients:
-    query, key, value, counts, table, output, log_sum_exp, scale, needs_weights_grad, name = rest
-    backward = BackwardInputs(output, log_sum_exp, grad_output, needs_weights_grad)
+    query, key, value, counts, table, output, log_sum_exp, scale, *options, name = rest
+    backward = BackwardInputs(output, log_sum_exp, grad_output, *options)
     backend: Any = attention_backend(name, query)
     if hasattr(backend, "reweighted_backward") and query.numel() > 0 and counts.numel() > 0:
         inputs = AttentionInputs(query, key, value, None, scale)
-        return backend.reweighted_backward(inputs, with_unit_stride(backward), counts, table)
+        grads = backend.reweighted_backward(inputs, with_unit_stride(backward), counts, table)
+        return laid_out_gradients(grads, inputs, backward.is_packed)
     num_prefix_tokens = key.shape[2] - counts.shape[1]
     weights = torch.nn.functional.pad(table[counts.long()], (num_prefix_tokens, 0), value=1.0)
     return attend_backward(AttentionInputs(query, key, value, weights, scale), backward, name)
@@ -158,10 +163,10 @@ def _reweighted_attention_backward(grad_output: Tensor, *rest: Any) -> Gradients
 
 @define_fake("reweighted_attention_backward")
 def _(grad_output: Tensor, *rest: Any) -> Gradients:
-    query, key, value, _, table, *_, needs_weights_grad, _ = rest
+    query, key, value, _, table, *_, needs_weights_grad, is_packed, _ = rest
     # The weights have the type of the table that they are looked up in.
     inputs = AttentionInputs(query, key, value, table, 1.0)
-    return like_gradients(inputs, needs_weights_grad)
+    return like_gradients(inputs, needs_weights_grad, is_packed)
 
 
 class ReweightedAttention(Operator):
@@ -191,8 +196,9 @@ class ReweightedAttention(Operator):
     ) -> tuple:
         _, _, _, counts, table, _, _ = saved
         needs_table_grad = ctx.needs_input_grad[9]
+        options = needs_table_grad, lie_packed(*saved[:3]), ctx.backend
         *grads, grad_weights = OPS.reweighted_attention_backward(
-            grad_output, *saved, ctx.scale, needs_table_grad, ctx.backend
+            grad_output, *saved, ctx.scale, *options
         )
         grad_table = None
         if needs_table_grad:

@@ -7,6 +7,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from tir_kernels.backends.common import (
+    are_packed,
+    empty_gradients,
+    empty_result,
+    result_strides,
+)
 from tir_kernels.backends.inputs import AttentionInputs, BackwardInputs
 from tir_kernels.backends.protocol import Backend, Gradients, Pair
 from tir_kernels.operators.checks import (
@@ -163,18 +169,41 @@ def attend(inputs: AttentionInputs, name: str) -> Pair:
     if query.numel() == 0 or inputs.key.numel() == 0:
         output, log_sum_exp = like_outputs(query)
         return output.zero_(), log_sum_exp.fill_(-torch.inf)
-    return backend.attention_forward(inputs)
+    output, log_sum_exp = backend.attention_forward(inputs)
+    return laid_out(output, query), log_sum_exp
 
 
 def attend_backward(inputs: AttentionInputs, backward: BackwardInputs, name: str) -> Gradients:
     """Gradients of query, key, value and weights from the backend of this name."""
     backend = attention_backend(name, inputs.query)
     if inputs.query.numel() == 0 or inputs.key.numel() == 0:
-        grads = like_gradients(inputs, backward.needs_weights_grad)
+        grads = like_gradients(inputs, backward.needs_weights_grad, backward.is_packed)
         for grad in grads:
             grad.zero_()
         return grads
-    return backend.attention_backward(inputs, with_unit_stride(backward))
+    grads = backend.attention_backward(inputs, with_unit_stride(backward))
+    return laid_out_gradients(grads, inputs, backward.is_packed)
+
+
+def laid_out(result: Tensor, rows: Tensor) -> Tensor:
+    """A backend's result for rows (B, H, L, d), as PyTorch was told that it lies."""
+    is_so = result.stride() == result_strides(rows)
+    return result if is_so else empty_result(rows).copy_(result)
+
+
+def laid_out_gradients(grads: Gradients, inputs: AttentionInputs, is_packed: bool) -> Gradients:
+    """A backend's gradients, as PyTorch was told that they lie."""
+    grad_query, grad_key, grad_value, grad_weights = grads
+    if not is_packed:
+        query, key, value = inputs[:3]
+        grad_query, grad_key = laid_out(grad_query, query), laid_out(grad_key, key)
+        return grad_query, grad_key, laid_out(grad_value, value), grad_weights
+    if are_packed(grad_query, grad_key, grad_value):
+        return grads
+    packed = empty_gradients(inputs, is_packed)
+    for one, other in zip(packed, grads[:3], strict=True):
+        one.copy_(other)
+    return (*packed, grad_weights)
 
 
 def with_unit_stride(backward: BackwardInputs) -> BackwardInputs:
@@ -188,16 +217,25 @@ def with_unit_stride(backward: BackwardInputs) -> BackwardInputs:
 def like_outputs(query: Tensor) -> Pair:
     """Output and log-sum-exp as yet unwritten."""
     log_sum_exp = query.new_empty(query.shape[:3], dtype=sums_dtype(query))
-    return query.new_empty(query.shape), log_sum_exp
+    return empty_result(query), log_sum_exp
 
 
-def like_gradients(inputs: AttentionInputs, needs_weights_grad: bool) -> Gradients:
+def like_gradients(inputs: AttentionInputs, needs_weights_grad: bool, is_packed: bool) -> Gradients:
     """Gradients of query, key, value and weights as yet unwritten."""
-    query, key, value, weights, *_ = inputs
+    query, key, weights = inputs.query, inputs.key, inputs.weights
     shape = (key.shape[0], key.shape[2]) if needs_weights_grad else (0,)
     dtype = sums_dtype(query) if weights is None else weights.dtype
-    grad_query, grad_key, grad_value = (t.new_empty(t.shape) for t in (query, key, value))
-    return grad_query, grad_key, grad_value, query.new_empty(shape, dtype=dtype)
+    return (*empty_gradients(inputs, is_packed), query.new_empty(shape, dtype=dtype))
+
+
+def lie_packed(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether gradients are to be slices of one tensor, as query, key and value are.
+
+    Results that share memory are not for what traces operators, or wraps their tensors.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return type(query) is type(key) is type(value) is Tensor and are_packed(query, key, value)
 
 
 @define(
@@ -217,22 +255,22 @@ def _(query: Tensor, *rest: Any) -> Pair:
 @define(
     "weighted_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, "
     "Tensor? weights, Tensor output, Tensor log_sum_exp, float scale, bool is_causal, "
-    "bool needs_weights_grad, str backend) "
+    "bool needs_weights_grad, bool is_packed, str backend) "
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weights)"
 )
 def _weighted_attention_backward(grad_output: Tensor, *rest: Any) -> Gradients:
     query, key, value, weights, output, log_sum_exp, scale, is_causal, *others = rest
-    needs_weights_grad, name = others
+    needs_weights_grad, is_packed, name = others
     inputs = AttentionInputs(query, key, value, weights, scale, is_causal)
-    backward = BackwardInputs(output, log_sum_exp, grad_output, needs_weights_grad)
+    backward = BackwardInputs(output, log_sum_exp, grad_output, needs_weights_grad, is_packed)
     return attend_backward(inputs, backward, name)
 
 
 @define_fake("weighted_attention_backward")
 def _(grad_output: Tensor, *rest: Any) -> Gradients:
-    query, key, value, weights, _, _, scale, is_causal, needs_weights_grad, _ = rest
+    query, key, value, weights, _, _, scale, is_causal, needs_weights_grad, is_packed, _ = rest
     inputs = AttentionInputs(query, key, value, weights, scale, is_causal)
-    return like_gradients(inputs, needs_weights_grad)
+    return like_gradients(inputs, needs_weights_grad, is_packed)
 
 
 class _WeightedAttention(Operator):
@@ -250,7 +288,8 @@ class _WeightedAttention(Operator):
     @differentiable_once(WAY_OUT)
     def backward(ctx: Any, saved: tuple, grad_output: Tensor, grad_log_sum_exp: None) -> tuple:
         needs_weights_grad = ctx.needs_input_grad[3]
+        options = needs_weights_grad, lie_packed(*saved[:3]), ctx.backend
         *grads, grad_weights = OPS.weighted_attention_backward(
-            grad_output, *saved, ctx.scale, ctx.is_causal, needs_weights_grad, ctx.backend
+            grad_output, *saved, ctx.scale, ctx.is_causal, *options
         )
         return (*grads, grad_weights if needs_weights_grad else None, None, None, None)

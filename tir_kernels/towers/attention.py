@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tir_kernels import weighted_attention
 from tir_kernels.operators.choose import load_backend
+from tir_kernels.operators.weighted_attention import lie_packed
 from tir_kernels.towers.masks import KnownMask
 from tir_kernels.towers.opening import NO_CHANGES, Changes, Opened
 from tir_kernels.towers.protocol import AttentionCall
@@ -211,14 +212,48 @@ class OpenedLinear(Opened, nn.Linear):
         return self.low_rank.project(input, self.weight, self.bias)
 
 
-def split_heads(projected: Tensor, num_heads: int, parts: slice) -> tuple[Tensor, ...]:
-    """(B, L, parts H d) -> (B, H, L, d) for each of the parts, without a copy."""
+class _SplitHeads(torch.autograd.Function):
+    """Query, key and value of a packed projection, whose gradients often lie packed too."""
+
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+        return _parts_of(projected, num_heads, 3)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        first = grads[0]
+        if torch.is_grad_enabled() or not lie_packed(*grads):
+            return torch.cat([join_heads(grad) for grad in grads], -1), None
+        batch, heads, length, width = first.shape
+        row = 3 * heads * width
+        return first.as_strided((batch, length, row), (length * row, row, 1)), None
+
+
+def _parts_of(projected: Tensor, num_heads: int, count: int) -> tuple[Tensor, ...]:
     batch, length, width = projected.shape
-    count = parts.stop - parts.start
     # Not one view of all: then their gradients would be stacked, and copied back in order.
     whole = (projected,) if count == 1 else projected.split(width // count, dim=2)
     shape = (batch, length, num_heads, width // (count * num_heads))
     return tuple(part.view(shape).transpose(1, 2) for part in whole)
+
+
+def split_heads(
+    projected: Tensor, num_heads: int, parts: slice = slice(0, 3)
+) -> tuple[Tensor, ...]:
+    """(B, L, parts H d) -> (B, H, L, d) for each of the parts, without a copy.
+
+    Nor are the gradients of all three copied, where ``weighted_attention`` or
+    ``reweighted_attention`` made them: it writes them side by side.
+    """
+    count = parts.stop - parts.start
+    is_seen_through = (  # what traces or transforms operators knows better without the function
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+    )
+    if count == 3 and projected.requires_grad and not is_seen_through:
+        return _SplitHeads.apply(projected, num_heads)
+    return _parts_of(projected, num_heads, count)
 
 
 def join_heads(attended: Tensor) -> Tensor:

@@ -144,8 +144,7 @@ class ForwardWorker : AttentionWorker {
     int64_t place = first_query_place() + query;
     problem_.log_sum_exp[place] =
         is_empty ? -infinity : maxima_[row] * ln_2 + __builtin_logf(totals_[row]);
-    char* output = static_cast<char*>(problem_.output);
-    write_row(output + place * shape_.head_dim * bytes_of(shape_.type),
+    write_row(problem_.output.row(batch_, head_, query, shape_.type),
               sums_ + row * padded_head_dim_, is_empty ? 0.0f : 1.0f / totals_[row],
               shape_.type, shape_.head_dim);
   }
@@ -165,9 +164,11 @@ class ForwardWorker : AttentionWorker {
 void write_empty(const AttentionForward& problem, int64_t batch, int64_t head) {
   const AttentionShape& shape = problem.shape;
   int64_t place = (batch * shape.heads + head) * shape.queries;
-  int64_t row_bytes = shape.head_dim * bytes_of(shape.type);
-  memset(static_cast<char*>(problem.output) + place * row_bytes, 0, shape.queries * row_bytes);
-  for (int64_t i = 0; i < shape.queries; ++i) problem.log_sum_exp[place + i] = -infinity;
+  for (int64_t i = 0; i < shape.queries; ++i) {
+    memset(problem.output.row(batch, head, i, shape.type), 0,
+           shape.head_dim * bytes_of(shape.type));
+    problem.log_sum_exp[place + i] = -infinity;
+  }
 }
 
 template <class Math>

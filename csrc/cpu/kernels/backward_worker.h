@@ -78,13 +78,12 @@ class BackwardWorker : AttentionWorker {
     int64_t i = 0;
     for (int64_t row = first; row < end; ++row) {
       if (i < keys.count && keys.index[i] == row) {
-        int64_t place = first_key_place() + row;
-        write(problem_.grad_key, place, row_of_sums(key_sums_, i, turned_keys_), shape_.scale);
-        write(problem_.grad_value, place, row_of_sums(value_sums_, i, turned_values_), 1.0f);
+        write(problem_.grad_key, row, row_of_sums(key_sums_, i, turned_keys_), shape_.scale);
+        write(problem_.grad_value, row, row_of_sums(value_sums_, i, turned_values_), 1.0f);
         ++i;
       } else {
-        write_zeros(problem_.grad_key, first_key_place() + row);
-        write_zeros(problem_.grad_value, first_key_place() + row);
+        write_zeros(problem_.grad_key, row);
+        write_zeros(problem_.grad_value, row);
       }
     }
   }
@@ -95,23 +94,19 @@ class BackwardWorker : AttentionWorker {
 
   void write_zero_queries(int64_t first_tile, int64_t end_tile) {
     int64_t end = smaller_of(end_tile * tile_queries, shape_.queries);
-    for (int64_t i = first_tile * tile_queries; i < end; ++i) {
-      write_zeros(problem_.grad_query, first_query_place() + i);
-    }
+    for (int64_t i = first_tile * tile_queries; i < end; ++i) write_zeros(problem_.grad_query, i);
   }
 
  private:
-  const void* row_of(const RowGrid& grid, int64_t row) const {
+  template <class Void>
+  Void* row_of(const GridOf<Void>& grid, int64_t row) const {
     return grid.row(batch_, head_, row, shape_.type);
   }
-  char* row_at(void* output, int64_t place) const {
-    return static_cast<char*>(output) + place * shape_.head_dim * bytes_of(shape_.type);
+  void write(const ResultGrid& result, int64_t row, const float* sums, float factor) const {
+    write_row(row_of(result, row), sums, factor, shape_.type, shape_.head_dim);
   }
-  void write(void* output, int64_t place, const float* sums, float factor) const {
-    write_row(row_at(output, place), sums, factor, shape_.type, shape_.head_dim);
-  }
-  void write_zeros(void* output, int64_t place) const {
-    memset(row_at(output, place), 0, shape_.head_dim * bytes_of(shape_.type));
+  void write_zeros(const ResultGrid& result, int64_t row) const {
+    memset(row_of(result, row), 0, shape_.head_dim * bytes_of(shape_.type));
   }
 
   // The channels' sums of a key side by side; keys are asked for in turn, from the first.
@@ -232,8 +227,7 @@ class BackwardWorker : AttentionWorker {
     }
     if (wanted_.query) {
       for (int64_t i = 0; i < count; ++i) {
-        write(problem_.grad_query, first_query_place() + first + i,
-              query_sums_ + i * padded_head_dim_, shape_.scale);
+        write(problem_.grad_query, first + i, query_sums_ + i * padded_head_dim_, shape_.scale);
       }
     }
   }

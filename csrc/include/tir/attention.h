@@ -22,7 +22,7 @@ struct AttentionForward {
   RowGrid query;         // [B, H, Lq, d]
   RowGrid key, value;    // [B, H, L, d]
   const float* weights;  // [B, L], or null: then 1, or found by the launcher
-  void* output;          // [B, H, Lq, d], contiguous
+  ResultGrid output;     // [B, H, Lq, d]
   float* log_sum_exp;    // [B, H, Lq]
 };
 
@@ -47,9 +47,9 @@ struct AttentionBackward {
   const float* weights;        // [B, L], or null as above
   RowGrid output;              // [B, H, Lq, d]
   const float* log_sum_exp;    // [B, H, Lq]
-  void* grad_query;            // [B, H, Lq, d], contiguous
-  void* grad_key;              // [B, H, L, d], contiguous
-  void* grad_value;            // [B, H, L, d], contiguous
+  ResultGrid grad_query;       // [B, H, Lq, d]
+  ResultGrid grad_key;         // [B, H, L, d]
+  ResultGrid grad_value;       // [B, H, L, d]
   float* grad_weights;         // [B, L], or null where it is not wanted
 };
 

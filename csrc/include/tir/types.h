@@ -1,7 +1,8 @@
-// What the launchers of every device share: element types and strided inputs.
+// What the launchers of every device share: element types and strided tensors.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace tir {
 
@@ -17,16 +18,20 @@ struct Array {
 
 // A (batch, head, row) grid of rows whose elements lie side by side, of a type that
 // stands beside the grid. Strides count elements.
-struct RowGrid {
-  const void* data;
+template <class Void>
+struct GridOf {
+  Void* data;
   int64_t batch_stride;
   int64_t head_stride;
   int64_t row_stride;
 
-  const void* row(int64_t batch, int64_t head, int64_t row, Type type) const {
+  Void* row(int64_t batch, int64_t head, int64_t row, Type type) const {
+    using Byte = std::conditional_t<std::is_const_v<Void>, const char, char>;
     int64_t element = batch * batch_stride + head * head_stride + row * row_stride;
-    return static_cast<const char*>(data) + element * bytes_of(type);
+    return static_cast<Byte*>(data) + element * bytes_of(type);
   }
 };
+using RowGrid = GridOf<const void>;
+using ResultGrid = GridOf<void>;
 
 }  // namespace tir

@@ -257,7 +257,7 @@ def grad_key_value_kernel(
 def attention_backward(inputs: AttentionInputs, backward: BackwardInputs) -> Gradients:
     """Gradients of query, key, value and weights (B, L), or (0,) if the latter is not needed."""
     query, key, value, weights, scale, is_causal = inputs
-    output, log_sum_exp, grad_output, needs_weights_grad = backward
+    output, log_sum_exp, grad_output, needs_weights_grad, _ = backward
     _, num_heads, num_queries, head_dim = query.shape
     capability = device_capability(query.device)
     query_config = grad_query_config(capability, query.dtype, head_dim)
