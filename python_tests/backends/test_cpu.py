@@ -15,6 +15,7 @@ from attention_cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_queries_and_causality import check
 from torch import Tensor
 
 from tir_kernels.backends import common, cpu
@@ -64,6 +65,16 @@ def test_zero_and_negative_weights(architecture: str, length: int, dtype: torch.
     ignored = (weights <= 0)[:, None, :]
     assert not results[3][ignored].any()
     assert not results[4][ignored].any()
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("width", [1, 20, 64, 136])
+def test_few_queries_read_rows_where_they_lie(
+    architecture: str, width: int, is_causal: bool
+) -> None:
+    for num_queries in (1, 2, 3, 4, 5):
+        for num_keys in (1, 50, 403):
+            check("cpu", "cpu", (num_queries, num_keys), width, is_causal)
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])

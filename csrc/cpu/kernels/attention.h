@@ -3,7 +3,7 @@
 
 #include "../keys.h"
 #include "../parallel.h"
-#include "matrix.h"
+#include "few_rows.h"
 #include "tir/attention.h"
 #include "tir/rules.h"
 
@@ -40,6 +40,13 @@ inline bool fills_threads(const AttentionShape& shape, int threads) {
 // In how many parts to cut each (batch, head), of `num_cuts` possible ones.
 inline int64_t parts_per_head(const AttentionShape& shape, int threads, int64_t num_cuts) {
   return smaller_of(num_cuts, divide_up(3 * threads, shape.batch * shape.heads));
+}
+
+// Calls function(Math()) for how the rows of an attention are multiplied.
+template <class Function>
+void with_attention_math(const AttentionShape& shape, Function function) {
+  if (shape.queries <= FewRowsMath::tile_queries) return function(FewRowsMath());
+  with_math(shape.type, function);
 }
 
 // Whole heads at once, or heads cut into parts along their queries or along their keys.
@@ -116,7 +123,7 @@ Left<Math> left_rows(typename Math::Unit* copies, const RowGrid& source, Type ty
   bool are_units = bytes_of(type) * pair == sizeof(uint32_t) && source.row_stride % pair == 0 &&
                    reinterpret_cast<uintptr_t>(start) % sizeof(uint32_t) == 0 &&
                    head_dim % (pair * Math::step_multiple) == 0;
-  if (are_units && count % Math::row_multiple == 0) {
+  if (!Math::reads_rows && are_units && count % Math::row_multiple == 0) {
     return {static_cast<const typename Math::Unit*>(start), source.row_stride / pair, 1};
   }
   int64_t stride = row_units<Math>(head_dim);
