@@ -68,30 +68,18 @@ class ForwardWorker : AttentionWorker {
   }
 
  private:
-  const void* row_of(const RowGrid& grid, int64_t row) const {
-    return grid.row(batch_, head_, row, shape_.type);
-  }
-
-  // Addresses of the attended rows from one on.
-  auto keys_from(int64_t first) const {
-    return [=](int64_t i) { return row_of(problem_.key, keys_.index[first + i]); };
-  }
-  auto values_from(int64_t first) const {
-    return [=](int64_t i) { return row_of(problem_.value, keys_.index[first + i]); };
-  }
-
   void pack() {
-    pack_columns<Math>(key_panels_, keys_from(0), shape_.type, keys_.count, shape_.head_dim,
-                       packing_space_);
+    pack_columns<Math>(key_panels_, attended_rows(problem_.key, 0), shape_.type, keys_.count,
+                       shape_.head_dim, packing_space_);
     value_panel_stride_ = steps_of<Math>(keys_.count) * panel_width;
-    pack_rows<Math>(value_panels_, value_panel_stride_, values_from(0), shape_.type, keys_.count,
-                    shape_.head_dim);
+    pack_rows<Math>(value_panels_, value_panel_stride_, attended_rows(problem_.value, 0),
+                    shape_.type, keys_.count, shape_.head_dim);
   }
 
   // The scores of a tile's queries with a block of keys.
   void multiply_keys(Left<Math> queries, int64_t first_key, int64_t num_keys, int64_t count) {
     if constexpr (Math::reads_rows) {
-      multiply_by_rows(count, queries.data, queries.row_stride, keys_from(first_key), shape_.type,
+      multiply_by_rows(count, queries, attended_rows(problem_.key, first_key), shape_.type,
                        num_keys, shape_.head_dim, scores_, score_stride_);
     } else {
       Right<Math> columns{key_panels_ + first_key * row_units_, row_units_ * panel_width};
@@ -104,8 +92,8 @@ class ForwardWorker : AttentionWorker {
   // The sums of a tile's queries over the values of all blocks up to this one.
   void multiply_values(int64_t first_key, int64_t num_keys, int64_t count) {
     if constexpr (Math::reads_rows) {
-      add_up_rows(count, scores_, score_stride_, values_from(first_key), shape_.type, num_keys,
-                  shape_.head_dim, sums_, padded_head_dim_, first_key > 0);
+      add_up_rows(count, probability_rows(), attended_rows(problem_.value, first_key),
+                  shape_.type, num_keys, shape_.head_dim, sums_, padded_head_dim_, first_key > 0);
     } else {
       Right<Math> rows{value_panels_ + steps_of<Math>(first_key) * panel_width,
                        value_panel_stride_};
@@ -189,7 +177,6 @@ class ForwardWorker : AttentionWorker {
   Buffer<Unit> probabilities_;  // beside the scores where they are not float32
   Buffer<float> sums_;
   float maxima_[tile_queries], totals_[tile_queries];
-  KeyList keys_{};
   typename Math::State state_;
   int64_t value_panel_stride_ = 0, first_query_ = 0;
 };

@@ -100,10 +100,6 @@ class BackwardWorker : AttentionWorker {
  private:
   static constexpr int64_t if_packed(int64_t units) { return Math::reads_rows ? 0 : units; }
 
-  template <class Void>
-  Void* row_of(const GridOf<Void>& grid, int64_t row) const {
-    return grid.row(batch_, head_, row, shape_.type);
-  }
   void write(const ResultGrid& result, int64_t row, const float* sums, float factor) const {
     write_row(row_of(result, row), sums, factor, shape_.type, shape_.head_dim);
   }
@@ -126,22 +122,15 @@ class BackwardWorker : AttentionWorker {
     }
   }
 
-  // Addresses of the rows of this worker's keys from one on.
-  auto keys_from(int64_t first) const {
-    return [=](int64_t i) { return row_of(problem_.key, keys_.index[first + i]); };
-  }
-  auto values_from(int64_t first) const {
-    return [=](int64_t i) { return row_of(problem_.value, keys_.index[first + i]); };
-  }
-
   void pack_keys() {
-    pack_columns<Math>(key_columns_, keys_from(0), shape_.type, keys_.count, shape_.head_dim,
+    auto keys = attended_rows(problem_.key, 0), values = attended_rows(problem_.value, 0);
+    pack_columns<Math>(key_columns_, keys, shape_.type, keys_.count, shape_.head_dim,
                        packing_space_);
-    pack_columns<Math>(value_columns_, values_from(0), shape_.type, keys_.count, shape_.head_dim,
+    pack_columns<Math>(value_columns_, values, shape_.type, keys_.count, shape_.head_dim,
                        packing_space_);
     key_panel_stride_ = steps_of<Math>(keys_.count) * panel_width;
     if (wanted_.query) {
-      pack_rows<Math>(key_rows_, key_panel_stride_, keys_from(0), shape_.type, keys_.count,
+      pack_rows<Math>(key_rows_, key_panel_stride_, keys, shape_.type, keys_.count,
                       shape_.head_dim);
     }
   }
@@ -233,10 +222,10 @@ class BackwardWorker : AttentionWorker {
   void multiply_keys(int64_t key, int64_t num_keys, int64_t count) {
     int64_t width = shape_.head_dim;
     if constexpr (Math::reads_rows) {
-      multiply_by_rows(count, query_left_.data, query_left_.row_stride, keys_from(key),
-                       shape_.type, num_keys, width, scores_, score_stride_);
-      multiply_by_rows(count, grad_left_.data, grad_left_.row_stride, values_from(key),
-                       shape_.type, num_keys, width, grad_probabilities_, score_stride_);
+      multiply_by_rows(count, query_left_, attended_rows(problem_.key, key), shape_.type, num_keys,
+                       width, scores_, score_stride_);
+      multiply_by_rows(count, grad_left_, attended_rows(problem_.value, key), shape_.type,
+                       num_keys, width, grad_probabilities_, score_stride_);
       if (count == 1) {  // queries are differentiated in pairs
         memset(scores_ + score_stride_, 0, round_up(num_keys, lanes) * sizeof(float));
         memset(grad_probabilities_ + score_stride_, 0, round_up(num_keys, lanes) * sizeof(float));
@@ -255,8 +244,8 @@ class BackwardWorker : AttentionWorker {
 
   void add_query(int64_t key, int64_t num_keys, int64_t count) {
     if constexpr (Math::reads_rows) {
-      add_up_rows(count, grad_probabilities_, score_stride_, keys_from(key), shape_.type, num_keys,
-                  shape_.head_dim, query_sums_, padded_head_dim_, key > 0);
+      add_up_rows(count, grad_score_rows(), attended_rows(problem_.key, key), shape_.type,
+                  num_keys, shape_.head_dim, query_sums_, padded_head_dim_, key > 0);
     } else {
       multiply<Math>(count, shape_.head_dim, steps_of<Math>(num_keys), grad_score_rows(),
                      {key_rows_ + steps_of<Math>(key) * panel_width, key_panel_stride_},
@@ -266,10 +255,10 @@ class BackwardWorker : AttentionWorker {
 
   void add_key_value(int64_t key, int64_t num_keys, int64_t count, bool adds) {
     if constexpr (Math::reads_rows) {  // there is but one tile
-      add_up_left_rows(count, grad_probabilities_, score_stride_, query_left_.data,
-                       query_left_.row_stride, num_keys, key_sums_ + key * sum_stride_, sum_stride_);
-      add_up_left_rows(count, scores_, score_stride_, grad_left_.data, grad_left_.row_stride,
-                       num_keys, value_sums_ + key * sum_stride_, sum_stride_);
+      add_up_left_rows(count, grad_score_rows(), query_left_, num_keys,
+                       key_sums_ + key * sum_stride_, sum_stride_);
+      add_up_left_rows(count, Left<Math>{scores_, score_stride_, 1}, grad_left_, num_keys,
+                       value_sums_ + key * sum_stride_, sum_stride_);
       return;
     }
     int64_t query_steps = steps_of<Math>(count);
@@ -400,7 +389,6 @@ class BackwardWorker : AttentionWorker {
   Buffer<float> delta_row_, delta_other_row_;
   float deltas_[tile_queries], exponent_offsets_[tile_queries];
   Left<Math> query_left_{}, grad_left_{};
-  KeyList keys_{};
   Wanted wanted_{};
   typename Math::State state_;
   int64_t key_panel_stride_ = 0, sum_stride_ = 0, first_query_ = 0;

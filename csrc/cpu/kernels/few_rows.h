@@ -1,5 +1,5 @@
-// Products of a few rows with many that are read where they lie: to pack these for so few would take
-// longer than to multiply them.
+// Products of a few rows with many that are read where they lie: to pack these for so few would
+// take longer than to multiply them.
 #pragma once
 
 #include "matrix.h"
@@ -29,12 +29,11 @@ TIR_INLINE void each_vector(const typename Row::Element* row, int64_t width, Vis
 
 // product[i][j] = left row i . row j, and 0 from `count` up to a whole vector of columns.
 //
-// Left rows end in zeros up to a whole vector; as many of them as with_few_rows() says are read, and
-// of the product written.
+// Left rows end in zeros up to a whole vector; as many of them as with_few_rows() says are read,
+// and of the product written.
 template <class RowAt>
-void multiply_by_rows(int64_t left_rows, const float* left, int64_t left_stride, RowAt row_at,
-                      Type type, int64_t count, int64_t width, float* product,
-                      int64_t product_stride) {
+void multiply_by_rows(int64_t left_rows, Left<FewRowsMath> left, RowAt row_at, Type type,
+                      int64_t count, int64_t width, float* product, int64_t product_stride) {
   with_row_type(type, [&](auto row_type) {
     using Row = decltype(row_type);
     with_few_rows(left_rows, [&](auto rounded_up) {
@@ -50,7 +49,8 @@ void multiply_by_rows(int64_t left_rows, const float* left, int64_t left_stride,
             each_vector<Row>(row, width, [&](int64_t column, Vec values) {
               TIR_UNROLL
               for (int i = 0; i < rows; ++i) {
-                sums[i] = multiply_add(load(left + i * left_stride + column), values, sums[i]);
+                const float* own = left.data + i * left.row_stride + column;
+                sums[i] = multiply_add(load(own), values, sums[i]);
               }
             });
           }
@@ -72,9 +72,8 @@ void multiply_by_rows(int64_t left_rows, const float* left, int64_t left_stride,
 // sums[i] = sum over j of factors[i][j] row j, or sums[i] += it where `adds`; as many of both as
 // with_few_rows() says.
 template <class RowAt>
-void add_up_rows(int64_t left_rows, const float* factors, int64_t factor_stride, RowAt row_at,
-                 Type type, int64_t count, int64_t width, float* sums, int64_t sum_stride,
-                 bool adds) {
+void add_up_rows(int64_t left_rows, Left<FewRowsMath> factors, RowAt row_at, Type type,
+                 int64_t count, int64_t width, float* sums, int64_t sum_stride, bool adds) {
   with_row_type(type, [&](auto row_type) {
     using Row = decltype(row_type);
     with_few_rows(left_rows, [&](auto rounded_up) {
@@ -85,7 +84,9 @@ void add_up_rows(int64_t left_rows, const float* factors, int64_t factor_stride,
       for (int64_t j = 0; j < count; ++j) {
         Vec own_factors[rows];
         TIR_UNROLL
-        for (int i = 0; i < rows; ++i) own_factors[i] = broadcast(factors[i * factor_stride + j]);
+        for (int i = 0; i < rows; ++i) {
+          own_factors[i] = broadcast(factors.data[i * factors.row_stride + j]);
+        }
         auto* row = static_cast<const typename Row::Element*>(row_at(j));
         each_vector<Row>(row, width, [&](int64_t column, Vec values) {
           TIR_UNROLL
@@ -100,20 +101,22 @@ void add_up_rows(int64_t left_rows, const float* factors, int64_t factor_stride,
 }
 
 // sums[j] = sum over i of factors[i][j] left row i, for `count` columns of factors.
-inline void add_up_left_rows(int64_t left_rows, const float* factors, int64_t factor_stride,
-                             const float* left, int64_t left_stride, int64_t count, float* sums,
-                             int64_t sum_stride) {
+inline void add_up_left_rows(int64_t left_rows, Left<FewRowsMath> factors, Left<FewRowsMath> left,
+                             int64_t count, float* sums, int64_t sum_stride) {
   with_few_rows(left_rows, [&](auto rounded_up) {
     constexpr int rows = decltype(rounded_up)::value;
     for (int64_t j = 0; j < count; ++j) {
       Vec own_factors[rows];
       TIR_UNROLL
-      for (int i = 0; i < rows; ++i) own_factors[i] = broadcast(factors[i * factor_stride + j]);
+      for (int i = 0; i < rows; ++i) {
+        own_factors[i] = broadcast(factors.data[i * factors.row_stride + j]);
+      }
       for (int64_t column = 0; column < sum_stride; column += lanes) {
         Vec sum = zero();
         TIR_UNROLL
         for (int i = 0; i < rows; ++i) {
-          sum = multiply_add(own_factors[i], load(left + i * left_stride + column), sum);
+          const float* own = left.data + i * left.row_stride + column;
+          sum = multiply_add(own_factors[i], load(own), sum);
         }
         store(sums + j * sum_stride + column, sum);
       }

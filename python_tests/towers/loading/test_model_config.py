@@ -28,7 +28,7 @@ def refuse(folder, config, words):
     start = time.monotonic()
     with pytest.raises(FewShotError, match=words) as info:
         load_model(str(folder))
-    assert time.monotonic() - start < 10  # building or a network would take minutes
+    assert time.monotonic() - start < 40  # building or a network would take minutes
     assert "\n" not in str(info.value)
 
 
