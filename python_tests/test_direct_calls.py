@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tir_kernels
-from tir_kernels.operators import library
+from tir_kernels.operators import choose, known_calls, library
+from tir_kernels.operators import weighted_attention as module
+from tir_kernels.operators.known_calls import KnownCalls
 
 Seen = list[str]
 
@@ -27,7 +30,8 @@ def rows() -> list[Tensor]:
 def through(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """The ways by which weighted attention is called from now on."""
     ways: Seen = []
-    kind: Any = tir_kernels.operators.weighted_attention._WeightedAttention
+    kind: Any = module._WeightedAttention
+    monkeypatch.setattr(module._known_calls, "get", lambda signature: None)
 
     def note(way: str, function: Callable) -> Callable:
         return lambda *inputs: ways.append(way) or function(*inputs)
@@ -50,7 +54,7 @@ def test_gradients_are_those_of_the_dispatcher(
 ) -> None:
     results = []
     for is_watched in (False, True):
-        monkeypatch.setattr(library, "_is_watched", lambda found=is_watched: found)
+        monkeypatch.setattr(library, "is_watched", lambda found=is_watched: found)
         leaves = [t.clone().requires_grad_() for t in rows]
         output = tir_kernels.weighted_attention(*leaves)
         assert "WeightedAttention" in output.grad_fn.name()
@@ -119,3 +123,135 @@ def test_without_the_question_for_keys_all_goes_through_it(
     monkeypatch.setattr(library, "_keys_of", None)
     tir_kernels.weighted_attention(*rows)
     assert through == ["dispatcher"]
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> KnownCalls:
+    """What is known of calls from now on, of which nothing is yet."""
+    if reason := choose.load_backend("cpu").unavailable():
+        pytest.skip(f"backend cpu: {reason}")
+    found: KnownCalls = KnownCalls()
+    monkeypatch.setattr(module, "_known_calls", found)
+    return found
+
+
+def launches(known: KnownCalls) -> int:
+    return len(known._known)
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+@pytest.mark.parametrize("weigh", [None, torch.rand])
+def test_a_known_call_gives_the_same(
+    known: KnownCalls, rows: list[Tensor], backend: str, weigh: Any
+) -> None:
+    weights = None if weigh is None else weigh(1, 5)
+    others = [torch.randn(1, 2, 5, 8) for _ in range(3)]
+    for first, second in ((rows, others), (rows, rows)):
+        for is_causal in (False, True):
+            options = {"is_causal": is_causal, "backend": backend, "return_lse": True}
+            tir_kernels.weighted_attention(*first, weights, **options)
+            found = tir_kernels.weighted_attention(*second, weights, **options)
+            expected = tir_kernels.weighted_attention(
+                *second, weights, **(options | {"backend": "reference"})
+            )
+            torch.testing.assert_close(found, expected)
+    assert launches(known) == 2
+
+
+def test_a_known_call_has_gradients(known: KnownCalls, rows: list[Tensor]) -> None:
+    weights = torch.rand(1, 5)
+    tir_kernels.weighted_attention(*rows, weights)
+    results = []
+    for _ in range(2):
+        leaves = [t.clone().requires_grad_() for t in (*rows, weights)]
+        output = tir_kernels.weighted_attention(*leaves)
+        assert "WeightedAttention" in output.grad_fn.name()
+        results.append(torch.autograd.grad(output.square().sum(), leaves))
+        with torch.no_grad():
+            assert not tir_kernels.weighted_attention(*leaves).requires_grad
+        known._known.clear()  # the second time it is none
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_is_almost_known_is_checked(known: KnownCalls, rows: list[Tensor]) -> None:
+    q, k, v = rows
+    tir_kernels.weighted_attention(q, k, v, is_causal=True, scale=1.0)
+    with pytest.raises(TypeError, match="is_causal"):
+        tir_kernels.weighted_attention(q, k, v, is_causal=1, scale=1.0)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="scale"):
+        tir_kernels.weighted_attention(q, k, v, is_causal=True, scale=True)
+    with pytest.raises(ValueError, match="attn_mask"):
+        tir_kernels.weighted_attention(
+            q,
+            k,
+            v,
+            is_causal=True,
+            scale=1.0,
+            attn_mask=q,  # type: ignore[call-overload]
+        )
+    with pytest.raises(ValueError, match="k must have shape"):
+        tir_kernels.weighted_attention(q, k[:, :, :, :4], v, is_causal=True, scale=1.0)
+    strided = torch.randn(1, 2, 8, 5).mT
+    with pytest.raises(ValueError, match="unit stride"):
+        tir_kernels.weighted_attention(q, strided, v, is_causal=True, scale=1.0)
+    with pytest.raises(TypeError, match="must be a tensor"):
+        tir_kernels.weighted_attention(q, [1], v)  # type: ignore[call-overload]
+    assert launches(known) == 1
+
+
+def test_strides_and_types_tell_calls_apart(known: KnownCalls) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        dense = [torch.randn(2, 3, 5, 8).to(dtype) for _ in range(3)]
+        joined = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in dense]
+        wide = torch.rand(5, 2).mT  # not contiguous: weights that are copied are not known
+        for weights in (None, torch.rand(2, 5), wide):
+            for _ in range(2):
+                one = tir_kernels.weighted_attention(*dense, weights)
+                other = tir_kernels.weighted_attention(*joined, weights)
+                assert torch.equal(one, other)
+                assert one.dtype == dtype
+                assert not other.is_contiguous()
+    assert launches(known) == 8
+
+
+def test_surroundings_are_noticed(known: KnownCalls, rows: list[Tensor]) -> None:
+    tir_kernels.weighted_attention(*rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert tir_kernels.weighted_attention(*rows).dtype == torch.bfloat16
+    with pytest.raises(NotImplementedError, match="vmap"):
+        torch.vmap(tir_kernels.weighted_attention)(*(t[None] for t in rows))
+    with torch.device("meta"):
+        assert tir_kernels.weighted_attention(*rows).device.type == "cpu"
+    assert launches(known) == 1
+
+
+def test_a_backend_that_goes_is_noticed(
+    known: KnownCalls, rows: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tir_kernels.weighted_attention(*rows)
+    monkeypatch.setattr(type(choose.load_backend("cpu")), "unavailable", lambda self: "it left")
+    choose.choose_backend.cache_clear()
+    with pytest.raises(RuntimeError, match="it left"):
+        tir_kernels.weighted_attention(*rows, backend="cpu")
+    torch.testing.assert_close(
+        tir_kernels.weighted_attention(*rows),
+        tir_kernels.weighted_attention(*rows, backend="reference"),
+    )
+    choose.choose_backend.cache_clear()
+
+
+def test_no_tensor_is_held(known: KnownCalls, rows: list[Tensor]) -> None:
+    weights = torch.rand(1, 5)
+    tir_kernels.weighted_attention(*rows, weights)
+    held = [weakref.ref(t) for t in (*rows, weights)]
+    rows.clear()
+    del weights
+    assert [ref() for ref in held] == [None] * 4
+
+
+def test_not_all_calls_are_remembered(known: KnownCalls, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known_calls, "_MOST", 3)
+    for length in range(1, 9):
+        tir_kernels.weighted_attention(*(torch.randn(1, 1, length, 4) for _ in range(3)))
+    assert 1 <= launches(known) <= 3

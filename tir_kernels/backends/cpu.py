@@ -23,16 +23,16 @@ from .common import (
     address,
     attention_problem,
     empty_gradients,
-    empty_result,
     projection_arguments,
     relevance_problem,
     relevance_shape,
+    result_strides,
     row_grid,
     type_name,
     with_contiguous_rows,
 )
 from .inputs import AttentionInputs, BackwardInputs, RelevanceInputs, StatisticsInputs
-from .optional import DropoutInputs
+from .optional import AttentionLaunch, DropoutInputs
 from .protocol import AttentionStatistics, Gradients, Pair
 
 _NOT_BUILT = (
@@ -116,19 +116,33 @@ class CpuBackend:
     def attention_forward(self, inputs: AttentionInputs) -> Pair:
         query, key, value, weights, *_ = inputs
         weights = None if weights is None else weights.contiguous()
-        output = empty_result(query)
-        log_sum_exp = query.new_empty(query.shape[:3], dtype=torch.float32)
-        _kernels().attention_forward(
-            *attention_problem(inputs),
-            row_grid(query),
-            row_grid(key),
-            row_grid(value),
-            address(weights),
-            row_grid(output),
-            log_sum_exp.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return output, log_sum_exp
+        return self.attention_launch(inputs)(query, key, value, weights)
+
+    def attention_launch(self, inputs: AttentionInputs) -> AttentionLaunch:
+        query, key, value = inputs[:3]
+        problem = attention_problem(inputs)
+        of_query, of_key, of_value = (rows.stride()[:3] for rows in (query, key, value))
+        shape, strides = query.shape, result_strides(query)
+        of_output = strides[:3]
+        batch, heads, length, _ = shape
+        sums_shape, sums_strides = (batch, heads, length), (heads * length, length, 1)
+
+        def launch(query: Tensor, key: Tensor, value: Tensor, weights: Tensor | None) -> Pair:
+            output = query.new_empty_strided(shape, strides)
+            log_sum_exp = query.new_empty_strided(sums_shape, sums_strides, dtype=torch.float32)
+            _kernels().attention_forward(
+                *problem,
+                (query.data_ptr(), *of_query),
+                (key.data_ptr(), *of_key),
+                (value.data_ptr(), *of_value),
+                0 if weights is None else weights.data_ptr(),
+                (output.data_ptr(), *of_output),
+                log_sum_exp.data_ptr(),
+                torch.get_num_threads(),
+            )
+            return output, log_sum_exp
+
+        return launch
 
     def attention_backward(self, inputs: AttentionInputs, backward: BackwardInputs) -> Gradients:
         query, key, value, weights, *_ = inputs

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from .inputs import AttentionInputs, BackwardInputs, RelevanceInputs
-from .protocol import Gradients
+from .protocol import Gradients, Pair
+
+AttentionLaunch = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Pair]
 
 
 class DropoutInputs(NamedTuple):
@@ -27,6 +30,13 @@ class OptionalOperations(Protocol):
 
     Without the first two, the operator puts token weights and weighted attention together.
     """
+
+    def attention_launch(self, inputs: AttentionInputs) -> AttentionLaunch:
+        """What does :meth:`Backend.attention_forward` for query, key, value and contiguous weights
+        of the same shapes, strides and types as these, which it does not hold.
+
+        Host time of small calls: sizes are looked up and laid out once.
+        """
 
     def reweighted_forward(
         self, attention: AttentionInputs, relevance: RelevanceInputs, table: Tensor, top_k: int

@@ -56,7 +56,13 @@ _keys_of = getattr(torch._C, "_dispatch_keys", None)
 _is_plain_set: dict[int, bool] = {}
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def dispatch_keys(tensor: Tensor) -> int:
+    """A number for what PyTorch's dispatcher sees in a tensor: 0 where that cannot be asked."""
+    return 0 if _keys_of is None else _keys_of(tensor).raw_repr()
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor means the same to the dispatcher as to the implementations."""
     if _keys_of is None:
         return False
     keys = _keys_of(tensor)
@@ -67,7 +73,7 @@ def _is_plain(tensor: Tensor) -> bool:
     return known
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether a mode, a profiler or a tracer would see a call of the dispatcher."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
@@ -126,19 +132,24 @@ class Operator(torch.autograd.Function):
         """
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return cls.apply(*inputs)
-        is_plain, requires_grad = not _is_watched(), False
+        are_plain, requires_grad = not is_watched(), False
         for each in inputs:
             kind = type(each)
             if kind is Tensor or kind is Parameter:  # asking isinstance first takes longer
-                is_plain = is_plain and _is_plain(each)
+                are_plain = are_plain and is_plain(each)
                 requires_grad = requires_grad or each.requires_grad
             elif isinstance(each, Tensor):
-                is_plain = False
+                are_plain = False
                 requires_grad = requires_grad or each.requires_grad
         # Forward differentiation is for the function to refuse.
         if (requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
-            return (cls._direct if is_plain else cls._watched).apply(*inputs)
-        return (cls._implementation if is_plain else cls.forward)(*inputs)
+            return (cls._direct if are_plain else cls._watched).apply(*inputs)
+        return (cls._implementation if are_plain else cls.forward)(*inputs)
+
+    @classmethod
+    def call_directly(cls, *inputs: Any) -> Any:
+        """The same for plain tensors that require a gradient, where nothing looks on."""
+        return cls._direct.apply(*inputs)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from tir_kernels.backends.common import (
     result_strides,
 )
 from tir_kernels.backends.inputs import AttentionInputs, BackwardInputs
+from tir_kernels.backends.optional import AttentionLaunch
 from tir_kernels.backends.protocol import Backend, Gradients, Pair
 from tir_kernels.operators.checks import (
     check_attention_inputs,
@@ -24,6 +25,12 @@ from tir_kernels.operators.checks import (
     require_same_device,
 )
 from tir_kernels.operators.choose import choose_backend
+from tir_kernels.operators.known_calls import (
+    KnownCalls,
+    Signature,
+    requires_gradient,
+    signature_of,
+)
 from tir_kernels.operators.library import OPS, Operator, define, define_fake
 from tir_kernels.operators.second_derivative import differentiable_once
 from tir_kernels.precision import autocast_dtype
@@ -116,6 +123,33 @@ def weighted_attention(
     """
     if attn_mask is not None or dropout_p:
         refuse_mask_and_dropout(attn_mask, dropout_p)
+    signature = signature_of((q, k, v, weights), is_causal, scale, backend, return_lse)
+    known = _known_calls.get(signature)
+    if known is None or not known.is_current(q, backend):
+        inputs = _checked(q, k, v, weights, is_causal, scale, backend, return_lse)
+        results = differentiable_attention(inputs, backend)
+        if signature is not None:
+            _remember(signature, inputs, backend)
+    elif requires_gradient(q, k, v, weights):
+        results = _WeightedAttention.call_directly(
+            q, k, v, weights, known.scale, is_causal, backend
+        )
+    else:
+        results = known.launch(q, k, v, weights)
+    return results if return_lse else results[0]
+
+
+def _checked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    backend: str,
+    return_lse: bool,
+) -> AttentionInputs:
+    """The arguments of :func:`weighted_attention` as inputs, or an error about one of them."""
     q, k, v = cast_for_autocast(q, k, v)
     scale = check_attention_inputs(q, {"k": k, "v": v}, scale, backend)
     require_bool("is_causal", is_causal)
@@ -124,9 +158,33 @@ def weighted_attention(
         require_same_device("weights", weights, "q", q)
     if return_lse:
         require_head_width(q)
-    inputs = AttentionInputs(q, k, v, weights, scale, is_causal)
-    results = differentiable_attention(inputs, backend)
-    return results if return_lse else results[0]
+    return AttentionInputs(q, k, v, weights, scale, is_causal)
+
+
+class _KnownAttention(NamedTuple):
+    """What is known of a call: the scale that applies, and who serves it."""
+
+    scale: float
+    backend: Backend
+    launch: AttentionLaunch
+
+    def is_current(self, query: Tensor, name: str) -> bool:
+        """Whether the name still stands for that backend."""
+        return attention_backend(name, query) is self.backend
+
+
+_known_calls: KnownCalls[_KnownAttention] = KnownCalls()
+
+
+def _remember(signature: Signature, inputs: AttentionInputs, name: str) -> None:
+    query, key, value, weights, scale, _ = inputs
+    is_simple = weights is None or (weights.dtype == torch.float32 and weights.is_contiguous())
+    if query.is_meta or query.numel() == 0 or key.numel() == 0 or not is_simple:
+        return
+    backend: Any = attention_backend(name, query)
+    if hasattr(backend, "attention_launch"):
+        known = _KnownAttention(scale, backend, backend.attention_launch(inputs))
+        _known_calls.add(signature, (query, key, value, weights), known)
 
 
 def differentiable_attention(inputs: AttentionInputs, backend: str) -> Pair:
