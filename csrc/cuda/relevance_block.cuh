@@ -80,15 +80,22 @@ struct RelevanceBlock {
     int first_place = place + (plan.by_feature ? first_depth : first_feature);
     int lines = plan.by_feature ? joint_dim : model_dim;
     int left = (plan.by_feature ? model_dim : joint_dim) - first_place;
-    TIR_UNROLL
-    for (int i = 0; i < kShare; ++i) {
-      int64_t first = (first_line + i * line_step) * plan.line_stride + first_place;
-      int count = first_line + i * line_step < lines ? left : 0;
-      if (plan.proj_is_copied) {
-        auto* source = static_cast<const T*>(arguments.proj.data);
-        copy_async(share(slot, i), count > 0 ? source + first : source, count > 0);
-      } else {
-        read_elements(held[i], arguments.proj, first, count, plan.proj_is_aligned);
+    int existing = left > 0 ? lines - first_line : 0;
+    int64_t first = first_line * plan.line_stride + first_place;
+    int64_t stride = line_step * plan.line_stride;
+    if (plan.proj_is_copied) {
+      // The address of a line that does not exist is not read.
+      const T* source = static_cast<const T*>(arguments.proj.data) + first;
+      TIR_UNROLL
+      for (int i = 0; i < kShare; ++i) {
+        copy_async(share(slot, i), source, i * line_step < existing);
+        source += stride;
+      }
+    } else {
+      TIR_UNROLL
+      for (int i = 0; i < kShare; ++i) {
+        int count = i * line_step < existing ? left : 0;
+        read_elements(held[i], arguments.proj, first + i * stride, count, plan.proj_is_aligned);
       }
     }
   }
