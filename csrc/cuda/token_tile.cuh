@@ -75,7 +75,7 @@ struct TokenTile {
   // taken around its own mean: unlike a sum of squares, that loses nothing where the mean is far
   // from 0.
   TIR_DEVICE void merge_statistics(int first_column) {
-    constexpr int kBatch = 4;  // rows at once, since the sum over a warp takes long
+    constexpr int kBatch = kOwnRows % 4 == 0 ? 4 : 2;  // rows at once: a sum over a warp takes long
     int columns = min(span, model_dim - first_column);
     float share = static_cast<float>(columns) / static_cast<float>(first_column + columns);
     for (int first = own; first < own + kOwnRows; first += kBatch) {

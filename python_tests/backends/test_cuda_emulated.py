@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -203,17 +202,7 @@ MISTAKES = {
 
 def build_with(mistake: str, folder: Path) -> Path:
     """The emulated module with one of the mistakes in it."""
-    name, right, wrong = MISTAKES[mistake]
-    source = folder / "csrc"
-    shutil.copytree(ROOT / "csrc", source)
-    path = source / "cuda" / name
-    text = path.read_text()
-    if right:
-        assert text.count(right) == 1, f"{name} no longer holds {right!r}"
-        path.write_text(text.replace(right, wrong))
-    return cuda_emulation.replace_object(
-        source / "cuda" / "attention_forward.cu", "bfloat16", folder
-    )
+    return cuda_emulation.build_with(MISTAKES[mistake], "attention_forward", "bfloat16", folder)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
