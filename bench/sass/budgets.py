@@ -191,6 +191,37 @@ BUDGETS = {
         )
         for rows, instructions in ((1, 182), (2, 194), (3, 233))  # 174, 186, 223
     },
+    # A step of 16 rows of the projection, for 16, 32 or 48 tokens and 32 features of each warp, in
+    # three products for one.
+    **{
+        f"relevance_kernel<float, {rows}, 1>": KernelBudget(
+            registers=255,
+            loops=[
+                LoopBudget(
+                    24 * rows,
+                    instructions,
+                    {
+                        "LDSM": 4 + 2 * rows,  # of the projection, and of the tokens
+                        "LDGSTS": 4,
+                        # To split a number of 16 + 8 for each row takes one, to add a sum of 32.
+                        "arithmetic": 16 + 40 * rows,
+                        "branch": 16,  # 15
+                        "access": 3,
+                    },
+                )
+            ],
+        )
+        for rows, instructions in ((1, 280), (2, 355), (3, 455))  # 268, 342, 440
+    },
+    # A bit of a class's threshold: a lane's 25 or 8 keys are compared, and counted over the warp.
+    # The same again for rows too long for shared memory.
+    "select_kernel": KernelBudget(
+        registers=64,  # two blocks of 16 warps
+        loops=[
+            LoopBudget(0, instructions, {"REDUX": 1, "branch": 3})
+            for instructions in (93, 37, 93, 37)  # 89, 35
+        ],
+    ),
 }
 
 

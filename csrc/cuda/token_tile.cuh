@@ -55,6 +55,7 @@ struct TokenTile {
   TIR_DEVICE void load(int first_column) {
     auto* source = static_cast<const T*>(arguments.tokens.data) + first_column;
     int left = model_dim - first_column;
+    TIR_NO_UNROLL
     for (int row = own; row < own + kOwnRows; ++row) {
       int64_t offset = rows.token_offsets[row];
       for (int column = lane * kVector<T>; column < span; column += kStride) {
