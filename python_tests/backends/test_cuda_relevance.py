@@ -254,7 +254,7 @@ FLOAT_MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", FLOAT_MISTAKES)
-def test_a_mistake_in_float32_products_is_seen(
+def test_mistakes_in_float32_products_are_seen(
     kernels, mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     edit = FLOAT_MISTAKES[mistake]
