@@ -19,9 +19,9 @@ TIR_DEVICE Parts split(uint32_t bits) {
   return {large, __float_as_uint(__uint_as_float(bits) - __uint_as_float(large)) & kTaken};
 }
 
-// total (16 x 8) += left (16 x 8) right (8 x 8), as multiply_add_tf32 lays them out. The products of
-// small parts, of 2^-24 and less, are left out. Tensor cores cut sums off where others round them,
-// and errors that all point to 0 add up; so they sum one product only, beginning with its least.
+// total (16 x 8) += left (16 x 8) right (8 x 8), as multiply_add_tf32 lays them out. The product of
+// small parts, at most 2^-22 of the whole, is left out. Tensor cores cut sums off where others round
+// them, and errors that all point to 0 add up; so they sum one product only, its least part first.
 template <>
 TIR_DEVICE void multiply_add<float>(float (&total)[4], const uint32_t (&left)[4], uint32_t right_0,
                                     uint32_t right_1) {

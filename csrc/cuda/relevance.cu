@@ -2,8 +2,8 @@
 //
 // A block takes 32, 64 or 96 patch tokens of one class group, or half as many of float32. They are
 // normalised into shared memory, and stay there if they fit. The projection passes by in slices of
-// 256 features, a few of its rows at a step. What a slice adds to squared norms and to products with
-// classes is taken from the accumulators, so that features never leave the registers.
+// 256 features, a few of its rows at a step. What a slice adds to squared norms and to products
+// with classes is taken from the accumulators, so that features never leave the registers.
 //
 // With 64 images of 196 patches, D 768 and E 512 in bfloat16, tensor cores need about as long as it
 // takes to read the projection from the L2 cache once for every 96 tokens. Blocks of fewer tokens

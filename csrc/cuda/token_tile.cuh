@@ -145,10 +145,11 @@ struct TokenTile {
   //
   // LayerNorm could be folded into the product instead: tokens times the projection with gains in
   // it, less the mean times the sums of its columns. It would not be as accurate where the mean is
-  // large. With D 768 and E 512 and a mean of 3, 10 and 30 deviations, mean errors in float32 were
-  // 2.3, 4.0 and 7.0 times plain PyTorch's; normalised first, 1.1, 0.9 and 1.6. In float16 they were
-  // 2.8 times at 1000 deviations, against 0.4. bfloat16 bore it, with 0.4 either way at any mean, but
-  // another kernel would have to put the gains in, and its launch takes longer than this pass.
+  // large. With D 768, E 512 and a mean of 3, 10 and 30 deviations, mean errors in float32 were
+  // 2.3, 4.0 and 7.0 times plain PyTorch's; normalised first, 1.1, 0.9 and 1.6. In float16 they
+  // were 2.8 times at 1000 deviations, against 0.4. bfloat16 bore it, with 0.4 either way at any
+  // mean, but another kernel would have to put the gains in, and to launch it takes longer than
+  // this pass.
   TIR_DEVICE void normalize(int first_column) {
     for (int column = lane * kVector<T>; column < span; column += kStride) {
       float gains[kVector<T>], biases[kVector<T>], values[kVector<T>];
