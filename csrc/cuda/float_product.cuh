@@ -7,8 +7,8 @@ namespace tir::cuda {
 
 // A float32 as the sum of two numbers with significands of 11 bits, which tensor cores take, to
 // within 2^-23 of it, or 2^-136 where it is tiny. The large one is rounded to nearest; what of the
-// small one is cut off is its last bit. NaN and infinity make the small one NaN; so does a number
-// within 2^-12 of the largest, whose square is infinite anyway.
+// small one is cut off is its last bit. NaN and infinity make the small one NaN; a number within
+// 2^-12 of the largest float32 makes products NaN.
 struct Parts {
   uint32_t large, small;
 };
