@@ -172,7 +172,8 @@ struct RelevanceBlock {
       __syncthreads();  // the step is here, and everyone is done with the one before
       int next = step + plan.stages - 1, next_slot = (slot == 0 ? plan.stages : slot) - 1;
       Held held = {};
-      if (next < steps) begin_step(next, first_feature, next_slot, held);
+      // Found anew, so that products of float32 have the registers that addresses would take.
+      if (next < steps) begin_step(anew(next), first_feature, next_slot, held);
       commit_copies();
       if (has_features) {
         const T* left = tokens.data + offset;
