@@ -1,7 +1,7 @@
 """How the CUDA attention kernels are launched and what a block does: bfloat16, heads of width 64.
 
-The plans are those of csrc/cuda/forward_plan.h and attention_backward.cu, for a GPU that is not
-there; a test runs the C++ launchers and compares.
+The plans are those of csrc/cuda/forward_plan.h, attention_backward.cu and attention_statistics.cu,
+for a GPU that is not there; a test runs the C++ launchers and compares.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from .sass.counts import WARP, KernelCounts, MainLoop
 
 FORWARD = "attention_forward_kernel<bfloat16, 64>"
 BACKWARD = "attention_backward_kernel<bfloat16, 64, 0>"
+STATISTICS = ("row_statistics_kernel<bfloat16, 64>", "column_statistics_kernel<bfloat16, 64>")
 
 HEAD_DIM, _ITEM = 64, 2
 _TILE = 16  # rows of a product
@@ -26,7 +27,7 @@ _MAX_WARPS = 4  # of a block
 # csrc/cuda/forward_plan.h.
 _PASS_COST, _STEP_COST, _TILE_COST, _WARP_COST, _COPY_COST, _MOVE_COST = 16, 5, 17, 6, 3, 16
 _WARPS_AT_ONCE, _RESERVED, _OF_ONE = 8, 1024, 5040
-_FRAGMENT = 4  # cycles of shared memory for LDSM.x4, a copy or a store of a warp: 512 bytes
+FRAGMENT = 4  # cycles of shared memory for LDSM.x4, a copy or a store of a warp: 512 bytes
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,13 @@ class _ForwardPlan:
 def _forward_plan(
     length: int, heads: int, multiprocessors: int, shared_memory: int
 ) -> _ForwardPlan:
-    tiles, chunks = _parts(length, _HELD), _parts(length, _FORWARD_CHUNK)
+    tiles, chunks = parts_of(length, _HELD), parts_of(length, _FORWARD_CHUNK)
 
     def room(warps: int, rows: int) -> int:
         return chunks * _FORWARD_CHUNK * 4 + (warps * _HELD + 2 * rows) * _PITCH
 
     def plan_with(warps: int, parts: int) -> _ForwardPlan:
-        rounds, rows = _parts(tiles, parts * warps), _padded(length)
+        rounds, rows = parts_of(tiles, parts * warps), _padded(length)
         is_resident = chunks <= 2 or (rounds > 1 and room(warps, rows) <= shared_memory // 2)
         if not is_resident:
             rows = 2 * _FORWARD_CHUNK
@@ -106,7 +107,7 @@ def _forward_plan(
         return _ForwardPlan(launch, parts, is_resident, rounds)
 
     def time(plan: _ForwardPlan) -> int:
-        launch, sixteens = plan.launch, _parts(length, _TILE)
+        launch, sixteens = plan.launch, parts_of(length, _TILE)
         whole, steps = divmod(sixteens, _FORWARD_CHUNK // _TILE)
         loaded = sixteens * (1 if plan.is_resident else plan.rounds)
         of_tile = whole * _PASS_COST + steps * _STEP_COST + _TILE_COST
@@ -114,7 +115,7 @@ def _forward_plan(
         work = max(issued, (loaded + sixteens // plan.parts) * _MOVE_COST)
         fitting = (shared_memory + _RESERVED) // (launch.shared + _RESERVED)
         at_once = max(1, min(fitting, _WARPS_AT_ONCE // launch.warps))
-        full, rest = divmod(_parts(launch.blocks, multiprocessors), at_once)
+        full, rest = divmod(parts_of(launch.blocks, multiprocessors), at_once)
         total = full * at_once * (_OF_ONE // _rate(at_once * launch.warps))
         return work * (total + (rest and rest * (_OF_ONE // _rate(rest * launch.warps))))
 
@@ -123,9 +124,9 @@ def _forward_plan(
     while most > 1 and room(most, ring) > shared_memory:
         most -= 1
     candidates = {
-        (warps, _parts(tiles, warps * rounds))
+        (warps, parts_of(tiles, warps * rounds))
         for warps in range(1, most + 1)
-        for rounds in range(1, _parts(tiles, warps) + 1)
+        for rounds in range(1, parts_of(tiles, warps) + 1)
     }
     plans = [plan_with(*each) for each in candidates]
     return min(plans, key=lambda plan: (time(plan), plan.parts, -plan.launch.warps))
@@ -150,16 +151,16 @@ def forward_launch(length: int, heads: int, multiprocessors: int, shared_memory:
 
 def backward_launch(length: int, heads: int, shared_memory: int) -> Launch:
     """The launch of the backward kernel, keys and queries side by side."""
-    tiles = _parts(length, _HELD)
+    tiles = parts_of(length, _HELD)
 
     def room(warps: int) -> int:
         rows = 2 * warps * _HELD + 4 * _BACKWARD_CHUNK
-        return _parts(length, _BACKWARD_CHUNK) * _BACKWARD_CHUNK * 8 + rows * _PITCH
+        return parts_of(length, _BACKWARD_CHUNK) * _BACKWARD_CHUNK * 8 + rows * _PITCH
 
     warps = min(tiles, _MAX_WARPS)
     while warps > 1 and room(warps) > shared_memory:
         warps -= 1
-    return Launch(heads * 2 * _parts(tiles, warps), warps, room(warps))
+    return Launch(heads * 2 * parts_of(tiles, warps), warps, room(warps))
 
 
 def forward_work(
@@ -177,43 +178,43 @@ def forward_work(
         products=0,
         exponentials=0,
         # Queries are copied, read and, as outputs, written and read again.
-        shared=_FRAGMENT * 4 * held,
+        shared=FRAGMENT * 4 * held,
         cache_bytes=0,
     )
-    of_tile += _passes(chunk, chunks) + _passes(step, rest // _TILE)
-    of_tile += _once(step.around[0] if rest else 0)
+    of_tile += passes_of(chunk, chunks) + passes_of(step, rest // _TILE)
+    of_tile += once(step.around[0] if rest else 0)
     loads = 1 if plan.is_resident else plan.rounds
     rows = loads * _padded(length)
     of_block = Work(
         instructions=2 * rows * _ROW_COPIES * copy_streamed,
         products=0,
         exponentials=0,
-        shared=_FRAGMENT * 2 * rows * _ROW_COPIES,
+        shared=FRAGMENT * 2 * rows * _ROW_COPIES,
         # Queries in and outputs out are shared by a head's blocks, keys and values are not.
         cache_bytes=(2 * length / plan.parts + 2 * loads * length) * HEAD_DIM * _ITEM,
     )
     warps = plan.launch.warps
-    return of_tile * (plan.rounds * warps) + of_block + _once(warps * chunk.around[-1])
+    return of_tile * (plan.rounds * warps) + of_block + once(warps * chunk.around[-1])
 
 
 def backward_work(kernel: KernelCounts, length: int, shared_memory: int) -> Work:
     """What a block of the backward kernel does, the mean of those with keys and with queries."""
     warps = backward_launch(length, 1, shared_memory).warps
     held = _ROW_COPIES * _HELD
-    parts = _parts(_parts(length, _HELD), warps)
-    steps, chunks = _parts(length, _BACKWARD_STEP), _parts(length, _BACKWARD_CHUNK)
+    parts = parts_of(parts_of(length, _HELD), warps)
+    steps, chunks = parts_of(length, _BACKWARD_STEP), parts_of(length, _BACKWARD_CHUNK)
     copy, copy_streamed = _copy_costs(kernel)
     most = max(loop.products for loop in kernel.main_loops)
-    total = _once(0)
+    total = once(0)
     for loop in kernel.main_loops:
         gradients = 2 if loop.products == most else 1  # of keys and of values, or of queries
-        of_warp = _passes(loop, steps) + Work(
+        of_warp = passes_of(loop, steps) + Work(
             instructions=chunks * loop.around[0]
             + loop.around[-1]
             + held * (2 * copy + gradients * max(kernel.stores)),
             products=0,
             exponentials=0,
-            shared=_FRAGMENT * (2 + 2 * gradients) * held,
+            shared=FRAGMENT * (2 + 2 * gradients) * held,
             cache_bytes=0,
         )
         copies = 2 * _padded(length) * _ROW_COPIES
@@ -221,11 +222,46 @@ def backward_work(kernel: KernelCounts, length: int, shared_memory: int) -> Work
             instructions=copies * copy_streamed,
             products=0,
             exponentials=0,
-            shared=_FRAGMENT * copies,
+            shared=FRAGMENT * copies,
             cache_bytes=((2 + gradients) * length / parts + 2 * length) * HEAD_DIM * _ITEM,
         )
         total += (of_warp * warps + of_block) * 0.5
     return total
+
+
+def statistics_launch(length: int, heads: int) -> Launch:
+    """The launch of either statistics kernel."""
+    tiles = parts_of(length, _HELD)
+    warps = min(tiles, _MAX_WARPS)
+    rows = warps * _HELD + 2 * _BACKWARD_CHUNK
+    chunks = parts_of(length, _BACKWARD_CHUNK)
+    return Launch(
+        heads * parts_of(tiles, warps), warps, chunks * _BACKWARD_CHUNK * 8 + rows * _PITCH
+    )
+
+
+def statistics_work(kernel: KernelCounts, length: int) -> Work:
+    """What a block of a statistics kernel does."""
+    (loop,) = kernel.main_loops
+    warps = statistics_launch(length, 1).warps
+    parts = parts_of(parts_of(length, _HELD), warps)
+    copy, copies = min(kernel.copies), _padded(length) * _ROW_COPIES
+    held = _ROW_COPIES * _HELD
+    of_warp = passes_of(loop, parts_of(length, _BACKWARD_CHUNK)) + Work(
+        instructions=sum(loop.around) + held * copy,
+        products=0,
+        exponentials=0,
+        shared=FRAGMENT * 2 * held,
+        cache_bytes=0,
+    )
+    of_block = Work(
+        instructions=copies * copy,
+        products=0,
+        exponentials=0,
+        shared=FRAGMENT * copies,
+        cache_bytes=(length / parts + length) * HEAD_DIM * _ITEM,
+    )
+    return of_warp * warps + of_block
 
 
 def _copy_costs(kernel: KernelCounts) -> tuple[float, float]:
@@ -237,26 +273,28 @@ def _copy_costs(kernel: KernelCounts) -> tuple[float, float]:
     return least, fmean([each for each in kernel.copies if each > 1.2 * least] or [least])
 
 
-def _passes(loop: MainLoop, number: int) -> Work:
+def passes_of(loop: MainLoop, number: int) -> Work:
     """What a warp does in passes of a main loop, copies aside."""
     of_one = Work(
         instructions=loop.instructions,
         products=loop.products,
-        exponentials=loop.kinds["MUFU.EX2"],
-        shared=_FRAGMENT * loop.kinds["LDSM"] + loop.kinds["LDS"],
+        exponentials=loop.kinds.get("MUFU.EX2", 0),
+        shared=FRAGMENT * loop.kinds["LDSM"] + loop.kinds["LDS"],
         cache_bytes=0,
     )
     return of_one * number
 
 
-def _once(instructions: float) -> Work:
+def once(instructions: float) -> Work:
+    """What is nothing but instructions."""
     return Work(instructions, 0, 0, 0, 0)
 
 
-def _parts(whole: int, part: int) -> int:
+def parts_of(whole: int, part: int) -> int:
+    """How many parts the whole is cut into, of which the last may be smaller."""
     return -(-whole // part)
 
 
 def _padded(length: int) -> int:
     """Rows are loaded and multiplied by sixteens."""
-    return _parts(length, _TILE) * _TILE
+    return parts_of(length, _TILE) * _TILE

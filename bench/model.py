@@ -1,11 +1,11 @@
-"""``python -m bench model``: how long the CUDA attention kernels should take, without a GPU.
+"""``python -m bench model``: how long the CUDA kernels should take, without a GPU.
 
 A model, not a measurement: expect it to be wrong by up to 30 %, and the order of a kernel's pipes
 to be right. A multiprocessor's time is that of its busiest pipe, over the share of it that so many
 warps keep busy. A kernel's time is that of the multiprocessor with most blocks, or of HBM where
 that is longer, and a launch. Instructions are those that ``bench.sass`` counted, for bfloat16 and
-heads of width 64. The relevance and statistics kernels are counted there, but not modelled. The
-forward kernel's launcher chooses its plan by the same rule, with rounded numbers (forward_plan.h).
+heads of width 64; those of relevance are of float32 too. The forward kernel's launcher chooses its
+plan by the same rule, with rounded numbers (forward_plan.h).
 
 The figures, of an H100 SXM, and where they are from:
 
@@ -14,13 +14,17 @@ The figures, of an H100 SXM, and where they are from:
   guide; for the last, 3.9 T special functions a second, FlashAttention-3, arXiv 2407.08608).
 - Tensor cores: 4096 FLOP a cycle and multiprocessor (datasheet: 989 TFLOP/s, dense). The kernels'
   ``mma.sync`` is taken to reach 62 % of that, about what arXiv 2501.12084 reports of Hopper: 1.61
-  cycles for an HMMA.16816.
+  cycles for an HMMA.16816, and as many for an HMMA.1688 of TF32, at half the rate. float32 takes
+  three of the latter for a product, so the bound on its work is a sixth of the rate of bfloat16.
 - L2: 24 bytes a cycle and multiprocessor, 5.5 TB/s in all; a guess after published microbenchmarks.
 - HBM, as large copies: 3.0 TB/s, and 4.3 of an H200. Large products: 798 TFLOP/s, and 788. Both as
   once measured, on one machine of each; bounds follow from them.
 - Clock under load: 1.755 GHz. To launch a kernel, and for its tail: 2.5 µs. Both are assumptions.
 - The busiest pipe works 70 % of the time (62 to 78) with 8 warps or more on a multiprocessor, 42 %
   (36 to 48) with 4. These are assumptions, and the range that is shown.
+- Selection is a search that a warp does alone, and busies no pipe. To issue its instructions takes
+  2 cycles each (1.5 to 3), a sum over a warp 30, and to get to it and away from it 1000, since
+  memory has to be waited for twice. All are assumptions.
 
 Peers are estimates too. Their rates are published for an H100, heads of width 64, 16-bit types, no
 mask, and 16 k tokens in all (arXiv 2407.08608, its charts of forward and backward speed). At other
@@ -30,28 +34,38 @@ tiles of cuDNN are not known; they are taken to be FlashAttention-2's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import click
 
 from .bounds import shortest_ms
-from .counting import attention_cost
+from .counting import NUMBER_BYTES, Cost, attention_cost, relevance_cost, statistics_cost
 from .launches import (
     BACKWARD,
     FORWARD,
     HEAD_DIM,
+    STATISTICS,
     Launch,
     Work,
     backward_launch,
     backward_work,
     forward_launch,
     forward_work,
+    statistics_launch,
+    statistics_work,
 )
 from .report import Section, open_console, print_sections
 from .sass.counts import blocks_per_multiprocessor, committed
 from .settings import CommaSeparated
-from .shapes import Point, split_heads
+from .shapes import MODEL_HEADS, Point, split_heads
+from .token_launches import (
+    SELECTION,
+    relevance_plan,
+    relevance_work,
+    selection_cycles,
+    selection_launch,
+)
 
 MULTIPROCESSORS, SHARED_MEMORY, ARCHITECTURE = 132, 227 * 1024, 90
 RESERVED = 1024  # bytes of shared memory of a block that are the driver's
@@ -61,7 +75,11 @@ CYCLES_PER_PRODUCT = 1 / 0.62
 ISSUED_PER_CYCLE, EXPONENTIALS_PER_CYCLE = 4, 16 / 32  # of warps
 CACHE_BYTES_PER_CYCLE = 24
 
-LENGTHS, HEADS = (50, 197, 257, 577), (60, 300, 768, 3072)
+# Of a search: cycles for an instruction, likely, fastest and slowest; for a sum; before and after.
+SEARCH_ISSUE, SEARCH_SUM, SEARCH_REST = (2.0, 1.5, 3.0), 30, 1000
+
+LENGTHS, HEADS, IMAGES = (50, 197, 257, 577), (60, 300, 768, 3072), (5, 25, 64)
+TOKEN_LENGTH = 197  # of the tables of what goes before attention
 
 
 class Memory(NamedTuple):
@@ -152,6 +170,54 @@ class Expected:
     at_once: int
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A kernel, and what it waits for.
+
+    Attributes:
+        launch: Its grid.
+        work: What a block does.
+        registers: Of a thread.
+        moved: Seconds that HBM takes meanwhile.
+        before: Seconds that HBM takes before it begins to work.
+        launches: With those of smaller kernels that come along.
+    """
+
+    launch: Launch
+    work: Work
+    registers: int
+    moved: float
+    before: float = 0.0
+    launches: int = 1
+
+    def seconds(self, share: Share) -> float:
+        of_grid = grid_seconds(self.launch, self.work, self.registers, share)
+        return max(of_grid, self.moved) + self.before + self.launches * LAUNCH
+
+    @property
+    def by(self) -> str:
+        of_grid = grid_seconds(self.launch, self.work, self.registers, LIKELY)
+        if self.launches * LAUNCH > max(of_grid, self.moved) + self.before:
+            return "launch"
+        pipes = pipe_cycles(self.work)
+        return "HBM" if self.moved > of_grid else max(pipes, key=lambda name: pipes[name])
+
+
+def _expected(*stages: Stage) -> Expected:
+    """Of kernels that run one after the other."""
+    likely, fastest, slowest = (
+        1e6 * sum(stage.seconds(share) for stage in stages) for share in (LIKELY, HIGH, LOW)
+    )
+    longest = max(stages, key=lambda stage: stage.seconds(LIKELY))
+    at_once = blocks_at_once(longest.launch, longest.registers)
+    return Expected((likely, fastest, slowest), longest.by, longest.launch, at_once)
+
+
+def _require_counted(point: Point) -> None:
+    if point.head_dim != HEAD_DIM or point.dtype != "bfloat16":
+        raise ValueError(f"counts are of bfloat16 and heads of width {HEAD_DIM}, not of {point}")
+
+
 def expect(point: Point, direction: str, memory: Memory) -> Expected:
     """The time of our attention, forward or backward without the weights' gradient.
 
@@ -160,31 +226,58 @@ def expect(point: Point, direction: str, memory: Memory) -> Expected:
         direction: "forward" or "backward".
         memory: Of the GPU.
     """
-    if point.head_dim != HEAD_DIM or point.dtype != "bfloat16":
-        raise ValueError(f"counts are of bfloat16 and heads of width {HEAD_DIM}, not of {point}")
+    _require_counted(point)
     kernels, _ = committed()
     heads = point.images * point.heads
-    moved, launches = attention_cost(point, direction).bytes / memory.bytes_per_second, LAUNCH
-    before = 0.0
+    moved = attention_cost(point, direction).bytes / memory.bytes_per_second
     if direction == "forward":
         kernel = kernels[FORWARD]
         launch = forward_launch(point.length, heads, MULTIPROCESSORS, SHARED_MEMORY)
         work = forward_work(kernel, point.length, heads, MULTIPROCESSORS, SHARED_MEMORY)
-    else:
-        kernel = kernels[BACKWARD]
-        launch = backward_launch(point.length, heads, SHARED_MEMORY)
-        work = backward_work(kernel, point.length, SHARED_MEMORY)
-        # A kernel before it multiplies outputs with their gradients; it only reads.
-        one = point.rows * point.head_dim * point.itemsize / memory.bytes_per_second
-        before, moved, launches = 2 * one, moved - one, 2 * LAUNCH
-    seconds = [grid_seconds(launch, work, kernel.registers, s) for s in (LIKELY, HIGH, LOW)]
-    likely, fastest, slowest = (1e6 * (max(each, moved) + before + launches) for each in seconds)
-    pipes = pipe_cycles(work)
-    by = "HBM" if moved > seconds[0] else max(pipes, key=lambda name: pipes[name])
-    if launches > max(seconds[0], moved) + before:
-        by = "launch"
-    at_once = blocks_at_once(launch, kernel.registers)
-    return Expected((likely, fastest, slowest), by, launch, at_once)
+        return _expected(Stage(launch, work, kernel.registers, moved))
+    kernel = kernels[BACKWARD]
+    launch = backward_launch(point.length, heads, SHARED_MEMORY)
+    work = backward_work(kernel, point.length, SHARED_MEMORY)
+    # A kernel before it multiplies outputs with their gradients; it only reads.
+    one = point.rows * point.head_dim * point.itemsize / memory.bytes_per_second
+    return _expected(Stage(launch, work, kernel.registers, moved - one, 2 * one, launches=2))
+
+
+def expect_statistics(point: Point, memory: Memory) -> Expected:
+    """The time of attention's statistics, two kernels; the point as for ``expect``."""
+    _require_counted(point)
+    kernels, _ = committed()
+    launch = statistics_launch(point.length, point.images * point.heads)
+    # Either reads queries and keys.
+    moved = statistics_cost(point).bytes / memory.bytes_per_second
+    works = [(kernels[name], statistics_work(kernels[name], point.length)) for name in STATISTICS]
+    return _expected(*(Stage(launch, work, kernel.registers, moved) for kernel, work in works))
+
+
+def expect_relevance(point: Point, memory: Memory) -> Expected:
+    """The time of the relevance kernel: bfloat16 or float32."""
+    kernels, _ = committed()
+    plan = relevance_plan(point, MULTIPROCESSORS, SHARED_MEMORY)
+    kernel = kernels[plan.kernel]
+    work = relevance_work(kernel, point, plan)
+    moved = relevance_cost(point).bytes / memory.bytes_per_second
+    # Products begin when all columns of the first tokens have come: of those in the first wave.
+    waves = -(-plan.launch.blocks // MULTIPROCESSORS)
+    return _expected(Stage(plan.launch, work, kernel.registers, moved, moved / waves))
+
+
+def expect_selection(point: Point) -> Expected:
+    """The time of the selecting kernel, of up to 256 patches and as many images as fit at once."""
+    kernels, _ = committed()
+    kernel, launch = kernels[SELECTION], selection_launch(point)
+    likely, fastest, slowest = (
+        1e6 * (LAUNCH + (selection_cycles(kernel, issue, SEARCH_SUM) + SEARCH_REST) / CLOCK)
+        for issue in SEARCH_ISSUE
+    )
+    by = "launch" if likely < 2e6 * LAUNCH else "search"
+    return Expected(
+        (likely, fastest, slowest), by, launch, blocks_at_once(launch, kernel.registers)
+    )
 
 
 def bound_microseconds(point: Point, direction: str, memory: Memory) -> float:
@@ -202,18 +295,18 @@ def peer_microseconds(peer: Peer, point: Point, direction: str, memory: Memory) 
     return 1e6 * (max(work, cost.bytes / memory.bytes_per_second) + LAUNCH)
 
 
-_COLUMNS = (
-    "L", "B·H", "blocks × warps", "shared, at once", "model µs", "range", "by", "bound µs",
-    "of bound", *(f"{name} µs" for name in PEERS),
-)  # fmt: skip
+_COMMON = ("blocks × warps", "shared, at once", "model µs", "range", "by", "bound µs", "of bound")
+_COLUMNS = ("L", "B·H", *_COMMON, *(f"{name} µs" for name in PEERS))
+_TOKEN_COLUMNS = ("", "B", *_COMMON)
+_WARNING = "MODEL, not a measurement, ±30 %"
 
 
 def sections(lengths: tuple[int, ...], heads: tuple[int, ...], gpu: str) -> list[Section]:
-    """A table per direction."""
+    """A table per direction of attention."""
     memory = GPUS[gpu]
     found = []
     for direction in ("forward", "backward"):
-        title = f"MODEL, not a measurement, ±30 %: attention {direction}, bfloat16, d 64, {gpu}"
+        title = f"{_WARNING}: attention {direction}, bfloat16, d 64, {gpu}"
         blocks = [
             [_row(Point(length, HEAD_DIM, *split_heads(each), 5, "bfloat16"), direction, memory)
              for each in heads]
@@ -223,13 +316,49 @@ def sections(lengths: tuple[int, ...], heads: tuple[int, ...], gpu: str) -> list
     return found
 
 
+def token_section(images: tuple[int, ...], gpu: str) -> Section:
+    """A table of what goes before attention, and of attention's statistics: of ViT-B/16."""
+    memory = GPUS[gpu]
+    of_float = memory._replace(flops_per_second=memory.flops_per_second / 6)
+    points = [Point(TOKEN_LENGTH, HEAD_DIM, each, MODEL_HEADS, 5, "bfloat16") for each in images]
+    blocks = []
+    for name in ("relevance, bfloat16", "relevance, float32", "selection", "statistics"):
+        rows = []
+        for point in points:
+            rates = memory
+            if name == "selection":
+                expected, cost = expect_selection(point), _selection_cost(point)
+            elif name == "statistics":
+                expected, cost = expect_statistics(point, memory), statistics_cost(point)
+            else:
+                point = replace(point, dtype=name.split()[-1])
+                rates = of_float if point.dtype == "float32" else memory
+                expected, cost = expect_relevance(point, memory), relevance_cost(point)
+            bound = 1e3 * shortest_ms(cost, *rates)
+            rows.append((name, str(point.images), *_cells(expected, bound)))
+        blocks.append(rows)
+    title = f"{_WARNING}: before attention, L {TOKEN_LENGTH}, D 768, E 512, 5 classes, {gpu}"
+    return Section(title, _TOKEN_COLUMNS, blocks)
+
+
+def _selection_cost(point: Point) -> Cost:
+    """Relevance in, counts out."""
+    return Cost(point.images * point.patches * (point.num_classes + 1) * NUMBER_BYTES, 0)
+
+
 def _row(point: Point, direction: str, memory: Memory) -> tuple[str, ...]:
-    expected = expect(point, direction, memory)
-    likely, fastest, slowest = expected.microseconds
     bound = bound_microseconds(point, direction, memory)
     return (
         str(point.length),
         str(point.images * point.heads),
+        *_cells(expect(point, direction, memory), bound),
+        *(f"{peer_microseconds(peer, point, direction, memory):.1f}" for peer in PEERS.values()),
+    )
+
+
+def _cells(expected: Expected, bound: float) -> tuple[str, ...]:
+    likely, fastest, slowest = expected.microseconds
+    return (
         f"{expected.launch.blocks} × {expected.launch.warps}",
         f"{expected.launch.shared / 1024:.1f} KiB, {expected.at_once}",
         f"{likely:.1f}",
@@ -237,7 +366,6 @@ def _row(point: Point, direction: str, memory: Memory) -> tuple[str, ...]:
         expected.by,
         f"{bound:.1f}",
         f"{bound / likely:.0%}",
-        *(f"{peer_microseconds(peer, point, direction, memory):.1f}" for peer in PEERS.values()),
     )
 
 
@@ -247,12 +375,15 @@ _NUMBERS = CommaSeparated(click.IntRange(1))
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--lengths", type=_NUMBERS, default=LENGTHS, help="Token counts L.")
 @click.option("--heads", type=_NUMBERS, default=HEADS, help="Products B·H.")
+@click.option("--images", type=_NUMBERS, default=IMAGES, help="Images B, of what goes before.")
 @click.option("--gpu", type=click.Choice(list(GPUS)), default="h100", show_default=True)
-def main(lengths: tuple[int, ...], heads: tuple[int, ...], gpu: str) -> None:
-    """Print how long attention should take on a GPU that need not be there.
+def main(
+    lengths: tuple[int, ...], heads: tuple[int, ...], images: tuple[int, ...], gpu: str
+) -> None:
+    """Print how long attention, and what goes before it, should take on a GPU not there.
 
     It is a model that is fed with counted instructions, wrong by up to 30 %. Beside it: the bound
     that copies and products set, and estimates of other kernels, without weights, from published
     rates. Its figures and their sources are in bench/model.py.
     """
-    print_sections(open_console(), sections(lengths, heads, gpu))
+    print_sections(open_console(), [*sections(lengths, heads, gpu), token_section(images, gpu)])

@@ -9,7 +9,7 @@ An operator counts as one kernel, with these exceptions:
 
 - None: views, ``detach``, and what only allocates. No copy between types or devices is free.
 - Scaled dot-product attention: 1 forward and 3 backward (row sums, gradients, a conversion).
-- ``token_weights`` and ``reweighted_attention``: 2 (relevance, then selection or attention);
+- ``token_weights``: 2 (relevance, selection); ``reweighted_attention``: 3 (attention too);
   ``weighted_attention_backward``: 2 (row sums, gradients).
 - Writing at indices that may repeat (``index_put`` that accumulates): 8, most of them to sort.
 - The gradient of a slice or of one entry: 2 (zeros, and a copy into them).
@@ -55,7 +55,7 @@ _HEADS, _HEAD_DIM = 2, 8
 _MORE_THAN_ONE = {
     "_scaled_dot_product_flash_attention_for_cpu_backward": 3,
     "token_weights": 2,
-    "reweighted_attention": 2,
+    "reweighted_attention": 3,
     "weighted_attention_backward": 2,
     "factor_gradient": 2,
     "slice_backward": 2,

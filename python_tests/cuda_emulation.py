@@ -117,6 +117,22 @@ def replace_object(edited: Path, element: str, folder: Path) -> Path:
     return module
 
 
+def build_with(edit: tuple[str, str, str], source: str, element: str, folder: Path) -> Path:
+    """The module with an edit: in a file of csrc/cuda, a text is replaced by another.
+
+    Only ``source``, a name without its ending, is compiled anew, for one type of elements.
+    """
+    name, right, wrong = edit
+    edited = folder / "csrc"
+    shutil.copytree(SOURCE, edited)
+    path = edited / "cuda" / name
+    text = path.read_text()
+    if right:
+        assert text.count(right) == 1, f"{name} no longer holds {right!r}"
+        path.write_text(text.replace(right, wrong))
+    return replace_object(edited / "cuda" / f"{source}.cu", element, folder)
+
+
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:

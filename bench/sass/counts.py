@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .listing import Instruction
-from .loops import COPY, PRODUCTS, Loop, count_pass, find_loops
+from .loops import COPY, PRODUCTS, SUM, Loop, count_pass, find_loops
 
 KINDS = (
     "HMMA", "HGMMA", "LDSM", "LDS", "STS", "LDG", "STG", "LDGSTS", "MUFU.EX2", "FADD", "FMUL",
-    "FFMA", "FMNMX", "FSEL", "FSETP", "SHFL", "BAR", "BSSY", "BRA",
+    "FFMA", "FMNMX", "FSEL", "FSETP", "SHFL", "REDUX", "BAR", "BSSY", "BRA",
 )  # fmt: skip
 COMMITTED = Path(__file__).parent / "sm_90.json"
 
@@ -27,7 +27,7 @@ SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 
 @dataclass(frozen=True)
 class MainLoop:
-    """A loop around tensor-core products.
+    """A loop around tensor-core products, or around a sum over a warp.
 
     Attributes:
         instructions: What a warp issues in one pass, inner loops aside.
@@ -94,10 +94,11 @@ def count(code: list[Instruction], usage: dict[str, int]) -> KernelCounts:
     """
     whole = find_loops(code)
     main_loops, copies, stores = [], [], []
+    multiplies = any(code[index].kind in PRODUCTS for index in whole.body)
+    kinds = PRODUCTS if multiplies else (SUM,)
     for *outer, loop in whole.below():
         of_pass = count_pass(code, loop)
-        has_products = any(of_pass[kind] for kind in PRODUCTS)
-        if has_products:
+        if any(of_pass[kind] for kind in kinds) and (multiplies or not loop.inner):
             main_loops.append(_main_loop(code, [*outer, loop], of_pass))
             continue
         if any(code[index].kind in PRODUCTS for index in loop.body):
@@ -137,7 +138,7 @@ def to_json(found: dict[str, KernelCounts], compiler: str) -> str:
 def committed() -> tuple[dict[str, KernelCounts], str]:
     """The counts that lie in the repository, and the release of nvcc that they are of.
 
-    They are of sm_90, bfloat16 and heads of width 64.
+    They are of sm_90, bfloat16 and heads of width 64; those of relevance are of float32 too.
     """
     content = json.loads(COMMITTED.read_text())
     found = {

@@ -3,7 +3,8 @@
 A loop is a natural one: a jump back to an instruction that lies on every way from the kernel's
 start to the jump, and all that can reach the jump without passing that instruction. So it does not
 matter where the compiler has put a loop's parts. A main loop is one in which tensor cores multiply
-outside of its inner loops.
+outside of its inner loops or, in a kernel that multiplies nothing, an innermost one in which the
+lanes of a warp add up integers.
 
 Not all that a loop holds is issued in each pass: parts serve rows that are not aligned, the first
 pass, or lanes that diverged. So a pass is counted along one way through the loop: the one with the
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from .listing import Instruction, UnknownListing
 
 PRODUCTS = ("HMMA", "HGMMA")
-COPY = "LDGSTS"
+COPY, SUM = "LDGSTS", "REDUX"
 
 _ACCESSES = ("LDG", "STG", "STS")
 

@@ -17,7 +17,14 @@ from .counts import KernelCounts, count
 from .listing import kernels, readable
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("attention_forward", "attention_backward", "attention_statistics", "relevance")
+SOURCES = (
+    ("attention_forward", "bfloat16"),
+    ("attention_backward", "bfloat16"),
+    ("attention_statistics", "bfloat16"),
+    ("relevance", "bfloat16"),
+    ("relevance", "float"),
+    ("selection", "bfloat16"),  # it has no type of elements
+)
 ARCHITECTURE = 90
 _ONE_WIDTH = Path(__file__).parent / "one_width.cu"
 _RELEASE = re.compile(r"release (\d+\.\d+)")
@@ -64,19 +71,19 @@ def release(compiler: Path) -> str:
 
 
 def compile_kernels(
-    folder: Path, *, element: str = "bfloat16", head_dim: int = 64, architecture: int = ARCHITECTURE
+    folder: Path, *, head_dim: int = 64, architecture: int = ARCHITECTURE
 ) -> list[Path]:
-    """A cubin per source: the instances that the package launches, for one type and one width.
+    """A cubin for each of ``SOURCES``: the instances that the package launches, of one width.
 
     Args:
         folder: Where they are written.
-        element: float, float16 or bfloat16.
         head_dim: A width that the kernels are instantiated for.
         architecture: 90 for capability 9.0.
     """
     compiler = nvcc()
 
-    def compiled(source: str) -> Path:
+    def compiled(job: tuple[str, str]) -> Path:
+        source, element = job
         cubin = folder / f"{source}-{element}-{head_dim}.cubin"
         defines = (
             f"-DTIR_ELEMENT={element}",

@@ -193,28 +193,15 @@ __global__ void __launch_bounds__(128, 2)
   };
 
   load_keys(0, 0);
-  // Values need not wait for weights, but where counts are found in their room.
-  if (!plan.select) load_values(0, 0);
+  load_values(0, 0);
+  commit_copies();
   const int32_t* counts = stored_counts(derived, batch, length);
-  if (plan.select) {
-    int num_patches = length - static_cast<int>(derived.num_prefix_tokens);
-    const float* relevance = derived.relevance + batch * derived.num_classes * num_patches;
-    const int32_t* found = find_counts(relevance, static_cast<int>(derived.num_classes),
-                                       num_patches, static_cast<int>(derived.top_k), values);
-    if (head == 0 && part() == 0) {
-      int32_t* stored = derived.counts + int64_t{batch} * num_patches;
-      for (int n = thread; n < num_patches; n += threads) stored[n] = found[n];
-    }
-    counts = found;
-  }
   for (int j = thread; j < all_chunks * kSize; j += threads) {
     float weight = 0.0f;
     if (j < length) weight = key_weight(arguments.weights, derived, counts, batch, length, j);
     biases[j] = is_attended(weight) ? log2f(weight) : -INFINITY;
   }
   __syncthreads();
-  if (plan.select) load_values(0, 0);
-  commit_copies();
 
   float scale = shape.scale * log2_e;
   int tiles = (num_queries + kHeldRows - 1) / kHeldRows;
@@ -284,7 +271,7 @@ void launch_forward(const AttentionForward& arguments, const KeyWeights& derived
                     Stream stream) {
   constexpr const char* kName = "weighted_attention";
   const AttentionShape& shape = arguments.shape;
-  forward::Plan plan = forward::plan<T, D>(kName, shape, derived, device(kName));
+  forward::Plan plan = forward::plan<T, D>(kName, shape, device(kName));
   plan.is_aligned = rows_are_aligned(shape, arguments.query) &&
                     rows_are_aligned(shape, arguments.key) &&
                     rows_are_aligned(shape, arguments.value);

@@ -16,16 +16,15 @@ using namespace tir::bindings;
 namespace tir::cuda {
 namespace {
 
-// Addresses of table, relevance and counts; then P, C, K. None where weights are given.
-using DerivedArgument =
-    std::optional<std::tuple<Address, Address, Address, int64_t, int64_t, int64_t>>;
+// Addresses of table and counts; then P. None where weights are given.
+using DerivedArgument = std::optional<std::tuple<Address, Address, int64_t>>;
 
 KeyWeights derived_weights(const DerivedArgument& argument, const float* weights) {
   require(argument.has_value() != (weights != nullptr), "weights are either given or derived");
   if (!argument) return {};
-  auto [table, relevance, counts, prefix, classes, top_k] = *argument;
-  return {pointer<const float>(table, "table is null"), optional_pointer<const float>(relevance),
-          pointer<int32_t>(counts, "counts is null"), prefix, classes, top_k};
+  auto [table, counts, prefix] = *argument;
+  return {pointer<const float>(table, "table is null"),
+          pointer<const int32_t>(counts, "counts is null"), prefix};
 }
 
 Stream stream_at(Address stream) { return reinterpret_cast<Stream>(stream); }
@@ -61,8 +60,6 @@ void bind(py::module_& module) {
   module.def("attention_statistics", from_python(statistics));
   module.def("relevance", from_python(on_stream<&relevance, Relevance>));
   module.def("select_tokens", from_python(on_stream<&select_tokens, Selection>));
-  module.def("can_select", can_select, py::arg("num_patches"), py::arg("num_classes"),
-             "whether attention_forward can find the counts itself");
   module.def(
       "runtime",
       [] {

@@ -140,6 +140,16 @@ TIR_MULTIPLY_ADD(float16, "f16")
 TIR_MULTIPLY_ADD(bfloat16, "bf16")
 #undef TIR_MULTIPLY_ADD
 
+// total (16 x 8) += left (16 x 8) right (8 x 8), of float32 whose last 13 bits are 0. A lane holds
+// total as above; left: (g, t), (g+8, t), (g, t+4), (g+8, t+4); right: (t, g), (t+4, g).
+TIR_DEVICE void multiply_add_tf32(float (&total)[4], const uint32_t (&left)[4], uint32_t right_0,
+                                  uint32_t right_1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(total[0]), "+f"(total[1]), "+f"(total[2]), "+f"(total[3])
+      : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right_0), "r"(right_1));
+}
+
 }  // namespace tir::cuda
 
 #endif

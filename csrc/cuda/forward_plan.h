@@ -21,10 +21,8 @@ struct Plan {
   int blocks_per_head;
   int slot_rows;         // rows of keys, and of values, that have room in shared memory
   bool resident;         // all rows have: each chunk stays where it was loaded
-  bool select;           // the block finds the counts itself
   bool is_aligned;
-  int64_t value_bytes;   // of shared memory for values, in which counts are found before
-  int64_t shared_bytes;  // of a block, these among them
+  int64_t shared_bytes;  // of a block
 };
 
 // What plans are compared by, for all types and widths in units of 43 instructions, or of the time
@@ -56,9 +54,8 @@ inline int64_t makespan(int64_t blocks, int warps, int64_t bytes, int64_t work, 
 template <class T, int D>
 class Planner {
  public:
-  Planner(const char* name, const AttentionShape& shape, const KeyWeights& derived,
-          const Device& gpu)
-      : name_(name), derived_(derived), gpu_(gpu), heads_(shape.batch * shape.heads),
+  Planner(const char* name, const AttentionShape& shape, const Device& gpu)
+      : name_(name), gpu_(gpu), heads_(shape.batch * shape.heads),
         queries_(static_cast<int>(shape.queries)), length_(static_cast<int>(shape.length)) {}
 
   // The plan that takes least time; of equal ones that with fewest blocks, since each reads all
@@ -88,18 +85,10 @@ class Planner {
   static constexpr int kSize = kChunk<T, D>, kOwnRows = kHeldTiles<T, D> * kRows;
   static constexpr int64_t kRowBytes = kPitch<T, D> * sizeof(T);
 
-  bool selects() const { return derived_.relevance != nullptr; }
-  int64_t num_patches() const { return length_ - derived_.num_prefix_tokens; }
-
-  int64_t value_bytes(int warps, int slot_rows) const {
-    int64_t rows = slot_rows * kRowBytes;
-    return selects() ? std::max(rows, selection_scratch(num_patches(), warps)) : rows;
-  }
-
   int64_t shared_bytes(int warps, int slot_rows) const {
     return chunks_ * kSize * int64_t{4} +
            warps * (kOwnRows * kRowBytes + kStaging<T, kSize / 8> * int64_t{sizeof(T)}) +
-           slot_rows * kRowBytes + value_bytes(warps, slot_rows);
+           2 * slot_rows * kRowBytes;
   }
 
   int rounds(const Plan& plan) const {
@@ -111,7 +100,6 @@ class Planner {
     Plan plan{};
     plan.warps = warps;
     plan.blocks_per_head = parts;
-    plan.select = selects();
     // Rows stay where they will be needed again, if two blocks still fit on a multiprocessor, so
     // that one computes while the other loads.
     plan.slot_rows = round_up(length_, kRows);
@@ -119,7 +107,6 @@ class Planner {
         chunks_ <= 2 || (rounds(plan) > 1 &&
                          shared_bytes(warps, plan.slot_rows) <= gpu_.shared_memory / 2);
     if (!plan.resident) plan.slot_rows = 2 * kSize;
-    plan.value_bytes = value_bytes(warps, plan.slot_rows);
     plan.shared_bytes = shared_bytes(warps, plan.slot_rows);
     return plan;
   }
@@ -131,14 +118,11 @@ class Planner {
     int64_t of_tile = passes * (kSize / 4) + steps * kStepCost + kTileCost;
     int64_t loaded = sixteens * (plan.resident ? 1 : rounds(plan));
     int64_t issued = plan.warps * (rounds(plan) * of_tile + kWarpCost) + loaded * kCopyCost;
-    // To find counts, every class goes through the patches for each bit of the relevance.
-    if (plan.select) issued += derived_.num_classes * num_patches() / 8;
     int64_t own_sixteens = round_up(queries_, kRows) / kRows;
     return std::max(issued, (loaded + own_sixteens / plan.blocks_per_head) * kMoveCost);
   }
 
   const char* name_;
-  const KeyWeights& derived_;
   const Device& gpu_;
   int64_t heads_;
   int queries_, length_;
@@ -146,9 +130,8 @@ class Planner {
 };
 
 template <class T, int D>
-Plan plan(const char* name, const AttentionShape& shape, const KeyWeights& derived,
-          const Device& gpu) {
-  return Planner<T, D>(name, shape, derived, gpu).best();
+Plan plan(const char* name, const AttentionShape& shape, const Device& gpu) {
+  return Planner<T, D>(name, shape, gpu).best();
 }
 
 }  // namespace tir::cuda::forward

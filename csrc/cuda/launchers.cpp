@@ -5,10 +5,6 @@ namespace tir::cuda {
 
 namespace {
 
-// A block finds counts in the shared memory where values will lie, and every block of an image's
-// heads finds them again: beyond this, a launch of its own costs less.
-constexpr int64_t kMaxSelectedPatches = 800, kMaxSelectingClasses = 16;
-
 template <class Launch>
 void with_element(Type type, Launch launch) {
   switch (type) {
@@ -19,10 +15,6 @@ void with_element(Type type, Launch launch) {
 }
 
 }  // namespace
-
-bool can_select(int64_t num_patches, int64_t num_classes) {
-  return num_patches <= kMaxSelectedPatches && num_classes <= kMaxSelectingClasses;
-}
 
 void attention_forward(const AttentionForward& arguments, const KeyWeights& derived,
                        Stream stream) {

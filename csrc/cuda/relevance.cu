@@ -1,9 +1,9 @@
 // Relevance of patch tokens to classes: LayerNorm, projection and cosine in one kernel.
 //
-// A block takes 32, 64 or 96 patch tokens of one class group. They are normalised into shared
-// memory, and stay there if they fit. The projection passes by in slices of 256 features, a few of
-// its rows at a step. What a slice adds to squared norms and to products with classes is taken from
-// the accumulators, so that features never leave the registers.
+// A block takes 32, 64 or 96 patch tokens of one class group, or half as many of float32. They are
+// normalised into shared memory, and stay there if they fit. The projection passes by in slices of
+// 256 features, a few of its rows at a step. What a slice adds to squared norms and to products
+// with classes is taken from the accumulators, so that features never leave the registers.
 //
 // With 64 images of 196 patches, D 768 and E 512 in bfloat16, tensor cores need about as long as it
 // takes to read the projection from the L2 cache once for every 96 tokens. Blocks of fewer tokens
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads, kProjects ? 1 : 2)
   if (arguments.has_norm) block.find_statistics();
   float squares[M][kHalves] = {};
   for (int first_feature = 0; first_feature < block.joint_dim; first_feature += kSlice) {
-    float features[M][kColumns][4] = {};
+    float features[M][kColumns<T>][4] = {};
     if constexpr (kProjects) {
       if (first_feature > 0) {
         __syncthreads();  // the projection returns to where the classes were

@@ -1,6 +1,7 @@
 // The work of a block of the relevance kernel: slices of features, and their products with classes.
 #pragma once
 
+#include "cuda/float_product.cuh"
 #include "cuda/relevance_plan.h"
 #include "tir/rules.h"
 
@@ -21,45 +22,45 @@ template <class T, int M>
 struct RelevanceBlock {
   static constexpr int kShare = kDepth<T> * kSlice / kVector<T> / kThreads;  // vectors of a step
   // features[m][j][2 half + e] belongs to token row(m, half) and feature first_column(j) + e.
-  using Features = float[M][kColumns][2 * kHalves];
+  using Features = float[M][kColumns<T>][2 * kHalves];
   using Held = float[kShare][kVector<T>];
 
   const Relevance& arguments;
   const RelevancePlan& plan;
   int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
-  int token_warp = warp / kFeatureWarps, feature_warp = warp % kFeatureWarps;
+  int token_warp = warp / kFeatureWarps<T>, feature_warp = warp % kFeatureWarps<T>;
   int model_dim = static_cast<int>(arguments.model_dim);
   int joint_dim = static_cast<int>(arguments.joint_dim);
   int num_classes = static_cast<int>(arguments.num_classes);
-  BlockState<M>& state = *reinterpret_cast<BlockState<M>*>(shared_memory());
-  TokenTile<T, kTokens<M>, kWarps> tokens{
+  BlockState<T, M>& state = *reinterpret_cast<BlockState<T, M>*>(shared_memory());
+  TokenTile<T, kTokens<T, M>, kWarps> tokens{
       arguments,
       arguments.norm_weight.type,
       plan.tokens_are_aligned,
       plan.norm_is_aligned,
       plan.span,
       state.rows,
-      reinterpret_cast<T*>(shared_memory() + sizeof(BlockState<M>)),
-      warp * (kTokens<M> / kWarps),
+      reinterpret_cast<T*>(shared_memory() + sizeof(BlockState<T, M>)),
+      warp * (kTokens<T, M> / kWarps),
       lane,
       model_dim,
       plan.span + kVector<T>};
-  T* slots = tokens.at(kTokens<M>, 0);
-  ClassRoom<M>& room = *reinterpret_cast<ClassRoom<M>*>(slots);
+  T* slots = tokens.at(kTokens<T, M>, 0);
+  ClassRoom<T, M>& room = *reinterpret_cast<ClassRoom<T, M>*>(slots);
 
   // This thread's share of a step: a vector at `place` in every `line_step`-th line from `line` on,
   // where a line is contiguous: a row of the projection, or a column.
   int line_vectors = (plan.by_feature ? kDepth<T> : kSlice) / kVector<T>;
   int line = thread / line_vectors, place = thread % line_vectors * kVector<T>;
   int line_step = kThreads / line_vectors;
-  int line_pitch = plan.by_feature ? kPitchByFeature<T> : kPitchByDepth<T>;
+  int line_pitch = plan.by_feature ? kPitchByFeature<T> : kPitchByDepth;
 
   // The row of the tile, and the column of the slice, that an accumulator of this lane belongs to.
   TIR_DEVICE int row(int m, int half) const {
     return (token_warp * M + m) * kRows + lane / 4 + 8 * half;
   }
   TIR_DEVICE int first_column(int j) const {
-    return feature_warp * kWarpFeatures + column<T>(j, lane % 4);
+    return feature_warp * kWarpFeatures<T> + 8 * j + 2 * (lane % 4);
   }
 
   TIR_DEVICE void find_statistics() {
@@ -80,15 +81,22 @@ struct RelevanceBlock {
     int first_place = place + (plan.by_feature ? first_depth : first_feature);
     int lines = plan.by_feature ? joint_dim : model_dim;
     int left = (plan.by_feature ? model_dim : joint_dim) - first_place;
-    TIR_UNROLL
-    for (int i = 0; i < kShare; ++i) {
-      int64_t first = (first_line + i * line_step) * plan.line_stride + first_place;
-      int count = first_line + i * line_step < lines ? left : 0;
-      if (plan.proj_is_copied) {
-        auto* source = static_cast<const T*>(arguments.proj.data);
-        copy_async(share(slot, i), count > 0 ? source + first : source, count > 0);
-      } else {
-        read_elements(held[i], arguments.proj, first, count, plan.proj_is_aligned);
+    int existing = left > 0 ? lines - first_line : 0;
+    int64_t first = first_line * plan.line_stride + first_place;
+    int64_t stride = line_step * plan.line_stride;
+    if (plan.proj_is_copied) {
+      // The address of a line that does not exist is not read.
+      const T* source = static_cast<const T*>(arguments.proj.data) + first;
+      TIR_UNROLL
+      for (int i = 0; i < kShare; ++i) {
+        copy_async(share(slot, i), source, i * line_step < existing);
+        source += stride;
+      }
+    } else {
+      TIR_UNROLL
+      for (int i = 0; i < kShare; ++i) {
+        int count = i * line_step < existing ? left : 0;
+        read_elements(held[i], arguments.proj, first + i * stride, count, plan.proj_is_aligned);
       }
     }
   }
@@ -116,65 +124,38 @@ struct RelevanceBlock {
   // features += tokens times projection, over the rows of a step.
   template <bool kByFeature>
   TIR_DEVICE void multiply_step(Features& features, const T* left, const T* right) {
-    constexpr int kPitchRight = kByFeature ? kPitchByFeature<T> : kPitchByDepth<T>;
-    int first_row = token_warp * M * kRows, first = feature_warp * kWarpFeatures;
-    if constexpr (kHasTensorCores<T>) {
-      left += (first_row + lane % 16) * tokens.pitch + lane / 16 * 8;
-      if constexpr (kByFeature) {
-        right += (first + lane / 16 * 8 + lane % 8) * kPitchRight + lane / 8 % 2 * 8;
-      } else {
-        right += lane % 16 * kPitchRight + first + lane / 16 * 8;
-      }
+    constexpr int kPitchRight = kByFeature ? kPitchByFeature<T> : kPitchByDepth;
+    int first_row = token_warp * M * kRows, first = feature_warp * kWarpFeatures<T>;
+    left += (first_row + lane % 16) * tokens.pitch + lane / 16 * kVector<T>;
+    if constexpr (kByFeature) {
+      right += (first + lane / 16 * 8 + lane % 8) * kPitchRight + lane / 8 % 2 * kVector<T>;
+    } else if constexpr (kHasTensorCores<T>) {
+      right += lane % 16 * kPitchRight + first + lane / 16 * 8;
+    } else {
+      right += lane % 4 * kPitchRight + first + lane / 4;
+    }
+    TIR_UNROLL
+    for (int k = 0; k < kDepth<T>; k += 2 * kVector<T>) {
+      uint32_t a[M][4];
       TIR_UNROLL
-      for (int k = 0; k < kDepth<T>; k += 16) {
-        uint32_t a[M][4];
-        TIR_UNROLL
-        for (int m = 0; m < M; ++m) load_matrices(a[m], left + m * kRows * tokens.pitch + k);
-        TIR_UNROLL
-        for (int j = 0; j < kColumns; j += 2) {
-          uint32_t b[4];
-          if constexpr (kByFeature) {
-            load_matrices(b, right + 8 * j * kPitchRight + k);
-          } else {
-            load_matrices_transposed(b, right + k * kPitchRight + 8 * j);
-          }
+      for (int m = 0; m < M; ++m) load_matrices(a[m], left + m * kRows * tokens.pitch + k);
+      TIR_UNROLL
+      for (int j = 0; j < kColumns<T>; j += 2) {
+        uint32_t b[4];
+        if constexpr (kByFeature) {
+          load_matrices(b, right + 8 * j * kPitchRight + k);
+        } else if constexpr (kHasTensorCores<T>) {
+          load_matrices_transposed(b, right + k * kPitchRight + 8 * j);
+        } else {
           TIR_UNROLL
-          for (int m = 0; m < M; ++m) {
-            multiply_add<T>(features[m][j], a[m], b[0], b[1]);
-            multiply_add<T>(features[m][j + 1], a[m], b[2], b[3]);
+          for (int i = 0; i < 4; ++i) {
+            b[i] = __float_as_uint(right[(k + 4 * (i % 2)) * kPitchRight + 8 * (j + i / 2)]);
           }
         }
-      }
-    } else {
-      left += (first_row + lane / 4) * tokens.pitch;
-      right += (first + 4 * (lane % 4)) * (kByFeature ? kPitchRight : 1);
-      for (int k = 0; k < kDepth<T>; k += 4) {
-        float a[M][kHalves][4];
         TIR_UNROLL
         for (int m = 0; m < M; ++m) {
-          TIR_UNROLL
-          for (int half = 0; half < kHalves; ++half) {
-            read_vector<T>(a[m][half], left + (m * kRows + 8 * half) * tokens.pitch + k);
-          }
-        }
-        TIR_UNROLL
-        for (int j = 0; j < kColumns; j += 2) {
-          TIR_UNROLL
-          for (int line = 0; line < 4; ++line) {  // a column or, where rows are contiguous, a row
-            float b[4];
-            read_vector<T>(b, kByFeature ? right + (8 * j + line) * kPitchRight + k
-                                         : right + (k + line) * kPitchRight + 8 * j);
-            TIR_UNROLL
-            for (int e = 0; e < 4; ++e) {
-              int depth = kByFeature ? e : line, feature = kByFeature ? line : e;
-              TIR_UNROLL
-              for (int m = 0; m < M; ++m) {
-                float(&total)[4] = features[m][j + feature / 2];
-                total[feature % 2] += a[m][0][depth] * b[e];
-                total[2 + feature % 2] += a[m][1][depth] * b[e];
-              }
-            }
-          }
+          multiply_add<T>(features[m][j], a[m], b[0], b[1]);
+          multiply_add<T>(features[m][j + 1], a[m], b[2], b[3]);
         }
       }
     }
@@ -182,7 +163,7 @@ struct RelevanceBlock {
 
   // The features of a slice whose first steps have been begun.
   TIR_DEVICE void project(Features& features, int first_feature) {
-    bool has_features = first_feature + feature_warp * kWarpFeatures < joint_dim;
+    bool has_features = first_feature + feature_warp * kWarpFeatures<T> < joint_dim;
     int steps = (model_dim + kDepth<T> - 1) / kDepth<T>, offset = 0, slot = 0;
     for (int step = 0; step < steps; ++step) {
       if (offset == plan.span) offset = 0;
@@ -191,7 +172,8 @@ struct RelevanceBlock {
       __syncthreads();  // the step is here, and everyone is done with the one before
       int next = step + plan.stages - 1, next_slot = (slot == 0 ? plan.stages : slot) - 1;
       Held held = {};
-      if (next < steps) begin_step(next, first_feature, next_slot, held);
+      // Found anew, so that products of float32 have the registers that addresses would take.
+      if (next < steps) begin_step(anew(next), first_feature, next_slot, held);
       commit_copies();
       if (has_features) {
         const T* left = tokens.data + offset;
@@ -226,7 +208,7 @@ struct RelevanceBlock {
     wait_for_copies<0>();
     __syncthreads();
     TIR_UNROLL
-    for (int j = 0; j < kColumns; ++j) {
+    for (int j = 0; j < kColumns<T>; ++j) {
       int column = first_column(j);
       if (column >= plan.span) continue;
       float gains[2], biases[2];
@@ -253,7 +235,7 @@ struct RelevanceBlock {
     TIR_UNROLL
     for (int m = 0; m < M; ++m) {
       TIR_UNROLL
-      for (int j = 0; j < kColumns; ++j) {
+      for (int j = 0; j < kColumns<T>; ++j) {
         TIR_UNROLL
         for (int half = 0; half < kHalves; ++half) {
           const float* feature = &features[m][j][2 * half];
@@ -291,8 +273,8 @@ struct RelevanceBlock {
   TIR_DEVICE void multiply_classes(const Features& features, int64_t group, int part,
                                    int first_feature) {
     bool is_last = first_feature + kSlice >= joint_dim;
-    int used_warps = min(kFeatureWarps, (joint_dim - first_feature + kWarpFeatures - 1) /
-                                            kWarpFeatures);
+    int used_warps = min(kFeatureWarps<T>, (joint_dim - first_feature + kWarpFeatures<T> - 1) /
+                                            kWarpFeatures<T>);
     int64_t patches = arguments.length - arguments.num_prefix_tokens;
     int first_class = part * kMaxClasses, end = min(num_classes, first_class + kMaxClasses);
     float values[kSlice / kWarp];
@@ -316,7 +298,7 @@ struct RelevanceBlock {
       for (int c = 0; feature_warp < used_warps && c < count; ++c) {
         float products[M][kHalves] = {};
         TIR_UNROLL
-        for (int j = 0; j < kColumns; ++j) {
+        for (int j = 0; j < kColumns<T>; ++j) {
           float2 pair = *reinterpret_cast<const float2*>(&room.classes[c][first_column(j)]);
           TIR_UNROLL
           for (int m = 0; m < M; ++m) {
@@ -337,8 +319,8 @@ struct RelevanceBlock {
         }
       }
       __syncthreads();
-      for (int i = thread; i < count * kTokens<M>; i += kThreads) {
-        int c = i / kTokens<M>, row = i % kTokens<M>;
+      for (int i = thread; i < count * kTokens<T, M>; i += kThreads) {
+        int c = i / kTokens<T, M>, row = i % kTokens<T, M>;
         int64_t offset = state.rows.output_offsets[row];
         if (offset < 0) continue;
         float* target = arguments.relevance + offset + (first + c) * patches;
@@ -346,7 +328,7 @@ struct RelevanceBlock {
         for (int w = 0; w < used_warps; ++w) product += room.products[c][w][row];
         if (is_last) {
           float squares = 0.0f;
-          for (int w = 0; w < kFeatureWarps; ++w) squares += room.squares[w][row];
+          for (int w = 0; w < kFeatureWarps<T>; ++w) squares += room.squares[w][row];
           product /= sqrtf(squares) + cosine_eps;
           product /= sqrtf(state.class_squares[first - first_class + c]) + cosine_eps;
         }

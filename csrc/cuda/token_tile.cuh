@@ -55,6 +55,7 @@ struct TokenTile {
   TIR_DEVICE void load(int first_column) {
     auto* source = static_cast<const T*>(arguments.tokens.data) + first_column;
     int left = model_dim - first_column;
+    TIR_NO_UNROLL
     for (int row = own; row < own + kOwnRows; ++row) {
       int64_t offset = rows.token_offsets[row];
       for (int column = lane * kVector<T>; column < span; column += kStride) {
@@ -75,7 +76,7 @@ struct TokenTile {
   // taken around its own mean: unlike a sum of squares, that loses nothing where the mean is far
   // from 0.
   TIR_DEVICE void merge_statistics(int first_column) {
-    constexpr int kBatch = 4;  // rows at once, since the sum over a warp takes long
+    constexpr int kBatch = kOwnRows % 4 == 0 ? 4 : 2;  // rows at once: a sum over a warp takes long
     int columns = min(span, model_dim - first_column);
     float share = static_cast<float>(columns) / static_cast<float>(first_column + columns);
     for (int first = own; first < own + kOwnRows; first += kBatch) {
@@ -141,6 +142,14 @@ struct TokenTile {
   }
 
   // Normalises the loaded span in place, rounded to the type of the tokens.
+  //
+  // LayerNorm could be folded into the product instead: tokens times the projection with gains in
+  // it, less the mean times the sums of its columns. It would not be as accurate where the mean is
+  // large. With D 768, E 512 and a mean of 3, 10 and 30 deviations, mean errors in float32 were
+  // 2.3, 4.0 and 7.0 times plain PyTorch's; normalised first, 1.1, 0.9 and 1.6. In float16 they
+  // were 2.8 times at 1000 deviations, against 0.4. bfloat16 bore it, with 0.4 either way at any
+  // mean, but another kernel would have to put the gains in, and to launch it takes longer than
+  // this pass.
   TIR_DEVICE void normalize(int first_column) {
     for (int column = lane * kVector<T>; column < span; column += kStride) {
       float gains[kVector<T>], biases[kVector<T>], values[kVector<T>];

@@ -1,52 +1,11 @@
 // The CUDA kernels, run on the CPU, as a Python module for the tests.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include "binding_arguments.h"
 #include "cuda/bindings.h"
-#include "cuda/forward_plan.h"
+#include "cuda/launch.h"
 
 namespace py = pybind11;
 using namespace tir;
-
-namespace {
-
-template <class T>
-py::dict plan_of(const AttentionShape& shape, const cuda::KeyWeights& derived) {
-  py::dict found;
-  cuda::with_head_dim("weighted_attention", shape.head_dim, [&](auto head_dim) {
-    constexpr int kHeadDim = decltype(head_dim)::value;
-    auto plan = cuda::forward::plan<T, kHeadDim>("weighted_attention", shape, derived,
-                                                 cuda::emulated_device);
-    found["warps"] = plan.warps;
-    found["resident"] = plan.resident;
-    found["value_bytes"] = plan.value_bytes;
-    found["shared_bytes"] = plan.shared_bytes;
-    found["row_bytes"] = cuda::kPitch<T, kHeadDim> * sizeof(T);
-    found["chunk"] = cuda::forward::kChunk<T, kHeadDim>;
-  });
-  return found;
-}
-
-// How attention_forward would run with weights that it finds itself, on the emulated device.
-py::dict forward_plan(const std::array<int64_t, 4>& sizes, const std::string& type,
-                      int64_t num_prefix_tokens) {
-  auto [batch, heads, length, head_dim] = sizes;
-  AttentionShape shape =
-      bindings::attention_shape({batch, heads, length, length, head_dim}, type, 1.0f, false);
-  float some_relevance = 0.0f;
-  cuda::KeyWeights derived{};
-  derived.relevance = &some_relevance;
-  derived.num_prefix_tokens = num_prefix_tokens;
-  switch (shape.type) {
-    case Type::float32: return plan_of<float>(shape, derived);
-    case Type::float16: return plan_of<cuda::float16>(shape, derived);
-    case Type::bfloat16: return plan_of<cuda::bfloat16>(shape, derived);
-  }
-  return {};
-}
-
-}  // namespace
 
 PYBIND11_MODULE(tir_cuda_emulated, module) {
   cuda::bind(module);
@@ -55,6 +14,4 @@ PYBIND11_MODULE(tir_cuda_emulated, module) {
   module.def("set_device", [](int multiprocessors, int shared_memory) {
     cuda::emulated_device = {multiprocessors, shared_memory};
   });
-  module.def("forward_plan", forward_plan, py::arg("shape"), py::arg("type"),
-             py::arg("num_prefix_tokens"));
 }

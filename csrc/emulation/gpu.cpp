@@ -294,4 +294,19 @@ uint16_t float_to_bfloat(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+float add_products(float total, const double* products, int count) {
+  double plain = total, largest = std::fabs(plain);
+  for (int i = 0; i < count; ++i) {
+    plain += products[i];
+    largest = std::max(largest, std::fabs(products[i]));
+  }
+  if (plain == 0.0 || !std::isfinite(plain)) return static_cast<float>(plain);
+  double unit = std::ldexp(1.0, std::ilogb(largest) - 24);
+  double units = std::trunc(total / unit);
+  for (int i = 0; i < count; ++i) units += std::trunc(products[i] / unit);
+  float sum = static_cast<float>(units * unit);
+  bool is_too_large = std::isfinite(sum) && std::fabs(sum) > std::fabs(units * unit);
+  return is_too_large ? std::nextafter(sum, 0.0f) : sum;
+}
+
 }  // namespace tir::emulation

@@ -68,6 +68,18 @@ float half_to_float(uint16_t bits);
 uint16_t float_to_half(float value);
 uint16_t float_to_bfloat(float value);
 
+// An operand of tensor cores; NaN where bits are set that these do not read.
+inline float tf32(uint32_t bits) {
+  if (bits & 0x1fffu) return NAN;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// total + the sum of products as tensor cores find it: terms lose what lies below the last bit but
+// one of the largest, and the sum is cut off towards 0.
+float add_products(float total, const double* products, int count);
+
 template <class T>
 T exchanged(const unsigned char* lanes, int lane) {
   T value;
@@ -130,6 +142,16 @@ inline int atomicAdd(int* address, int value) {
   int old = *address;
   *address += value;
   return old;
+}
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
 }
 inline int min(int left, int right) { return left < right ? left : right; }
 
@@ -218,6 +240,30 @@ void multiply_add(float (&total)[4], const uint32_t (&left)[4], uint32_t right_0
              unpack<T>(b.right[high], depth % 2);
     }
     total[element] += sum;
+  }
+}
+
+// Sums of four products at a time: of the GPUs that are served none takes fewer.
+inline void multiply_add_tf32(float (&total)[4], const uint32_t (&left)[4], uint32_t right_0,
+                              uint32_t right_1) {
+  struct Operands {
+    uint32_t left[4], right[2];
+  } own{{left[0], left[1], left[2], left[3]}, {right_0, right_1}};
+  const unsigned char* lanes =
+      emulation::exchange(emulation::Exchange::multiply, &own, sizeof own);
+  int lane = static_cast<int>(emulation::current.lane);
+  for (int element = 0; element < 4; ++element) {
+    int row = lane / 4 + 8 * (element / 2), column = 2 * (lane % 4) + element % 2;
+    for (int high = 0; high < 2; ++high) {
+      double products[4];
+      for (int t = 0; t < 4; ++t) {
+        auto a = emulation::exchanged<Operands>(lanes, 4 * (row % 8) + t);
+        auto b = emulation::exchanged<Operands>(lanes, 4 * column + t);
+        products[t] = static_cast<double>(emulation::tf32(a.left[2 * high + row / 8])) *
+                      emulation::tf32(b.right[high]);
+      }
+      total[element] = emulation::add_products(total[element], products, 4);
+    }
   }
 }
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -116,10 +115,10 @@ def token_inputs(batch: int, length: int, num_classes: int, groups: int) -> dict
     ("length", "num_classes", "groups", "prefix"),
     [(40, 5, 1, 1), (53, 16, 2, 5), (40, 17, 1, 0), (70, 3, 2, 1)],
 )
-def test_weights_found_in_the_attention_kernel(
+def test_weights_looked_up_in_the_attention_kernel(
     kernels, length: int, num_classes: int, groups: int, prefix: int, order: int
 ) -> None:
-    """Whether the kernel selects by itself or not, it is as if the weights had been given."""
+    """It is as if the weights had been given."""
     kernels.set_thread_order(order)
     q, k, v, _, grad_output = draw(2, 2, length, 64, torch.float32, 7)
     given = token_inputs(2, length, num_classes, groups) | {"num_prefix_tokens": prefix}
@@ -203,17 +202,7 @@ MISTAKES = {
 
 def build_with(mistake: str, folder: Path) -> Path:
     """The emulated module with one of the mistakes in it."""
-    name, right, wrong = MISTAKES[mistake]
-    source = folder / "csrc"
-    shutil.copytree(ROOT / "csrc", source)
-    path = source / "cuda" / name
-    text = path.read_text()
-    if right:
-        assert text.count(right) == 1, f"{name} no longer holds {right!r}"
-        path.write_text(text.replace(right, wrong))
-    return cuda_emulation.replace_object(
-        source / "cuda" / "attention_forward.cu", "bfloat16", folder
-    )
+    return cuda_emulation.build_with(MISTAKES[mistake], "attention_forward", "bfloat16", folder)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -278,7 +267,6 @@ SANITIZED = {
         "backends/test_cuda_emulated.py",
         "backends/test_cuda_queries.py",
         "backends/test_cuda_relevance.py",
-        "backends/test_cuda_room.py",
         "backends/test_cuda_statistics.py",
     ],
 }

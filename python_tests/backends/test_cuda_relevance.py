@@ -7,6 +7,7 @@ projection can lie in memory, more classes than a block takes, and selection amo
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import cuda_emulation
 import oracle
@@ -180,6 +181,113 @@ def test_nan_and_zero_stay_with_their_token(kernels, dtype: torch.dtype, project
     tokens = torch.zeros(1, 9, 72, dtype=dtype)
     assert (run(tokens, classes, JointSpace(norm_eps=None, proj=proj)) == 0).all()
     assert (run(tokens, torch.zeros(2, 72), JointSpace(norm_eps=1e-5, proj=proj)) == 0).all()
+
+
+def hard_problem(kind: str, width: int) -> tuple[Tensor, Tensor, JointSpace]:
+    """float32 problems whose products are sums of unlike, or of like, numbers."""
+    generator = torch.Generator().manual_seed(width)
+    tokens, classes = draw_tokens(2, 48, width), draw_classes(1, 16, 64)
+    space = draw_space(width, 64)
+
+    def spread(values: Tensor, decades: int) -> Tensor:
+        exponents = torch.rand(values.shape, generator=generator) * 2 - 1
+        return values * 10 ** (decades * exponents)
+
+    plain = JointSpace(norm_eps=None, proj=space.proj)
+    if kind == "far from 0":
+        return tokens + 30, classes, space
+    if kind == "one channel large":
+        tokens[..., 3] *= 300
+        return tokens, classes, space
+    if kind == "unlike magnitudes":
+        return spread(tokens, 3), classes, JointSpace(norm_eps=None, proj=spread(space.proj, 3))
+    if kind == "all positive":
+        return tokens.abs(), classes.abs(), JointSpace(norm_eps=None, proj=space.proj.abs())
+    if kind == "tiny":
+        return tokens * 1e-30, classes, plain
+    if kind == "tiny features":
+        proj = space.proj * 1e-9
+        return tokens, classes, JointSpace(space.norm_weight, space.norm_bias, 1e-5, proj)
+    return tokens, classes, plain
+
+
+HARD = ("far from 0", "one channel large", "unlike magnitudes", "all positive", "tiny",
+        "tiny features", "nothing special")  # fmt: skip
+
+
+def relevance_errors(kind: str, width: int) -> tuple[Tensor, Tensor]:
+    """Of ours, and of plain PyTorch in float32."""
+    problem = hard_problem(kind, width)
+    exact, _ = oracle.exact_relevance(*problem, 1)
+    plain = oracle.plain_relevance(*problem, 1)
+    return (run(*problem).double() - exact).abs(), (plain.double() - exact).abs()
+
+
+@pytest.mark.parametrize("width", [24, 768])
+@pytest.mark.parametrize("kind", HARD)
+def test_tensor_cores_multiply_float32_accurately(kernels, kind: str, width: int) -> None:
+    """No allowance for terms that cancel, as other tests have."""
+    ours, plain = relevance_errors(kind, width)
+    assert ours.max() <= 2 * plain.max()
+    assert ours.mean() <= 2 * plain.mean()
+
+
+FLOAT_MISTAKES = {
+    "none": ("float_product.cuh", "", ""),
+    "the left is not split": (
+        "float_product.cuh",
+        "small[i] = parts.small;",
+        "small[i] = 0;",
+    ),
+    "the right is not split": (
+        "float_product.cuh",
+        "multiply_add_tf32(sum, large, first.small, second.small);",
+        "",
+    ),
+    "totals stay in tensor cores": (
+        "float_product.cuh",
+        "multiply_add_tf32(sum, large, first.large, second.large);",
+        "multiply_add_tf32(total, large, first.large, second.large);",
+    ),
+    "numbers are not cut": ("float_product.cuh", "kTaken = 0xffffe000", "kTaken = 0xfffff000"),
+}
+
+
+@pytest.mark.parametrize("mistake", FLOAT_MISTAKES)
+def test_mistakes_in_float32_products_are_seen(
+    kernels, mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit = FLOAT_MISTAKES[mistake]
+    faulty = cuda_emulation.load(cuda_emulation.build_with(edit, "relevance", "float", tmp_path))
+    monkeypatch.setattr(cuda_emulation.register(), "_kernels", faulty)
+    ours, plain = relevance_errors("nothing special", 768)
+    is_accurate = bool(ours.isfinite().all()) and bool(ours.mean() <= 2 * plain.mean())
+    assert is_accurate == (mistake == "none")
+
+
+def test_ends_of_the_range_of_float32(kernels) -> None:
+    tokens, classes = draw_tokens(1, 40, 24), draw_classes(1, 5, 24)
+    space = JointSpace(norm_eps=None, proj=draw_space(24, 24).proj)
+    clean = run(tokens, classes, space)
+    # NaN as a GPU makes it, and NaN of which tensor cores would see infinity.
+    patterns = torch.tensor([0x7FFFFFFF, 0x7F800001, -1], dtype=torch.int32).view(torch.float32)
+    odd = tokens.clone()
+    odd[0, 5, 3], odd[0, 9, 23], odd[0, 20, 0] = patterns
+    odd[0, 30, 7], odd[0, 33, 7] = math.inf, -math.inf
+    odd[0, 12, 4] = 1e-42  # too small to matter, or to harm
+    ours = run(odd, classes, space)
+    spoilt = torch.zeros(40, dtype=torch.bool)
+    spoilt[[4, 8, 19, 29, 32]] = True
+    assert torch.equal(ours.isnan().all(1)[0] | ~spoilt, torch.ones(40, dtype=torch.bool))
+    assert torch.equal(ours.isnan().any(1)[0], spoilt)
+    spoilt[11] = True
+    assert torch.equal(ours[..., ~spoilt], clean[..., ~spoilt])
+    # Features beside which the norm's 1e-8 is large: what is lost of them is lost there too.
+    tiny = (tokens * 1e-40, classes, space)
+    exact, _ = oracle.exact_relevance(*tiny, 1)
+    assert (run(*tiny).double() - exact).abs().max() < 1e-32
+    # Features whose squares overflow have no norm; plain PyTorch says 0 as well.
+    assert (run(tokens * 1e30, classes, space) == 0).all()
 
 
 def test_any_order_of_threads_gives_the_same_bits(kernels) -> None:

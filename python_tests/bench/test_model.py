@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,14 @@ import pytest
 from click.testing import CliRunner
 
 from bench import model
-from bench.launches import FORWARD, Launch, Work, backward_launch, forward_launch
+from bench.launches import (
+    FORWARD,
+    Launch,
+    Work,
+    backward_launch,
+    forward_launch,
+    statistics_launch,
+)
 from bench.model import (
     GPUS,
     LIKELY,
@@ -22,11 +30,15 @@ from bench.model import (
     SHARED_MEMORY,
     bound_microseconds,
     expect,
+    expect_relevance,
+    expect_selection,
+    expect_statistics,
     grid_seconds,
     peer_microseconds,
 )
 from bench.sass.counts import committed
 from bench.shapes import Point, split_heads
+from bench.token_launches import relevance_plan, selection_launch
 
 ROOT = Path(__file__).resolve().parents[2]
 H100 = GPUS["h100"]
@@ -149,6 +161,62 @@ def test_the_table_says_that_it_is_a_model() -> None:
     assert "h200" in done.output
     assert "600 × 4" in done.output
     assert "55.0 KiB, 2" in done.output
+    assert "before attention, L 197, D 768, E 512, 5 classes, h200" in done.output
+    assert "relevance, float32" in done.output
+    assert "131 × 8" in done.output
+
+
+@pytest.mark.parametrize(("images", "by_hand"), [(5, 31), (25, 35), (64, 38)])
+def test_relevance_takes_as_long_as_by_hand(images: int, by_hand: float) -> None:
+    """It is bound by reading the projection from the L2 cache, in blocks of few tokens."""
+    expected = expect_relevance(Point(197, 64, images, 12, 5, "bfloat16"), H100)
+    assert expected.by == "L2"
+    assert 0.8 * by_hand < expected.microseconds[0] < 1.2 * by_hand
+
+
+def test_float32_takes_longer_and_statistics_take_less_than_attention_both_ways() -> None:
+    point_ = Point(197, 64, 25, 12, 5, "bfloat16")
+    relevance = expect_relevance(point_, H100).microseconds[0]
+    in_float = expect_relevance(replace(point_, dtype="float32"), H100).microseconds[0]
+    # Six times the products, but not six times the copies.
+    assert 1.5 * relevance < in_float < 6 * relevance
+    both = sum(expect(point_, way, H100).microseconds[0] for way in ("forward", "backward"))
+    assert 5 < expect_statistics(point_, H100).microseconds[0] < both
+
+
+def test_selection_takes_a_search_and_a_launch() -> None:
+    few, more = (expect_selection(Point(197, 64, images, 12, 5, "bfloat16")) for images in (5, 64))
+    assert few.microseconds == more.microseconds
+    assert model.LAUNCH * 1e6 < few.microseconds[0] < 8
+    assert few.launch == Launch(5, 5, 6 * 196 * 4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize(("dtype", "element"), [("bfloat16", "bfloat16"), ("float32", "float")])
+def test_plans_before_attention_are_those_of_the_launchers(
+    tmp_path: Path, dtype: str, element: str
+) -> None:
+    program = compiled("token_launches.cpp", tmp_path, f"-DTIR_ELEMENT={element}")
+    rng = random.Random(0)
+    shapes = [(5, 197, 12, 512, 5), (25, 197, 12, 512, 5), (64, 197, 12, 512, 5)]
+    shapes += [
+        (rng.randint(1, 80), rng.randint(2, 700), rng.randint(1, 24), rng.randint(1, 128) * 8,
+         rng.randint(1, 300))
+        for _ in range(100)
+    ]  # fmt: skip
+    launches = answers(program, shapes)
+    assert len(launches) == 4 * len(shapes)
+    for index, (images, length, heads, joint, classes) in enumerate(shapes):
+        some = Point(length, 64, images, heads, classes, dtype, joint)
+        found = [
+            relevance_plan(some, MULTIPROCESSORS, SHARED_MEMORY).launch,
+            selection_launch(some),
+        ]
+        if dtype == "bfloat16":
+            found += [statistics_launch(length, images * heads)] * 2
+        printed = launches[4 * index : 4 * index + len(found)]
+        assert [(each.blocks, 32 * each.warps, each.shared) for each in found] == printed, some
 
 
 @pytest.mark.slow
@@ -158,21 +226,31 @@ def test_the_program_starts_it() -> None:
     assert "MODEL" in done.stdout
 
 
+def compiled(name: str, folder: Path, *options: str) -> Path:
+    """A program of this folder, which asks the C++ launchers."""
+    program = folder / "launches"
+    sources = [Path(__file__).with_name(name), ROOT / "csrc/emulation/gpu.cpp"]
+    include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
+    flags = ["-std=c++17", "-O0", "-fno-strict-aliasing", *options]
+    subprocess.run(["g++", *flags, *include, "-o", program, *sources], check=True)
+    return program
+
+
+def answers(program: Path, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Numbers of each line that the program prints for lines of numbers."""
+    asked = "".join(" ".join(map(str, shape)) + "\n" for shape in shapes)
+    done = subprocess.run([program], input=asked, capture_output=True, text=True, check=True)
+    return [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_plans_are_those_of_the_launchers(tmp_path: Path) -> None:
-    program = tmp_path / "launches"
-    sources = [Path(__file__).with_name("launches.cpp"), ROOT / "csrc/emulation/gpu.cpp"]
-    include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
-    flags = ["-std=c++17", "-O0", "-fno-strict-aliasing"]
-    subprocess.run(["g++", *flags, *include, "-o", program, *sources], check=True)
-
+    program = compiled("launches.cpp", tmp_path)
     rng = random.Random(0)
     shapes = [(length, heads) for length in (1, 16, 50, 197, 257, 577, 1024) for heads in (1, 60)]
     shapes += [(rng.randint(1, 1100), rng.choice((3, 12, 60, 300, 768, 3072))) for _ in range(200)]
-    asked = "".join("{} {} {}\n".format(length, *split_heads(h)) for length, h in shapes)
-    done = subprocess.run([program], input=asked, capture_output=True, text=True, check=True)
-    launches = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    launches = answers(program, [(length, *split_heads(h)) for length, h in shapes])
     assert len(launches) == 3 * len(shapes)
     # The second is that of the backward pass's first kernel.
     for (length, heads), forward, backward in zip(

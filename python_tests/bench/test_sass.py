@@ -137,6 +137,29 @@ def test_a_way_through_a_given_inner_loop() -> None:
     assert [loop.around for loop in count(code, USAGE).main_loops] == [[2], [4]]
 
 
+def test_a_kernel_that_only_sums_has_main_loops_too() -> None:
+    """Innermost loops; where tensor cores multiply they count for nothing."""
+    text = """
+        .L_class:
+        MOV R1, RZ
+        .L_bit:
+        ISETP.GE.U32.AND P0, PT, R1, R2, PT
+        REDUX.SUM UR4, R5
+        @P1 BRA `(.L_bit)
+        REDUX.MAX UR4, R5
+        @P2 BRA `(.L_class)
+        EXIT
+        """
+    (code,) = kernels(listing("NOP\n" + textwrap.dedent(text))).values()
+    (loop,) = count(code, USAGE).main_loops
+    assert (loop.instructions, loop.products, loop.kinds["REDUX"]) == (3, 0, 1)
+    assert loop.around == [3, 2]
+    multiplying = "NOP\n.L_main:\nHMMA.16816.F32 R4, R8, R10, R4\n@P0 BRA `(.L_main)\n"
+    (code,) = kernels(listing(multiplying + textwrap.dedent(text))).values()
+    (loop,) = count(code, USAGE).main_loops
+    assert loop.products == 1
+
+
 def test_a_table_of_branches_is_followed() -> None:
     text = listing("""
         .L_loop:

@@ -46,11 +46,8 @@ class DerivedWeights(NamedTuple):
     """Weights of keys that the kernels look up by themselves, instead of reading them."""
 
     table: int  # address of (C + 1,)
-    relevance: int  # address of (B, C, N) to select from, or 0
-    counts: int  # address of (B, N), written where they are found
+    counts: int  # address of (B, N)
     num_prefix_tokens: int
-    num_classes: int
-    top_k: int
 
 
 class Launcher:
@@ -128,35 +125,23 @@ class Launcher:
     def reweighted_forward(
         self, attention: AttentionInputs, relevance: RelevanceInputs, table: Tensor, top_k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """No weight is written: the attention kernel selects and looks weights up by itself."""
-        scores = self.relevance(relevance)
+        """No weight is written: the attention kernel looks weights up by itself.
+
+        It does not select by itself: each of an image's heads would search again, which costs more
+        than a launch.
+        """
         table = table.contiguous()
-        batch, num_classes, num_patches = scores.shape
-        if self._kernels.can_select(num_patches, num_classes):
-            counts = _empty((batch, num_patches), scores, torch.int32)
-            found_in = scores.data_ptr()
-        else:
-            counts = self._select(scores, table, top_k, None)
-            found_in = 0
-        derived = DerivedWeights(
-            table.data_ptr(),
-            found_in,
-            counts.data_ptr(),
-            relevance.num_prefix_tokens,
-            num_classes,
-            top_k,
-        )
+        counts = self._select(self.relevance(relevance), table, top_k, None)
+        prefix = relevance.num_prefix_tokens
+        derived = DerivedWeights(table.data_ptr(), counts.data_ptr(), prefix)
         return (*self._forward(attention, None, derived), counts)
 
     def reweighted_backward(
         self, inputs: AttentionInputs, backward: BackwardInputs, counts: Tensor, table: Tensor
     ) -> Gradients:
         table, counts = table.contiguous(), counts.contiguous()
-        num_prefix_tokens = inputs.key.shape[2] - counts.shape[1]
-        num_classes = table.shape[0] - 1
-        derived = DerivedWeights(
-            table.data_ptr(), 0, counts.data_ptr(), num_prefix_tokens, num_classes, 0
-        )
+        prefix = inputs.key.shape[2] - counts.shape[1]
+        derived = DerivedWeights(table.data_ptr(), counts.data_ptr(), prefix)
         return self._backward(inputs, None, derived, backward)
 
     def _select(self, scores: Tensor, table: Tensor, top_k: int, weights: Tensor | None) -> Tensor:
@@ -347,7 +332,7 @@ def _weights_of_one(key: Tensor) -> DerivedWeights:
     So neither the table nor the counts are looked at, and any address serves for them.
     """
     unread = key.data_ptr()
-    return DerivedWeights(unread, 0, unread, key.shape[2], 1, 0)
+    return DerivedWeights(unread, unread, key.shape[2])
 
 
 def _empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -14,14 +14,11 @@ using Stream = void*;
 constexpr int64_t kMaxHeadDim = 128;
 
 // Where the weights of keys come from, if not from AttentionForward::weights: they are looked up in
-// a table by counts, which are given or found by selecting from relevance.
+// a table by counts.
 struct KeyWeights {
   const float* table;         // [C + 1], or null where the weights are given
-  const float* relevance;     // [B, C, N], or null where counts are given
-  int32_t* counts;            // [B, N]; written where they are found
+  const int32_t* counts;      // [B, N]
   int64_t num_prefix_tokens;  // P
-  int64_t num_classes;        // C
-  int64_t top_k;
 };
 
 // The CUDA runtime that the kernels were linked with, which need not be PyTorch's.
@@ -32,9 +29,6 @@ struct Runtime {
 };
 
 Runtime runtime();
-
-// Whether attention_forward can itself select from relevance; if not, it needs counts.
-bool can_select(int64_t num_patches, int64_t num_classes);
 
 void attention_forward(const AttentionForward& arguments, const KeyWeights& derived,
                        Stream stream);
