@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +16,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tir_kernels
+from tir_kernels import JointSpace, WeightRule
 from tir_kernels.operators import choose, known_calls, library
+from tir_kernels.operators import reweighted_attention as reweighted
 from tir_kernels.operators import weighted_attention as module
 from tir_kernels.operators.known_calls import KnownCalls
 
@@ -255,3 +259,64 @@ def test_not_all_calls_are_remembered(known: KnownCalls, monkeypatch: pytest.Mon
     for length in range(1, 9):
         tir_kernels.weighted_attention(*(torch.randn(1, 1, length, 4) for _ in range(3)))
     assert 1 <= launches(known) <= 3
+
+
+@pytest.fixture
+def known_selections(known: KnownCalls, monkeypatch: pytest.MonkeyPatch) -> KnownCalls:
+    """What is known of calls that select tokens from now on."""
+    found: KnownCalls = KnownCalls()
+    monkeypatch.setattr(reweighted, "_known_calls", found)
+    return found
+
+
+def test_a_known_selection_gives_the_same(known_selections: KnownCalls, rows: list[Tensor]) -> None:
+    generator = torch.Generator().manual_seed(1)
+
+    def make(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    spaces = [None, JointSpace(make(16), make(16), 1e-5, make(16, 12)), JointSpace(norm_eps=1e-6)]
+    rules = [WeightRule(), WeightRule(top_ratio=0.5), WeightRule("suppress")]
+    count = 0
+    for space, rule, table in itertools.product(spaces, rules, (None, make(5))):
+        width = 16 if space is None or space.proj is None else 12
+        for classes in (make(4, width), make(1, 4, width)):
+            count += 1
+            for _ in range(2):
+                arguments = (*rows, make(1, 5, 16), classes)
+                options = {"joint_space": space, "rule": rule, "table": table, "backend": "cpu"}
+                options |= {"return_weights": True, "return_lse": True}
+                found = tir_kernels.reweighted_attention(*arguments, **options)
+                with watched():
+                    expected = tir_kernels.reweighted_attention(*arguments, **options)
+                flat = [found[0], *found[1], found[2]], [expected[0], *expected[1], expected[2]]
+                assert all(torch.equal(a, b) for a, b in zip(*flat, strict=True))
+                options |= {"return_weights": False, "return_counts": True, "return_lse": False}
+                output, counts = tir_kernels.reweighted_attention(*arguments, **options)
+                assert torch.equal(output, found[0])
+                assert torch.equal(counts, found[1].counts)
+    assert launches(known_selections) == count
+
+
+def test_a_known_selection_has_gradients(known_selections: KnownCalls, rows: list[Tensor]) -> None:
+    tokens, classes, table = torch.randn(1, 5, 16), torch.randn(3, 16), torch.rand(4)
+    tir_kernels.reweighted_attention(*rows, tokens, classes, table=table)
+    leaves = [t.clone().requires_grad_() for t in (*rows, table)]
+    *heads, own_table = leaves
+    output = tir_kernels.reweighted_attention(*heads, tokens, classes, table=own_table)
+    assert all(g is not None for g in torch.autograd.grad(output.square().sum(), leaves))
+    learned = tokens.clone().requires_grad_()  # which receives none
+    assert not tir_kernels.reweighted_attention(*rows, learned, classes, table=table).requires_grad
+    assert launches(known_selections) == 1
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[None]:
+    """A region in which calls go through the dispatcher."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        yield

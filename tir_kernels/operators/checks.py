@@ -14,7 +14,7 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 NO_MASKS = "there are no masks; padding is weight 0, as in weights=is_token.float(), (B, L)"
 
-_NO_MAP = JointSpace(norm_eps=None)
+NO_MAP = JointSpace(norm_eps=None)  # tokens are in the joint space
 
 
 def require_float(name: str, value: object, shape: str) -> Tensor:
@@ -106,7 +106,7 @@ def check_relevance_inputs(
         )
     num_prefix_tokens = check_num_prefix_tokens(num_prefix_tokens, length)
     if joint_space is None:
-        joint_space = _NO_MAP
+        joint_space = NO_MAP
     _check_joint_space(joint_space, tokens, joint_width)
     # A number read from an attribute would be no constant of a compiled graph.
     norm_eps = None if joint_space.norm_eps is None else float(joint_space.norm_eps)

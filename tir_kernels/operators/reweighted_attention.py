@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tir_kernels.backends.inputs import AttentionInputs, BackwardInputs
+from tir_kernels.backends.inputs import AttentionInputs, BackwardInputs, RelevanceInputs
+from tir_kernels.backends.optional import AttentionLaunch
 from tir_kernels.backends.protocol import Gradients
 from tir_kernels.operators.checks import (
+    NO_MAP,
     check_attention_inputs,
     check_relevance_inputs,
     require_head_width,
     require_same_device,
     resolve_table,
+)
+from tir_kernels.operators.known_calls import (
+    KnownCalls,
+    Signature,
+    requires_gradient,
+    signature_of,
 )
 from tir_kernels.operators.library import OPS, Operator, define, define_fake
 from tir_kernels.operators.relevance import is_empty, relevance_backend
@@ -84,6 +92,22 @@ def reweighted_attention(
         ValueError, TypeError: A wrong rank, shape, dtype, device, group count or table length.
         RuntimeError: A backend that cannot run here.
     """
+    asked_for = _AskedFor(return_weights, return_counts, return_lse)
+    space = NO_MAP if joint_space is None else joint_space
+    signature = None
+    if type(space) is JointSpace and type(rule) is WeightRule:
+        parts = (space.norm_weight, space.norm_bias, space.proj)
+        tensors = (q, k, v, tokens, class_embeddings, *parts, table)
+        signature = signature_of(tensors, space.norm_eps, num_prefix_tokens, scale, backend)
+    if signature is not None:
+        signature = (rule, *signature)
+        known = _known_calls.get(signature)
+        if known and known.is_current(q, backend) and not requires_gradient(q, k, v, table):
+            groups = class_embeddings if class_embeddings.dim() == 3 else class_embeddings[None]
+            norm = space.norm_weight, space.norm_bias, space.norm_eps
+            inputs = RelevanceInputs(tokens, groups, *norm, space.proj, num_prefix_tokens)
+            return asked_for.of(*known.attend(q, k, v, inputs, table))
+
     q, k, v = cast_for_autocast(q, k, v)
     scale = check_attention_inputs(q, {"k": k, "v": v}, scale, backend)
     inputs = check_relevance_inputs(
@@ -100,15 +124,81 @@ def reweighted_attention(
     table = resolve_table(rule, table, inputs)
     if return_lse:
         require_head_width(q)
-    if return_weights:
-        weighted = differentiable_weights(inputs, table, rule, backend)
-        attention = AttentionInputs(q, k, v, weighted.weights, scale)
-        output, log_sum_exp = differentiable_attention(attention, backend)
-        return (output, weighted, log_sum_exp) if return_lse else (output, weighted)
+    attention = AttentionInputs(q, k, v, None, scale)
     arguments = selection_arguments(inputs, table, rule)
+    if signature is not None:
+        _remember(signature, tensors, attention, Selection.of(arguments), backend)
+    if return_weights:
+        weights, counts = differentiable_weights(inputs, table, rule, backend)
+        attention = attention._replace(weights=weights)
+        output, log_sum_exp = differentiable_attention(attention, backend)
+        return asked_for.of(output, log_sum_exp, weights, counts)
     output, log_sum_exp, counts = ReweightedAttention.call(q, k, v, *arguments, scale, backend)
-    asked_for = [*([counts] if return_counts else []), *([log_sum_exp] if return_lse else [])]
-    return (output, *asked_for) if asked_for else output
+    return asked_for.of(output, log_sum_exp, None, counts)
+
+
+class _AskedFor(NamedTuple):
+    """What is returned beside the output."""
+
+    weights: bool
+    counts: bool
+    log_sum_exp: bool
+
+    def of(
+        self, output: Tensor, log_sum_exp: Tensor, weights: Tensor | None, counts: Tensor
+    ) -> Tensor | tuple[Tensor | TokenWeights, ...]:
+        found: list[Tensor | TokenWeights] = [output]
+        if self.weights and weights is not None:
+            found.append(TokenWeights(weights, counts))
+        elif self.counts:
+            found.append(counts)
+        if self.log_sum_exp:
+            found.append(log_sum_exp)
+        return tuple(found) if len(found) > 1 else output
+
+
+class _KnownCall(NamedTuple):
+    """What is known of a call: its selection, and who serves it."""
+
+    table: Tensor | None  # the rule's, where the caller gave none
+    top_k: int
+    backend: Any
+    launch: AttentionLaunch
+
+    def is_current(self, query: Tensor, name: str) -> bool:
+        """Whether the name still stands for that backend."""
+        return attention_backend(name, query) is self.backend
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: RelevanceInputs, table: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Output, log-sum-exp, weights and counts, without gradients."""
+        rule_table = self.table if table is None else table
+        weights, counts = self.backend.token_weights(inputs, rule_table, self.top_k)
+        return (*self.launch(q, k, v, weights), weights, counts)
+
+
+_known_calls: KnownCalls[_KnownCall] = KnownCalls()
+
+
+def _remember(
+    signature: Signature,
+    tensors: tuple[Tensor | None, ...],
+    attention: AttentionInputs,
+    selection: Selection,
+    name: str,
+) -> None:
+    query, key, *_ = attention
+    inputs, table, top_k = selection
+    if query.is_meta or query.numel() == 0 or key.numel() == 0 or is_empty(inputs):
+        return
+    backend: Any = attention_backend(name, query)
+    serves_both = backend is relevance_backend(name, "token_weights", inputs, table)
+    is_fused = hasattr(backend, "reweighted_forward")
+    if serves_both and hasattr(backend, "attention_launch") and not is_fused:
+        own = table if tensors[-1] is None else None
+        known = _KnownCall(own, top_k, backend, backend.attention_launch(attention))
+        _known_calls.add(signature, tensors, known)
 
 
 @define(
