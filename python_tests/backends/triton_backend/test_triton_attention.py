@@ -18,7 +18,7 @@ from triton_cases import (
 )
 
 from tir_kernels.backends.inputs import AttentionInputs, StatisticsInputs
-from tir_kernels.backends.triton.kernels.key_weights import log_weights
+from tir_kernels.backends.triton.kernels import key_weights
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -72,10 +72,29 @@ def test_logarithms_of_weights(device: str) -> None:
     """What does not count gets -inf: too small, 0, negative; NaN stays."""
     ordinary = [1.0, 2.0, 0.3, 2.0**-126, 1e-30, 3e38, INF]
     weights = torch.tensor([[*ordinary, 2.0**-127, 1e-44, 0.0], [-0.0, -1.0, -INF, NAN, *6 * [4]]])
-    found = log_weights(weights.to(device)).cpu()
+    found = key_weights.log_weights(weights.to(device)).cpu()
     expected = weights.double().log2().float()
     expected[0, len(ordinary) :], expected[1, :3] = -INF, -INF
     torch.testing.assert_close(found, expected, rtol=2e-7, atol=2e-7, equal_nan=True)
+
+
+def test_no_logarithms_are_made_without_weights(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """And no weights are looked at: what is written for weights of 1 is written without them."""
+    query, key, value, grad_output, weights = attention_inputs(2, 1, 70, 16, torch.float32, device)
+    given = AttentionInputs(query, key, value, torch.ones_like(weights), 0.25)
+    described = StatisticsInputs(query, key, given.weights, 0.25, 1)
+    expected = [*oracle.run_attention(BACKEND, given, grad_output, False)]
+    expected += BACKEND.attention_statistics(described)
+    monkeypatch.setattr(key_weights, "log_weights_kernel", None)
+    without = given._replace(weights=None)
+    results = [*oracle.run_attention(BACKEND, without, grad_output, False)]
+    results += BACKEND.attention_statistics(described._replace(weights=None))
+    for ours, other in zip(results, expected, strict=True):
+        assert torch.equal(ours, other)
+    with pytest.raises(TypeError):  # what was taken away would have been missed
+        BACKEND.attention_forward(given)
 
 
 def test_rows_without_attended_keys(device: str) -> None:

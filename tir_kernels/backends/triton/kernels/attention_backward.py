@@ -28,7 +28,6 @@ from .tiles import (
     head_constants,
     head_pointer,
     hide_later_keys,
-    key_weights,
     load_columns,
     load_rows,
     locate_rows,
@@ -82,7 +81,7 @@ def grad_query_kernel(
     query_ptr,  # [B, H, Lq, d]
     key_ptr,  # [B, H, L, d]
     value_ptr,  # [B, H, L, d]
-    log_weights_ptr,  # [B, L]
+    log_weights_ptr,  # [B, L]; None: all are 0
     output_ptr,  # [B, H, Lq, d], contiguous
     log_sum_exp_ptr,  # [B, H, Lq]
     grad_query_ptr,  # [B, H, Lq, d], contiguous
@@ -108,7 +107,8 @@ def grad_query_kernel(
     query_ptr = head_pointer(query_ptr, batch, head, query_strides, STRIDE_UNIT)
     key_ptr = head_pointer(key_ptr, batch, head, key_strides, STRIDE_UNIT)
     value_ptr = head_pointer(value_ptr, batch, head, value_strides, STRIDE_UNIT)
-    log_weights_ptr += batch.to(tl.int64) * num_keys
+    if log_weights_ptr is not None:
+        log_weights_ptr += batch.to(tl.int64) * num_keys
     first_row = head_number * num_queries
 
     rows = first_query + tl.arange(0, BLOCK_QUERY)
@@ -142,7 +142,7 @@ def grad_query_kernel(
         )
         scores = dot_transposed(query, key, TAIL)
         grad_probabilities = dot_transposed(grads, value, TAIL)
-        exponents = scores * (scale * LOG2_E) + bias[None, :] - log_sums[:, None]
+        exponents = scores * (scale * LOG2_E) - log_sums[:, None] + bias[None, :]
         exponents = hide_later_keys(exponents, rows[:, None], keys[None, :], IS_CAUSAL)
         grad_scores = tl.exp2(exponents) * (grad_probabilities - delta[:, None])
         grad_query = dot_rows(narrow(grad_scores, key[0].dtype), key, grad_query, TAIL)
@@ -158,7 +158,7 @@ def grad_key_value_kernel(
     key_ptr,  # [B, H, L, d]
     value_ptr,  # [B, H, L, d]
     weights_ptr,  # [B, L]; None unless NEEDS_WEIGHTS_GRAD
-    log_weights_ptr,  # [B, L]
+    log_weights_ptr,  # [B, L]; None: all are 0
     log_sum_exp_ptr,  # [B, H, Lq]
     delta_ptr,  # [B, H, Lq]
     grad_key_ptr,  # [B, H, L, d], contiguous
@@ -186,7 +186,8 @@ def grad_key_value_kernel(
     query_ptr = head_pointer(query_ptr, batch, head, query_strides, STRIDE_UNIT)
     key_ptr = head_pointer(key_ptr, batch, head, key_strides, STRIDE_UNIT)
     value_ptr = head_pointer(value_ptr, batch, head, value_strides, STRIDE_UNIT)
-    log_weights_ptr += batch.to(tl.int64) * num_keys
+    if log_weights_ptr is not None:
+        log_weights_ptr += batch.to(tl.int64) * num_keys
     first_row, first_key_row = head_number * num_queries, head_number * num_keys
 
     keys = first_key + tl.arange(0, BLOCK_KEY)
@@ -229,7 +230,9 @@ def grad_key_value_kernel(
         grad_probabilities = dot_transposed(value, grads, TAIL)
         log_sums = load_log_sums(log_sum_exp_ptr + first_row, rows, row_exists)
         delta = tl.load(delta_ptr + first_row + rows, mask=row_exists, other=0.0)
-        exponents = scores * (scale * LOG2_E) + bias[:, None] - log_sums[None, :]
+        exponents = scores * (scale * LOG2_E) - log_sums[None, :]
+        if log_weights_ptr is not None:
+            exponents += bias[:, None]
         # The limit of an unattended key may overflow; NaN must not be lost here.
         exponents = tl.minimum(exponents, MAX_EXPONENT_LOG2, propagate_nan=tl.PropagateNan.ALL)
         exponents = hide_later_keys(exponents, rows[None, :], keys[:, None], IS_CAUSAL)
@@ -272,12 +275,13 @@ def attention_backward(inputs: AttentionInputs, backward: BackwardInputs) -> Gra
     if needs_weights_grad:
         partial_grad_weights = empty(key.shape[:-1], torch.float32)
 
-    weights, log_sum_exp = key_weights(weights, key), log_sum_exp.contiguous()
+    log_sum_exp, logarithms = log_sum_exp.contiguous(), log_weights(weights)
+    if weights is not None:
+        weights = weights.contiguous() if needs_weights_grad else None
     rows = (grad_output, query, key, value)
     strides = (tensor.stride()[:-1] for tensor in rows)
     numbers = (*strides, num_heads, num_queries, key.shape[2], scale)
     constants = {**head_constants(*rows), "IS_CAUSAL": is_causal}
-    logarithms = log_weights(weights)
     with device_guard(query.device):
         grad_query_kernel[row_programs(query, query_config.block_stationary)](
             *rows,
@@ -292,7 +296,7 @@ def attention_backward(inputs: AttentionInputs, backward: BackwardInputs) -> Gra
         )
         grad_key_value_kernel[row_programs(key, key_config.block_stationary)](
             *rows,
-            weights if needs_weights_grad else None,
+            weights,
             logarithms,
             log_sum_exp,
             delta,
@@ -306,4 +310,4 @@ def attention_backward(inputs: AttentionInputs, backward: BackwardInputs) -> Gra
         )
     if needs_weights_grad:
         return grad_query, grad_key, grad_value, partial_grad_weights.sum(1)
-    return grad_query, grad_key, grad_value, weights.new_empty(0)
+    return grad_query, grad_key, grad_value, delta.new_empty(0)

@@ -24,7 +24,6 @@ from .tiles import (
     head_constants,
     head_pointer,
     hide_later_keys,
-    key_weights,
     load_rows,
     locate_rows,
     loop_bound,
@@ -43,7 +42,7 @@ def attention_forward_kernel(
     query_ptr,  # [B, H, Lq, d]
     key_ptr,  # [B, H, L, d]
     value_ptr,  # [B, H, L, d]
-    log_weights_ptr,  # [B, L]
+    log_weights_ptr,  # [B, L]; None: all are 0
     output_ptr,  # [B, H, Lq, d], contiguous
     log_sum_exp_ptr,  # [B, H, Lq]
     query_strides,  # of batch, head and row
@@ -65,7 +64,8 @@ def attention_forward_kernel(
     query_ptr = head_pointer(query_ptr, batch, head, query_strides, STRIDE_UNIT)
     key_ptr = head_pointer(key_ptr, batch, head, key_strides, STRIDE_UNIT)
     value_ptr = head_pointer(value_ptr, batch, head, value_strides, STRIDE_UNIT)
-    log_weights_ptr += batch.to(tl.int64) * num_keys
+    if log_weights_ptr is not None:
+        log_weights_ptr += batch.to(tl.int64) * num_keys
     first_row = head_number * num_queries
 
     rows = first_query + tl.arange(0, BLOCK_QUERY)
@@ -110,7 +110,7 @@ def attention_forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
             query,
             key,
             value,
-            log_weights(key_weights(weights, key)),
+            log_weights(weights),
             output,
             log_sum_exp,
             query.stride()[:-1],

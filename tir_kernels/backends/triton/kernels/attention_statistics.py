@@ -29,7 +29,6 @@ from .tiles import (
     head_constants,
     head_pointer,
     hide_later_keys,
-    key_weights,
     load_rows,
     locate_rows,
     loop_bound,
@@ -44,7 +43,7 @@ from .tiles import (
 def row_statistics_kernel(
     query_ptr,  # [B, H, Lq, d]
     key_ptr,  # [B, H, L, d]
-    log_weights_ptr,  # [B, L]
+    log_weights_ptr,  # [B, L]; None: all are 0
     entropy_ptr,  # [B, H, Lq]
     log_sum_exp_ptr,  # [B, H, Lq]
     maximum_ptr,  # [B, H, Lq]
@@ -66,7 +65,8 @@ def row_statistics_kernel(
     first_query, batch, head, head_number = locate_rows(num_heads, num_queries, BLOCK_QUERY)
     query_ptr = head_pointer(query_ptr, batch, head, query_strides, STRIDE_UNIT)
     key_ptr = head_pointer(key_ptr, batch, head, key_strides, STRIDE_UNIT)
-    log_weights_ptr += batch.to(tl.int64) * num_keys
+    if log_weights_ptr is not None:
+        log_weights_ptr += batch.to(tl.int64) * num_keys
     first_row = head_number * num_queries
 
     rows = first_query + tl.arange(0, BLOCK_QUERY)
@@ -109,7 +109,7 @@ def row_statistics_kernel(
 def column_statistics_kernel(
     query_ptr,  # [B, H, Lq, d]
     key_ptr,  # [B, H, L, d]
-    log_weights_ptr,  # [B, L]
+    log_weights_ptr,  # [B, L]; None: all are 0
     maximum_ptr,  # [B, H, Lq]
     total_ptr,  # [B, H, Lq]
     from_prefix_ptr,  # [B, H, L]
@@ -132,7 +132,8 @@ def column_statistics_kernel(
     first_key, batch, head, head_number = locate_rows(num_heads, num_keys, BLOCK_KEY)
     query_ptr = head_pointer(query_ptr, batch, head, query_strides, STRIDE_UNIT)
     key_ptr = head_pointer(key_ptr, batch, head, key_strides, STRIDE_UNIT)
-    log_weights_ptr += batch.to(tl.int64) * num_keys
+    if log_weights_ptr is not None:
+        log_weights_ptr += batch.to(tl.int64) * num_keys
     first_row = head_number * num_queries
 
     keys = first_key + tl.arange(0, BLOCK_KEY)
@@ -180,7 +181,7 @@ def attention_statistics(inputs: StatisticsInputs) -> AttentionStatistics:
 
     from_prefix, from_patches = empty_numbers(key), empty_numbers(key)
     entropy, log_sum_exp, maximum, total = (empty_numbers(query) for _ in range(4))
-    tensors = (query, key, log_weights(key_weights(weights, key)))
+    tensors = (query, key, log_weights(weights))
     numbers = (query.stride()[:-1], key.stride()[:-1], num_heads, num_queries, key.shape[2])
     scale_log2 = scale * LOG2_E.value
     constants = {**head_constants(query, key), **config.options(), "IS_CAUSAL": is_causal}

@@ -242,14 +242,6 @@ def stride_unit(*tensors: Tensor) -> int:
     return unit
 
 
-def key_weights(weights: Tensor | None, key: Tensor) -> Tensor:
-    """The weights of keys, (B, L): ones where there are none, because the kernels read them."""
-    if weights is not None:
-        return weights.contiguous()
-    batch, _, num_keys, _ = key.shape
-    return key.new_ones((batch, num_keys), dtype=torch.float32)
-
-
 def row_programs(rows: Tensor, block: int) -> tuple[int]:
     """The grid with a program for each block of rows of each head of (B, H, L, d)."""
     batch, num_heads, length, _ = rows.shape
