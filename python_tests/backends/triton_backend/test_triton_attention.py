@@ -18,7 +18,11 @@ from triton_cases import (
 )
 
 from tir_kernels.backends.inputs import AttentionInputs, StatisticsInputs
-from tir_kernels.backends.triton.kernels import key_weights
+from tir_kernels.backends.triton.kernels import (
+    attention_backward,
+    attention_forward,
+    key_weights,
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -187,6 +191,37 @@ def test_blocks_of_queries_that_see_no_key_are_not_read(device: str) -> None:
         assert torch.equal(ours[:, :, 64:], other[:, :, 64:])
     assert torch.equal(results[5][:, 64:], others[5][:, 64:])
     assert others[5][:, :64].isnan().any()
+
+
+# Queries, keys, and the width of heads. 16, 64 and 128 queries in a tile; streamed rows in whole
+# blocks, in a rest of 16, 32 or 64 and in both; 32 stationary keys for blocks of 64 queries.
+CUTS = [
+    ((9, 64, 16), True),
+    ((64, 64, 16), False),
+    ((70, 48, 16), False),
+    ((100, 20, 16), True),
+    ((130, 93, 16), True),
+    ((70, 70, 160), True),
+]
+
+
+@pytest.mark.parametrize(("shape", "is_causal"), CUTS, ids=str)
+def test_every_cut(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], is_causal: bool, device: str
+) -> None:
+    for module in (attention_forward, attention_backward):
+        monkeypatch.setattr(module, "device_capability", lambda device: (9, 0))
+    num_queries, num_keys, width = shape
+    rows = [
+        random_tensor(1, 1, length, width, dtype=torch.bfloat16, seed=seed).to(device)
+        for seed, length in enumerate((num_queries, num_keys, num_keys, num_queries))
+    ]
+    weights = random_tensor(1, num_keys, seed=4).to(device)
+    scale, grad_output = width**-0.5, rows.pop()
+    inputs = AttentionInputs(*rows, weights, scale, is_causal)
+    output, _, *grads = oracle.run_attention(BACKEND, inputs, grad_output)
+    arguments = (*rows, weights, scale, grad_output, is_causal)
+    oracle.assert_attention_as_accurate((output, *grads), *arguments)
 
 
 def test_weight_gradient_only_if_asked(device: str) -> None:

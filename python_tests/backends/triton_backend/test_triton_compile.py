@@ -27,17 +27,18 @@ SHARED_MEMORY = {80: 99, 90: 227, 100: 227}
 # for occupancy, with registers to spare, and differ from one release to the next.
 MAX_STACK = 32
 ATTENTION = ("forward", "backward", "statistics")
-# Instructions of a warp in a pass of a main loop, for bfloat16, heads of width 64 and Triton 3.8 on
-# 9.0: 64 keys or queries with the 16 rows that a warp has of the stationary ones. Its number of
-# tensor-core products says what work a budget is for. Second: without weights.
+# Instructions of a warp in a pass of each main loop, for bfloat16, heads of width 64, 197 rows and
+# Triton 3.8 on 9.0: 64 keys or queries, then the 16 that hold the rest. Of the stationary ones a
+# warp has 32 in forward, else 16. The number of tensor-core products says what work a budget is
+# for. The second of a name: whether there are weights.
 LOOPS_OF = "3.8"
 MAIN_LOOPS = {
-    ("attention_forward_kernel", True): [(8, 475)],  # 453
-    ("attention_forward_kernel", False): [(8, 440)],  # 420
-    ("grad_query_kernel", True): [(12, 425)],  # 405
-    ("grad_query_kernel", False): [(12, 395)],  # 376
-    ("grad_key_value_kernel", True): [(16, 570)],  # 545
-    ("grad_key_value_kernel", False): [(16, 495)],  # 472
+    ("attention_forward_kernel", True): [(16, 665), (10, 305)],  # 635, 292
+    ("attention_forward_kernel", False): [(16, 625), (10, 295)],  # 595, 280
+    ("grad_query_kernel", True): [(12, 340), (9, 135)],  # 325, 128
+    ("grad_query_kernel", False): [(12, 275), (9, 122)],  # 261, 116
+    ("grad_key_value_kernel", True): [(16, 490), (10, 182)],  # 467, 173
+    ("grad_key_value_kernel", False): [(16, 415), (10, 155)],  # 397, 148
     ("row_statistics_kernel", True): [(4, 575)],  # 549
     ("row_statistics_kernel", False): [(4, 530)],  # 508
     ("column_statistics_kernel", True): [(4, 400)],  # 383

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common import device_guard
+from .tiles import which_exist
 
 BLOCK = 256
 # Below this the hardware's logarithm sees 0. NaN is not below it: it stays, and shows.
@@ -51,16 +52,17 @@ def log_weights(weights: Tensor | None) -> Tensor | None:
 
 
 @triton.jit
-def load_log_weights(log_weights_ptr, keys, end):
+def load_log_weights(log_weights_ptr, keys, end, ALL_EXIST: tl.constexpr):
     """The logarithms of the weights of some keys, and whether each is attended to.
 
     From ``end`` on there are no keys: their logarithms are -inf. Without weights those of keys are
     0, which is added as it is where weights of 1 are given: the sums are the same to the bit.
     """
+    exist = which_exist(keys, end, ALL_EXIST)
     if log_weights_ptr is None:
-        attended = keys < end
-        logarithms = tl.where(attended, 0.0, float("-inf"))
+        attended = exist
+        logarithms = tl.where(exist, 0.0, float("-inf"))
     else:
-        logarithms = tl.load(log_weights_ptr + keys, mask=keys < end, other=float("-inf"))
+        logarithms = tl.load(log_weights_ptr + keys, mask=exist, other=float("-inf"))
         attended = logarithms != float("-inf")
     return logarithms, attended
