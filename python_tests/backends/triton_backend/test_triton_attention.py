@@ -18,7 +18,11 @@ from triton_cases import (
 )
 
 from tir_kernels.backends.inputs import AttentionInputs, StatisticsInputs
-from tir_kernels.backends.triton.kernels.key_weights import log_weights
+from tir_kernels.backends.triton.kernels import (
+    attention_backward,
+    attention_forward,
+    key_weights,
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -72,10 +76,29 @@ def test_logarithms_of_weights(device: str) -> None:
     """What does not count gets -inf: too small, 0, negative; NaN stays."""
     ordinary = [1.0, 2.0, 0.3, 2.0**-126, 1e-30, 3e38, INF]
     weights = torch.tensor([[*ordinary, 2.0**-127, 1e-44, 0.0], [-0.0, -1.0, -INF, NAN, *6 * [4]]])
-    found = log_weights(weights.to(device)).cpu()
+    found = key_weights.log_weights(weights.to(device)).cpu()
     expected = weights.double().log2().float()
     expected[0, len(ordinary) :], expected[1, :3] = -INF, -INF
     torch.testing.assert_close(found, expected, rtol=2e-7, atol=2e-7, equal_nan=True)
+
+
+def test_no_logarithms_are_made_without_weights(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """And no weights are looked at: what is written for weights of 1 is written without them."""
+    query, key, value, grad_output, weights = attention_inputs(2, 1, 70, 16, torch.float32, device)
+    given = AttentionInputs(query, key, value, torch.ones_like(weights), 0.25)
+    described = StatisticsInputs(query, key, given.weights, 0.25, 1)
+    expected = [*oracle.run_attention(BACKEND, given, grad_output, False)]
+    expected += BACKEND.attention_statistics(described)
+    monkeypatch.setattr(key_weights, "log_weights_kernel", None)
+    without = given._replace(weights=None)
+    results = [*oracle.run_attention(BACKEND, without, grad_output, False)]
+    results += BACKEND.attention_statistics(described._replace(weights=None))
+    for ours, other in zip(results, expected, strict=True):
+        assert torch.equal(ours, other)
+    with pytest.raises(TypeError):  # what was taken away would have been missed
+        BACKEND.attention_forward(given)
 
 
 def test_rows_without_attended_keys(device: str) -> None:
@@ -168,6 +191,37 @@ def test_blocks_of_queries_that_see_no_key_are_not_read(device: str) -> None:
         assert torch.equal(ours[:, :, 64:], other[:, :, 64:])
     assert torch.equal(results[5][:, 64:], others[5][:, 64:])
     assert others[5][:, :64].isnan().any()
+
+
+# Queries, keys, and the width of heads. 16, 64 and 128 queries in a tile; streamed rows in whole
+# blocks, in a rest of 16, 32 or 64 and in both; 32 stationary keys for blocks of 64 queries.
+CUTS = [
+    ((9, 64, 16), True),
+    ((64, 64, 16), False),
+    ((70, 48, 16), False),
+    ((100, 20, 16), True),
+    ((130, 93, 16), True),
+    ((70, 70, 160), True),
+]
+
+
+@pytest.mark.parametrize(("shape", "is_causal"), CUTS, ids=str)
+def test_every_cut(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], is_causal: bool, device: str
+) -> None:
+    for module in (attention_forward, attention_backward):
+        monkeypatch.setattr(module, "device_capability", lambda device: (9, 0))
+    num_queries, num_keys, width = shape
+    rows = [
+        random_tensor(1, 1, length, width, dtype=torch.bfloat16, seed=seed).to(device)
+        for seed, length in enumerate((num_queries, num_keys, num_keys, num_queries))
+    ]
+    weights = random_tensor(1, num_keys, seed=4).to(device)
+    scale, grad_output = width**-0.5, rows.pop()
+    inputs = AttentionInputs(*rows, weights, scale, is_causal)
+    output, _, *grads = oracle.run_attention(BACKEND, inputs, grad_output)
+    arguments = (*rows, weights, scale, grad_output, is_causal)
+    oracle.assert_attention_as_accurate((output, *grads), *arguments)
 
 
 def test_weight_gradient_only_if_asked(device: str) -> None:

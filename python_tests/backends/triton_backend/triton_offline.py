@@ -102,7 +102,8 @@ def run_launcher(case: dict[str, Any]) -> None:
     if case["kernel"] in ("forward", "backward", "statistics"):
         packed = tensor(2, length, 3, 12, case["head_dim"]).permute(2, 0, 3, 1, 4)
         query, key, value = packed
-        weights = tensor(2, length, dtype=torch.float32)
+        query = query[:, :, : case.get("queries", length)]
+        weights = tensor(2, length, dtype=torch.float32) if case.get("weighted", True) else None
         is_causal = case.get("is_causal", False)
         inputs = AttentionInputs(query, key, value, weights, 0.125, is_causal)
         if case["kernel"] == "forward":
@@ -114,7 +115,7 @@ def run_launcher(case: dict[str, Any]) -> None:
             return
         output = tensor(2, 12, length, case["head_dim"])
         log_sums = tensor(2, 12, length, dtype=torch.float32)
-        backward = BackwardInputs(output, log_sums, output, case["weights_grad"])
+        backward = BackwardInputs(output, log_sums, output, weights is not None)
         attention_backward.attention_backward(inputs, backward)
     elif case["kernel"] == "relevance":
         width, features = case["width"], case["features"]

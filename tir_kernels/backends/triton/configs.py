@@ -13,6 +13,12 @@ import torch
 
 MAX_HEAD_DIM = 256
 MIN_DOT = 16  # the smallest edge that every tensor-core instruction accepts
+# Instructions of a program with 128 queries over those of one with 64, both of four warps, on 9.0
+# and for heads of width 64: a warp's pass of 64 keys takes 635 and 377 (595 and 343 unweighted),
+# as copies and addresses of keys and values serve twice as many rows. So an even number of 64s is
+# taken by 128s, an odd one from 7 on. Wider heads would spill, or need eight warps, which leave a
+# multiprocessor with one program; on 10.0 heads of width 64 spill too.
+WIDE_COST = 1.7
 
 
 class AttentionConfig(NamedTuple):
@@ -76,7 +82,23 @@ def has_large_shared_memory(capability: tuple[int, int]) -> bool:
     return capability[0] in (9, 10)
 
 
-def forward_config(
+def cut(length: int, block: int, dtype: torch.dtype) -> dict[str, int]:
+    """How a kernel takes the rows that it streams: whole blocks, then a rest in one smaller block.
+
+    At 197 rows a rest of 16 takes the place of a fourth block of 64. Whole blocks need no masks,
+    which are a sixth of their instructions. Every cut is a kernel of its own: there are seven for
+    blocks of 64, and a model needs one for each of its lengths.
+
+    In float32 products outweigh masks, and two loops of them spill: all is a rest, in many blocks.
+    """
+    if dtype == torch.float32:
+        return {"HAS_BLOCKS": False, "BLOCK_REST": block}
+    rest = length % block
+    block_rest = max(MIN_DOT, next_power_of_two(rest)) if rest else 0
+    return {"HAS_BLOCKS": length >= block, "BLOCK_REST": block_rest}
+
+
+def statistics_config(
     capability: tuple[int, int], dtype: torch.dtype, head_dim: int, length: int
 ) -> AttentionConfig:
     columns = sum(split_head_dim(head_dim))
@@ -91,6 +113,20 @@ def forward_config(
     if length >= 1024:
         return AttentionConfig(128, 64, 8, 2)
     return AttentionConfig(64, 64 if columns <= 96 else 32, 4, 2)
+
+
+def forward_config(
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, num_queries: int
+) -> AttentionConfig:
+    columns = sum(split_head_dim(head_dim))
+    if has_large_shared_memory(capability) and dtype != torch.float32 and columns <= 128:
+        if num_queries <= MIN_DOT:  # four warps share the keys
+            return AttentionConfig(MIN_DOT, 64 if columns <= 96 else 32, 4, 2)
+        narrow = -(-num_queries // 64)
+        wide = -(-narrow // 2)
+        if columns <= 64 and wide * WIDE_COST < narrow and capability[0] == 9:
+            return AttentionConfig(128, 64, 4, 2)
+    return statistics_config(capability, dtype, head_dim, num_queries)
 
 
 def grad_query_config(

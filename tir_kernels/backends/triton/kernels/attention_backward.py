@@ -17,18 +17,18 @@ from ... import common
 from ...common import device_guard
 from ...inputs import AttentionInputs, BackwardInputs
 from ...protocol import Gradients
-from ..configs import grad_key_value_config, grad_query_config
+from ..configs import cut, grad_key_value_config, grad_query_config
 from .key_weights import load_log_weights, log_weights
 from .tiles import (
     LOG2_E,
     device_capability,
     dot_rows,
     dot_transposed,
+    end_of_blocks,
     end_of_keys,
     head_constants,
     head_pointer,
     hide_later_keys,
-    key_weights,
     load_columns,
     load_rows,
     locate_rows,
@@ -38,6 +38,7 @@ from .tiles import (
     scale_rows,
     start_of_queries,
     store_rows,
+    which_exist,
     zero_rows,
 )
 
@@ -82,7 +83,7 @@ def grad_query_kernel(
     query_ptr,  # [B, H, Lq, d]
     key_ptr,  # [B, H, L, d]
     value_ptr,  # [B, H, L, d]
-    log_weights_ptr,  # [B, L]
+    log_weights_ptr,  # [B, L]; None: all are 0
     output_ptr,  # [B, H, Lq, d], contiguous
     log_sum_exp_ptr,  # [B, H, Lq]
     grad_query_ptr,  # [B, H, Lq, d], contiguous
@@ -101,6 +102,8 @@ def grad_query_kernel(
     STRIDE_UNIT: tl.constexpr,
     BLOCK_QUERY: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
+    HAS_BLOCKS: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
 ):
     first_query, batch, head, head_number = locate_rows(num_heads, num_queries, BLOCK_QUERY)
@@ -108,7 +111,8 @@ def grad_query_kernel(
     query_ptr = head_pointer(query_ptr, batch, head, query_strides, STRIDE_UNIT)
     key_ptr = head_pointer(key_ptr, batch, head, key_strides, STRIDE_UNIT)
     value_ptr = head_pointer(value_ptr, batch, head, value_strides, STRIDE_UNIT)
-    log_weights_ptr += batch.to(tl.int64) * num_keys
+    if log_weights_ptr is not None:
+        log_weights_ptr += batch.to(tl.int64) * num_keys
     first_row = head_number * num_queries
 
     rows = first_query + tl.arange(0, BLOCK_QUERY)
@@ -132,20 +136,31 @@ def grad_query_kernel(
     tl.store(delta_ptr + first_row + rows, delta, mask=in_range)
     log_sums = load_log_sums(log_sum_exp_ptr + first_row, rows, in_range)
 
-    end = end_of_keys(first_query, num_keys, BLOCK_QUERY, IS_CAUSAL)
-    for first_key in range(0, loop_bound(end), BLOCK_KEY):
-        keys = first_key + tl.arange(0, BLOCK_KEY)
-        bias, attended = load_log_weights(log_weights_ptr, keys, end)
-        key = load_rows(key_ptr, keys, attended, key_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT)
-        value = load_rows(
-            value_ptr, keys, attended, value_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT
-        )
-        scores = dot_transposed(query, key, TAIL)
-        grad_probabilities = dot_transposed(grads, value, TAIL)
-        exponents = scores * (scale * LOG2_E) + bias[None, :] - log_sums[:, None]
-        exponents = hide_later_keys(exponents, rows[:, None], keys[None, :], IS_CAUSAL)
-        grad_scores = tl.exp2(exponents) * (grad_probabilities - delta[:, None])
-        grad_query = dot_rows(narrow(grad_scores, key[0].dtype), key, grad_query, TAIL)
+    end = end_of_keys(first_query, num_keys, BLOCK_QUERY, BLOCK_KEY, IS_CAUSAL)
+    whole = end_of_blocks(end, BLOCK_KEY, HAS_BLOCKS)
+    for is_rest in tl.static_range(0 if HAS_BLOCKS else 1, 2 if BLOCK_REST > 0 else 1):
+        for first_key in tl.range(
+            loop_bound(whole * is_rest),
+            loop_bound(end if is_rest else whole),
+            BLOCK_REST if is_rest else BLOCK_KEY,
+            num_stages=1 if is_rest else None,
+        ):
+            keys = first_key + tl.arange(0, BLOCK_REST if is_rest else BLOCK_KEY)
+            bias, attended = load_log_weights(log_weights_ptr, keys, end, not is_rest)
+            key = load_rows(
+                key_ptr, keys, attended, key_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT
+            )
+            value = load_rows(
+                value_ptr, keys, attended, value_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT
+            )
+            scores = dot_transposed(query, key, TAIL)
+            grad_probabilities = dot_transposed(grads, value, TAIL)
+            exponents = scores * (scale * LOG2_E) - log_sums[:, None]
+            if is_rest or log_weights_ptr is not None:
+                exponents += bias[None, :]
+            exponents = hide_later_keys(exponents, rows[:, None], keys[None, :], IS_CAUSAL)
+            grad_scores = tl.exp2(exponents) * (grad_probabilities - delta[:, None])
+            grad_query = dot_rows(narrow(grad_scores, key[0].dtype), key, grad_query, TAIL)
 
     grad_query = scale_rows(grad_query, scale, TAIL)
     store_rows(grad_query_ptr + first_row * HEAD_DIM, rows, in_range, grad_query, HEAD_DIM, TAIL)
@@ -158,7 +173,7 @@ def grad_key_value_kernel(
     key_ptr,  # [B, H, L, d]
     value_ptr,  # [B, H, L, d]
     weights_ptr,  # [B, L]; None unless NEEDS_WEIGHTS_GRAD
-    log_weights_ptr,  # [B, L]
+    log_weights_ptr,  # [B, L]; None: all are 0
     log_sum_exp_ptr,  # [B, H, Lq]
     delta_ptr,  # [B, H, Lq]
     grad_key_ptr,  # [B, H, L, d], contiguous
@@ -178,6 +193,8 @@ def grad_key_value_kernel(
     STRIDE_UNIT: tl.constexpr,
     BLOCK_QUERY: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
+    HAS_BLOCKS: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     NEEDS_WEIGHTS_GRAD: tl.constexpr,
 ):
@@ -186,12 +203,13 @@ def grad_key_value_kernel(
     query_ptr = head_pointer(query_ptr, batch, head, query_strides, STRIDE_UNIT)
     key_ptr = head_pointer(key_ptr, batch, head, key_strides, STRIDE_UNIT)
     value_ptr = head_pointer(value_ptr, batch, head, value_strides, STRIDE_UNIT)
-    log_weights_ptr += batch.to(tl.int64) * num_keys
+    if log_weights_ptr is not None:
+        log_weights_ptr += batch.to(tl.int64) * num_keys
     first_row, first_key_row = head_number * num_queries, head_number * num_keys
 
     keys = first_key + tl.arange(0, BLOCK_KEY)
     in_range = keys < num_keys
-    bias, attended = load_log_weights(log_weights_ptr, keys, num_keys)
+    bias, attended = load_log_weights(log_weights_ptr, keys, num_keys, ALL_EXIST=False)
     # A key that is not attended to gets a bias of 0, as if its weight were 1, and what it sums up
     # for itself and its value is dropped at the end: all of these sums belong to single keys.
     bias = tl.where(attended, bias, 0.0)
@@ -208,37 +226,46 @@ def grad_key_value_kernel(
     grad_value = zero_rows(BLOCK_KEY, MAIN, TAIL)
     grad_weights = tl.zeros((BLOCK_KEY,), tl.float32)
 
-    start = start_of_queries(first_key, IS_CAUSAL)
-    for first_query in range(loop_bound(start), loop_bound(num_queries), BLOCK_QUERY):
-        rows = first_query + tl.arange(0, BLOCK_QUERY)
-        row_exists = rows < num_queries
-        query = load_rows(
-            query_ptr, rows, row_exists, query_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT
-        )
-        grads = load_rows(
-            grad_output_ptr,
-            rows,
-            row_exists,
-            grad_output_strides[2],
-            HEAD_DIM,
-            MAIN,
-            TAIL,
-            STRIDE_UNIT,
-        )
-        scores = dot_transposed(key, query, TAIL)
-        grad_probabilities = dot_transposed(value, grads, TAIL)
-        log_sums = load_log_sums(log_sum_exp_ptr + first_row, rows, row_exists)
-        delta = tl.load(delta_ptr + first_row + rows, mask=row_exists, other=0.0)
-        exponents = scores * (scale * LOG2_E) + bias[:, None] - log_sums[None, :]
-        # The limit of an unattended key may overflow; NaN must not be lost here.
-        exponents = tl.minimum(exponents, MAX_EXPONENT_LOG2, propagate_nan=tl.PropagateNan.ALL)
-        exponents = hide_later_keys(exponents, rows[None, :], keys[:, None], IS_CAUSAL)
-        probabilities = tl.exp2(exponents)
-        grad_scores = probabilities * (grad_probabilities - delta[None, :])
-        if NEEDS_WEIGHTS_GRAD:
-            grad_weights += tl.sum(grad_scores, 1)
-        grad_value = dot_rows(narrow(probabilities, key[0].dtype), grads, grad_value, TAIL)
-        grad_key = dot_rows(narrow(grad_scores, key[0].dtype), query, grad_key, TAIL)
+    start = start_of_queries(first_key, BLOCK_QUERY, IS_CAUSAL)
+    whole = end_of_blocks(num_queries, BLOCK_QUERY, HAS_BLOCKS)
+    for is_rest in tl.static_range(0 if HAS_BLOCKS else 1, 2 if BLOCK_REST > 0 else 1):
+        for first_query in tl.range(
+            loop_bound(tl.maximum(start, whole) if is_rest else start),
+            loop_bound(num_queries if is_rest else whole),
+            BLOCK_REST if is_rest else BLOCK_QUERY,
+            num_stages=1 if is_rest else None,
+        ):
+            rows = first_query + tl.arange(0, BLOCK_REST if is_rest else BLOCK_QUERY)
+            row_exists = which_exist(rows, num_queries, not is_rest)
+            query = load_rows(
+                query_ptr, rows, row_exists, query_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT
+            )
+            grads = load_rows(
+                grad_output_ptr,
+                rows,
+                row_exists,
+                grad_output_strides[2],
+                HEAD_DIM,
+                MAIN,
+                TAIL,
+                STRIDE_UNIT,
+            )
+            scores = dot_transposed(key, query, TAIL)
+            grad_probabilities = dot_transposed(value, grads, TAIL)
+            log_sums = load_log_sums(log_sum_exp_ptr + first_row, rows, row_exists)
+            delta = tl.load(delta_ptr + first_row + rows, mask=row_exists, other=0.0)
+            exponents = scores * (scale * LOG2_E) - log_sums[None, :]
+            if log_weights_ptr is not None:
+                exponents += bias[:, None]
+            # The limit of an unattended key may overflow; NaN must not be lost here.
+            exponents = tl.minimum(exponents, MAX_EXPONENT_LOG2, propagate_nan=tl.PropagateNan.ALL)
+            exponents = hide_later_keys(exponents, rows[None, :], keys[:, None], IS_CAUSAL)
+            probabilities = tl.exp2(exponents)
+            grad_scores = probabilities * (grad_probabilities - delta[None, :])
+            if NEEDS_WEIGHTS_GRAD:
+                grad_weights += tl.sum(grad_scores, 1)
+            grad_value = dot_rows(narrow(probabilities, key[0].dtype), grads, grad_value, TAIL)
+            grad_key = dot_rows(narrow(grad_scores, key[0].dtype), query, grad_key, TAIL)
 
     keep = attended[:, None]
     grad_key = scale_rows(grad_key, scale, TAIL)
@@ -272,12 +299,13 @@ def attention_backward(inputs: AttentionInputs, backward: BackwardInputs) -> Gra
     if needs_weights_grad:
         partial_grad_weights = empty(key.shape[:-1], torch.float32)
 
-    weights, log_sum_exp = key_weights(weights, key), log_sum_exp.contiguous()
+    log_sum_exp, logarithms = log_sum_exp.contiguous(), log_weights(weights)
+    if weights is not None:
+        weights = weights.contiguous() if needs_weights_grad else None
     rows = (grad_output, query, key, value)
     strides = (tensor.stride()[:-1] for tensor in rows)
     numbers = (*strides, num_heads, num_queries, key.shape[2], scale)
     constants = {**head_constants(*rows), "IS_CAUSAL": is_causal}
-    logarithms = log_weights(weights)
     with device_guard(query.device):
         grad_query_kernel[row_programs(query, query_config.block_stationary)](
             *rows,
@@ -289,10 +317,11 @@ def attention_backward(inputs: AttentionInputs, backward: BackwardInputs) -> Gra
             *numbers,
             **constants,
             **query_config.options(),
+            **cut(key.shape[2], query_config.block_streamed, query.dtype),
         )
         grad_key_value_kernel[row_programs(key, key_config.block_stationary)](
             *rows,
-            weights if needs_weights_grad else None,
+            weights,
             logarithms,
             log_sum_exp,
             delta,
@@ -302,8 +331,9 @@ def attention_backward(inputs: AttentionInputs, backward: BackwardInputs) -> Gra
             *numbers,
             **constants,
             **key_config.options(keys_are_stationary=True),
+            **cut(num_queries, key_config.block_streamed, query.dtype),
             NEEDS_WEIGHTS_GRAD=needs_weights_grad,
         )
     if needs_weights_grad:
         return grad_query, grad_key, grad_value, partial_grad_weights.sum(1)
-    return grad_query, grad_key, grad_value, weights.new_empty(0)
+    return grad_query, grad_key, grad_value, delta.new_empty(0)

@@ -13,18 +13,18 @@ from torch import Tensor
 
 from ...common import device_guard
 from ...inputs import AttentionInputs
-from ..configs import forward_config
+from ..configs import cut, forward_config
 from .key_weights import load_log_weights, log_weights
 from .tiles import (
     LOG2_E,
     device_capability,
     dot_rows,
     dot_transposed,
+    end_of_blocks,
     end_of_keys,
     head_constants,
     head_pointer,
     hide_later_keys,
-    key_weights,
     load_rows,
     locate_rows,
     loop_bound,
@@ -43,7 +43,7 @@ def attention_forward_kernel(
     query_ptr,  # [B, H, Lq, d]
     key_ptr,  # [B, H, L, d]
     value_ptr,  # [B, H, L, d]
-    log_weights_ptr,  # [B, L]
+    log_weights_ptr,  # [B, L]; None: all are 0
     output_ptr,  # [B, H, Lq, d], contiguous
     log_sum_exp_ptr,  # [B, H, Lq]
     query_strides,  # of batch, head and row
@@ -59,13 +59,16 @@ def attention_forward_kernel(
     STRIDE_UNIT: tl.constexpr,
     BLOCK_QUERY: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
+    HAS_BLOCKS: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
 ):
     first_query, batch, head, head_number = locate_rows(num_heads, num_queries, BLOCK_QUERY)
     query_ptr = head_pointer(query_ptr, batch, head, query_strides, STRIDE_UNIT)
     key_ptr = head_pointer(key_ptr, batch, head, key_strides, STRIDE_UNIT)
     value_ptr = head_pointer(value_ptr, batch, head, value_strides, STRIDE_UNIT)
-    log_weights_ptr += batch.to(tl.int64) * num_keys
+    if log_weights_ptr is not None:
+        log_weights_ptr += batch.to(tl.int64) * num_keys
     first_row = head_number * num_queries
 
     rows = first_query + tl.arange(0, BLOCK_QUERY)
@@ -77,20 +80,29 @@ def attention_forward_kernel(
     maximum = tl.full((BLOCK_QUERY,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_QUERY,), tl.float32)
 
-    end = end_of_keys(first_query, num_keys, BLOCK_QUERY, IS_CAUSAL)
-    for first_key in range(0, loop_bound(end), BLOCK_KEY):
-        keys = first_key + tl.arange(0, BLOCK_KEY)
-        # Keys and values that are not attended to are never read: not even their NaN gets out.
-        bias, attended = load_log_weights(log_weights_ptr, keys, end)
-        key = load_rows(key_ptr, keys, attended, key_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT)
-        scores = dot_transposed(query, key, TAIL) * scale_log2 + bias[None, :]
-        scores = hide_later_keys(scores, rows[:, None], keys[None, :], IS_CAUSAL)
-        exponentials, correction, maximum, total = online_softmax_update(scores, maximum, total)
-        value = load_rows(
-            value_ptr, keys, attended, value_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT
-        )
-        output = scale_rows(output, correction[:, None], TAIL)
-        output = dot_rows(narrow(exponentials, value[0].dtype), value, output, TAIL)
+    end = end_of_keys(first_query, num_keys, BLOCK_QUERY, BLOCK_KEY, IS_CAUSAL)
+    whole = end_of_blocks(end, BLOCK_KEY, HAS_BLOCKS)
+    for is_rest in tl.static_range(0 if HAS_BLOCKS else 1, 2 if BLOCK_REST > 0 else 1):
+        for first_key in tl.range(
+            loop_bound(whole * is_rest),
+            loop_bound(end if is_rest else whole),
+            BLOCK_REST if is_rest else BLOCK_KEY,
+            num_stages=1 if is_rest else None,
+        ):
+            keys = first_key + tl.arange(0, BLOCK_REST if is_rest else BLOCK_KEY)
+            # Keys and values that are not attended to are never read: not even their NaN gets out.
+            bias, attended = load_log_weights(log_weights_ptr, keys, end, not is_rest)
+            key = load_rows(
+                key_ptr, keys, attended, key_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT
+            )
+            scores = dot_transposed(query, key, TAIL) * scale_log2 + bias[None, :]
+            scores = hide_later_keys(scores, rows[:, None], keys[None, :], IS_CAUSAL)
+            exponentials, correction, maximum, total = online_softmax_update(scores, maximum, total)
+            value = load_rows(
+                value_ptr, keys, attended, value_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT
+            )
+            output = scale_rows(output, correction[:, None], TAIL)
+            output = dot_rows(narrow(exponentials, value[0].dtype), value, output, TAIL)
 
     divisor, log_sum_exp = softmax_end(maximum, total)
     tl.store(log_sum_exp_ptr + first_row + rows, log_sum_exp, mask=in_range)
@@ -110,7 +122,7 @@ def attention_forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
             query,
             key,
             value,
-            log_weights(key_weights(weights, key)),
+            log_weights(weights),
             output,
             log_sum_exp,
             query.stride()[:-1],
@@ -122,6 +134,7 @@ def attention_forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
             scale * LOG2_E.value,
             **head_constants(query, key, value),
             **config.options(),
+            **cut(key.shape[2], config.block_streamed, query.dtype),
             IS_CAUSAL=is_causal,
         )
     return output, log_sum_exp

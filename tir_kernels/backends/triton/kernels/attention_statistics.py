@@ -18,7 +18,7 @@ from torch import Tensor
 from ...common import device_guard
 from ...inputs import StatisticsInputs
 from ...protocol import AttentionStatistics
-from ..configs import forward_config
+from ..configs import statistics_config
 from .key_weights import load_log_weights, log_weights
 from .tiles import (
     LN_2,
@@ -29,7 +29,6 @@ from .tiles import (
     head_constants,
     head_pointer,
     hide_later_keys,
-    key_weights,
     load_rows,
     locate_rows,
     loop_bound,
@@ -44,7 +43,7 @@ from .tiles import (
 def row_statistics_kernel(
     query_ptr,  # [B, H, Lq, d]
     key_ptr,  # [B, H, L, d]
-    log_weights_ptr,  # [B, L]
+    log_weights_ptr,  # [B, L]; None: all are 0
     entropy_ptr,  # [B, H, Lq]
     log_sum_exp_ptr,  # [B, H, Lq]
     maximum_ptr,  # [B, H, Lq]
@@ -66,7 +65,8 @@ def row_statistics_kernel(
     first_query, batch, head, head_number = locate_rows(num_heads, num_queries, BLOCK_QUERY)
     query_ptr = head_pointer(query_ptr, batch, head, query_strides, STRIDE_UNIT)
     key_ptr = head_pointer(key_ptr, batch, head, key_strides, STRIDE_UNIT)
-    log_weights_ptr += batch.to(tl.int64) * num_keys
+    if log_weights_ptr is not None:
+        log_weights_ptr += batch.to(tl.int64) * num_keys
     first_row = head_number * num_queries
 
     rows = first_query + tl.arange(0, BLOCK_QUERY)
@@ -80,10 +80,10 @@ def row_statistics_kernel(
     # is made of two numbers that are never negative: nothing cancels where one key has nearly all.
     deficit = tl.zeros((BLOCK_QUERY,), tl.float32)
 
-    end = end_of_keys(first_query, num_keys, BLOCK_QUERY, IS_CAUSAL)
+    end = end_of_keys(first_query, num_keys, BLOCK_QUERY, BLOCK_KEY, IS_CAUSAL)
     for first_key in range(0, loop_bound(end), BLOCK_KEY):
         keys = first_key + tl.arange(0, BLOCK_KEY)
-        bias, attended = load_log_weights(log_weights_ptr, keys, end)
+        bias, attended = load_log_weights(log_weights_ptr, keys, end, ALL_EXIST=False)
         key = load_rows(key_ptr, keys, attended, key_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT)
         scores = dot_transposed(query, key, TAIL) * scale_log2 + bias[None, :]
         scores = hide_later_keys(scores, rows[:, None], keys[None, :], IS_CAUSAL)
@@ -109,7 +109,7 @@ def row_statistics_kernel(
 def column_statistics_kernel(
     query_ptr,  # [B, H, Lq, d]
     key_ptr,  # [B, H, L, d]
-    log_weights_ptr,  # [B, L]
+    log_weights_ptr,  # [B, L]; None: all are 0
     maximum_ptr,  # [B, H, Lq]
     total_ptr,  # [B, H, Lq]
     from_prefix_ptr,  # [B, H, L]
@@ -132,17 +132,18 @@ def column_statistics_kernel(
     first_key, batch, head, head_number = locate_rows(num_heads, num_keys, BLOCK_KEY)
     query_ptr = head_pointer(query_ptr, batch, head, query_strides, STRIDE_UNIT)
     key_ptr = head_pointer(key_ptr, batch, head, key_strides, STRIDE_UNIT)
-    log_weights_ptr += batch.to(tl.int64) * num_keys
+    if log_weights_ptr is not None:
+        log_weights_ptr += batch.to(tl.int64) * num_keys
     first_row = head_number * num_queries
 
     keys = first_key + tl.arange(0, BLOCK_KEY)
-    bias, attended = load_log_weights(log_weights_ptr, keys, num_keys)
+    bias, attended = load_log_weights(log_weights_ptr, keys, num_keys, ALL_EXIST=False)
     key = load_rows(key_ptr, keys, attended, key_strides[2], HEAD_DIM, MAIN, TAIL, STRIDE_UNIT)
     # Sums over the queries at the same place of their blocks; warps exchange them once, at the end.
     from_prefix = tl.zeros((BLOCK_QUERY, BLOCK_KEY), tl.float32)
     from_patches = tl.zeros((BLOCK_QUERY, BLOCK_KEY), tl.float32)
 
-    start = start_of_queries(first_key, IS_CAUSAL)
+    start = start_of_queries(first_key, BLOCK_QUERY, IS_CAUSAL)
     for first_query in range(loop_bound(start), loop_bound(num_queries), BLOCK_QUERY):
         rows = first_query + tl.arange(0, BLOCK_QUERY)
         row_exists = rows < num_queries
@@ -173,14 +174,14 @@ def attention_statistics(inputs: StatisticsInputs) -> AttentionStatistics:
     """Four results in float32: (B, H, L) by the key twice, (B, H, Lq) by the query twice."""
     query, key, weights, scale, num_prefix_tokens, is_causal = inputs
     _, num_heads, num_queries, head_dim = query.shape
-    config = forward_config(device_capability(query.device), query.dtype, head_dim, num_queries)
+    config = statistics_config(device_capability(query.device), query.dtype, head_dim, num_queries)
 
     def empty_numbers(rows: Tensor) -> Tensor:
         return torch.empty(rows.shape[:-1], dtype=torch.float32, device=rows.device)
 
     from_prefix, from_patches = empty_numbers(key), empty_numbers(key)
     entropy, log_sum_exp, maximum, total = (empty_numbers(query) for _ in range(4))
-    tensors = (query, key, log_weights(key_weights(weights, key)))
+    tensors = (query, key, log_weights(weights))
     numbers = (query.stride()[:-1], key.stride()[:-1], num_heads, num_queries, key.shape[2])
     scale_log2 = scale * LOG2_E.value
     constants = {**head_constants(query, key), **config.options(), "IS_CAUSAL": is_causal}

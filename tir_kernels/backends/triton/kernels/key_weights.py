@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common import device_guard
+from .tiles import which_exist
 
 BLOCK = 256
 # Below this the hardware's logarithm sees 0. NaN is not below it: it stays, and shows.
@@ -33,12 +34,15 @@ def log_weights_kernel(
     tl.store(log_weights_ptr + places, tl.where(is_attended, logarithms, float("-inf")), exists)
 
 
-def log_weights(weights: Tensor) -> Tensor:
+def log_weights(weights: Tensor | None) -> Tensor | None:
     """Base-2 logarithms, (B, L), -inf for weights that count as 0.
 
     Args:
-        weights: (B, L), contiguous float32.
+        weights: (B, L) float32, or None for weights of 1, of which kernels read no logarithms.
     """
+    if weights is None:
+        return None
+    weights = weights.contiguous()
     result = torch.empty_like(weights)
     with device_guard(weights.device):
         log_weights_kernel[(triton.cdiv(weights.numel(), BLOCK),)](
@@ -48,10 +52,17 @@ def log_weights(weights: Tensor) -> Tensor:
 
 
 @triton.jit
-def load_log_weights(log_weights_ptr, keys, end):
+def load_log_weights(log_weights_ptr, keys, end, ALL_EXIST: tl.constexpr):
     """The logarithms of the weights of some keys, and whether each is attended to.
 
-    From ``end`` on there are no keys: their logarithms are -inf.
+    From ``end`` on there are no keys: their logarithms are -inf. Without weights those of keys are
+    0, which is added as it is where weights of 1 are given: the sums are the same to the bit.
     """
-    logarithms = tl.load(log_weights_ptr + keys, mask=keys < end, other=float("-inf"))
-    return logarithms, logarithms != float("-inf")
+    exist = which_exist(keys, end, ALL_EXIST)
+    if log_weights_ptr is None:
+        attended = exist
+        logarithms = tl.where(exist, 0.0, float("-inf"))
+    else:
+        logarithms = tl.load(log_weights_ptr + keys, mask=exist, other=float("-inf"))
+        attended = logarithms != float("-inf")
+    return logarithms, attended

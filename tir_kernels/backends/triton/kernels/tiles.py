@@ -37,22 +37,45 @@ def locate_rows(num_heads, length, BLOCK: tl.constexpr):
     return first_row, batch_head // num_heads, batch_head % num_heads, batch_head.to(tl.int64)
 
 
+# A program takes its streamed rows in two parts: whole blocks, of which all rows exist, and a rest,
+# in smaller blocks that are masked. How many rows there are decides which of the parts there are.
+
+
+@triton.jit
+def end_of_blocks(end, BLOCK: tl.constexpr, HAS_BLOCKS: tl.constexpr):
+    """Where the whole blocks end and the rest begins."""
+    return end // BLOCK * BLOCK if HAS_BLOCKS else end * 0
+
+
+@triton.jit
+def which_exist(rows, end, ALL_EXIST: tl.constexpr):
+    """Which rows lie before the end; there is nothing to ask where all do."""
+    return tl.full(rows.shape, True, tl.int1) if ALL_EXIST else rows < end
+
+
 # Under causality query i attends to the keys j <= i alone.
 
 
 @triton.jit
-def end_of_keys(first_query, num_keys, BLOCK_QUERY: tl.constexpr, IS_CAUSAL: tl.constexpr):
-    """Where the keys end that some query of a block may see."""
+def end_of_keys(
+    first_query,
+    num_keys,
+    BLOCK_QUERY: tl.constexpr,
+    BLOCK_KEY: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+):
+    """Where the keys end, or their blocks, that some query of a block may see."""
     if IS_CAUSAL:
-        num_keys = tl.minimum(num_keys, first_query + BLOCK_QUERY)
+        blocks = tl.cdiv(first_query + BLOCK_QUERY, BLOCK_KEY)
+        num_keys = tl.minimum(num_keys, blocks * BLOCK_KEY)
     return num_keys
 
 
 @triton.jit
-def start_of_queries(first_key, IS_CAUSAL: tl.constexpr):
-    """Where the queries begin that may see some key of a block."""
+def start_of_queries(first_key, BLOCK_QUERY: tl.constexpr, IS_CAUSAL: tl.constexpr):
+    """Where the blocks of queries begin that may see some key of a block."""
     if IS_CAUSAL:
-        return first_key
+        return first_key // BLOCK_QUERY * BLOCK_QUERY
     else:
         return first_key * 0  # a run-time number too, as loop_bound takes it
 
@@ -240,14 +263,6 @@ def stride_unit(*tensors: Tensor) -> int:
             while stride % unit:
                 unit //= 2
     return unit
-
-
-def key_weights(weights: Tensor | None, key: Tensor) -> Tensor:
-    """The weights of keys, (B, L): ones where there are none, because the kernels read them."""
-    if weights is not None:
-        return weights.contiguous()
-    batch, _, num_keys, _ = key.shape
-    return key.new_ones((batch, num_keys), dtype=torch.float32)
 
 
 def row_programs(rows: Tensor, block: int) -> tuple[int]:
