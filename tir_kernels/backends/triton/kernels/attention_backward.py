@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import common
-from ...common import device_guard
+from ...common import device_guard, empty_gradients, with_contiguous_rows
 from ...inputs import AttentionInputs, BackwardInputs
 from ...protocol import Gradients
 from ..configs import cut, grad_key_value_config, grad_query_config
@@ -38,6 +38,7 @@ from .tiles import (
     scale_rows,
     start_of_queries,
     store_rows,
+    strides_of,
     which_exist,
     zero_rows,
 )
@@ -61,10 +62,11 @@ def row_products(
     rows,
     in_range,
     left_stride,
+    right_stride,
     HEAD_DIM: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
 ):
-    """Scalar product of every row with its contiguous partner.
+    """Scalar product of every row with its partner.
 
     A few columns at a time: the same tile used here and as an operand of tl.dot would be kept in
     registers whole.
@@ -72,7 +74,9 @@ def row_products(
     total = tl.zeros(rows.shape, tl.float32)
     for first in tl.static_range(0, HEAD_DIM, 32):
         left = load_columns(left_ptr, rows, in_range, left_stride, first, 32, HEAD_DIM, STRIDE_UNIT)
-        right = load_columns(right_ptr, rows, in_range, HEAD_DIM, first, 32, HEAD_DIM, 1)
+        right = load_columns(
+            right_ptr, rows, in_range, right_stride, first, 32, HEAD_DIM, STRIDE_UNIT
+        )
         total += tl.sum(left.to(tl.float32) * right.to(tl.float32), 1)
     return total
 
@@ -84,11 +88,13 @@ def grad_query_kernel(
     key_ptr,  # [B, H, L, d]
     value_ptr,  # [B, H, L, d]
     log_weights_ptr,  # [B, L]; None: all are 0
-    output_ptr,  # [B, H, Lq, d], contiguous
+    output_ptr,  # [B, H, Lq, d]
     log_sum_exp_ptr,  # [B, H, Lq]
-    grad_query_ptr,  # [B, H, Lq, d], contiguous
+    grad_query_ptr,  # [B, H, Lq, d]
     delta_ptr,  # [B, H, Lq]
-    grad_output_strides,  # of batch, head and row
+    output_strides,  # of batch, head and row
+    grad_query_strides,
+    grad_output_strides,
     query_strides,
     key_strides,
     value_strides,
@@ -126,10 +132,11 @@ def grad_query_kernel(
     grad_query = zero_rows(BLOCK_QUERY, MAIN, TAIL)
     delta = row_products(
         grad_output_ptr,
-        output_ptr + first_row * HEAD_DIM,
+        head_pointer(output_ptr, batch, head, output_strides, STRIDE_UNIT),
         rows,
         in_range,
         grad_output_strides[2],
+        output_strides[2],
         HEAD_DIM,
         STRIDE_UNIT,
     )
@@ -163,7 +170,17 @@ def grad_query_kernel(
             grad_query = dot_rows(narrow(grad_scores, key[0].dtype), key, grad_query, TAIL)
 
     grad_query = scale_rows(grad_query, scale, TAIL)
-    store_rows(grad_query_ptr + first_row * HEAD_DIM, rows, in_range, grad_query, HEAD_DIM, TAIL)
+    grad_query_ptr = head_pointer(grad_query_ptr, batch, head, grad_query_strides, STRIDE_UNIT)
+    store_rows(
+        grad_query_ptr,
+        rows,
+        in_range,
+        grad_query,
+        grad_query_strides[2],
+        HEAD_DIM,
+        TAIL,
+        STRIDE_UNIT,
+    )
 
 
 @triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys"])
@@ -176,10 +193,12 @@ def grad_key_value_kernel(
     log_weights_ptr,  # [B, L]; None: all are 0
     log_sum_exp_ptr,  # [B, H, Lq]
     delta_ptr,  # [B, H, Lq]
-    grad_key_ptr,  # [B, H, L, d], contiguous
-    grad_value_ptr,  # [B, H, L, d], contiguous
+    grad_key_ptr,  # [B, H, L, d]
+    grad_value_ptr,  # [B, H, L, d]
     grad_weights_ptr,  # [B, H, L]; not touched unless NEEDS_WEIGHTS_GRAD
-    grad_output_strides,  # of batch, head and row
+    grad_key_strides,  # of batch, head and row
+    grad_value_strides,
+    grad_output_strides,
     query_strides,
     key_strides,
     value_strides,
@@ -271,9 +290,20 @@ def grad_key_value_kernel(
     grad_key = scale_rows(grad_key, scale, TAIL)
     grad_key = (tl.where(keep, grad_key[0], 0.0), tl.where(keep, grad_key[1], 0.0))
     grad_value = (tl.where(keep, grad_value[0], 0.0), tl.where(keep, grad_value[1], 0.0))
-    store_rows(grad_key_ptr + first_key_row * HEAD_DIM, keys, in_range, grad_key, HEAD_DIM, TAIL)
+    grad_key_ptr = head_pointer(grad_key_ptr, batch, head, grad_key_strides, STRIDE_UNIT)
     store_rows(
-        grad_value_ptr + first_key_row * HEAD_DIM, keys, in_range, grad_value, HEAD_DIM, TAIL
+        grad_key_ptr, keys, in_range, grad_key, grad_key_strides[2], HEAD_DIM, TAIL, STRIDE_UNIT
+    )
+    grad_value_ptr = head_pointer(grad_value_ptr, batch, head, grad_value_strides, STRIDE_UNIT)
+    store_rows(
+        grad_value_ptr,
+        keys,
+        in_range,
+        grad_value,
+        grad_value_strides[2],
+        HEAD_DIM,
+        TAIL,
+        STRIDE_UNIT,
     )
     if NEEDS_WEIGHTS_GRAD:
         grad_weights = grad_weights / tl.where(attended, weights, 1.0)
@@ -284,7 +314,7 @@ def grad_key_value_kernel(
 def attention_backward(inputs: AttentionInputs, backward: BackwardInputs) -> Gradients:
     """Gradients of query, key, value and weights (B, L), or (0,) if the latter is not needed."""
     query, key, value, weights, scale, is_causal = inputs
-    output, log_sum_exp, grad_output, needs_weights_grad, _ = backward
+    output, log_sum_exp, grad_output, needs_weights_grad, is_packed = backward
     _, num_heads, num_queries, head_dim = query.shape
     capability = device_capability(query.device)
     query_config = grad_query_config(capability, query.dtype, head_dim)
@@ -293,7 +323,8 @@ def attention_backward(inputs: AttentionInputs, backward: BackwardInputs) -> Gra
     def empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=query.device)
 
-    grad_query, grad_key, grad_value = (empty(t.shape, t.dtype) for t in (query, key, value))
+    grads = grad_query, grad_key, grad_value = empty_gradients(inputs, is_packed)
+    output = with_contiguous_rows(output)
     delta = empty(log_sum_exp.shape, torch.float32)
     partial_grad_weights = delta
     if needs_weights_grad:
@@ -303,17 +334,19 @@ def attention_backward(inputs: AttentionInputs, backward: BackwardInputs) -> Gra
     if weights is not None:
         weights = weights.contiguous() if needs_weights_grad else None
     rows = (grad_output, query, key, value)
-    strides = (tensor.stride()[:-1] for tensor in rows)
+    strides = (strides_of(tensor) for tensor in rows)
     numbers = (*strides, num_heads, num_queries, key.shape[2], scale)
-    constants = {**head_constants(*rows), "IS_CAUSAL": is_causal}
+    constants = {**head_constants(*rows, output, *grads), "IS_CAUSAL": is_causal}
     with device_guard(query.device):
         grad_query_kernel[row_programs(query, query_config.block_stationary)](
             *rows,
             logarithms,
-            output.contiguous(),
+            output,
             log_sum_exp,
             grad_query,
             delta,
+            strides_of(output),
+            strides_of(grad_query),
             *numbers,
             **constants,
             **query_config.options(),
@@ -328,6 +361,8 @@ def attention_backward(inputs: AttentionInputs, backward: BackwardInputs) -> Gra
             grad_key,
             grad_value,
             partial_grad_weights,
+            strides_of(grad_key),
+            strides_of(grad_value),
             *numbers,
             **constants,
             **key_config.options(keys_are_stationary=True),
@@ -335,5 +370,5 @@ def attention_backward(inputs: AttentionInputs, backward: BackwardInputs) -> Gra
             NEEDS_WEIGHTS_GRAD=needs_weights_grad,
         )
     if needs_weights_grad:
-        return grad_query, grad_key, grad_value, partial_grad_weights.sum(1)
-    return grad_query, grad_key, grad_value, delta.new_empty(0)
+        return (*grads, partial_grad_weights.sum(1))
+    return (*grads, delta.new_empty(0))

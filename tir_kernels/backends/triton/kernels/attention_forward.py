@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...common import device_guard
+from ...common import device_guard, empty_result
 from ...inputs import AttentionInputs
 from ..configs import cut, forward_config
 from .key_weights import load_log_weights, log_weights
@@ -34,6 +34,7 @@ from .tiles import (
     scale_rows,
     softmax_end,
     store_rows,
+    strides_of,
     zero_rows,
 )
 
@@ -44,11 +45,12 @@ def attention_forward_kernel(
     key_ptr,  # [B, H, L, d]
     value_ptr,  # [B, H, L, d]
     log_weights_ptr,  # [B, L]; None: all are 0
-    output_ptr,  # [B, H, Lq, d], contiguous
+    output_ptr,  # [B, H, Lq, d]
     log_sum_exp_ptr,  # [B, H, Lq]
     query_strides,  # of batch, head and row
     key_strides,
     value_strides,
+    output_strides,
     num_heads,
     num_queries,
     num_keys,
@@ -107,7 +109,8 @@ def attention_forward_kernel(
     divisor, log_sum_exp = softmax_end(maximum, total)
     tl.store(log_sum_exp_ptr + first_row + rows, log_sum_exp, mask=in_range)
     output = (output[0] / divisor[:, None], output[1] / divisor[:, None])
-    store_rows(output_ptr + first_row * HEAD_DIM, rows, in_range, output, HEAD_DIM, TAIL)
+    output_ptr = head_pointer(output_ptr, batch, head, output_strides, STRIDE_UNIT)
+    store_rows(output_ptr, rows, in_range, output, output_strides[2], HEAD_DIM, TAIL, STRIDE_UNIT)
 
 
 def attention_forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
@@ -115,7 +118,7 @@ def attention_forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     query, key, value, weights, scale, is_causal = inputs
     _, num_heads, num_queries, head_dim = query.shape
     config = forward_config(device_capability(query.device), query.dtype, head_dim, num_queries)
-    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    output = empty_result(query)
     log_sum_exp = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
     with device_guard(query.device):
         attention_forward_kernel[row_programs(query, config.block_stationary)](
@@ -125,14 +128,12 @@ def attention_forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
             log_weights(weights),
             output,
             log_sum_exp,
-            query.stride()[:-1],
-            key.stride()[:-1],
-            value.stride()[:-1],
+            *map(strides_of, (query, key, value, output)),
             num_heads,
             num_queries,
             key.shape[2],
             scale * LOG2_E.value,
-            **head_constants(query, key, value),
+            **head_constants(query, key, value, output),
             **config.options(),
             **cut(key.shape[2], config.block_streamed, query.dtype),
             IS_CAUSAL=is_causal,

@@ -123,17 +123,22 @@ def store_columns(
     rows,
     keep,
     tile,
+    row_stride,
     FIRST: tl.constexpr,
     COUNT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
 ):
-    """Write columns FIRST to FIRST + COUNT of contiguous rows."""
+    """Write columns FIRST to FIRST + COUNT of some rows."""
     columns = FIRST + tl.arange(0, COUNT)
+    offsets = rows.to(tl.int64) * row_stride
+    if STRIDE_UNIT > 1:  # as where they are read
+        offsets = tl.multiple_of(offsets, STRIDE_UNIT)
     mask = keep[:, None]
     if FIRST + COUNT > HEAD_DIM:
         mask = mask & (columns < HEAD_DIM)[None, :]
-    offsets = rows[:, None] * HEAD_DIM + columns[None, :]
-    tl.store(pointer + offsets, narrow(tile, pointer.dtype.element_ty), mask=mask)
+    values = narrow(tile, pointer.dtype.element_ty)
+    tl.store(pointer + offsets[:, None] + columns[None, :], values, mask=mask)
 
 
 # Rows of a head are pairs (main, tail) of tiles, MAIN and TAIL columns wide; see split_head_dim.
@@ -160,12 +165,21 @@ def load_rows(
 
 
 @triton.jit
-def store_rows(pointer, rows, keep, tiles, HEAD_DIM: tl.constexpr, TAIL: tl.constexpr):
-    """Write contiguous rows of a head."""
+def store_rows(
+    pointer,
+    rows,
+    keep,
+    tiles,
+    row_stride,
+    HEAD_DIM: tl.constexpr,
+    TAIL: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+):
+    """Write some rows of a head."""
     MAIN: tl.constexpr = tiles[0].shape[1]
-    store_columns(pointer, rows, keep, tiles[0], 0, MAIN, HEAD_DIM)
+    store_columns(pointer, rows, keep, tiles[0], row_stride, 0, MAIN, HEAD_DIM, STRIDE_UNIT)
     if TAIL > 0:
-        store_columns(pointer, rows, keep, tiles[1], MAIN, TAIL, HEAD_DIM)
+        store_columns(pointer, rows, keep, tiles[1], row_stride, MAIN, TAIL, HEAD_DIM, STRIDE_UNIT)
 
 
 @triton.jit
@@ -269,6 +283,11 @@ def row_programs(rows: Tensor, block: int) -> tuple[int]:
     """The grid with a program for each block of rows of each head of (B, H, L, d)."""
     batch, num_heads, length, _ = rows.shape
     return (triton.cdiv(length, block) * batch * num_heads,)
+
+
+def strides_of(rows: Tensor) -> tuple[int, ...]:
+    """The strides of batch, head and row."""
+    return rows.stride()[:-1]
 
 
 def head_constants(*tensors: Tensor) -> dict[str, int]:
