@@ -1,13 +1,15 @@
 // Weighted attention, backward, without atomics, so that the same inputs give the same bits.
 //
-// First delta[i] = grad_output[i] . output[i]. Then, side by side in one launch, the gradients of
-// keys, values and weights, with stationary keys and streamed queries, and those of queries, with
+// Short rows of 16-bit types take one block a head, see backward_head.cuh. For others, first
+// delta[i] = grad_output[i] . output[i]. Then, side by side in one launch, the gradients of keys,
+// values and weights, with stationary keys and streamed queries, and those of queries, with
 // stationary queries and streamed keys: both need the scores and the gradients of the
 // probabilities, with rows and columns exchanged. Last, where wanted, the weights' gradients are
 // summed over the heads.
 #include <algorithm>
 
 #include "cuda/backward_block.cuh"
+#include "cuda/backward_head.cuh"
 
 namespace tir::cuda {
 namespace {
@@ -26,7 +28,6 @@ TIR_DEVICE void grad_key_value(const AttentionBackward& arguments, const KeyWeig
                                const BackwardBlock<T, D, true, kCausal>& block) {
   using Block = BackwardBlock<T, D, true, kCausal>;
   int64_t first_query = block.head_index * block.queries;
-  int64_t first_key = block.head_index * block.keys;
   block.load_stationary(block.rows_of(arguments.key, block.keys),
                         block.rows_of(arguments.value, block.keys));
   for (int i = block.thread; i < block.chunks * kChunk<T, D>; i += block.threads) {
@@ -37,59 +38,24 @@ TIR_DEVICE void grad_key_value(const AttentionBackward& arguments, const KeyWeig
   }
   __syncthreads();
 
-  const int32_t* counts = stored_counts(derived, block.batch, block.keys);
-  typename Block::PerRow weights, shifts, weight_sums = {};
-  TIR_UNROLL
-  for (int m = 0; m < Block::kHeld; ++m) {
-    TIR_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      weights[m][r] = key_weight(arguments.weights, derived, counts, block.batch, block.keys,
-                                 min(block.row(m, r), block.keys - 1));
-      // Without attention the shift is that of weight 1: the derivative by the weight itself has a
-      // limit at 0. What such a key sums up for key and value is dropped at the end.
-      shifts[m][r] = is_attended(weights[m][r]) ? log2f(weights[m][r]) : 0.0f;
-    }
-  }
-
+  HeldKeys<Block::kHeld> held{arguments.weights, derived, static_cast<int>(block.batch),
+                              block.keys, block.first, block.lane, {}, {}, 0};
+  held.begin();
   typename Block::Sums grad_key = {}, grad_value = {};
   auto step = [&](typename Block::Products& scores, typename Block::Products& grads, int start,
                   const T* queries, const T* grad_outputs, int used) {
-    block.differentiate(scores, grads, start, shifts,
-                                       [](int, int, float delta) { return delta; });
-    TIR_UNROLL
-    for (int j = 0; j < Block::kTiles; ++j) {
-      TIR_UNROLL
-      for (int m = 0; m < Block::kHeld; ++m) {
-        TIR_UNROLL
-        for (int e = 0; e < 4; ++e) weight_sums[m][e / 2] += grads[m][j][e];
-      }
-    }
+    block.differentiate(scores, grads, start, held.shifts,
+                        [](int, int, float delta) { return delta; });
+    held.add(grads);
     multiply<T, D>(grad_key, grads, queries, used, block.own_staging, block.lane);
     multiply<T, D>(grad_value, scores, grad_outputs, used, block.own_staging, block.lane);
   };
   block.stream(block.rows_of(arguments.query, block.queries),
                block.rows_of(arguments.grad_output, block.queries), KeepAll(), step);
 
-  TIR_UNROLL
-  for (int m = 0; m < Block::kHeld; ++m) {
-    TIR_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      bool has_weight = is_attended(weights[m][r]);
-      if (partial != nullptr) {
-        float sum = quad_sum(weight_sums[m][r]);
-        if (has_weight) sum /= weights[m][r];
-        if (block.lane % 4 == 0 && block.row(m, r) < block.keys) {
-          partial[first_key + block.row(m, r)] = weights[m][r] < 0.0f ? 0.0f : sum;
-        }
-      }
-      if (has_weight) continue;
-      TIR_UNROLL
-      for (int j = 0; j < D / 8; ++j) {
-        TIR_UNROLL
-        for (int e = 2 * r; e < 2 * r + 2; ++e) grad_key[m][j][e] = grad_value[m][j][e] = 0.0f;
-      }
-    }
-  }
+  held.write(partial, block.head_index);
+  held.drop_unattended(grad_key);
+  held.drop_unattended(grad_value);
   block.store(grad_key, arguments.shape.scale, block.own_first, arguments.grad_key);
   block.store(grad_value, 1.0f, block.own_second, arguments.grad_value);
 }
@@ -156,7 +122,7 @@ __global__ void __launch_bounds__(128, 2)
   }
 }
 
-constexpr int kDeltaThreads = 256, kLanesPerRow = 8;
+constexpr int kDeltaThreads = 256;
 
 template <class T>
 __global__ void __launch_bounds__(kDeltaThreads)
@@ -165,34 +131,12 @@ __global__ void __launch_bounds__(kDeltaThreads)
   int64_t rows = shape.batch * shape.heads * shape.queries;
   int64_t row = int64_t{blockIdx.x} * (kDeltaThreads / kLanesPerRow) + threadIdx.x / kLanesPerRow;
   int lane = static_cast<int>(threadIdx.x % kLanesPerRow);
-  float sum = 0.0f;
-  if (row < rows) {
-    int queries = static_cast<int>(shape.queries);
-    int64_t head_index = row / queries, i = row % queries;
-    int64_t batch = head_index / shape.heads, head = head_index % shape.heads;
-    auto grads = rows_of_head<T>(arguments.grad_output, shape, queries, batch, head, is_aligned);
-    auto outputs = rows_of_head<T>(arguments.output, shape, queries, batch, head, is_aligned);
-    const T* left = grads.data + i * grads.stride;
-    const T* right = outputs.data + i * outputs.stride;
-    if (is_aligned) {
-      constexpr int kStep = kVector<T>;
-      for (int c = lane * kStep; c < grads.head_dim; c += kLanesPerRow * kStep) {
-        struct alignas(16) Vector {
-          T elements[kStep];
-        };
-        Vector a = *reinterpret_cast<const Vector*>(left + c);
-        Vector b = *reinterpret_cast<const Vector*>(right + c);
-        TIR_UNROLL
-        for (int e = 0; e < kStep; ++e) sum += to_float(a.elements[e]) * to_float(b.elements[e]);
-      }
-    } else {
-      for (int c = lane; c < grads.head_dim; c += kLanesPerRow) {
-        sum += to_float(left[c]) * to_float(right[c]);
-      }
-    }
-  }
-  TIR_UNROLL
-  for (int flip = 1; flip < kLanesPerRow; flip *= 2) sum += __shfl_xor_sync(kAllLanes, sum, flip);
+  int queries = static_cast<int>(shape.queries);
+  int64_t head_index = (row < rows ? row : rows - 1) / queries;
+  int64_t batch = head_index / shape.heads, head = head_index % shape.heads;
+  auto grads = rows_of_head<T>(arguments.grad_output, shape, queries, batch, head, is_aligned);
+  auto outputs = rows_of_head<T>(arguments.output, shape, queries, batch, head, is_aligned);
+  float sum = row_product(grads, outputs, row - head_index * queries, lane);
   if (row < rows && lane == 0) delta[row] = sum;
 }
 
@@ -214,19 +158,39 @@ int64_t blocks_for(int64_t items, int64_t per_block) {
   return (items + per_block - 1) / per_block;
 }
 
+// Calls run with causality as a type.
+template <class Run>
+void with_causality(const AttentionShape& shape, Run run) {
+  if (shape.is_causal) {
+    run(std::true_type());
+  } else {
+    run(std::false_type());
+  }
+}
+
 template <class T, int D>
-void launch_backward(const AttentionBackward& arguments, const KeyWeights& derived, float* delta,
-                     float* partial, Stream stream) {
-  constexpr int kSize = kChunk<T, D>;
+void launch_head(const AttentionBackward& arguments, const KeyWeights& derived, float* partial,
+                 bool is_aligned, Stream stream) {
+  const AttentionShape& shape = arguments.shape;
+  int keys = static_cast<int>(shape.length);
+  with_causality(shape, [&](auto is_causal) {
+    launch<&head_backward_kernel<T, D, decltype(is_causal)::value>>(
+        kName, shape.batch * shape.heads, head_warps<T, D>(keys) * kWarp,
+        head_bytes<T, D>(keys), stream, arguments, derived, partial, is_aligned);
+  });
+}
+
+// Keys and queries held in turn, in blocks of up to four warps.
+template <class T, int D>
+void launch_halves(const AttentionBackward& arguments, const KeyWeights& derived, float* delta,
+                   float* partial, bool is_aligned, Stream stream) {
+  constexpr int kSize = kChunk<T, D>, kHeld = kHeldRows<T, D>;
   constexpr int64_t kRowBytes = kPitch<T, D> * sizeof(T);
   const AttentionShape& shape = arguments.shape;
   int64_t heads = shape.batch * shape.heads, rows = heads * shape.queries;
-  bool is_aligned = rows_are_aligned(shape, arguments.grad_output);
   launch<&delta_kernel<T>>(kName, blocks_for(rows, kDeltaThreads / kLanesPerRow), kDeltaThreads,
-                           0, stream, arguments, delta,
-                           is_aligned && rows_are_aligned(shape, arguments.output));
+                           0, stream, arguments, delta, is_aligned);
 
-  constexpr int kHeld = kHeldRows<T, D>;
   int keys = static_cast<int>(shape.length), queries = static_cast<int>(shape.queries);
   int key_tiles = (keys + kHeld - 1) / kHeld, query_tiles = (queries + kHeld - 1) / kHeld;
   auto bytes = [&](int warps) {
@@ -236,22 +200,29 @@ void launch_backward(const AttentionBackward& arguments, const KeyWeights& deriv
   };
   int warps = fitting_warps(kName, std::min(std::max(key_tiles, query_tiles), 4),
                             device(kName).shared_memory, bytes);
-  BackwardPlan plan;
-  plan.key_parts = (key_tiles + warps - 1) / warps;
-  plan.query_parts = (query_tiles + warps - 1) / warps;
-  plan.is_aligned = is_aligned && rows_are_aligned(shape, arguments.query) &&
-                    rows_are_aligned(shape, arguments.key) &&
-                    rows_are_aligned(shape, arguments.value);
-  auto run = [&](auto is_causal) {
+  BackwardPlan plan{(key_tiles + warps - 1) / warps, (query_tiles + warps - 1) / warps, is_aligned};
+  with_causality(shape, [&](auto is_causal) {
     launch<&attention_backward_kernel<T, D, decltype(is_causal)::value>>(
         kName, heads * (plan.key_parts + plan.query_parts), warps * kWarp, bytes(warps), stream,
         arguments, derived, static_cast<const float*>(delta), partial, plan);
-  };
-  if (shape.is_causal) {
-    run(std::true_type());
-  } else {
-    run(std::false_type());
+  });
+}
+
+template <class T, int D>
+void launch_backward(const AttentionBackward& arguments, const KeyWeights& derived, float* delta,
+                     float* partial, Stream stream) {
+  const AttentionShape& shape = arguments.shape;
+  bool is_aligned = true;
+  for (const RowGrid& grid : {arguments.grad_output, arguments.query, arguments.key,
+                              arguments.value, arguments.output}) {
+    is_aligned = is_aligned && rows_are_aligned(shape, grid);
   }
+  bool is_whole = false;
+  if constexpr (kServesHeads<T, D>) {
+    is_whole = head_fits<T, D>(shape, device(kName));
+    if (is_whole) launch_head<T, D>(arguments, derived, partial, is_aligned, stream);
+  }
+  if (!is_whole) launch_halves<T, D>(arguments, derived, delta, partial, is_aligned, stream);
   if (arguments.grad_weights != nullptr) {
     launch<&sum_heads_kernel>(kName, blocks_for(shape.batch * shape.length, kSumThreads),
                               kSumThreads, 0, stream, static_cast<const float*>(partial),

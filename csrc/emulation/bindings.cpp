@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "binding_arguments.h"
+#include "cuda/backward_plan.h"
 #include "cuda/bindings.h"
 #include "cuda/forward_plan.h"
 
@@ -46,6 +47,18 @@ py::dict forward_plan(const std::array<int64_t, 4>& sizes, const std::string& ty
   return {};
 }
 
+// Whether a block of attention_backward serves a whole head, on the emulated device.
+bool serves_whole_heads(const std::array<int64_t, 5>& sizes, const std::string& type) {
+  AttentionShape shape = bindings::attention_shape(sizes, type, 1.0f, false);
+  bool found = false;
+  if (shape.type == Type::float32) return false;
+  cuda::with_head_dim("weighted_attention", shape.head_dim, [&](auto head_dim) {
+    found = cuda::head_fits<cuda::bfloat16, decltype(head_dim)::value>(shape,
+                                                                       cuda::emulated_device);
+  });
+  return found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(tir_cuda_emulated, module) {
@@ -57,4 +70,5 @@ PYBIND11_MODULE(tir_cuda_emulated, module) {
   });
   module.def("forward_plan", forward_plan, py::arg("shape"), py::arg("type"),
              py::arg("num_prefix_tokens"));
+  module.def("serves_whole_heads", serves_whole_heads, py::arg("shape"), py::arg("type"));
 }
