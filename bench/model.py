@@ -38,12 +38,12 @@ import click
 from .bounds import shortest_ms
 from .counting import attention_cost
 from .launches import (
-    BACKWARD,
+    CACHE_BYTES_PER_CYCLE,
     FORWARD,
     HEAD_DIM,
     Launch,
     Work,
-    backward_launch,
+    backward_plan,
     backward_work,
     forward_launch,
     forward_work,
@@ -59,7 +59,6 @@ CLOCK = 1.755e9
 LAUNCH = 2.5e-6
 CYCLES_PER_PRODUCT = 1 / 0.62
 ISSUED_PER_CYCLE, EXPONENTIALS_PER_CYCLE = 4, 16 / 32  # of warps
-CACHE_BYTES_PER_CYCLE = 24
 
 LENGTHS, HEADS = (50, 197, 257, 577), (60, 300, 768, 3072)
 
@@ -129,9 +128,12 @@ def grid_seconds(launch: Launch, work: Work, registers: int, share: Share) -> fl
     busiest = max(pipe_cycles(work).values())
     at_once = blocks_at_once(launch, registers)
     waves, rest = divmod(-(-launch.blocks // MULTIPROCESSORS), at_once)
-    cycles = waves * at_once * busiest / share.of(at_once * launch.warps)
-    if rest:
-        cycles += rest * busiest / share.of(rest * launch.warps)
+
+    def of_wave(number: int) -> float:
+        waiting = work.waiting if number == 1 else 0
+        return number * busiest / share.of(number * launch.warps) + waiting
+
+    cycles = waves * of_wave(at_once) + (of_wave(rest) if rest else 0)
     return cycles / CLOCK
 
 
@@ -171,12 +173,13 @@ def expect(point: Point, direction: str, memory: Memory) -> Expected:
         launch = forward_launch(point.length, heads, MULTIPROCESSORS, SHARED_MEMORY)
         work = forward_work(kernel, point.length, heads, MULTIPROCESSORS, SHARED_MEMORY)
     else:
-        kernel = kernels[BACKWARD]
-        launch = backward_launch(point.length, heads, SHARED_MEMORY)
-        work = backward_work(kernel, point.length, SHARED_MEMORY)
-        # A kernel before it multiplies outputs with their gradients; it only reads.
-        one = point.rows * point.head_dim * point.itemsize / memory.bytes_per_second
-        before, moved, launches = 2 * one, moved - one, 2 * LAUNCH
+        plan = backward_plan(point.length, heads, MULTIPROCESSORS, SHARED_MEMORY)
+        kernel, launch = kernels[plan.kernel], plan.launch
+        work = backward_work(kernel, plan, point.length)
+        if not plan.sweeps:
+            # A kernel before it multiplies outputs with their gradients; it only reads.
+            one = point.rows * point.head_dim * point.itemsize / memory.bytes_per_second
+            before, moved, launches = 2 * one, moved - one, 2 * LAUNCH
     seconds = [grid_seconds(launch, work, kernel.registers, s) for s in (LIKELY, HIGH, LOW)]
     likely, fastest, slowest = (1e6 * (max(each, moved) + before + launches) for each in seconds)
     pipes = pipe_cycles(work)

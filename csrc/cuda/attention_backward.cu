@@ -16,11 +16,6 @@ namespace {
 
 constexpr const char* kName = "weighted_attention (backward)";
 
-struct BackwardPlan {
-  int key_parts, query_parts;  // blocks of each head with stationary keys, and with queries
-  bool is_aligned;
-};
-
 // Stationary keys, streamed queries. `partial` may be null.
 template <class T, int D, bool kCausal>
 TIR_DEVICE void grad_key_value(const AttentionBackward& arguments, const KeyWeights& derived,
@@ -136,7 +131,8 @@ __global__ void __launch_bounds__(kDeltaThreads)
   int64_t batch = head_index / shape.heads, head = head_index % shape.heads;
   auto grads = rows_of_head<T>(arguments.grad_output, shape, queries, batch, head, is_aligned);
   auto outputs = rows_of_head<T>(arguments.output, shape, queries, batch, head, is_aligned);
-  float sum = row_product(grads, outputs, row - head_index * queries, lane);
+  int64_t i = row - head_index * queries;
+  float sum = sum_of_lanes(i < queries ? lane_product(grads, outputs, i, lane) : 0.0f);
   if (row < rows && lane == 0) delta[row] = sum;
 }
 
@@ -168,43 +164,36 @@ void with_causality(const AttentionShape& shape, Run run) {
   }
 }
 
+// One block a head.
 template <class T, int D>
-void launch_head(const AttentionBackward& arguments, const KeyWeights& derived, float* partial,
-                 bool is_aligned, Stream stream) {
-  const AttentionShape& shape = arguments.shape;
-  int keys = static_cast<int>(shape.length);
-  with_causality(shape, [&](auto is_causal) {
-    launch<&head_backward_kernel<T, D, decltype(is_causal)::value>>(
-        kName, shape.batch * shape.heads, head_warps<T, D>(keys) * kWarp,
-        head_bytes<T, D>(keys), stream, arguments, derived, partial, is_aligned);
-  });
+void launch_heads(const AttentionBackward& arguments, const KeyWeights& derived, float* partial,
+                  const BackwardPlan& plan, Stream stream) {
+  auto run = [&](auto is_causal, auto sweeps) {
+    constexpr bool kCausal = decltype(is_causal)::value;
+    launch<&head_backward_kernel<T, D, kCausal, decltype(sweeps)::value>>(
+        kName, arguments.shape.batch * arguments.shape.heads, plan.warps * kWarp,
+        plan.shared_bytes, stream, arguments, derived, partial, plan.is_aligned);
+  };
+  if (plan.sweeps == 2) {
+    run(std::false_type(), std::integral_constant<int, 2>());
+  } else {
+    with_causality(arguments.shape,
+                   [&](auto is_causal) { run(is_causal, std::integral_constant<int, 1>()); });
+  }
 }
 
-// Keys and queries held in turn, in blocks of up to four warps.
+// Keys and queries of a head in blocks of their own.
 template <class T, int D>
-void launch_halves(const AttentionBackward& arguments, const KeyWeights& derived, float* delta,
-                   float* partial, bool is_aligned, Stream stream) {
-  constexpr int kSize = kChunk<T, D>, kHeld = kHeldRows<T, D>;
-  constexpr int64_t kRowBytes = kPitch<T, D> * sizeof(T);
+void launch_parts(const AttentionBackward& arguments, const KeyWeights& derived, float* delta,
+                  float* partial, const BackwardPlan& plan, Stream stream) {
   const AttentionShape& shape = arguments.shape;
   int64_t heads = shape.batch * shape.heads, rows = heads * shape.queries;
   launch<&delta_kernel<T>>(kName, blocks_for(rows, kDeltaThreads / kLanesPerRow), kDeltaThreads,
-                           0, stream, arguments, delta, is_aligned);
-
-  int keys = static_cast<int>(shape.length), queries = static_cast<int>(shape.queries);
-  int key_tiles = (keys + kHeld - 1) / kHeld, query_tiles = (queries + kHeld - 1) / kHeld;
-  auto bytes = [&](int warps) {
-    return round_up(std::max(keys, queries), kSize) * int64_t{8} +
-           warps * 2 * kHeld * kRowBytes + 4 * kSize * kRowBytes +
-           warps * kStaging<T, kStep<T, D> / 8> * int64_t{sizeof(T)};
-  };
-  int warps = fitting_warps(kName, std::min(std::max(key_tiles, query_tiles), 4),
-                            device(kName).shared_memory, bytes);
-  BackwardPlan plan{(key_tiles + warps - 1) / warps, (query_tiles + warps - 1) / warps, is_aligned};
+                           0, stream, arguments, delta, plan.is_aligned);
   with_causality(shape, [&](auto is_causal) {
     launch<&attention_backward_kernel<T, D, decltype(is_causal)::value>>(
-        kName, heads * (plan.key_parts + plan.query_parts), warps * kWarp, bytes(warps), stream,
-        arguments, derived, static_cast<const float*>(delta), partial, plan);
+        kName, heads * (plan.key_parts + plan.query_parts), plan.warps * kWarp, plan.shared_bytes,
+        stream, arguments, derived, static_cast<const float*>(delta), partial, plan);
   });
 }
 
@@ -212,17 +201,17 @@ template <class T, int D>
 void launch_backward(const AttentionBackward& arguments, const KeyWeights& derived, float* delta,
                      float* partial, Stream stream) {
   const AttentionShape& shape = arguments.shape;
-  bool is_aligned = true;
+  BackwardPlan plan = plan_backward<T, D>(kName, shape, device(kName));
+  plan.is_aligned = true;
   for (const RowGrid& grid : {arguments.grad_output, arguments.query, arguments.key,
                               arguments.value, arguments.output}) {
-    is_aligned = is_aligned && rows_are_aligned(shape, grid);
+    plan.is_aligned = plan.is_aligned && rows_are_aligned(shape, grid);
   }
-  bool is_whole = false;
-  if constexpr (kServesHeads<T, D>) {
-    is_whole = head_fits<T, D>(shape, device(kName));
-    if (is_whole) launch_head<T, D>(arguments, derived, partial, is_aligned, stream);
+  if (plan.sweeps == 0) {
+    launch_parts<T, D>(arguments, derived, delta, partial, plan, stream);
+  } else if constexpr (kServesHeads<T, D>) {
+    launch_heads<T, D>(arguments, derived, partial, plan, stream);
   }
-  if (!is_whole) launch_halves<T, D>(arguments, derived, delta, partial, is_aligned, stream);
   if (arguments.grad_weights != nullptr) {
     launch<&sum_heads_kernel>(kName, blocks_for(shape.batch * shape.length, kSumThreads),
                               kSumThreads, 0, stream, static_cast<const float*>(partial),

@@ -9,14 +9,9 @@
 
 #include "cuda/backward_plan.h"
 #include "cuda/held_keys.cuh"
+#include "cuda/values.cuh"
 
 namespace tir::cuda {
-
-// Rows that are loaded at a time, and those of them that are multiplied at a time.
-template <class T, int D>
-constexpr int kChunk = kHasTensorCores<T> || D <= 96 ? 32 : 16;
-template <class T, int D>
-constexpr int kStep = kHeldTiles<T, D> == 2 ? 16 : kChunk<T, D>;
 
 // Base-2 logarithm of a row's sum, negated; -inf for rows that attend to nothing.
 TIR_DEVICE float negative_log_sum(float log_sum) {
@@ -25,32 +20,32 @@ TIR_DEVICE float negative_log_sum(float log_sum) {
 
 constexpr int kLanesPerRow = 8;
 
-// The product of one row with another, by the eight lanes that have part in it, in each of them;
-// 0 if there is no such row. That of a gradient with its output is delta, which the gradients of
-// all probabilities of the row lose to their sum staying 1.
+// What one lane of eight has of the product of two rows. That of an output with its gradient is
+// delta, which the gradients of all probabilities of the row lose to their sum staying 1.
 template <class T>
-TIR_DEVICE float row_product(const Rows<T>& grads, const Rows<T>& outputs, int64_t i, int lane) {
+TIR_DEVICE float lane_product(const Rows<T>& left, const Rows<T>& right, int64_t row, int lane) {
+  const T* one = left.data + row * left.stride;
+  const T* other = right.data + row * right.stride;
   float sum = 0.0f;
-  if (i < grads.count) {
-    const T* left = grads.data + i * grads.stride;
-    const T* right = outputs.data + i * outputs.stride;
-    if (grads.is_aligned) {
-      constexpr int kStep = kVector<T>;
-      for (int c = lane * kStep; c < grads.head_dim; c += kLanesPerRow * kStep) {
-        struct alignas(16) Vector {
-          T elements[kStep];
-        };
-        Vector a = *reinterpret_cast<const Vector*>(left + c);
-        Vector b = *reinterpret_cast<const Vector*>(right + c);
-        TIR_UNROLL
-        for (int e = 0; e < kStep; ++e) sum += to_float(a.elements[e]) * to_float(b.elements[e]);
-      }
-    } else {
-      for (int c = lane; c < grads.head_dim; c += kLanesPerRow) {
-        sum += to_float(left[c]) * to_float(right[c]);
-      }
+  if (left.is_aligned) {
+    constexpr int kSize = kVector<T>;
+    for (int c = lane * kSize; c < left.head_dim; c += kLanesPerRow * kSize) {
+      float a[kSize], b[kSize];
+      read_vector<T>(a, one + c);
+      read_vector<T>(b, other + c);
+      TIR_UNROLL
+      for (int e = 0; e < kSize; ++e) sum += a[e] * b[e];
+    }
+  } else {
+    TIR_NO_UNROLL
+    for (int c = lane; c < left.head_dim; c += kLanesPerRow) {
+      sum += to_float(one[c]) * to_float(other[c]);
     }
   }
+  return sum;
+}
+
+TIR_DEVICE float sum_of_lanes(float sum) {
   TIR_UNROLL
   for (int flip = 1; flip < kLanesPerRow; flip *= 2) sum += __shfl_xor_sync(kAllLanes, sum, flip);
   return sum;

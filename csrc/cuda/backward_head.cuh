@@ -10,14 +10,14 @@
 #pragma once
 
 #include "cuda/backward_block.cuh"
-#include "cuda/backward_plan.h"
 
 namespace tir::cuda {
 
-template <class T, int D, bool kCausal>
+template <class T, int D, bool kCausal, int kSweeps>
 struct HeadBlock {
   static constexpr int kHeld = kHeldTiles<T, D>, kOwnRows = kHeldRows<T, D>;
   static constexpr int kStep = 16, kChunkElements = kHeadChunk * kPitch<T, D>;
+  static constexpr int kDeltasAtOnce = 8;  // all, for as many queries as keys
   using Sums = float[kHeld][D / 8][4];
 
   const AttentionBackward& arguments;
@@ -33,8 +33,8 @@ struct HeadBlock {
 
   // What does not depend on the number of keys comes first: it needs no registers.
   float* shifts = reinterpret_cast<float*>(shared_memory());  // of the queries
-  float* deltas = shifts + kMaxHeadQueries;
-  T* streamed = reinterpret_cast<T*>(deltas + kMaxHeadQueries);  // two rounds of two tiles
+  float* deltas = shifts + kMaxHeadRows;
+  T* streamed = reinterpret_cast<T*>(deltas + kMaxHeadRows);  // two rounds of two tiles
   T* key_tile = streamed + 4 * kChunkElements;
 
   TIR_DEVICE T* value_tile() const { return key_tile + anew(key_rows) * kPitch<T, D>; }
@@ -59,7 +59,7 @@ struct HeadBlock {
     commit_copies();
   }
 
-  // What is known of the queries; it is computed while the keys are on their way.
+  // What is known of the queries; it is found while the keys are on their way.
   TIR_DEVICE void find_shifts() const {
     int64_t first_query = int64_t{head_index} * queries;
     for (int i = thread; i < chunks * kHeadChunk; i += warps * kWarp) {
@@ -69,10 +69,43 @@ struct HeadBlock {
     auto grads = rows_of(arguments.grad_output, queries);
     auto outputs = rows_of(arguments.output, queries);
     constexpr int kRowsPerWarp = kWarp / kLanesPerRow;
-    for (int i = warp * kRowsPerWarp; i < chunks * kHeadChunk; i += warps * kRowsPerWarp) {
-      int row = i + lane / kLanesPerRow;
-      float delta = row_product(grads, outputs, row, lane % kLanesPerRow);
-      if (lane % kLanesPerRow == 0) deltas[row] = delta;
+    int row = warp * kRowsPerWarp + lane / kLanesPerRow, step = warps * kRowsPerWarp;
+    for (; row < chunks * kHeadChunk; row += kDeltasAtOnce * step) {
+      float products[kDeltasAtOnce] = {};
+      find_products(products, grads, outputs, row, step);
+      TIR_UNROLL
+      for (int u = 0; u < kDeltasAtOnce; ++u) {
+        float delta = sum_of_lanes(products[u]);
+        int i = row + u * step;
+        if (lane % kLanesPerRow == 0 && i < kMaxHeadRows) deltas[i] = delta;
+      }
+    }
+  }
+
+  // What the lane has of the products of several rows, all of which are on their way before the
+  // first is multiplied. The last row serves for those that do not exist: nobody asks for theirs.
+  TIR_DEVICE void find_products(float (&products)[kDeltasAtOnce], const Rows<T>& left,
+                                const Rows<T>& right, int row, int step) const {
+    static_assert(D <= kLanesPerRow * kVector<T>);
+    int part = lane % kLanesPerRow, column = part * kVector<T>;
+    if (!is_aligned) {
+      TIR_UNROLL
+      for (int u = 0; u < kDeltasAtOnce; ++u) {
+        products[u] = lane_product(left, right, min(row + u * step, queries - 1), part);
+      }
+    } else if (column < head_dim) {
+      float a[kDeltasAtOnce][kVector<T>], b[kDeltasAtOnce][kVector<T>];
+      TIR_UNROLL
+      for (int u = 0; u < kDeltasAtOnce; ++u) {
+        int64_t i = min(row + u * step, queries - 1);
+        read_vector<T>(a[u], left.data + i * left.stride + column);
+        read_vector<T>(b[u], right.data + i * right.stride + column);
+      }
+      TIR_UNROLL
+      for (int u = 0; u < kDeltasAtOnce; ++u) {
+        TIR_UNROLL
+        for (int e = 0; e < kVector<T>; ++e) products[u] += a[u][e] * b[u][e];
+      }
     }
   }
 
@@ -90,6 +123,7 @@ struct HeadBlock {
   }
 
   // 16 queries with the warp's keys.
+  template <bool kOfKeys, bool kOfValues>
   TIR_DEVICE void step(int start, const LeftRows<T, D, true> (&left_keys)[kHeld],
                        const LeftRows<T, D, false> (&left_values)[kHeld], HeldKeys<kHeld>& held,
                        Sums& grad_key, Sums& grad_value) const {
@@ -98,13 +132,15 @@ struct HeadBlock {
     const T* grad_tile = query_tile + kChunkElements;
     float scores[kHeld][2][4] = {}, grads[kHeld][2][4] = {};
     multiply_transposed(scores, left_keys, query_tile, 2, lane);
-    multiply_transposed(grads, left_values, grad_tile, 2, lane);
+    if constexpr (kOfKeys) multiply_transposed(grads, left_values, grad_tile, 2, lane);
     Differentiation<true, kCausal> differentiate{shifts, deltas, arguments.shape.scale * log2_e,
                                                  lane};
     differentiate(scores, grads, held.shifts, first, start,
                   [](int, int, float delta) { return delta; });
+    T* no_staging = nullptr;
+    if constexpr (kOfValues) multiply<T, D>(grad_value, scores, grad_tile, 2, no_staging, lane);
+    if constexpr (!kOfKeys) return;
     held.add(grads);
-    multiply<T, D>(grad_value, scores, grad_tile, 2, static_cast<T*>(nullptr), lane);
     T* target = grads_of(chunk) + (first + lane / 4) * kPitch<T, D> + column + 2 * (lane % 4);
     int kept = held.attention();
     TIR_UNROLL
@@ -120,7 +156,7 @@ struct HeadBlock {
         }
       }
     }
-    multiply<T, D>(grad_key, grads, query_tile, 2, static_cast<T*>(nullptr), lane);
+    multiply<T, D>(grad_key, grads, query_tile, 2, no_staging, lane);
   }
 
   // The gradients of a round's queries, 16 columns at a time.
@@ -180,11 +216,42 @@ struct HeadBlock {
     }
   }
 
+  // All queries pass. The gradients of keys and queries are found, those of values, or all.
+  template <bool kOfKeys, bool kOfValues>
+  TIR_DEVICE void sweep(const LeftRows<T, D, true> (&left_keys)[kHeld],
+                        const LeftRows<T, D, false> (&left_values)[kHeld], HeldKeys<kHeld>& held,
+                        Sums& grad_key, Sums& grad_value) const {
+    TIR_NO_UNROLL
+    for (int chunk = 0; chunk <= chunks; ++chunk) {  // the last one for what follows behind
+      wait_for_copies<0>();
+      __syncthreads();  // the round's rows are in, and the gradients of the one before
+      if (chunk + 1 < chunks) load_chunk(chunk + 1);
+      if (kOfKeys && chunk > 0) write_queries(chunk - 1);
+      int start = chunk * kHeadChunk, end = min(queries, start + kHeadChunk);
+      if (kCausal && first > start) start = end;
+      TIR_NO_UNROLL
+      for (; start < end; start += kStep) {
+        step<kOfKeys, kOfValues>(start, left_keys, left_values, held, grad_key, grad_value);
+      }
+    }
+  }
+
+  // Others still read the keys; the values are the warp's own.
+  TIR_DEVICE void store(const Sums& sums, float factor, void* gradient) const {
+    T* tile = value_tile() + anew(first) * kPitch<T, D>;
+    T* target = static_cast<T*>(gradient) + int64_t{anew(head_index)} * keys * head_dim;
+    TIR_UNROLL
+    for (int m = 0; m < kHeld; ++m) {
+      store_rows<T, D>(sums[m], factor, factor, tile + m * kRows * kPitch<T, D>, target,
+                       anew(first) + m * kRows, keys, head_dim, lane);
+    }
+  }
+
   TIR_DEVICE void run(const KeyWeights& derived, float* partial) const {
     load_tile<T, D>(key_tile, rows_of(arguments.key, keys), 0, key_rows, thread, warps * kWarp,
                     KeepAll());
-    load_tile<T, D>(value_tile(), rows_of(arguments.value, keys), 0, key_rows, thread, warps * kWarp,
-                    KeepAll());
+    load_tile<T, D>(value_tile(), rows_of(arguments.value, keys), 0, key_rows, thread,
+                    warps * kWarp, KeepAll());
     load_chunk(0);
     find_shifts();
     HeldKeys<kHeld> held{arguments.weights, derived, batch, keys, first, lane, {}, {}, 0};
@@ -201,44 +268,24 @@ struct HeadBlock {
     }
     clear_unattended(held);
     Sums grad_key = {}, grad_value = {};
-    TIR_NO_UNROLL
-    for (int chunk = 0; chunk <= chunks; ++chunk) {  // the last one for what follows behind
-      wait_for_copies<0>();
-      __syncthreads();  // the round's rows are in, and the gradients of the one before
-      if (chunk + 1 < chunks) load_chunk(chunk + 1);
-      if (chunk > 0) write_queries(chunk - 1);
-      int start = chunk * kHeadChunk, end = min(queries, start + kHeadChunk);
-      if (kCausal && first > start) start = end;
-      TIR_NO_UNROLL
-      for (; start < end; start += kStep) {
-        step(start, left_keys, left_values, held, grad_key, grad_value);
-      }
-    }
-
+    sweep<true, kSweeps == 1>(left_keys, left_values, held, grad_key, grad_value);
     held.write(partial, head_index);
     held.drop_unattended(grad_key);
-    held.drop_unattended(grad_value);
-    // Others still read the keys; the values are the warp's own.
-    T* tile = value_tile() + anew(first) * kPitch<T, D>;
-    int64_t offset = int64_t{head_index} * keys * head_dim;
-    TIR_UNROLL
-    for (int m = 0; m < kHeld; ++m) {
-      T* own = tile + m * kRows * kPitch<T, D>;
-      float scale = arguments.shape.scale;
-      store_rows<T, D>(grad_key[m], scale, scale, own, static_cast<T*>(arguments.grad_key) + offset,
-                       anew(first) + m * kRows, keys, head_dim, lane);
-      store_rows<T, D>(grad_value[m], 1.0f, 1.0f, own,
-                       static_cast<T*>(arguments.grad_value) + offset, anew(first) + m * kRows, keys,
-                       head_dim, lane);
+    store(grad_key, arguments.shape.scale, arguments.grad_key);
+    if constexpr (kSweeps == 2) {
+      load_chunk(0);
+      sweep<false, true>(left_keys, left_values, held, grad_key, grad_value);
     }
+    held.drop_unattended(grad_value);
+    store(grad_value, 1.0f, arguments.grad_value);
   }
 };
 
-template <class T, int D, bool kCausal>
-__global__ void __launch_bounds__(kMaxHeadWarps * kWarp, 1)
+template <class T, int D, bool kCausal, int kSweeps>
+__global__ void __launch_bounds__(kMaxHeadWarps<kSweeps>* kWarp, 1)
     head_backward_kernel(AttentionBackward arguments, KeyWeights derived, float* partial,
                          bool is_aligned) {
-  HeadBlock<T, D, kCausal> block{arguments, is_aligned};
+  HeadBlock<T, D, kCausal, kSweeps> block{arguments, is_aligned};
   block.run(derived, partial);
 }
 

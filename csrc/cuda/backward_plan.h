@@ -1,6 +1,7 @@
-// How the backward attention kernels are launched: what a warp holds, and which heads one block
-// serves whole.
+// How the backward attention kernels are launched: what a warp holds, and what a block serves.
 #pragma once
+
+#include <algorithm>
 
 #include "cuda/heads.cuh"
 
@@ -13,36 +14,76 @@ constexpr int kHeldTiles = kHasTensorCores<T> && D <= 64 ? 2 : 1;
 template <class T, int D>
 constexpr int kHeldRows = kHeldTiles<T, D> * kRows;
 
-constexpr int kHeadChunk = 32;              // queries of a round
-constexpr int kMaxHeadWarps = 8;            // as many as the registers last for, 255 a thread
-constexpr int kMaxHeadQueries = 288;
+// Rows that are loaded at a time, and those of them that are multiplied at a time.
+template <class T, int D>
+constexpr int kChunk = kHasTensorCores<T> || D <= 96 ? 32 : 16;
+template <class T, int D>
+constexpr int kStep = kHeldTiles<T, D> == 2 ? 16 : kChunk<T, D>;
 
-// Blocks of whole heads: with wider ones, a warp would hold 16 keys, and 8 or 12 warps fewer than
-// most towers of such heads have.
+struct BackwardPlan {
+  int warps;                    // of a block
+  int64_t shared_bytes;         // of a block
+  int key_parts, query_parts;   // blocks of each head with stationary keys, and with queries
+  int sweeps;  // if a block serves a whole head: how often the queries pass it; else 0
+  bool is_aligned;
+};
+
+constexpr int kHeadChunk = 32;      // queries of a round of a whole head
+constexpr int kMaxHeadRows = 384;   // queries, and keys
+constexpr int kBlocksAtOnce = 2;    // of parts, on a multiprocessor
+
+// Warps of a block that serves a whole head, by how often the queries pass it: as many as the
+// registers last for. In one sweep a thread needs 255, most of them for the sums of its keys'
+// gradients and of its values'; with a sweep for either, 168.
+template <int kSweeps>
+constexpr int kMaxHeadWarps = kSweeps == 1 ? 8 : 12;
+
+// Which types and widths have such blocks. A warp could hold only 16 keys of wider heads, and so a
+// block fewer keys than the towers of such heads have, which are 257 and more.
 template <class T, int D>
 constexpr bool kServesHeads = kHasTensorCores<T> && D == 64;
 
+// How often the queries would pass a block that serves a whole head, 0 if none can. Causal rows of
+// more keys than one sweep takes are of no tower here, and are left to blocks of parts.
 template <class T, int D>
-constexpr int64_t head_bytes(int keys) {
-  int64_t key_rows = round_up(keys, kHeldRows<T, D>), row_bytes = kPitch<T, D> * sizeof(T);
-  return kMaxHeadQueries * int64_t{8} + (3 * key_rows + 4 * kHeadChunk) * row_bytes;
+int head_sweeps(const AttentionShape& shape) {
+  int64_t held = kHeldRows<T, D>;
+  if (!kServesHeads<T, D> || shape.queries > kMaxHeadRows) return 0;
+  if (shape.length <= kMaxHeadWarps<1> * held) return 1;
+  return !shape.is_causal && shape.length <= kMaxHeadRows ? 2 : 0;
 }
 
+// Blocks of parts are two launches and seven products, those of whole heads one and five or six.
+// They are taken if they fit, and unless there are so few heads that all their parts are served at
+// once: then blocks of whole heads, which are fewer, take longer (bench/model.py).
 template <class T, int D>
-constexpr int head_warps(int keys) {
-  return (keys + kHeldRows<T, D> - 1) / kHeldRows<T, D>;
-}
+BackwardPlan plan_backward(const char* name, const AttentionShape& shape, const Device& gpu) {
+  constexpr int kSize = kChunk<T, D>, kHeld = kHeldRows<T, D>;
+  constexpr int64_t kRowBytes = kPitch<T, D> * sizeof(T);
+  int keys = static_cast<int>(shape.length), queries = static_cast<int>(shape.queries);
+  int key_tiles = (keys + kHeld - 1) / kHeld, query_tiles = (queries + kHeld - 1) / kHeld;
+  auto bytes = [&](int warps) {
+    return round_up(std::max(keys, queries), kSize) * int64_t{8} +
+           warps * 2 * kHeld * kRowBytes + 4 * kSize * kRowBytes +
+           warps * kStaging<T, kStep<T, D> / 8> * int64_t{sizeof(T)};
+  };
+  BackwardPlan plan{};
+  plan.warps = fitting_warps(name, std::min(std::max(key_tiles, query_tiles), 4),
+                             gpu.shared_memory, bytes);
+  plan.shared_bytes = bytes(plan.warps);
+  plan.key_parts = (key_tiles + plan.warps - 1) / plan.warps;
+  plan.query_parts = (query_tiles + plan.warps - 1) / plan.warps;
 
-// Whether heads are served whole: that they fit, and that there are enough of them for the GPU.
-template <class T, int D>
-bool head_fits(const AttentionShape& shape, const Device& gpu) {
-  if (!kServesHeads<T, D> || shape.length > kMaxHeadWarps * kHeldRows<T, D> ||
-      shape.queries > kMaxHeadQueries) {
-    return false;
+  int64_t blocks = shape.batch * shape.heads * (plan.key_parts + plan.query_parts);
+  int64_t of_head = kMaxHeadRows * int64_t{8} + (3 * key_tiles * kHeld + 4 * kHeadChunk) * kRowBytes;
+  if (blocks > kBlocksAtOnce * gpu.multiprocessors && of_head <= gpu.shared_memory) {
+    plan.sweeps = head_sweeps<T, D>(shape);
   }
-  int keys = static_cast<int>(shape.length);
-  return 2 * shape.batch * shape.heads >= gpu.multiprocessors &&
-         head_bytes<T, D>(keys) <= gpu.shared_memory;
+  if (plan.sweeps > 0) {
+    plan.warps = key_tiles;
+    plan.shared_bytes = of_head;
+  }
+  return plan;
 }
 
 }  // namespace tir::cuda

@@ -33,19 +33,20 @@ struct HeldKeys {
   TIR_DEVICE int attention() const { return anew(attended); }
 
   TIR_DEVICE void begin() {
-    attended = 0;
     int key = own();
+    float weights[kHeld][2];  // all on their way before the first is used
     TIR_UNROLL
-    for (int m = 0; m < kHeld; ++m) {
-      TIR_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        float found = weight(key + m * kRows + 8 * r);
-        // Without attention the shift is that of weight 1: the derivative by the weight itself has
-        // a limit at 0. What such a key sums up for key and value is dropped at the end.
-        shifts[m][r] = is_attended(found) ? log2f(found) : 0.0f;
-        if (is_attended(found)) attended |= 1 << (2 * m + r);
-        sums[m][r] = 0.0f;
-      }
+    for (int i = 0; i < 2 * kHeld; ++i) weights[i / 2][i % 2] = weight(key + 8 * i);
+    attended = 0;
+    TIR_UNROLL
+    for (int i = 0; i < 2 * kHeld; ++i) {
+      int m = i / 2, r = i % 2;
+      bool has_weight = is_attended(weights[m][r]);
+      // Without attention the shift is that of weight 1: the derivative by the weight itself has a
+      // limit at 0. What such a key sums up for key and value is dropped at the end.
+      shifts[m][r] = has_weight ? log2f(weights[m][r]) : 0.0f;
+      if (has_weight) attended |= 1 << i;
+      sums[m][r] = 0.0f;
     }
   }
 

@@ -47,14 +47,18 @@ py::dict forward_plan(const std::array<int64_t, 4>& sizes, const std::string& ty
   return {};
 }
 
-// Whether a block of attention_backward serves a whole head, on the emulated device.
-bool serves_whole_heads(const std::array<int64_t, 5>& sizes, const std::string& type) {
-  AttentionShape shape = bindings::attention_shape(sizes, type, 1.0f, false);
-  bool found = false;
-  if (shape.type == Type::float32) return false;
+// How attention_backward would run on the emulated device: how often queries pass a block that
+// serves a whole head, 0 if heads are served in parts.
+int backward_sweeps(const std::array<int64_t, 5>& sizes, const std::string& type, bool is_causal) {
+  AttentionShape shape = bindings::attention_shape(sizes, type, 1.0f, is_causal);
+  int found = 0;
   cuda::with_head_dim("weighted_attention", shape.head_dim, [&](auto head_dim) {
-    found = cuda::head_fits<cuda::bfloat16, decltype(head_dim)::value>(shape,
-                                                                       cuda::emulated_device);
+    constexpr int kHeadDim = decltype(head_dim)::value;
+    auto sweeps = [&](auto element) {
+      return cuda::plan_backward<decltype(element), kHeadDim>("weighted_attention", shape,
+                                                              cuda::emulated_device).sweeps;
+    };
+    found = shape.type == Type::float32 ? sweeps(float{}) : sweeps(cuda::bfloat16{});
   });
   return found;
 }
@@ -70,5 +74,6 @@ PYBIND11_MODULE(tir_cuda_emulated, module) {
   });
   module.def("forward_plan", forward_plan, py::arg("shape"), py::arg("type"),
              py::arg("num_prefix_tokens"));
-  module.def("serves_whole_heads", serves_whole_heads, py::arg("shape"), py::arg("type"));
+  module.def("backward_sweeps", backward_sweeps, py::arg("shape"), py::arg("type"),
+             py::arg("is_causal"));
 }

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from bench import model
-from bench.launches import FORWARD, Launch, Work, backward_launch, forward_launch
+from bench.launches import FORWARD, Launch, Work, backward_plan, forward_launch
 from bench.model import (
     GPUS,
     LIKELY,
@@ -173,13 +173,12 @@ def test_plans_are_those_of_the_launchers(tmp_path: Path) -> None:
     asked = "".join("{} {} {}\n".format(length, *split_heads(h)) for length, h in shapes)
     done = subprocess.run([program], input=asked, capture_output=True, text=True, check=True)
     launches = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
-    assert len(launches) == 3 * len(shapes)
-    # The second is that of the backward pass's first kernel.
+    assert len(launches) == 2 * len(shapes)
     for (length, heads), forward, backward in zip(
-        shapes, launches[::3], launches[2::3], strict=True
+        shapes, launches[::2], launches[1::2], strict=True
     ):
         for launch, found in (
             (forward_launch(length, heads, MULTIPROCESSORS, SHARED_MEMORY), forward),
-            (backward_launch(length, heads, SHARED_MEMORY), backward),
+            (backward_plan(length, heads, MULTIPROCESSORS, SHARED_MEMORY).launch, backward),
         ):
             assert (launch.blocks, 32 * launch.warps, launch.shared) == found, (length, heads)
