@@ -1,6 +1,6 @@
 """How the CUDA attention kernels are launched and what a block does: bfloat16, heads of width 64.
 
-The plans are those of csrc/cuda/forward_plan.h and attention_backward.cu, for a GPU that is not
+The plans are those of csrc/cuda/forward_plan.h and backward_plan.h, for a GPU that is not
 there; a test runs the C++ launchers and compares.
 """
 

@@ -5,7 +5,8 @@ to be right. A multiprocessor's time is that of its busiest pipe, over the share
 warps keep busy. A kernel's time is that of the multiprocessor with most blocks, or of HBM where
 that is longer, and a launch. Instructions are those that ``bench.sass`` counted, for bfloat16 and
 heads of width 64. The relevance and statistics kernels are counted there, but not modelled. The
-forward kernel's launcher chooses its plan by the same rule, with rounded numbers (forward_plan.h).
+forward kernel's launcher chooses its plan by the same rule, with rounded numbers (forward_plan.h),
+the backward kernel's by the number of its blocks (backward_plan.h).
 
 The figures, of an H100 SXM, and where they are from:
 
@@ -21,6 +22,8 @@ The figures, of an H100 SXM, and where they are from:
 - Clock under load: 1.755 GHz. To launch a kernel, and for its tail: 2.5 µs. Both are assumptions.
 - The busiest pipe works 70 % of the time (62 to 78) with 8 warps or more on a multiprocessor, 42 %
   (36 to 48) with 4. These are assumptions, and the range that is shown.
+- A block that serves a whole head, and is alone on its multiprocessor, waits for its first rows as
+  long as L2 takes for them, and 800 cycles, an assumption, for HBM to begin.
 
 Peers are estimates too. Their rates are published for an H100, heads of width 64, 16-bit types, no
 mask, and 16 k tokens in all (arXiv 2407.08608, its charts of forward and backward speed). At other

@@ -1,4 +1,5 @@
-// The steps that both kernels of the attention's backward pass are made of.
+// The steps that the kernels of the attention's backward pass are made of, and how parts of a head's
+// rows take them.
 //
 // Every warp has 16 or 32 stationary rows of its own, the others of the head are streamed past all
 // warps: keys are stationary and queries streamed for the gradients of keys, values and weights,

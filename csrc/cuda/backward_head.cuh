@@ -1,12 +1,17 @@
 // The backward pass of a whole head in one block, for 16-bit types and heads whose keys the block's
 // warps can hold between them.
 //
-// Each warp holds 32 keys, with the sums of their gradients in registers, and 32 queries at a time
-// pass. Scores and gradients of probabilities are computed once, five products in all: the
+// Each warp holds 32 keys, with the sums of their gradients in registers, and the queries pass, 32
+// in a round. Scores and gradients of probabilities are computed once, five products in all: the
 // gradients of the scores go through shared memory, from where, once all warps have written theirs,
 // some warps multiply them with all keys, each for its columns of the queries' gradients. These are
-// whole then, so that nothing is added up between blocks. One barrier for 32 queries: the gradients
-// of the queries follow one round behind.
+// whole then, so that nothing is added up between blocks. One barrier a round: the gradients of the
+// queries follow one round behind.
+//
+// More warps leave each fewer registers. Then the queries pass twice, once for the sums of the
+// values' gradients alone: six products, since the scores are computed again.
+//
+// All registers are taken. What is needed but seldom is found `anew` each time, and none spills.
 #pragma once
 
 #include "cuda/backward_block.cuh"
@@ -40,7 +45,8 @@ struct HeadBlock {
   TIR_DEVICE T* value_tile() const { return key_tile + anew(key_rows) * kPitch<T, D>; }
 
   TIR_DEVICE Rows<T> rows_of(const RowGrid& grid, int count) const {
-    int image = anew(batch), head = anew(head_index) - image * static_cast<int>(arguments.shape.heads);
+    int image = anew(batch);
+    int head = anew(head_index) - image * static_cast<int>(arguments.shape.heads);
     return rows_of_head<T>(grid, arguments.shape, count, image, head, is_aligned);
   }
 
