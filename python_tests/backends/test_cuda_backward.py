@@ -73,7 +73,7 @@ def sweeps(kernels, inputs: AttentionInputs) -> int:
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("width", [64, 72])
-def test_heads_in_parts(kernels, width: int, sizes: tuple[int, int], is_causal: bool) -> None:
+def test_sizes_in_parts(kernels, width: int, sizes: tuple[int, int], is_causal: bool) -> None:
     kernels.set_device(*PARTS)
     for dtype in DTYPES:
         problem = draw(sizes, width, dtype, is_causal)
@@ -83,7 +83,7 @@ def test_heads_in_parts(kernels, width: int, sizes: tuple[int, int], is_causal: 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("sizes", LENGTHS, ids=str)
-def test_whole_heads(kernels, sizes: tuple[int, int], is_causal: bool) -> None:
+def test_sizes_of_whole_heads(kernels, sizes: tuple[int, int], is_causal: bool) -> None:
     kernels.set_device(*HEADS)
     for dtype in DTYPES[1:]:
         problem = draw(sizes, 64, dtype, is_causal)
@@ -92,7 +92,7 @@ def test_whole_heads(kernels, sizes: tuple[int, int], is_causal: bool) -> None:
 
 
 @pytest.mark.parametrize("sizes", LONG, ids=str)
-def test_whole_heads_of_many_keys(kernels, sizes: tuple[int, int]) -> None:
+def test_sizes_in_two_sweeps(kernels, sizes: tuple[int, int]) -> None:
     kernels.set_device(*HEADS)
     problem = draw(sizes, 64, torch.bfloat16, False)
     assert sweeps(kernels, problem[0]) == 2
