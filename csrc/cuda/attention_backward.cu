@@ -1,11 +1,11 @@
 // Weighted attention, backward, without atomics, so that the same inputs give the same bits.
 //
-// Many heads of short rows in 16-bit types take a block each, see backward_head.cuh; when they do is
-// told in backward_plan.h. For others, first delta[i] = grad_output[i] . output[i]. Then, side by
-// side in one launch, the gradients of keys, values and weights, with stationary keys and streamed
-// queries, and those of queries, with stationary queries and streamed keys: both need the scores and
-// the gradients of the probabilities, with rows and columns exchanged. Last, where wanted, the
-// weights' gradients are summed over the heads.
+// Many heads of short rows in 16-bit types take a block each, see backward_head.cuh; when they do
+// is told in backward_plan.h. For others, first delta[i] = grad_output[i] . output[i]. Then, side
+// by side in one launch, the gradients of keys, values and weights, with stationary keys and
+// streamed queries, and those of queries, with stationary queries and streamed keys: both need the
+// scores and the gradients of the probabilities, with rows and columns exchanged. Last, where
+// wanted, the weights' gradients are summed over the heads.
 #include <algorithm>
 
 #include "cuda/backward_block.cuh"

@@ -1,5 +1,5 @@
-// The steps that the kernels of the attention's backward pass are made of, and how parts of a head's
-// rows take them.
+// The steps that the kernels of the attention's backward pass are made of, and how parts of a
+// head's rows take them.
 //
 // Every warp has 16 or 32 stationary rows of its own, the others of the head are streamed past all
 // warps: keys are stationary and queries streamed for the gradients of keys, values and weights,
@@ -52,8 +52,8 @@ TIR_DEVICE float sum_of_lanes(float sum) {
   return sum;
 }
 
-// exponent = scale score + shift of the row + shift of the column: that of a key is the logarithm of
-// its weight, that of a query its negative log-sum. A streamed row at -inf is not there.
+// exponent = scale score + shift of the row + shift of the column: that of a key is the logarithm
+// of its weight, that of a query its negative log-sum. A streamed row at -inf is not there.
 template <bool kHoldsKeys, bool kCausal>
 struct Differentiation {
   const float *shifts, *deltas;  // of the streamed rows; deltas if they are queries
@@ -93,8 +93,8 @@ struct Differentiation {
     }
   }
 
-  // Where a query comes before the key; `ahead` is by how much the lane's first held row lies behind
-  // the first streamed one.
+  // Where a query comes before the key; `ahead` is by how much the lane's first held row lies
+  // behind the first streamed one.
   template <int M, int N>
   TIR_DEVICE void hide(float (&scores)[M][N][4], float (&grads)[M][N][4], int ahead) const {
     TIR_UNROLL

@@ -115,8 +115,8 @@ struct HeadBlock {
     }
   }
 
-  // Once the warp has its keys in registers, those that are not attended to become 0 for the others:
-  // 0 times their NaN would not be 0.
+  // Once the warp has its keys in registers, where the gradients of weights need them as they are,
+  // those that are not attended to become 0 for the others: 0 times their NaN would not be 0.
   TIR_DEVICE void clear_unattended(const HeldKeys<kHeld>& held) const {
     __syncwarp();
     int kept = held.attention();

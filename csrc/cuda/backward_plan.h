@@ -21,16 +21,16 @@ template <class T, int D>
 constexpr int kStep = kHeldTiles<T, D> == 2 ? 16 : kChunk<T, D>;
 
 struct BackwardPlan {
-  int warps;                    // of a block
-  int64_t shared_bytes;         // of a block
-  int key_parts, query_parts;   // blocks of each head with stationary keys, and with queries
-  int sweeps;  // if a block serves a whole head: how often the queries pass it; else 0
+  int warps;                   // of a block
+  int64_t shared_bytes;        // of a block
+  int key_parts, query_parts;  // blocks of each head with stationary keys, and with queries
+  int sweeps;                  // of the queries past a block that serves a whole head, or 0
   bool is_aligned;
 };
 
-constexpr int kHeadChunk = 32;      // queries of a round of a whole head
-constexpr int kMaxHeadRows = 384;   // queries, and keys
-constexpr int kBlocksAtOnce = 2;    // of parts, on a multiprocessor
+constexpr int kHeadChunk = 32;     // queries of a round of a whole head
+constexpr int kMaxHeadRows = 384;  // queries, and keys
+constexpr int kBlocksAtOnce = 2;   // of parts, on a multiprocessor
 
 // Warps of a block that serves a whole head, by how often the queries pass it: as many as the
 // registers last for. In one sweep a thread needs 255, most of them for the sums of its keys'
@@ -38,8 +38,8 @@ constexpr int kBlocksAtOnce = 2;    // of parts, on a multiprocessor
 template <int kSweeps>
 constexpr int kMaxHeadWarps = kSweeps == 1 ? 8 : 12;
 
-// Which types and widths have such blocks. A warp could hold only 16 keys of wider heads, and so a
-// block fewer keys than the towers of such heads have, which are 257 and more.
+// Which types and widths have such blocks. Of wider heads a warp can hold 16 keys in registers, and
+// so a block fewer than the towers of such heads have, which are 256 and more.
 template <class T, int D>
 constexpr bool kServesHeads = kHasTensorCores<T> && D == 64;
 
@@ -75,7 +75,8 @@ BackwardPlan plan_backward(const char* name, const AttentionShape& shape, const 
   plan.query_parts = (query_tiles + plan.warps - 1) / plan.warps;
 
   int64_t blocks = shape.batch * shape.heads * (plan.key_parts + plan.query_parts);
-  int64_t of_head = kMaxHeadRows * int64_t{8} + (3 * key_tiles * kHeld + 4 * kHeadChunk) * kRowBytes;
+  int64_t of_head =
+      kMaxHeadRows * int64_t{8} + (3 * key_tiles * kHeld + 4 * kHeadChunk) * kRowBytes;
   if (blocks > kBlocksAtOnce * gpu.multiprocessors && of_head <= gpu.shared_memory) {
     plan.sweeps = head_sweeps<T, D>(shape);
   }

@@ -18,8 +18,8 @@ struct HeldKeys {
   float shifts[kHeld][2], sums[kHeld][2];
   int attended;  // a bit for each of them
 
-  // The lane's place among 16 keys is found anew, as weights are read again at the end: between, they
-  // and what is found from them would only take registers.
+  // The lane's place among 16 keys is found anew, as weights are read again at the end: between,
+  // they and what is found from them would only take registers.
   TIR_DEVICE int own() const { return anew(first) + anew(lane) / 4; }
 
   // One that does not exist is as one of weight 0.
