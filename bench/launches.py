@@ -1,7 +1,7 @@
 """How the CUDA attention kernels are launched and what a block does: bfloat16, heads of width 64.
 
-The plans are those of csrc/cuda/forward_plan.h, attention_backward.cu and attention_statistics.cu,
-for a GPU that is not there; a test runs the C++ launchers and compares.
+The plans are those of csrc/cuda/forward_plan.h, backward_plan.h and attention_statistics.cu, for a
+GPU that is not there; a test runs the C++ launchers and compares.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from .sass.counts import WARP, KernelCounts, MainLoop
 FORWARD = "attention_forward_kernel<bfloat16, 64>"
 BACKWARD = "attention_backward_kernel<bfloat16, 64, 0>"
 STATISTICS = ("row_statistics_kernel<bfloat16, 64>", "column_statistics_kernel<bfloat16, 64>")
+# Of whole heads, by the number of times that the queries pass.
+HEAD_BACKWARD = {sweeps: f"head_backward_kernel<bfloat16, 64, 0, {sweeps}>" for sweeps in (1, 2)}
 
 HEAD_DIM, _ITEM = 64, 2
 _TILE = 16  # rows of a product
@@ -27,6 +29,10 @@ _MAX_WARPS = 4  # of a block
 # csrc/cuda/forward_plan.h.
 _PASS_COST, _STEP_COST, _TILE_COST, _WARP_COST, _COPY_COST, _MOVE_COST = 16, 5, 17, 6, 3, 16
 _WARPS_AT_ONCE, _RESERVED, _OF_ONE = 8, 1024, 5040
+_MAX_HEAD_ROWS = 384  # the longest rows of heads that one block serves
+_DELTA_COST = 14  # instructions a query, to multiply outputs with their gradients
+CACHE_BYTES_PER_CYCLE = 24  # of the L2 cache, by a multiprocessor
+_LATENCY = 800  # cycles until the first rows come from HBM
 FRAGMENT = 4  # cycles of shared memory for LDSM.x4, a copy or a store of a warp: 512 bytes
 
 
@@ -55,6 +61,7 @@ class Work:
         exponentials: MUFU.EX2 that its warps issue.
         shared: Cycles for which shared memory is busy.
         cache_bytes: To and from the L2 cache.
+        waiting: Cycles for its first rows, in which only other blocks have something to do.
     """
 
     instructions: float
@@ -62,6 +69,7 @@ class Work:
     exponentials: float
     shared: float
     cache_bytes: float
+    waiting: float = 0
 
     def __add__(self, other: Work) -> Work:
         return Work(
@@ -70,6 +78,7 @@ class Work:
             self.exponentials + other.exponentials,
             self.shared + other.shared,
             self.cache_bytes + other.cache_bytes,
+            self.waiting + other.waiting,
         )
 
     def __mul__(self, factor: float) -> Work:
@@ -79,7 +88,27 @@ class Work:
             factor * self.exponentials,
             factor * self.shared,
             factor * self.cache_bytes,
+            factor * self.waiting,
         )
+
+
+@dataclass(frozen=True)
+class BackwardPlan:
+    """How the backward pass runs.
+
+    Attributes:
+        launch: Of the kernel that takes longest.
+        sweeps: Times that the queries pass a block, which serves a whole head; 0 if blocks serve
+            parts of keys and of queries.
+    """
+
+    launch: Launch
+    sweeps: int
+
+    @property
+    def kernel(self) -> str:
+        """The name under which it is counted."""
+        return HEAD_BACKWARD[self.sweeps] if self.sweeps else BACKWARD
 
 
 @dataclass(frozen=True)
@@ -149,8 +178,10 @@ def forward_launch(length: int, heads: int, multiprocessors: int, shared_memory:
     return _forward_plan(length, heads, multiprocessors, shared_memory).launch
 
 
-def backward_launch(length: int, heads: int, shared_memory: int) -> Launch:
-    """The launch of the backward kernel, keys and queries side by side."""
+def backward_plan(
+    length: int, heads: int, multiprocessors: int, shared_memory: int
+) -> BackwardPlan:
+    """The launch of the backward kernel: of whole heads, or of keys and queries side by side."""
     tiles = parts_of(length, _HELD)
 
     def room(warps: int) -> int:
@@ -160,7 +191,12 @@ def backward_launch(length: int, heads: int, shared_memory: int) -> Launch:
     warps = min(tiles, _MAX_WARPS)
     while warps > 1 and room(warps) > shared_memory:
         warps -= 1
-    return Launch(heads * 2 * parts_of(tiles, warps), warps, room(warps))
+    blocks = heads * 2 * parts_of(tiles, warps)
+    of_head = _MAX_HEAD_ROWS * 8 + (3 * tiles * _HELD + 4 * _BACKWARD_CHUNK) * _PITCH
+    fits = length <= _MAX_HEAD_ROWS and of_head <= shared_memory
+    if fits and blocks > 2 * multiprocessors:
+        return BackwardPlan(Launch(heads, tiles, of_head), 1 if tiles <= _WARPS_AT_ONCE else 2)
+    return BackwardPlan(Launch(blocks, warps, room(warps)), 0)
 
 
 def forward_work(
@@ -197,9 +233,42 @@ def forward_work(
     return of_tile * (plan.rounds * warps) + of_block + once(warps * chunk.around[-1])
 
 
-def backward_work(kernel: KernelCounts, length: int, shared_memory: int) -> Work:
-    """What a block of the backward kernel does, the mean of those with keys and with queries."""
-    warps = backward_launch(length, 1, shared_memory).warps
+def backward_work(kernel: KernelCounts, plan: BackwardPlan, length: int) -> Work:
+    """What a block of the backward kernel does; ``kernel`` is the plan's."""
+    if plan.sweeps:
+        return _whole_head_work(kernel, plan, length)
+    return _two_parts_work(kernel, plan.launch.warps, length)
+
+
+def _whole_head_work(kernel: KernelCounts, plan: BackwardPlan, length: int) -> Work:
+    of_queries, *sweeps = kernel.main_loops
+    warps, rounds = plan.launch.warps, parts_of(length, _BACKWARD_CHUNK)
+    steps, rows = parts_of(length, _BACKWARD_STEP), _BACKWARD_CHUNK * rounds
+    copies = (2 * warps * _HELD + 2 * plan.sweeps * rows) * _ROW_COPIES
+    row_bytes = HEAD_DIM * _ITEM
+    of_head = Work(
+        instructions=copies * max(kernel.copies) + rows * _DELTA_COST,
+        products=0,
+        exponentials=0,
+        shared=FRAGMENT * copies,
+        # Queries with their gradients come again for each sweep; outputs, keys and values once,
+        # as three gradients go.
+        cache_bytes=(2 * plan.sweeps + 6) * length * row_bytes,
+        waiting=_LATENCY + 4 * length * row_bytes / CACHE_BYTES_PER_CYCLE,
+    )
+    # A round's gradients of queries: 32 keys a pass, in parts of 16 columns.
+    parts = HEAD_DIM // _TILE
+    of_head += (passes_of(of_queries, warps) + once(of_queries.around[0])) * (parts * rounds)
+    stores = 2 * _ROW_COPIES * _HELD  # of the gradients of keys and values
+    of_warp = once(sweeps[0].around[-1] + stores * max(kernel.stores))
+    of_warp += Work(0, 0, 0, shared=FRAGMENT * 2 * stores, cache_bytes=0)
+    for sweep in sweeps:
+        of_warp += passes_of(sweep, steps) + once(rounds * sweep.around[0])
+    return of_head + of_warp * warps
+
+
+def _two_parts_work(kernel: KernelCounts, warps: int, length: int) -> Work:
+    """The mean of blocks with keys and with queries."""
     held = _ROW_COPIES * _HELD
     parts = parts_of(parts_of(length, _HELD), warps)
     steps, chunks = parts_of(length, _BACKWARD_STEP), parts_of(length, _BACKWARD_CHUNK)
@@ -279,7 +348,7 @@ def passes_of(loop: MainLoop, number: int) -> Work:
         instructions=loop.instructions,
         products=loop.products,
         exponentials=loop.kinds.get("MUFU.EX2", 0),
-        shared=FRAGMENT * loop.kinds["LDSM"] + loop.kinds["LDS"],
+        shared=FRAGMENT * loop.kinds["LDSM"] + loop.kinds.get("LDS", 0) + loop.kinds.get("STS", 0),
         cache_bytes=0,
     )
     return of_one * number

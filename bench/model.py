@@ -5,7 +5,8 @@ to be right. A multiprocessor's time is that of its busiest pipe, over the share
 warps keep busy. A kernel's time is that of the multiprocessor with most blocks, or of HBM where
 that is longer, and a launch. Instructions are those that ``bench.sass`` counted, for bfloat16 and
 heads of width 64; those of relevance are of float32 too. The forward kernel's launcher chooses its
-plan by the same rule, with rounded numbers (forward_plan.h).
+plan by the same rule, with rounded numbers (forward_plan.h), the backward kernel's by the number of
+its blocks (backward_plan.h).
 
 The figures, of an H100 SXM, and where they are from:
 
@@ -25,6 +26,8 @@ The figures, of an H100 SXM, and where they are from:
 - Selection is a search that a warp does alone, and busies no pipe. To issue its instructions takes
   2 cycles each (1.5 to 3), a sum over a warp 30, and to get to it and away from it 1000, since
   memory has to be waited for twice. All are assumptions.
+- A block that serves a whole head, and is alone on its multiprocessor, waits for its first rows as
+  long as L2 takes for them, and 800 cycles, an assumption, for HBM to begin.
 
 Peers are estimates too. Their rates are published for an H100, heads of width 64, 16-bit types, no
 mask, and 16 k tokens in all (arXiv 2407.08608, its charts of forward and backward speed). At other
@@ -42,13 +45,13 @@ import click
 from .bounds import shortest_ms
 from .counting import NUMBER_BYTES, Cost, attention_cost, relevance_cost, statistics_cost
 from .launches import (
-    BACKWARD,
+    CACHE_BYTES_PER_CYCLE,
     FORWARD,
     HEAD_DIM,
     STATISTICS,
     Launch,
     Work,
-    backward_launch,
+    backward_plan,
     backward_work,
     forward_launch,
     forward_work,
@@ -73,7 +76,6 @@ CLOCK = 1.755e9
 LAUNCH = 2.5e-6
 CYCLES_PER_PRODUCT = 1 / 0.62
 ISSUED_PER_CYCLE, EXPONENTIALS_PER_CYCLE = 4, 16 / 32  # of warps
-CACHE_BYTES_PER_CYCLE = 24
 
 # Of a search: cycles for an instruction, likely, fastest and slowest; for a sum; before and after.
 SEARCH_ISSUE, SEARCH_SUM, SEARCH_REST = (2.0, 1.5, 3.0), 30, 1000
@@ -147,9 +149,12 @@ def grid_seconds(launch: Launch, work: Work, registers: int, share: Share) -> fl
     busiest = max(pipe_cycles(work).values())
     at_once = blocks_at_once(launch, registers)
     waves, rest = divmod(-(-launch.blocks // MULTIPROCESSORS), at_once)
-    cycles = waves * at_once * busiest / share.of(at_once * launch.warps)
-    if rest:
-        cycles += rest * busiest / share.of(rest * launch.warps)
+
+    def of_wave(number: int) -> float:
+        waiting = work.waiting if number == 1 else 0
+        return number * busiest / share.of(number * launch.warps) + waiting
+
+    cycles = waves * of_wave(at_once) + (of_wave(rest) if rest else 0)
     return cycles / CLOCK
 
 
@@ -235,9 +240,11 @@ def expect(point: Point, direction: str, memory: Memory) -> Expected:
         launch = forward_launch(point.length, heads, MULTIPROCESSORS, SHARED_MEMORY)
         work = forward_work(kernel, point.length, heads, MULTIPROCESSORS, SHARED_MEMORY)
         return _expected(Stage(launch, work, kernel.registers, moved))
-    kernel = kernels[BACKWARD]
-    launch = backward_launch(point.length, heads, SHARED_MEMORY)
-    work = backward_work(kernel, point.length, SHARED_MEMORY)
+    plan = backward_plan(point.length, heads, MULTIPROCESSORS, SHARED_MEMORY)
+    kernel, launch = kernels[plan.kernel], plan.launch
+    work = backward_work(kernel, plan, point.length)
+    if plan.sweeps:
+        return _expected(Stage(launch, work, kernel.registers, moved))
     # A kernel before it multiplies outputs with their gradients; it only reads.
     one = point.rows * point.head_dim * point.itemsize / memory.bytes_per_second
     return _expected(Stage(launch, work, kernel.registers, moved - one, 2 * one, launches=2))

@@ -10,7 +10,7 @@ An operator counts as one kernel, with these exceptions:
 - None: views, ``detach``, and what only allocates. No copy between types or devices is free.
 - Scaled dot-product attention: 1 forward and 3 backward (row sums, gradients, a conversion).
 - ``token_weights``: 2 (relevance, selection); ``reweighted_attention``: 3 (attention too);
-  ``weighted_attention_backward``: 2 (row sums, gradients).
+  ``weighted_attention_backward``: 2 (row sums, gradients; for many short heads, one does both).
 - Writing at indices that may repeat (``index_put`` that accumulates): 8, most of them to sort.
 - The gradient of a slice or of one entry: 2 (zeros, and a copy into them).
 - ``factor_gradient``: 2 (parts, and their sum).

@@ -56,8 +56,11 @@ class KernelBudget:
 # Registers: with 255 a warp, as with these, 8 warps fit on a multiprocessor; launch bounds ask for
 # two blocks of 4 warps. A few more are no harm up to there.
 _TWO_BLOCKS = 255
-# Three blocks of 4 warps: 65536 registers / 12 warps / 32 threads, in steps of 8.
+# Three blocks of 4 warps, or one of 12: 65536 registers / 12 warps / 32 threads, in steps of 8.
 _THREE_BLOCKS = 168
+
+# Of whole heads, the gradients of 32 queries: 32 keys with 16 columns, 2 x 2 x 2 products.
+_HEAD_QUERIES = LoopBudget(8, 22, {"LDSM": 6, "branch": 1})  # 21
 
 BUDGETS = {
     "attention_forward_kernel<bfloat16, 64>": KernelBudget(
@@ -132,6 +135,64 @@ BUDGETS = {
         ],
         copy=20,  # 18: streamed rows, whose weights decide; 13 for others
         store=35,
+    ),
+    # Whole heads, without causality, in one sweep of the queries: 8 warps of 255 registers, or four
+    # blocks of two for heads of few keys.
+    "head_backward_kernel<bfloat16, 64, 0, 1>": KernelBudget(
+        registers=255,
+        loops=[
+            _HEAD_QUERIES,
+            # 32 keys with 16 queries: four products, 2 x 2 x 4 each.
+            LoopBudget(
+                64,
+                310,  # 301
+                {
+                    # 8 of values, which do not fit into registers beside the keys; 16 of others.
+                    "LDSM": 24,
+                    "MUFU.EX2": 16,
+                    "arithmetic": 82,  # as with stationary keys above, and so the comparisons
+                    "comparison": 52,
+                    "access": 12,  # and 8 pairs of the scores' gradients
+                    "branch": 1,
+                },
+            ),
+        ],
+        copy=15,  # 14
+        store=35,
+    ),
+    # The same in two sweeps, 12 warps of 168 registers: for the gradients of queries and keys, and
+    # for those of values.
+    "head_backward_kernel<bfloat16, 64, 0, 2>": KernelBudget(
+        registers=_THREE_BLOCKS,
+        loops=[
+            _HEAD_QUERIES,
+            LoopBudget(
+                48,
+                282,  # 273
+                {
+                    "LDSM": 20,
+                    "MUFU.EX2": 16,
+                    "arithmetic": 82,
+                    "comparison": 36,
+                    "access": 12,
+                    "branch": 1,
+                },
+            ),
+            LoopBudget(
+                32,
+                156,  # 150
+                {
+                    "LDSM": 8,
+                    "MUFU.EX2": 16,
+                    "arithmetic": 34,
+                    "comparison": 36,
+                    "access": 2,
+                    "branch": 1,
+                },
+            ),
+        ],
+        copy=15,  # 13
+        store=36,
     ),
     "row_statistics_kernel<bfloat16, 64>": KernelBudget(
         registers=_THREE_BLOCKS,

@@ -1,23 +1,20 @@
 // Weighted attention, backward, without atomics, so that the same inputs give the same bits.
 //
-// First delta[i] = grad_output[i] . output[i]. Then, side by side in one launch, the gradients of
-// keys, values and weights, with stationary keys and streamed queries, and those of queries, with
-// stationary queries and streamed keys: both need the scores and the gradients of the
-// probabilities, with rows and columns exchanged. Last, where wanted, the weights' gradients are
-// summed over the heads.
+// Many heads of short rows in 16-bit types take a block each, see backward_head.cuh; when they do
+// is told in backward_plan.h. For others, first delta[i] = grad_output[i] . output[i]. Then, side
+// by side in one launch, the gradients of keys, values and weights, with stationary keys and
+// streamed queries, and those of queries, with stationary queries and streamed keys: both need the
+// scores and the gradients of the probabilities, with rows and columns exchanged. Last, where
+// wanted, the weights' gradients are summed over the heads.
 #include <algorithm>
 
 #include "cuda/backward_block.cuh"
+#include "cuda/backward_head.cuh"
 
 namespace tir::cuda {
 namespace {
 
 constexpr const char* kName = "weighted_attention (backward)";
-
-struct BackwardPlan {
-  int key_parts, query_parts;  // blocks of each head with stationary keys, and with queries
-  bool is_aligned;
-};
 
 // Stationary keys, streamed queries. `partial` may be null.
 template <class T, int D, bool kCausal>
@@ -26,7 +23,6 @@ TIR_DEVICE void grad_key_value(const AttentionBackward& arguments, const KeyWeig
                                const BackwardBlock<T, D, true, kCausal>& block) {
   using Block = BackwardBlock<T, D, true, kCausal>;
   int64_t first_query = block.head_index * block.queries;
-  int64_t first_key = block.head_index * block.keys;
   block.load_stationary(block.rows_of(arguments.key, block.keys),
                         block.rows_of(arguments.value, block.keys));
   for (int i = block.thread; i < block.chunks * kChunk<T, D>; i += block.threads) {
@@ -37,59 +33,24 @@ TIR_DEVICE void grad_key_value(const AttentionBackward& arguments, const KeyWeig
   }
   __syncthreads();
 
-  const int32_t* counts = stored_counts(derived, block.batch, block.keys);
-  typename Block::PerRow weights, shifts, weight_sums = {};
-  TIR_UNROLL
-  for (int m = 0; m < Block::kHeld; ++m) {
-    TIR_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      weights[m][r] = key_weight(arguments.weights, derived, counts, block.batch, block.keys,
-                                 min(block.row(m, r), block.keys - 1));
-      // Without attention the shift is that of weight 1: the derivative by the weight itself has a
-      // limit at 0. What such a key sums up for key and value is dropped at the end.
-      shifts[m][r] = is_attended(weights[m][r]) ? log2f(weights[m][r]) : 0.0f;
-    }
-  }
-
+  HeldKeys<Block::kHeld> held{arguments.weights, derived, static_cast<int>(block.batch),
+                              block.keys, block.first, block.lane, {}, {}, 0};
+  held.begin();
   typename Block::Sums grad_key = {}, grad_value = {};
   auto step = [&](typename Block::Products& scores, typename Block::Products& grads, int start,
                   const T* queries, const T* grad_outputs, int used) {
-    block.differentiate(scores, grads, start, shifts,
-                                       [](int, int, float delta) { return delta; });
-    TIR_UNROLL
-    for (int j = 0; j < Block::kTiles; ++j) {
-      TIR_UNROLL
-      for (int m = 0; m < Block::kHeld; ++m) {
-        TIR_UNROLL
-        for (int e = 0; e < 4; ++e) weight_sums[m][e / 2] += grads[m][j][e];
-      }
-    }
+    block.differentiate(scores, grads, start, held.shifts,
+                        [](int, int, float delta) { return delta; });
+    held.add(grads);
     multiply<T, D>(grad_key, grads, queries, used, block.own_staging, block.lane);
     multiply<T, D>(grad_value, scores, grad_outputs, used, block.own_staging, block.lane);
   };
   block.stream(block.rows_of(arguments.query, block.queries),
                block.rows_of(arguments.grad_output, block.queries), KeepAll(), step);
 
-  TIR_UNROLL
-  for (int m = 0; m < Block::kHeld; ++m) {
-    TIR_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      bool has_weight = is_attended(weights[m][r]);
-      if (partial != nullptr) {
-        float sum = quad_sum(weight_sums[m][r]);
-        if (has_weight) sum /= weights[m][r];
-        if (block.lane % 4 == 0 && block.row(m, r) < block.keys) {
-          partial[first_key + block.row(m, r)] = weights[m][r] < 0.0f ? 0.0f : sum;
-        }
-      }
-      if (has_weight) continue;
-      TIR_UNROLL
-      for (int j = 0; j < D / 8; ++j) {
-        TIR_UNROLL
-        for (int e = 2 * r; e < 2 * r + 2; ++e) grad_key[m][j][e] = grad_value[m][j][e] = 0.0f;
-      }
-    }
-  }
+  held.write(partial, block.head_index);
+  held.drop_unattended(grad_key);
+  held.drop_unattended(grad_value);
   block.store(grad_key, arguments.shape.scale, block.own_first, arguments.grad_key);
   block.store(grad_value, 1.0f, block.own_second, arguments.grad_value);
 }
@@ -156,7 +117,7 @@ __global__ void __launch_bounds__(128, 2)
   }
 }
 
-constexpr int kDeltaThreads = 256, kLanesPerRow = 8;
+constexpr int kDeltaThreads = 256;
 
 template <class T>
 __global__ void __launch_bounds__(kDeltaThreads)
@@ -165,34 +126,13 @@ __global__ void __launch_bounds__(kDeltaThreads)
   int64_t rows = shape.batch * shape.heads * shape.queries;
   int64_t row = int64_t{blockIdx.x} * (kDeltaThreads / kLanesPerRow) + threadIdx.x / kLanesPerRow;
   int lane = static_cast<int>(threadIdx.x % kLanesPerRow);
-  float sum = 0.0f;
-  if (row < rows) {
-    int queries = static_cast<int>(shape.queries);
-    int64_t head_index = row / queries, i = row % queries;
-    int64_t batch = head_index / shape.heads, head = head_index % shape.heads;
-    auto grads = rows_of_head<T>(arguments.grad_output, shape, queries, batch, head, is_aligned);
-    auto outputs = rows_of_head<T>(arguments.output, shape, queries, batch, head, is_aligned);
-    const T* left = grads.data + i * grads.stride;
-    const T* right = outputs.data + i * outputs.stride;
-    if (is_aligned) {
-      constexpr int kStep = kVector<T>;
-      for (int c = lane * kStep; c < grads.head_dim; c += kLanesPerRow * kStep) {
-        struct alignas(16) Vector {
-          T elements[kStep];
-        };
-        Vector a = *reinterpret_cast<const Vector*>(left + c);
-        Vector b = *reinterpret_cast<const Vector*>(right + c);
-        TIR_UNROLL
-        for (int e = 0; e < kStep; ++e) sum += to_float(a.elements[e]) * to_float(b.elements[e]);
-      }
-    } else {
-      for (int c = lane; c < grads.head_dim; c += kLanesPerRow) {
-        sum += to_float(left[c]) * to_float(right[c]);
-      }
-    }
-  }
-  TIR_UNROLL
-  for (int flip = 1; flip < kLanesPerRow; flip *= 2) sum += __shfl_xor_sync(kAllLanes, sum, flip);
+  int queries = static_cast<int>(shape.queries);
+  int64_t head_index = (row < rows ? row : rows - 1) / queries;
+  int64_t batch = head_index / shape.heads, head = head_index % shape.heads;
+  auto grads = rows_of_head<T>(arguments.grad_output, shape, queries, batch, head, is_aligned);
+  auto outputs = rows_of_head<T>(arguments.output, shape, queries, batch, head, is_aligned);
+  int64_t i = row - head_index * queries;
+  float sum = sum_of_lanes(i < queries ? lane_product(grads, outputs, i, lane) : 0.0f);
   if (row < rows && lane == 0) delta[row] = sum;
 }
 
@@ -214,43 +154,63 @@ int64_t blocks_for(int64_t items, int64_t per_block) {
   return (items + per_block - 1) / per_block;
 }
 
-template <class T, int D>
-void launch_backward(const AttentionBackward& arguments, const KeyWeights& derived, float* delta,
-                     float* partial, Stream stream) {
-  constexpr int kSize = kChunk<T, D>;
-  constexpr int64_t kRowBytes = kPitch<T, D> * sizeof(T);
-  const AttentionShape& shape = arguments.shape;
-  int64_t heads = shape.batch * shape.heads, rows = heads * shape.queries;
-  bool is_aligned = rows_are_aligned(shape, arguments.grad_output);
-  launch<&delta_kernel<T>>(kName, blocks_for(rows, kDeltaThreads / kLanesPerRow), kDeltaThreads,
-                           0, stream, arguments, delta,
-                           is_aligned && rows_are_aligned(shape, arguments.output));
-
-  constexpr int kHeld = kHeldRows<T, D>;
-  int keys = static_cast<int>(shape.length), queries = static_cast<int>(shape.queries);
-  int key_tiles = (keys + kHeld - 1) / kHeld, query_tiles = (queries + kHeld - 1) / kHeld;
-  auto bytes = [&](int warps) {
-    return round_up(std::max(keys, queries), kSize) * int64_t{8} +
-           warps * 2 * kHeld * kRowBytes + 4 * kSize * kRowBytes +
-           warps * kStaging<T, kStep<T, D> / 8> * int64_t{sizeof(T)};
-  };
-  int warps = fitting_warps(kName, std::min(std::max(key_tiles, query_tiles), 4),
-                            device(kName).shared_memory, bytes);
-  BackwardPlan plan;
-  plan.key_parts = (key_tiles + warps - 1) / warps;
-  plan.query_parts = (query_tiles + warps - 1) / warps;
-  plan.is_aligned = is_aligned && rows_are_aligned(shape, arguments.query) &&
-                    rows_are_aligned(shape, arguments.key) &&
-                    rows_are_aligned(shape, arguments.value);
-  auto run = [&](auto is_causal) {
-    launch<&attention_backward_kernel<T, D, decltype(is_causal)::value>>(
-        kName, heads * (plan.key_parts + plan.query_parts), warps * kWarp, bytes(warps), stream,
-        arguments, derived, static_cast<const float*>(delta), partial, plan);
-  };
+// Calls run with causality as a type.
+template <class Run>
+void with_causality(const AttentionShape& shape, Run run) {
   if (shape.is_causal) {
     run(std::true_type());
   } else {
     run(std::false_type());
+  }
+}
+
+// One block a head.
+template <class T, int D>
+void launch_heads(const AttentionBackward& arguments, const KeyWeights& derived, float* partial,
+                  const BackwardPlan& plan, Stream stream) {
+  auto run = [&](auto is_causal, auto sweeps) {
+    constexpr bool kCausal = decltype(is_causal)::value;
+    launch<&head_backward_kernel<T, D, kCausal, decltype(sweeps)::value>>(
+        kName, arguments.shape.batch * arguments.shape.heads, plan.warps * kWarp,
+        plan.shared_bytes, stream, arguments, derived, partial, plan.is_aligned);
+  };
+  if (plan.sweeps == 2) {
+    run(std::false_type(), std::integral_constant<int, 2>());
+  } else {
+    with_causality(arguments.shape,
+                   [&](auto is_causal) { run(is_causal, std::integral_constant<int, 1>()); });
+  }
+}
+
+// Keys and queries of a head in blocks of their own.
+template <class T, int D>
+void launch_parts(const AttentionBackward& arguments, const KeyWeights& derived, float* delta,
+                  float* partial, const BackwardPlan& plan, Stream stream) {
+  const AttentionShape& shape = arguments.shape;
+  int64_t heads = shape.batch * shape.heads, rows = heads * shape.queries;
+  launch<&delta_kernel<T>>(kName, blocks_for(rows, kDeltaThreads / kLanesPerRow), kDeltaThreads,
+                           0, stream, arguments, delta, plan.is_aligned);
+  with_causality(shape, [&](auto is_causal) {
+    launch<&attention_backward_kernel<T, D, decltype(is_causal)::value>>(
+        kName, heads * (plan.key_parts + plan.query_parts), plan.warps * kWarp, plan.shared_bytes,
+        stream, arguments, derived, static_cast<const float*>(delta), partial, plan);
+  });
+}
+
+template <class T, int D>
+void launch_backward(const AttentionBackward& arguments, const KeyWeights& derived, float* delta,
+                     float* partial, Stream stream) {
+  const AttentionShape& shape = arguments.shape;
+  BackwardPlan plan = plan_backward<T, D>(kName, shape, device(kName));
+  plan.is_aligned = true;
+  for (const RowGrid& grid : {arguments.grad_output, arguments.query, arguments.key,
+                              arguments.value, arguments.output}) {
+    plan.is_aligned = plan.is_aligned && rows_are_aligned(shape, grid);
+  }
+  if (plan.sweeps == 0) {
+    launch_parts<T, D>(arguments, derived, delta, partial, plan, stream);
+  } else if constexpr (kServesHeads<T, D>) {
+    launch_heads<T, D>(arguments, derived, partial, plan, stream);
   }
   if (arguments.grad_weights != nullptr) {
     launch<&sum_heads_kernel>(kName, blocks_for(shape.batch * shape.length, kSumThreads),

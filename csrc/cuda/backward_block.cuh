@@ -1,4 +1,5 @@
-// The steps that both kernels of the attention's backward pass are made of.
+// The steps that the kernels of the attention's backward pass are made of, and how parts of a
+// head's rows take them.
 //
 // Every warp has 16 or 32 stationary rows of its own, the others of the head are streamed past all
 // warps: keys are stationary and queries streamed for the gradients of keys, values and weights,
@@ -7,29 +8,108 @@
 // queries i < j, is compiled apart.
 #pragma once
 
-#include "cuda/heads.cuh"
+#include "cuda/backward_plan.h"
+#include "cuda/held_keys.cuh"
+#include "cuda/values.cuh"
 
 namespace tir::cuda {
-
-// 16-row tiles that a warp holds: with two, what is read of the streamed rows serves twice. Wider
-// heads leave no registers for the sums of two.
-template <class T, int D>
-constexpr int kHeldTiles = kHasTensorCores<T> && D <= 64 ? 2 : 1;
-template <class T, int D>
-constexpr int kHeldRows = kHeldTiles<T, D> * kRows;
-
-// Rows that are loaded at a time, and those of them that are multiplied at a time.
-template <class T, int D>
-constexpr int kChunk = kHasTensorCores<T> || D <= 96 ? 32 : 16;
-template <class T, int D>
-constexpr int kStep = kHeldTiles<T, D> == 2 ? 16 : kChunk<T, D>;
-
-constexpr float kMaxPowerOfTwo = max_exponent * log2_e;
 
 // Base-2 logarithm of a row's sum, negated; -inf for rows that attend to nothing.
 TIR_DEVICE float negative_log_sum(float log_sum) {
   return log_sum == -INFINITY ? -INFINITY : -log_sum * log2_e;
 }
+
+constexpr int kLanesPerRow = 8;
+
+// What one lane of eight has of the product of two rows. That of an output with its gradient is
+// delta, which the gradients of all probabilities of the row lose to their sum staying 1.
+template <class T>
+TIR_DEVICE float lane_product(const Rows<T>& left, const Rows<T>& right, int64_t row, int lane) {
+  const T* one = left.data + row * left.stride;
+  const T* other = right.data + row * right.stride;
+  float sum = 0.0f;
+  if (left.is_aligned) {
+    constexpr int kSize = kVector<T>;
+    for (int c = lane * kSize; c < left.head_dim; c += kLanesPerRow * kSize) {
+      float a[kSize], b[kSize];
+      read_vector<T>(a, one + c);
+      read_vector<T>(b, other + c);
+      TIR_UNROLL
+      for (int e = 0; e < kSize; ++e) sum += a[e] * b[e];
+    }
+  } else {
+    TIR_NO_UNROLL
+    for (int c = lane; c < left.head_dim; c += kLanesPerRow) {
+      sum += to_float(one[c]) * to_float(other[c]);
+    }
+  }
+  return sum;
+}
+
+TIR_DEVICE float sum_of_lanes(float sum) {
+  TIR_UNROLL
+  for (int flip = 1; flip < kLanesPerRow; flip *= 2) sum += __shfl_xor_sync(kAllLanes, sum, flip);
+  return sum;
+}
+
+// exponent = scale score + shift of the row + shift of the column: that of a key is the logarithm
+// of its weight, that of a query its negative log-sum. A streamed row at -inf is not there.
+template <bool kHoldsKeys, bool kCausal>
+struct Differentiation {
+  const float *shifts, *deltas;  // of the streamed rows; deltas if they are queries
+  float scale;                   // for powers of two
+  int lane;
+
+  // Scores of the held rows from `first` on with the streamed ones from `start` on become
+  // probabilities, and the gradients of these become those of the scores. delta_of(m, r, delta of
+  // the streamed row) is what a gradient loses to the sum staying 1.
+  template <int M, int N, class DeltaOf>
+  TIR_DEVICE void operator()(float (&scores)[M][N][4], float (&grads)[M][N][4],
+                             const float (&row_shifts)[M][2], int first, int start,
+                             DeltaOf delta_of) const {
+    TIR_UNROLL
+    for (int j = 0; j < N; ++j) {
+      int column = start + 8 * j + 2 * (lane % 4);
+      float2 column_shifts = *reinterpret_cast<const float2*>(shifts + column);
+      float2 column_deltas = *reinterpret_cast<const float2*>(deltas + column);
+      TIR_UNROLL
+      for (int m = 0; m < M; ++m) {
+        TIR_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          float shift = e % 2 == 0 ? column_shifts.x : column_shifts.y;
+          float difference = delta_of(m, e / 2, e % 2 == 0 ? column_deltas.x : column_deltas.y);
+          float exponent = scores[m][j][e] * scale + (row_shifts[m][e / 2] + shift);
+          // The limit of a key without weight may overflow. NaN is not larger, and stays.
+          if (kHoldsKeys && exponent > kMaxPowerOfTwo) exponent = kMaxPowerOfTwo;
+          float probability = power_of_two(exponent);
+          float grad = probability * (grads[m][j][e] - difference);
+          scores[m][j][e] = shift == -INFINITY ? 0.0f : probability;
+          grads[m][j][e] = shift == -INFINITY ? 0.0f : grad;
+        }
+      }
+    }
+    if (kCausal && (kHoldsKeys ? start < first + M * kRows : start + 8 * N > first)) {
+      hide(scores, grads, first + lane / 4 - (start + 2 * (lane % 4)));
+    }
+  }
+
+  // Where a query comes before the key; `ahead` is by how much the lane's first held row lies
+  // behind the first streamed one.
+  template <int M, int N>
+  TIR_DEVICE void hide(float (&scores)[M][N][4], float (&grads)[M][N][4], int ahead) const {
+    TIR_UNROLL
+    for (int j = 0; j < N; ++j) {
+      TIR_UNROLL
+      for (int m = 0; m < M; ++m) {
+        TIR_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          int behind = 8 * j + e % 2 - (m * kRows + 8 * (e / 2));
+          if (kHoldsKeys ? ahead > behind : ahead < behind) scores[m][j][e] = grads[m][j][e] = 0.0f;
+        }
+      }
+    }
+  }
+};
 
 template <class T, int D, bool kHoldsKeys, bool kCausal>
 struct BackwardBlock {
@@ -53,8 +133,6 @@ struct BackwardBlock {
   int first_of_block = part * warps * kHeldRows<T, D>;
   int first = first_of_block + warp * kHeldRows<T, D>;  // of the warp's stationary rows
 
-  // exponent = scale score + shift of the row + shift of the column: that of a key is the logarithm
-  // of its weight, that of a query its negative log-sum. A streamed row at -inf is not there.
   float* shifts = reinterpret_cast<float*>(shared_memory());  // of the streamed rows
   float* deltas = shifts + chunks * kChunk<T, D>;             // of the streamed rows, if queries
   T* stationary = reinterpret_cast<T*>(deltas + chunks * kChunk<T, D>);
@@ -130,38 +208,11 @@ struct BackwardBlock {
     });
   }
 
-  // Scores become probabilities, and the gradients of these become those of the scores.
-  // delta_of(m, r, delta of the streamed row) is what a gradient loses to the sum staying 1.
   template <class DeltaOf>
   TIR_DEVICE void differentiate(Products& scores, Products& grads, int start,
                                 const PerRow& row_shifts, DeltaOf delta_of) const {
-    float scale = shape.scale * log2_e;
-    TIR_UNROLL
-    for (int j = 0; j < kTiles; ++j) {
-      int column = start + 8 * j + 2 * (lane % 4);
-      float2 column_shifts = *reinterpret_cast<const float2*>(shifts + column);
-      float2 column_deltas = *reinterpret_cast<const float2*>(deltas + column);
-      TIR_UNROLL
-      for (int m = 0; m < kHeld; ++m) {
-        TIR_UNROLL
-        for (int e = 0; e < 4; ++e) {
-          float shift = e % 2 == 0 ? column_shifts.x : column_shifts.y;
-          float difference = delta_of(m, e / 2, e % 2 == 0 ? column_deltas.x : column_deltas.y);
-          float exponent = scores[m][j][e] * scale + (row_shifts[m][e / 2] + shift);
-          // The limit of a key without weight may overflow. NaN is not larger, and stays.
-          if (kHoldsKeys && exponent > kMaxPowerOfTwo) exponent = kMaxPowerOfTwo;
-          float probability = power_of_two(exponent);
-          float grad = probability * (grads[m][j][e] - difference);
-          bool is_absent = shift == -INFINITY;
-          if (kCausal) {
-            int streamed_row = column + e % 2, held_row = row(m, e / 2);
-            is_absent |= kHoldsKeys ? streamed_row < held_row : streamed_row > held_row;
-          }
-          scores[m][j][e] = is_absent ? 0.0f : probability;
-          grads[m][j][e] = is_absent ? 0.0f : grad;
-        }
-      }
-    }
+    Differentiation<kHoldsKeys, kCausal> step{shifts, deltas, shape.scale * log2_e, lane};
+    step(scores, grads, row_shifts, first, start, delta_of);
   }
 
   // Writes the sums of the stationary rows times `factor`; the warp's own tile serves on the way.

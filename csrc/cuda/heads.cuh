@@ -24,7 +24,7 @@ template <class T>
 TIR_DEVICE ResultRows<T> rows_of_head(const ResultGrid& grid, const AttentionShape& shape,
                                       int count, int64_t batch, int64_t head) {
   return {static_cast<T*>(grid.data) + batch * grid.batch_stride + head * grid.head_stride,
-          grid.row_stride, count, static_cast<int>(shape.head_dim)};
+          static_cast<int>(grid.row_stride), count, static_cast<int>(shape.head_dim)};
 }
 
 // Calls step(chunk) for one chunk of streamed rows after the other. While a step is at work

@@ -43,7 +43,7 @@ struct Rows {
 template <class T>
 struct ResultRows {
   T* data;
-  int64_t stride;
+  int stride;
   int count;
   int head_dim;
 };
@@ -280,7 +280,7 @@ TIR_DEVICE void store_rows(const float (&total)[D / 8][4], float factor_g, float
     int row = first + i / kVectors, start = i % kVectors * kVector<T>;
     if (row >= rows.count || start >= rows.head_dim) continue;
     const T* source = tile + i / kVectors * kPitch<T, D> + start;
-    T* destination = rows.data + row * rows.stride + start;
+    T* destination = rows.data + static_cast<int64_t>(row) * rows.stride + start;
     if (is_aligned) {
       *reinterpret_cast<uint4*>(destination) = *reinterpret_cast<const uint4*>(source);
     } else {

@@ -264,6 +264,7 @@ SANITIZED = {
     "attention": ["test_attention.py"],
     "others": [
         "test_token_weights.py",
+        "backends/test_cuda_backward.py",
         "backends/test_cuda_emulated.py",
         "backends/test_cuda_queries.py",
         "backends/test_cuda_relevance.py",
@@ -277,7 +278,7 @@ def test_under_address_and_undefined_behaviour_sanitizers(half: str) -> None:
     """The operators' tests, small."""
     if cuda_emulation.is_sanitized():
         pytest.skip("this is such a run")
-    chosen = "(cuda-emulated or test_cuda) and not mistakes and not order and not stray"
+    chosen = "(cuda-emulated or test_cuda) and not (mistakes or order or stray or test_sizes)"
     options = ["-v", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", chosen]
     files = [f"python_tests/{name}" for name in SANITIZED[half]]
     with proofs.once(sanitized_result(half, *files)):

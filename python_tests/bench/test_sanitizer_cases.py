@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench import sanitizer_cases
+from bench.launches import backward_plan
 from tir_kernels.operators.choose import load_backend
 
 SHAPES = {
@@ -43,6 +44,13 @@ def test_there_are_blocks_of_four_warps_for_wide_heads() -> None:
         rows = 32 * 4 if width <= 80 else 16 * 4
         assert batch * heads * (length // rows) >= 132
     assert any(length > 564 and width > 64 for *_, length, width in sanitizer_cases.FOUR_WARPS)
+
+
+def test_there_are_blocks_of_whole_heads() -> None:
+    for sweeps, shape in ((1, sanitizer_cases.FOUR_WARPS[0]), (2, sanitizer_cases.TWO_SWEEPS)):
+        batch, heads, length, width = shape
+        assert width == 64
+        assert backward_plan(length, batch * heads, 132, 227 * 1024).sweeps == sweeps
 
 
 def test_backends_that_are_not_there_are_refused(monkeypatch, capsys) -> None:
