@@ -29,6 +29,7 @@ def check(
     rank: int,
     shape: tuple[int, int, int],
     device: str = "cpu",
+    groups: tuple[int, int] = (2, 3),
 ) -> None:
     """Both products against float64 ones of the same dropped rows, beside PyTorch's.
 
@@ -36,15 +37,16 @@ def check(
         backend: Ours.
         dtype: Of everything.
         rank: R.
-        shape: (S, T, D) of two groups of rows.
+        shape: (S, T, D) of a group of rows.
         device: Where they are.
+        groups: At most two, and branches.
     """
     torch.manual_seed(0)
-    rows = made(2, *shape, dtype=dtype, device=device)
-    factor = made(2, 3, rank, shape[2], dtype=dtype, device=device)
-    grad = made(2, 3, shape[0] * shape[1], rank, dtype=dtype, device=device)
-    counted = SEEDS.to(device), STEP.to(device)
-    dropped = philox_dropout(rows, *counted, num_branches=3, **DRAWN).flatten(2, 3)
+    rows = made(groups[0], *shape, dtype=dtype, device=device)
+    factor = made(*groups, rank, shape[2], dtype=dtype, device=device)
+    grad = made(*groups, shape[0] * shape[1], rank, dtype=dtype, device=device)
+    counted = SEEDS[: groups[0]].to(device), STEP.to(device)
+    dropped = philox_dropout(rows, *counted, num_branches=groups[1], **DRAWN).flatten(2, 3)
     for ours, left, right in (
         (dropped_product(rows, *counted, factor, backend=backend, **DRAWN), dropped, factor.mT),
         (factor_gradient(rows, *counted, grad, backend=backend, **DRAWN), grad.mT, dropped),
@@ -63,16 +65,22 @@ def test_products_are_those_of_dropped_rows(backend: str, dtype: torch.dtype) ->
 
 @pytest.mark.slow
 def test_interpreted_triton_kernels_multiply_dropped_rows() -> None:
-    """Also more rows than a program adds up, and ranks that fill no tile or are too wide."""
+    """Also more rows than a program adds up, and ranks that fill no tile or are too wide.
+
+    As many rows as large tiles take are of one group and branch; of several, programs are made to
+    add up few.
+    """
     pytest.importorskip("triton", reason="Triton is not installed")
     program = """
 from test_dropped_product import DTYPES, check
+from tir_kernels.backends.triton.kernels import dropped_product as kernels
 for dtype in DTYPES:
     check("triton", dtype, 4, (2, 5, 24))
     check("triton", dtype, 16, (1, 7, 300))
-check("triton", DTYPES[0], 20, (2, 300, 3))
-check("triton", DTYPES[1], 16, (11, 97, 40))
 check("triton", DTYPES[0], 70, (1, 3, 24))
+check("triton", DTYPES[1], 16, (11, 97, 40), groups=(1, 1))
+kernels._LARGEST_SPLIT = 32
+check("triton", DTYPES[0], 20, (2, 40, 3))
 """
     tests = Path(__file__).parent
     paths = os.pathsep.join([str(tests.parent), str(tests)])

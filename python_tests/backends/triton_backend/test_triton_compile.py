@@ -47,28 +47,48 @@ MAIN_LOOPS = {
 TENSOR_CORE = {80: {"mma.sync"}, 90: {"wgmma.mma_async"}, 100: {"tcgen05.mma"}}
 
 
-def attention_cases() -> list[dict[str, Any]]:
-    shapes = [
-        ("bfloat16", 64, 197),
-        ("bfloat16", 80, 197),
-        ("bfloat16", 128, 197),
-        ("bfloat16", 256, 197),
-        ("float16", 72, 50),
-        ("float32", 64, 197),
-        ("float32", 80, 197),
-    ]
-    cases = [
-        {"kernel": kernel, "dtype": dtype, "head_dim": head_dim, "length": length}
-        for dtype, head_dim, length in shapes
+# The element type, width and number of heads' rows: these give whole blocks, a rest, and both.
+HEADS = [
+    ("bfloat16", 64, 197),
+    ("bfloat16", 128, 50),
+    ("bfloat16", 256, 64),
+    ("float16", 72, 96),  # tiles of 64 and 16 columns, as for 80
+]
+SINGLES, WIDE_SINGLES = ("float32", 80, 197), ("float32", 256, 197)
+MANY_ROWS = ("bfloat16", 128, 1100)
+# Kernels that are launched alike on all GPUs, as those of float32 are, are compiled in all their
+# cases for the one with the least shared memory, and in the first of these for the others.
+LEAST = min(SHARED_MEMORY, key=lambda arch: SHARED_MEMORY[arch])
+
+
+def attention_case(kernel: str, heads: tuple[str, int, int], **more: Any) -> dict[str, Any]:
+    dtype, head_dim, length = heads
+    return {"kernel": kernel, "dtype": dtype, "head_dim": head_dim, "length": length, **more}
+
+
+def attention_cases(arch: int) -> list[dict[str, Any]]:
+    """Causal kernels: they do all that the others do, and hide keys besides."""
+    chosen = [(kernel, heads) for heads in HEADS for kernel in ("forward", "backward")]
+    chosen += [("statistics", heads) for heads in (HEADS[0], HEADS[2])]
+    chosen.append(("forward", SINGLES))
+    if arch == LEAST:
+        chosen += [("backward", SINGLES), ("forward", WIDE_SINGLES), ("statistics", WIDE_SINGLES)]
+    else:  # where these have tiles of their own
+        chosen += [("forward", MANY_ROWS), ("statistics", MANY_ROWS)]
+    cases = [attention_case(kernel, heads) for kernel, heads in chosen]
+    few = [attention_case("forward", HEADS[0], queries=16)] if arch != LEAST else []
+    return [{**case, "is_causal": True} for case in (*cases, *few)]
+
+
+def counted_cases(arch: int) -> list[dict[str, Any]]:
+    """Those whose main loops have budgets."""
+    if arch != 90:
+        return []
+    return [
+        attention_case(kernel, HEADS[0], weighted=weighted, count_loops=True)
         for kernel in ATTENTION
+        for weighted in (True, False)
     ]
-    long_rows = {"dtype": "bfloat16", "head_dim": 64, "length": 1100}
-    wide_heads = {"dtype": "float32", "head_dim": 256}
-    kernels = ("forward", "statistics")
-    more = [{"kernel": kernel, **case} for case in (long_rows, wide_heads) for kernel in kernels]
-    causal = [{**case, "is_causal": True} for case in cases if case["head_dim"] in (64, 80, 128)]
-    unweighted = [{**case, "weighted": False} for case in cases[: len(ATTENTION)]]
-    return [*cases, *more, *causal, *unweighted]
 
 
 def relevance_cases() -> list[dict[str, Any]]:
@@ -84,7 +104,7 @@ def relevance_cases() -> list[dict[str, Any]]:
 
 
 def selection_cases() -> list[dict[str, Any]]:
-    sizes = [(50, 5), (197, 5), (577, 100), (1100, 5), (4096, 5)]
+    sizes = [(197, 5), (50, 5), (577, 100), (1100, 5), (4096, 5)]
     return [
         {"kernel": "selection", "dtype": "float32", "length": length, "classes": classes}
         for length, classes in sizes
@@ -94,45 +114,36 @@ def selection_cases() -> list[dict[str, Any]]:
 def dropout_cases() -> list[dict[str, Any]]:
     return [
         {"kernel": "dropout", "dtype": dtype, "width": width}
-        for dtype, width in [("float32", 768), ("bfloat16", 768), ("float16", 200)]
+        for dtype, width in [("bfloat16", 768), ("float32", 768), ("float16", 200)]
     ]
 
 
 def norm_cases() -> list[dict[str, Any]]:
     return [
         {"kernel": "add_norm", "dtype": dtype, "width": width}
-        for dtype, width in [("float32", 512), ("bfloat16", 768), ("float32", 1280)]
+        for dtype, width in [("bfloat16", 768), ("float32", 512), ("float32", 1280)]
     ]
 
 
 def dropped_product_cases() -> list[dict[str, Any]]:
     return [
         {"kernel": "dropped_product", "dtype": dtype, "width": 768, "length": length}
-        for dtype, length in [("float32", 197), ("bfloat16", 197), ("bfloat16", 9)]
+        for dtype, length in [("bfloat16", 197), ("float32", 197), ("bfloat16", 9)]
     ]
 
 
-MAKERS = (
-    *(attention_cases, relevance_cases, selection_cases),
-    *(dropout_cases, norm_cases, dropped_product_cases),
-)
-
-
-def is_counted(case: dict[str, Any], arch: int) -> bool:
-    """Whether the main loops of an attention kernel have budgets."""
-    facts = (case["kernel"] in ATTENTION, case["dtype"], case.get("head_dim"), case.get("length"))
-    return facts == (True, "bfloat16", 64, 197) and arch == 90 and "is_causal" not in case
+def cases_of(arch: int) -> list[dict[str, Any]]:
+    alike = (relevance_cases, selection_cases, dropout_cases, norm_cases, dropped_product_cases)
+    cases = [case for make in alike for case in make()[: None if arch == LEAST else 1]]
+    return [
+        {**case, "arch": arch} for case in (*attention_cases(arch), *counted_cases(arch), *cases)
+    ]
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The compiler's word on each kernel, kept for as long as the kernels stay as they are."""
-    cases = [
-        {**case, "arch": arch, "count_loops": is_counted(case, arch)}
-        for make in MAKERS
-        for case in make()
-        for arch in SHARED_MEMORY
-    ]
+    cases = [case for arch in SHARED_MEMORY for case in cases_of(arch)]
     files = [*proofs.operator_sources(), Path(__file__).with_name("triton_offline.py")]
     kept = proofs.place("triton-compiled", files, cases, triton.__version__, torch.__version__)
     if proofs.is_done(kept):
