@@ -53,12 +53,11 @@ HEADS = [
     ("bfloat16", 128, 50),
     ("bfloat16", 256, 64),
     ("float16", 72, 96),  # tiles of 64 and 16 columns, as for 80
-    ("float32", 80, 197),
 ]
-WIDE_HEADS = ("float32", 256, 197)
+SINGLES, WIDE_SINGLES = ("float32", 80, 197), ("float32", 256, 197)
 MANY_ROWS = ("bfloat16", 128, 1100)
-# Kernels that are launched alike on all GPUs are compiled in all their cases for the one with the
-# least shared memory, and in the first of these for the others.
+# Kernels that are launched alike on all GPUs, as those of float32 are, are compiled in all their
+# cases for the one with the least shared memory, and in the first of these for the others.
 LEAST = min(SHARED_MEMORY, key=lambda arch: SHARED_MEMORY[arch])
 
 
@@ -71,8 +70,9 @@ def attention_cases(arch: int) -> list[dict[str, Any]]:
     """Causal kernels: they do all that the others do, and hide keys besides."""
     chosen = [(kernel, heads) for heads in HEADS for kernel in ("forward", "backward")]
     chosen += [("statistics", heads) for heads in (HEADS[0], HEADS[2])]
+    chosen.append(("forward", SINGLES))
     if arch == LEAST:
-        chosen += [("forward", WIDE_HEADS), ("statistics", WIDE_HEADS)]
+        chosen += [("backward", SINGLES), ("forward", WIDE_SINGLES), ("statistics", WIDE_SINGLES)]
     else:  # where these have tiles of their own
         chosen += [("forward", MANY_ROWS), ("statistics", MANY_ROWS)]
     cases = [attention_case(kernel, heads) for kernel, heads in chosen]
