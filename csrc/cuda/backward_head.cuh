@@ -48,7 +48,8 @@ struct HeadBlock {
     return anew(head_index) - anew(batch) * static_cast<int>(arguments.shape.heads);
   }
   TIR_DEVICE Rows<T> rows_of(const RowGrid& grid, int count) const {
-    bool aligned = anew(is_aligned) != 0;  // which else took a register throughout
+    // Asked for anew, as a stride is where it is used: known throughout, it would take a register.
+    bool aligned = anew(is_aligned) != 0;
     return rows_of_head<T>(grid, arguments.shape, count, anew(batch), head(), aligned);
   }
   TIR_DEVICE ResultRows<T> rows_of(const ResultGrid& grid, int count) const {
@@ -99,7 +100,7 @@ struct HeadBlock {
                                 const Rows<T>& right, int row, int step) const {
     static_assert(D <= kLanesPerRow * kVector<T>);
     int part = lane % kLanesPerRow, column = part * kVector<T>;
-    if (!is_aligned) {
+    if (anew(is_aligned) == 0) {
       TIR_UNROLL
       for (int u = 0; u < kDeltasAtOnce; ++u) {
         products[u] = lane_product(left, right, min(row + u * step, queries - 1), part);
@@ -219,7 +220,7 @@ struct HeadBlock {
                              float other) const {
     if (row >= queries || column >= head_dim) return;
     // There are few rows: 32 bits hold where one begins, and 64 would take registers.
-    T* place = target.data + (row * target.stride + column);
+    T* place = target.data + (row * anew(target.stride) + column);
     if (head_dim % 2 == 0) {
       store_pair(place, one, other);
     } else {
