@@ -45,7 +45,7 @@ struct HeadBlock {
   TIR_DEVICE T* value_tile() const { return key_tile + anew(key_rows) * kPitch<T, D>; }
 
   TIR_DEVICE int head() const {
-    return anew(head_index) - anew(batch) * static_cast<int>(arguments.shape.heads);
+    return static_cast<int>(blockIdx.x) - anew(batch) * static_cast<int>(arguments.shape.heads);
   }
   TIR_DEVICE Rows<T> rows_of(const RowGrid& grid, int count) const {
     // Asked for anew, as a stride is where it is used: known throughout, it would take a register.
