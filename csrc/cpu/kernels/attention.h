@@ -14,8 +14,10 @@ constexpr float infinity = __builtin_inff();
 // Below this many multiply-adds the work is shorter than waking threads.
 constexpr double min_parallel_work = 1e6;
 
+// A key and its value have to come, however few queries there are.
 inline double attention_work(const AttentionShape& shape) {
-  return static_cast<double>(shape.batch) * shape.heads * shape.queries * shape.length *
+  int64_t queries = larger_of(shape.queries, FewRowsMath::tile_queries);
+  return static_cast<double>(shape.batch) * shape.heads * queries * shape.length *
          shape.head_dim;
 }
 
@@ -91,7 +93,10 @@ class AttentionWorker {
   }
   // Addresses of the attended keys' rows, from one of these keys on.
   auto attended_rows(const RowGrid& grid, int64_t first) const {
-    return [this, &grid, first](int64_t i) { return row_of(grid, keys_.index[first + i]); };
+    auto* start = static_cast<const char*>(row_of(grid, 0));
+    const int32_t* index = keys_.index + first;
+    int64_t step = grid.row_stride * bytes_of(shape_.type);
+    return [=](int64_t i) -> const void* { return start + index[i] * step; };
   }
 
   const AttentionShape& shape_;
