@@ -69,9 +69,7 @@ def test_zero_and_negative_weights(architecture: str, length: int, dtype: torch.
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("width", [1, 20, 64, 136])
-def test_few_queries_read_rows_where_they_lie(
-    architecture: str, width: int, is_causal: bool
-) -> None:
+def test_few_queries(architecture: str, width: int, is_causal: bool) -> None:
     for num_queries in (1, 2, 3, 4, 5):
         for num_keys in (1, 50, 403):
             check("cpu", "cpu", (num_queries, num_keys), width, is_causal)

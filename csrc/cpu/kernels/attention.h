@@ -3,7 +3,7 @@
 
 #include "../keys.h"
 #include "../parallel.h"
-#include "few_rows.h"
+#include "matrix.h"
 #include "tir/attention.h"
 #include "tir/rules.h"
 
@@ -14,11 +14,11 @@ constexpr float infinity = __builtin_inff();
 // Below this many multiply-adds the work is shorter than waking threads.
 constexpr double min_parallel_work = 1e6;
 
-// A key and its value have to come, however few queries there are.
+// Keys and values are packed, however few queries there are: that takes as long as some of these.
 inline double attention_work(const AttentionShape& shape) {
-  int64_t queries = larger_of(shape.queries, FewRowsMath::tile_queries);
-  return static_cast<double>(shape.batch) * shape.heads * queries * shape.length *
-         shape.head_dim;
+  constexpr int64_t queries_of_packing = 8;
+  return static_cast<double>(shape.batch) * shape.heads *
+         larger_of(shape.queries, queries_of_packing) * shape.length * shape.head_dim;
 }
 
 // Keys are taken in blocks that stay in the cache: even shares of `count`, of whole panels.
@@ -42,13 +42,6 @@ inline bool fills_threads(const AttentionShape& shape, int threads) {
 // In how many parts to cut each (batch, head), of `num_cuts` possible ones.
 inline int64_t parts_per_head(const AttentionShape& shape, int threads, int64_t num_cuts) {
   return smaller_of(num_cuts, divide_up(3 * threads, shape.batch * shape.heads));
-}
-
-// Calls function(Math()) for how the rows of an attention are multiplied.
-template <class Function>
-void with_attention_math(const AttentionShape& shape, Function function) {
-  if (shape.queries <= FewRowsMath::tile_queries) return function(FewRowsMath());
-  with_math(shape.type, function);
 }
 
 // Whole heads at once, or heads cut into parts along their queries or along their keys.
@@ -87,20 +80,7 @@ class AttentionWorker {
   int64_t first_query_place() const { return (batch_ * shape_.heads + head_) * shape_.queries; }
   int64_t first_key_place() const { return (batch_ * shape_.heads + head_) * shape_.length; }
 
-  template <class Void>
-  Void* row_of(const GridOf<Void>& grid, int64_t row) const {
-    return grid.row(batch_, head_, row, shape_.type);
-  }
-  // Addresses of the attended keys' rows, from one of these keys on.
-  auto attended_rows(const RowGrid& grid, int64_t first) const {
-    auto* start = static_cast<const char*>(row_of(grid, 0));
-    const int32_t* index = keys_.index + first;
-    int64_t step = grid.row_stride * bytes_of(shape_.type);
-    return [=](int64_t i) -> const void* { return start + index[i] * step; };
-  }
-
   const AttentionShape& shape_;
-  KeyList keys_{};
   int64_t padded_head_dim_, row_units_, score_stride_;
   int64_t batch_ = 0, head_ = 0;
 };
@@ -138,7 +118,7 @@ Left<Math> left_rows(typename Math::Unit* copies, const RowGrid& source, Type ty
   bool are_units = bytes_of(type) * pair == sizeof(uint32_t) && source.row_stride % pair == 0 &&
                    reinterpret_cast<uintptr_t>(start) % sizeof(uint32_t) == 0 &&
                    head_dim % (pair * Math::step_multiple) == 0;
-  if (!Math::reads_rows && are_units && count % Math::row_multiple == 0) {
+  if (are_units && count % Math::row_multiple == 0) {
     return {static_cast<const typename Math::Unit*>(start), source.row_stride / pair, 1};
   }
   int64_t stride = row_units<Math>(head_dim);

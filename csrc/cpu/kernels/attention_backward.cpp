@@ -119,7 +119,7 @@ void attention_backward(const AttentionBackward& problem, int threads) {
     job.ignored = &ignored;
     job.head_grads = head_grads;
   }
-  with_attention_math(shape, [&](auto math) {
+  with_math(shape.type, [&](auto math) {
     using Math = decltype(math);
     run_passes(threads, work<Math>, Math::tile_queries, job);
   });

@@ -22,21 +22,25 @@ class ForwardWorker : AttentionWorker {
   explicit ForwardWorker(const AttentionForward& problem)
       : AttentionWorker(problem.shape, row_units<Math>(problem.shape.head_dim), max_key_block),
         problem_(problem),
-        key_panels_(Math::reads_rows ? 0 : packed_units(row_units_, shape_.length)),
-        value_panels_(Math::reads_rows
-                          ? 0
-                          : packed_units(steps_of<Math>(shape_.length), shape_.head_dim)),
+        key_panels_(packed_units(row_units_, shape_.length)),
+        value_panels_(packed_units(steps_of<Math>(shape_.length), shape_.head_dim)),
         packing_space_(lanes * row_units_),
         queries_(tile_queries * row_units_),
         scores_(tile_queries * score_stride_),
         probabilities_(Math::values_per_unit == 1 ? 0 : tile_queries * score_stride_ / 2),
         sums_(tile_queries * padded_head_dim_) {}
 
-  void choose(int64_t batch, int64_t head, const KeyList& keys) {
+  void pack(int64_t batch, int64_t head, const KeyList& keys) {
     keys_ = keys;
     batch_ = batch;
     head_ = head;
-    if constexpr (!Math::reads_rows) pack();
+    auto key_at = [&](int64_t i) { return row_of(problem_.key, keys.index[i]); };
+    auto value_at = [&](int64_t i) { return row_of(problem_.value, keys.index[i]); };
+    pack_columns<Math>(key_panels_, key_at, shape_.type, keys.count, shape_.head_dim,
+                       packing_space_);
+    value_panel_stride_ = steps_of<Math>(keys.count) * panel_width;
+    pack_rows<Math>(value_panels_, value_panel_stride_, value_at, shape_.type, keys.count,
+                    shape_.head_dim);
   }
 
   void attend(int64_t first_query, int64_t count) {
@@ -54,7 +58,9 @@ class ForwardWorker : AttentionWorker {
       if (is_later && key > 0) break;
       int64_t num_keys = smaller_of(block, keys_.count - key);
       int64_t columns = round_up(num_keys, Math::column_multiple);
-      multiply_keys(queries, key, num_keys, count);
+      Right<Math> key_columns{key_panels_ + key * row_units_, row_units_ * panel_width};
+      multiply<Math>(count, columns, steps_of<Math>(shape_.head_dim), queries,
+                     key_columns, scores_, score_stride_, false);
       for (int64_t i = 0; i < count; ++i) {
         if (shape_.is_causal) {
           online_softmax_update<true>(i, key, columns);
@@ -62,44 +68,17 @@ class ForwardWorker : AttentionWorker {
           online_softmax_update<false>(i, key, columns);
         }
       }
-      multiply_values(key, num_keys, count);
+      Right<Math> value_rows{value_panels_ + steps_of<Math>(key) * panel_width,
+                             value_panel_stride_};
+      multiply<Math>(count, shape_.head_dim, steps_of<Math>(num_keys), probability_rows(),
+                     value_rows, sums_, padded_head_dim_, key > 0);
     }
     for (int64_t i = 0; i < count; ++i) write(i, first_query + i);
   }
 
  private:
-  void pack() {
-    pack_columns<Math>(key_panels_, attended_rows(problem_.key, 0), shape_.type, keys_.count,
-                       shape_.head_dim, packing_space_);
-    value_panel_stride_ = steps_of<Math>(keys_.count) * panel_width;
-    pack_rows<Math>(value_panels_, value_panel_stride_, attended_rows(problem_.value, 0),
-                    shape_.type, keys_.count, shape_.head_dim);
-  }
-
-  // The scores of a tile's queries with a block of keys.
-  void multiply_keys(Left<Math> queries, int64_t first_key, int64_t num_keys, int64_t count) {
-    if constexpr (Math::reads_rows) {
-      multiply_by_rows(count, queries, attended_rows(problem_.key, first_key), shape_.type,
-                       num_keys, shape_.head_dim, scores_, score_stride_);
-    } else {
-      Right<Math> columns{key_panels_ + first_key * row_units_, row_units_ * panel_width};
-      multiply<Math>(count, round_up(num_keys, Math::column_multiple),
-                     steps_of<Math>(shape_.head_dim), queries, columns, scores_, score_stride_,
-                     false);
-    }
-  }
-
-  // The sums of a tile's queries over the values of all blocks up to this one.
-  void multiply_values(int64_t first_key, int64_t num_keys, int64_t count) {
-    if constexpr (Math::reads_rows) {
-      add_up_rows(count, probability_rows(), attended_rows(problem_.value, first_key),
-                  shape_.type, num_keys, shape_.head_dim, sums_, padded_head_dim_, first_key > 0);
-    } else {
-      Right<Math> rows{value_panels_ + steps_of<Math>(first_key) * panel_width,
-                       value_panel_stride_};
-      multiply<Math>(count, shape_.head_dim, steps_of<Math>(num_keys), probability_rows(), rows,
-                     sums_, padded_head_dim_, first_key > 0);
-    }
+  const void* row_of(const RowGrid& grid, int64_t row) const {
+    return grid.row(batch_, head_, row, shape_.type);
   }
 
   // Scores become exponentials, relative to the largest weighted exponential of the row so far.
@@ -177,6 +156,7 @@ class ForwardWorker : AttentionWorker {
   Buffer<Unit> probabilities_;  // beside the scores where they are not float32
   Buffer<float> sums_;
   float maxima_[tile_queries], totals_[tile_queries];
+  KeyList keys_{};
   typename Math::State state_;
   int64_t value_panel_stride_ = 0, first_query_ = 0;
 };
@@ -206,7 +186,7 @@ void work(void* data, ItemQueue& items) {
       if (part == 0) write_empty(job.problem, batch, head);
       continue;
     }
-    worker.choose(batch, head, keys);
+    worker.pack(batch, head, keys);
     int64_t end = num_tiles * (part + 1) / job.num_parts;
     for (int64_t tile = num_tiles * part / job.num_parts; tile < end; ++tile) {
       int64_t first = tile * tile_queries;
@@ -221,7 +201,7 @@ void attention_forward(const AttentionForward& problem, int threads) {
   const AttentionShape& shape = problem.shape;
   if (attention_work(shape) < min_parallel_work) threads = 1;
   KeyLists keys(problem.weights, shape.batch, shape.length, KeyLists::Which::positive);
-  with_attention_math(shape, [&](auto math) {
+  with_math(shape.type, [&](auto math) {
     using Math = decltype(math);
     int64_t num_tiles = divide_up(shape.queries, Math::tile_queries);
     Job job{problem, keys,

@@ -26,7 +26,7 @@ class BackwardWorker : AttentionWorker {
   static constexpr bool is_paired = Math::values_per_unit == 2;
   // Tiles take a left operand's steps side by side: gradients of keys and values are summed up
   // transposed there, with the queries' channels on the left.
-  static constexpr bool is_transposed = !Math::reads_rows && Math::row_multiple > 2;
+  static constexpr bool is_transposed = Math::row_multiple > 2;
   static constexpr int64_t tile_queries = Math::tile_queries;
 
  public:
@@ -34,13 +34,13 @@ class BackwardWorker : AttentionWorker {
       : AttentionWorker(problem.shape, row_units<Math>(problem.shape.head_dim), max_key_block),
         problem_(problem),
         packing_space_(lanes * row_units_),
-        key_columns_(if_packed(packed_units(row_units_, shape_.length))),
-        value_columns_(if_packed(packed_units(row_units_, shape_.length))),
-        key_rows_(if_packed(packed_units(steps_of<Math>(shape_.length), shape_.head_dim))),
+        key_columns_(packed_units(row_units_, shape_.length)),
+        value_columns_(packed_units(row_units_, shape_.length)),
+        key_rows_(packed_units(steps_of<Math>(shape_.length), shape_.head_dim)),
         queries_(tile_queries * row_units_),
         grads_(tile_queries * row_units_),
-        query_rows_(if_packed(packed_units(steps_of<Math>(tile_queries), shape_.head_dim))),
-        grad_rows_(if_packed(packed_units(steps_of<Math>(tile_queries), shape_.head_dim))),
+        query_rows_(packed_units(steps_of<Math>(tile_queries), shape_.head_dim)),
+        grad_rows_(packed_units(steps_of<Math>(tile_queries), shape_.head_dim)),
         scores_(tile_queries * score_stride_),
         grad_probabilities_(tile_queries * score_stride_),
         score_pairs_(is_paired ? 3 * tile_queries * score_stride_ / 2 : 0),
@@ -64,7 +64,7 @@ class BackwardWorker : AttentionWorker {
   void run(const KeyList& keys, int64_t first_tile, int64_t end_tile, Wanted wanted) {
     keys_ = keys;
     wanted_ = wanted;
-    if constexpr (!Math::reads_rows) pack_keys();
+    pack_keys();
     sum_stride_ = is_transposed ? round_up(keys.count, Math::column_multiple) : padded_head_dim_;
     memset(weight_sums_, 0, round_up(keys.count, Math::column_multiple) * sizeof(float));
     for (int64_t tile = first_tile; tile < end_tile; ++tile) {
@@ -98,8 +98,10 @@ class BackwardWorker : AttentionWorker {
   }
 
  private:
-  static constexpr int64_t if_packed(int64_t units) { return Math::reads_rows ? 0 : units; }
-
+  template <class Void>
+  Void* row_of(const GridOf<Void>& grid, int64_t row) const {
+    return grid.row(batch_, head_, row, shape_.type);
+  }
   void write(const ResultGrid& result, int64_t row, const float* sums, float factor) const {
     write_row(row_of(result, row), sums, factor, shape_.type, shape_.head_dim);
   }
@@ -123,14 +125,15 @@ class BackwardWorker : AttentionWorker {
   }
 
   void pack_keys() {
-    auto keys = attended_rows(problem_.key, 0), values = attended_rows(problem_.value, 0);
-    pack_columns<Math>(key_columns_, keys, shape_.type, keys_.count, shape_.head_dim,
+    auto key_at = [&](int64_t i) { return row_of(problem_.key, keys_.index[i]); };
+    auto value_at = [&](int64_t i) { return row_of(problem_.value, keys_.index[i]); };
+    pack_columns<Math>(key_columns_, key_at, shape_.type, keys_.count, shape_.head_dim,
                        packing_space_);
-    pack_columns<Math>(value_columns_, values, shape_.type, keys_.count, shape_.head_dim,
+    pack_columns<Math>(value_columns_, value_at, shape_.type, keys_.count, shape_.head_dim,
                        packing_space_);
     key_panel_stride_ = steps_of<Math>(keys_.count) * panel_width;
     if (wanted_.query) {
-      pack_rows<Math>(key_rows_, key_panel_stride_, keys, shape_.type, keys_.count,
+      pack_rows<Math>(key_rows_, key_panel_stride_, key_at, shape_.type, keys_.count,
                       shape_.head_dim);
     }
   }
@@ -141,7 +144,7 @@ class BackwardWorker : AttentionWorker {
                                   count, shape_.head_dim);
     grad_left_ = left_rows<Math>(grads_, problem_.grad_output, shape_.type, batch_, head_, first,
                                  count, shape_.head_dim);
-    if (wanted_.key_value && !Math::reads_rows) {
+    if (wanted_.key_value) {
       auto query_at = [&](int64_t i) { return row_of(problem_.query, first + i); };
       auto grad_at = [&](int64_t i) { return row_of(problem_.grad_output, first + i); };
       int64_t panel_stride = steps_of<Math>(count) * panel_width;
@@ -189,6 +192,7 @@ class BackwardWorker : AttentionWorker {
 
   void run_tile(int64_t first, int64_t count, bool adds) {
     load_tile(first, count);
+    int64_t head_dim_steps = steps_of<Math>(shape_.head_dim);
     int64_t block = key_block_size(keys_.count, max_key_block);
     for (int64_t key = 0; key < keys_.count; key += block) {
       // What no query of the tile attends to; all sums begin with the first tile and block.
@@ -196,7 +200,13 @@ class BackwardWorker : AttentionWorker {
       if (is_later && adds && key > 0) break;
       int64_t num_keys = smaller_of(block, keys_.count - key);
       int64_t columns = round_up(num_keys, Math::column_multiple);
-      multiply_keys(key, num_keys, count);
+      int64_t column_stride = row_units_ * panel_width;
+      multiply<Math>(count, columns, head_dim_steps, query_left_,
+                     {key_columns_ + key * row_units_, column_stride}, scores_, score_stride_,
+                     false);
+      multiply<Math>(count, columns, head_dim_steps, grad_left_,
+                     {value_columns_ + key * row_units_, column_stride}, grad_probabilities_,
+                     score_stride_, false);
       for (int64_t i = 0; i < columns; i += lanes) {
         if (shape_.is_causal) {
           differentiate<true, true, true>(key, i, count);
@@ -208,7 +218,11 @@ class BackwardWorker : AttentionWorker {
           differentiate<false, false, false>(key, i, count);
         }
       }
-      if (wanted_.query) add_query(key, num_keys, count);
+      if (wanted_.query) {
+        multiply<Math>(count, shape_.head_dim, steps_of<Math>(num_keys), grad_score_rows(),
+                       {key_rows_ + steps_of<Math>(key) * panel_width, key_panel_stride_},
+                       query_sums_, padded_head_dim_, key > 0);
+      }
       if (wanted_.key_value) add_key_value(key, num_keys, count, adds);
     }
     if (wanted_.query) {
@@ -218,49 +232,7 @@ class BackwardWorker : AttentionWorker {
     }
   }
 
-  // The scores and the gradients of probabilities of a tile's queries with a block of keys.
-  void multiply_keys(int64_t key, int64_t num_keys, int64_t count) {
-    int64_t width = shape_.head_dim;
-    if constexpr (Math::reads_rows) {
-      multiply_by_rows(count, query_left_, attended_rows(problem_.key, key), shape_.type, num_keys,
-                       width, scores_, score_stride_);
-      multiply_by_rows(count, grad_left_, attended_rows(problem_.value, key), shape_.type,
-                       num_keys, width, grad_probabilities_, score_stride_);
-      if (count == 1) {  // queries are differentiated in pairs
-        memset(scores_ + score_stride_, 0, round_up(num_keys, lanes) * sizeof(float));
-        memset(grad_probabilities_ + score_stride_, 0, round_up(num_keys, lanes) * sizeof(float));
-      }
-    } else {
-      int64_t columns = round_up(num_keys, Math::column_multiple), steps = steps_of<Math>(width);
-      int64_t column_stride = row_units_ * panel_width;
-      multiply<Math>(count, columns, steps, query_left_,
-                     {key_columns_ + key * row_units_, column_stride}, scores_, score_stride_,
-                     false);
-      multiply<Math>(count, columns, steps, grad_left_,
-                     {value_columns_ + key * row_units_, column_stride}, grad_probabilities_,
-                     score_stride_, false);
-    }
-  }
-
-  void add_query(int64_t key, int64_t num_keys, int64_t count) {
-    if constexpr (Math::reads_rows) {
-      add_up_rows(count, grad_score_rows(), attended_rows(problem_.key, key), shape_.type,
-                  num_keys, shape_.head_dim, query_sums_, padded_head_dim_, key > 0);
-    } else {
-      multiply<Math>(count, shape_.head_dim, steps_of<Math>(num_keys), grad_score_rows(),
-                     {key_rows_ + steps_of<Math>(key) * panel_width, key_panel_stride_},
-                     query_sums_, padded_head_dim_, key > 0);
-    }
-  }
-
   void add_key_value(int64_t key, int64_t num_keys, int64_t count, bool adds) {
-    if constexpr (Math::reads_rows) {  // there is but one tile
-      add_up_left_rows(count, grad_score_rows(), query_left_, num_keys,
-                       key_sums_ + key * sum_stride_, sum_stride_);
-      add_up_left_rows(count, Left<Math>{scores_, score_stride_, 1}, grad_left_, num_keys,
-                       value_sums_ + key * sum_stride_, sum_stride_);
-      return;
-    }
     int64_t query_steps = steps_of<Math>(count);
 #if defined(__AMX_BF16__)
     if constexpr (is_transposed) {
@@ -389,6 +361,7 @@ class BackwardWorker : AttentionWorker {
   Buffer<float> delta_row_, delta_other_row_;
   float deltas_[tile_queries], exponent_offsets_[tile_queries];
   Left<Math> query_left_{}, grad_left_{};
+  KeyList keys_{};
   Wanted wanted_{};
   typename Math::State state_;
   int64_t key_panel_stride_ = 0, sum_stride_ = 0, first_query_ = 0;

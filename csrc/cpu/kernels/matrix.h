@@ -28,7 +28,6 @@ struct Float32Math {
   using Unit = float;
   using UnitVec = Vec;
   using State = NoState;
-  static constexpr bool reads_rows = false;  // where they lie, unpacked: see few_rows.h
   static constexpr int64_t values_per_unit = 1;
   // Rows, steps and columns of a product are rounded up to these: operands are zero there, where
   // sums run over them, and products have room.
@@ -56,7 +55,6 @@ struct BFloat16Math {
   using Unit = uint32_t;
   using UnitVec = UintVec;
   using State = NoState;
-  static constexpr bool reads_rows = false;
   static constexpr int64_t values_per_unit = 2;
   static constexpr int64_t row_multiple = 2, step_multiple = 1, column_multiple = lanes;
   static constexpr int64_t tile_queries = 48;
