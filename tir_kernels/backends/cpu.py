@@ -135,7 +135,7 @@ class CpuBackend:
                 (query.data_ptr(), *of_query),
                 (key.data_ptr(), *of_key),
                 (value.data_ptr(), *of_value),
-                0 if weights is None else weights.data_ptr(),
+                address(weights),
                 (output.data_ptr(), *of_output),
                 log_sum_exp.data_ptr(),
                 torch.get_num_threads(),

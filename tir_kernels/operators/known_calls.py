@@ -1,8 +1,9 @@
 """Calls whose like was seen before: what was checked and chosen then need not be again.
 
 Checks, the choice of a backend and the layout of results depend on a call's signature alone, which
-takes a fraction of their time to write down. Only eager calls on plain tensors have one: where a
-mode, a transform, a compiler or an autocast region sees operators, all goes its usual way.
+takes a fraction of their time to write down. Only eager calls on plain tensors of the CPU have one,
+whose backend has launches to remember: where a mode, a transform, a compiler or an autocast region
+sees operators, all goes its usual way.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from tir_kernels.operators.library import dispatch_keys, is_plain, is_watched
+from tir_kernels.operators.library import dispatch_keys, is_plain, is_transformed, is_watched
 
 Signature = tuple[Hashable, ...]
 Known = TypeVar("Known")
@@ -32,8 +33,7 @@ def signature_of(tensors: tuple[Tensor | None, ...], *options: Hashable) -> Sign
         options: Its numbers and names. Those of other types have no signature.
     """
     if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
+        is_transformed()
         or torch._C._is_any_autocast_enabled()
         or forward_ad._current_level >= 0
         or is_watched()
@@ -51,7 +51,7 @@ def signature_of(tensors: tuple[Tensor | None, ...], *options: Hashable) -> Sign
                 found.append(None)
                 continue
             kind = type(each)
-            if kind is Tensor or kind is Parameter:
+            if (kind is Tensor or kind is Parameter) and each.is_cpu:
                 found += (dispatch_keys(each), each.shape, each.stride(), each.dtype, each.device)
             else:
                 return None
@@ -81,5 +81,5 @@ class KnownCalls(Generic[Known]):
 def requires_gradient(*tensors: Tensor | None) -> bool:
     """Whether a result of these tensors is to have one."""
     return torch.is_grad_enabled() and any(
-        each is not None and each.requires_grad for each in tensors
+        getattr(each, "requires_grad", False) for each in tensors
     )

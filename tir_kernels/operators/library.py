@@ -73,6 +73,11 @@ def is_plain(tensor: Tensor) -> bool:
     return known
 
 
+def is_transformed() -> bool:
+    """Whether a compiler or a transform of functions is at work."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def is_watched() -> bool:
     """Whether a mode, a profiler or a tracer would see a call of the dispatcher."""
     return (
@@ -130,7 +135,7 @@ class Operator(torch.autograd.Function):
         only its transforms and compiler need, and some more for its dispatcher and for a function
         where nothing asks for them.
         """
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if is_transformed():
             return cls.apply(*inputs)
         are_plain, requires_grad = not is_watched(), False
         for each in inputs:

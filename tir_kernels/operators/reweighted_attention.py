@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from tir_kernels.backends.inputs import AttentionInputs, BackwardInputs, RelevanceInputs
-from tir_kernels.backends.optional import AttentionLaunch
 from tir_kernels.backends.protocol import Gradients
 from tir_kernels.operators.checks import (
     NO_MAP,
@@ -39,11 +38,13 @@ from tir_kernels.operators.token_weights import (
 )
 from tir_kernels.operators.weighted_attention import (
     WAY_OUT,
+    KnownAttention,
     attend,
     attend_backward,
     attention_backend,
     cast_for_autocast,
     differentiable_attention,
+    known_attention,
     laid_out,
     laid_out_gradients,
     lie_packed,
@@ -95,14 +96,15 @@ def reweighted_attention(
     asked_for = _AskedFor(return_weights, return_counts, return_lse)
     space = NO_MAP if joint_space is None else joint_space
     signature = None
-    if type(space) is JointSpace and type(rule) is WeightRule:
+    is_usual = type(space) is JointSpace and type(rule) is WeightRule
+    if is_usual and not requires_gradient(q, k, v, table):
         parts = (space.norm_weight, space.norm_bias, space.proj)
         tensors = (q, k, v, tokens, class_embeddings, *parts, table)
         signature = signature_of(tensors, space.norm_eps, num_prefix_tokens, scale, backend)
     if signature is not None:
         signature = (rule, *signature)
         known = _known_calls.get(signature)
-        if known and known.is_current(q, backend) and not requires_gradient(q, k, v, table):
+        if known and known.attention.is_current(q, backend):
             groups = class_embeddings if class_embeddings.dim() == 3 else class_embeddings[None]
             norm = space.norm_weight, space.norm_bias, space.norm_eps
             inputs = RelevanceInputs(tokens, groups, *norm, space.proj, num_prefix_tokens)
@@ -162,20 +164,15 @@ class _KnownCall(NamedTuple):
 
     table: Tensor | None  # the rule's, where the caller gave none
     top_k: int
-    backend: Any
-    launch: AttentionLaunch
-
-    def is_current(self, query: Tensor, name: str) -> bool:
-        """Whether the name still stands for that backend."""
-        return attention_backend(name, query) is self.backend
+    attention: KnownAttention
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, inputs: RelevanceInputs, table: Tensor | None
     ) -> tuple[Tensor, ...]:
         """Output, log-sum-exp, weights and counts, without gradients."""
         rule_table = self.table if table is None else table
-        weights, counts = self.backend.token_weights(inputs, rule_table, self.top_k)
-        return (*self.launch(q, k, v, weights), weights, counts)
+        weights, counts = self.attention.backend.token_weights(inputs, rule_table, self.top_k)
+        return (*self.attention.launch(q, k, v, weights), weights, counts)
 
 
 _known_calls: KnownCalls[_KnownCall] = KnownCalls()
@@ -188,17 +185,14 @@ def _remember(
     selection: Selection,
     name: str,
 ) -> None:
-    query, key, *_ = attention
     inputs, table, top_k = selection
-    if query.is_meta or query.numel() == 0 or key.numel() == 0 or is_empty(inputs):
+    known = known_attention(attention, name)
+    if known is None or is_empty(inputs):
         return
-    backend: Any = attention_backend(name, query)
-    serves_both = backend is relevance_backend(name, "token_weights", inputs, table)
-    is_fused = hasattr(backend, "reweighted_forward")
-    if serves_both and hasattr(backend, "attention_launch") and not is_fused:
+    serves_both = known.backend is relevance_backend(name, "token_weights", inputs, table)
+    if serves_both and not hasattr(known.backend, "reweighted_forward"):
         own = table if tensors[-1] is None else None
-        known = _KnownCall(own, top_k, backend, backend.attention_launch(attention))
-        _known_calls.add(signature, tensors, known)
+        _known_calls.add(signature, tensors, _KnownCall(own, top_k, known))
 
 
 @define(

@@ -27,11 +27,10 @@ from tir_kernels.operators.checks import (
 from tir_kernels.operators.choose import choose_backend
 from tir_kernels.operators.known_calls import (
     KnownCalls,
-    Signature,
     requires_gradient,
     signature_of,
 )
-from tir_kernels.operators.library import OPS, Operator, define, define_fake
+from tir_kernels.operators.library import OPS, Operator, define, define_fake, is_transformed
 from tir_kernels.operators.second_derivative import differentiable_once
 from tir_kernels.precision import autocast_dtype
 
@@ -128,8 +127,8 @@ def weighted_attention(
     if known is None or not known.is_current(q, backend):
         inputs = _checked(q, k, v, weights, is_causal, scale, backend, return_lse)
         results = differentiable_attention(inputs, backend)
-        if signature is not None:
-            _remember(signature, inputs, backend)
+        if signature is not None and (known := known_attention(inputs, backend)):
+            _known_calls.add(signature, inputs[:4], known)
     elif requires_gradient(q, k, v, weights):
         results = _WeightedAttention.call_directly(
             q, k, v, weights, known.scale, is_causal, backend
@@ -161,11 +160,11 @@ def _checked(
     return AttentionInputs(q, k, v, weights, scale, is_causal)
 
 
-class _KnownAttention(NamedTuple):
+class KnownAttention(NamedTuple):
     """What is known of a call: the scale that applies, and who serves it."""
 
     scale: float
-    backend: Backend
+    backend: Any
     launch: AttentionLaunch
 
     def is_current(self, query: Tensor, name: str) -> bool:
@@ -173,18 +172,19 @@ class _KnownAttention(NamedTuple):
         return attention_backend(name, query) is self.backend
 
 
-_known_calls: KnownCalls[_KnownAttention] = KnownCalls()
-
-
-def _remember(signature: Signature, inputs: AttentionInputs, name: str) -> None:
-    query, key, value, weights, scale, _ = inputs
+def known_attention(inputs: AttentionInputs, name: str) -> KnownAttention | None:
+    """What is to be remembered of validated inputs, if anything is."""
+    query, key, _, weights, scale, _ = inputs
     is_simple = weights is None or (weights.dtype == torch.float32 and weights.is_contiguous())
-    if query.is_meta or query.numel() == 0 or key.numel() == 0 or not is_simple:
-        return
+    if query.numel() == 0 or key.numel() == 0 or not is_simple:
+        return None
     backend: Any = attention_backend(name, query)
-    if hasattr(backend, "attention_launch"):
-        known = _KnownAttention(scale, backend, backend.attention_launch(inputs))
-        _known_calls.add(signature, (query, key, value, weights), known)
+    if not hasattr(backend, "attention_launch"):
+        return None
+    return KnownAttention(scale, backend, backend.attention_launch(inputs))
+
+
+_known_calls: KnownCalls[KnownAttention] = KnownCalls()
 
 
 def differentiable_attention(inputs: AttentionInputs, backend: str) -> Pair:
@@ -291,7 +291,7 @@ def lie_packed(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
     Results that share memory are not for what traces operators, or wraps their tensors.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_transformed():
         return False
     return type(query) is type(key) is type(value) is Tensor and are_packed(query, key, value)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tir_kernels import weighted_attention
 from tir_kernels.operators.choose import load_backend
+from tir_kernels.operators.library import is_transformed
 from tir_kernels.operators.weighted_attention import lie_packed
 from tir_kernels.towers.masks import KnownMask
 from tir_kernels.towers.opening import NO_CHANGES, Changes, Opened
@@ -246,11 +247,8 @@ def split_heads(
     ``reweighted_attention`` made them: it writes them side by side.
     """
     count = parts.stop - parts.start
-    is_seen_through = (  # what traces or transforms operators knows better without the function
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-    )
+    # What traces or transforms operators knows better without the function.
+    is_seen_through = is_transformed() or torch.jit.is_tracing()
     if count == 3 and projected.requires_grad and not is_seen_through:
         return _SplitHeads.apply(projected, num_heads)
     return _parts_of(projected, num_heads, count)
