@@ -220,14 +220,21 @@ float unpack(uint32_t packed, int which) {
   return to_float(T{static_cast<uint16_t>(packed >> (16 * which))});
 }
 
+// A lane's share of what a warp multiplies.
+struct Operands {
+  uint32_t left[4], right[2];
+};
+
+inline const unsigned char* exchange_operands(const uint32_t (&left)[4], uint32_t right_0,
+                                              uint32_t right_1) {
+  Operands own{{left[0], left[1], left[2], left[3]}, {right_0, right_1}};
+  return emulation::exchange(emulation::Exchange::multiply, &own, sizeof own);
+}
+
 template <class T>
 void multiply_add(float (&total)[4], const uint32_t (&left)[4], uint32_t right_0,
                   uint32_t right_1) {
-  struct Operands {
-    uint32_t left[4], right[2];
-  } own{{left[0], left[1], left[2], left[3]}, {right_0, right_1}};
-  const unsigned char* lanes =
-      emulation::exchange(emulation::Exchange::multiply, &own, sizeof own);
+  const unsigned char* lanes = exchange_operands(left, right_0, right_1);
   int lane = static_cast<int>(emulation::current.lane);
   for (int element = 0; element < 4; ++element) {
     int row = lane / 4 + 8 * (element / 2), column = 2 * (lane % 4) + element % 2;
@@ -246,11 +253,7 @@ void multiply_add(float (&total)[4], const uint32_t (&left)[4], uint32_t right_0
 // Sums of four products at a time: of the GPUs that are served none takes fewer.
 inline void multiply_add_tf32(float (&total)[4], const uint32_t (&left)[4], uint32_t right_0,
                               uint32_t right_1) {
-  struct Operands {
-    uint32_t left[4], right[2];
-  } own{{left[0], left[1], left[2], left[3]}, {right_0, right_1}};
-  const unsigned char* lanes =
-      emulation::exchange(emulation::Exchange::multiply, &own, sizeof own);
+  const unsigned char* lanes = exchange_operands(left, right_0, right_1);
   int lane = static_cast<int>(emulation::current.lane);
   for (int element = 0; element < 4; ++element) {
     int row = lane / 4 + 8 * (element / 2), column = 2 * (lane % 4) + element % 2;

@@ -80,6 +80,11 @@ class AttentionWorker {
   int64_t first_query_place() const { return (batch_ * shape_.heads + head_) * shape_.queries; }
   int64_t first_key_place() const { return (batch_ * shape_.heads + head_) * shape_.length; }
 
+  template <class Void>
+  Void* row_of(const GridOf<Void>& grid, int64_t row) const {
+    return grid.row(batch_, head_, row, shape_.type);
+  }
+
   const AttentionShape& shape_;
   int64_t padded_head_dim_, row_units_, score_stride_;
   int64_t batch_ = 0, head_ = 0;

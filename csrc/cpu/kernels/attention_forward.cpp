@@ -77,10 +77,6 @@ class ForwardWorker : AttentionWorker {
   }
 
  private:
-  const void* row_of(const RowGrid& grid, int64_t row) const {
-    return grid.row(batch_, head_, row, shape_.type);
-  }
-
   // Scores become exponentials, relative to the largest weighted exponential of the row so far.
   template <bool IsCausal>
   void online_softmax_update(int64_t row, int64_t first_key, int64_t num_keys) {
@@ -144,7 +140,7 @@ class ForwardWorker : AttentionWorker {
     int64_t place = first_query_place() + query;
     problem_.log_sum_exp[place] =
         is_empty ? -infinity : maxima_[row] * ln_2 + __builtin_logf(totals_[row]);
-    write_row(problem_.output.row(batch_, head_, query, shape_.type),
+    write_row(row_of(problem_.output, query),
               sums_ + row * padded_head_dim_, is_empty ? 0.0f : 1.0f / totals_[row],
               shape_.type, shape_.head_dim);
   }

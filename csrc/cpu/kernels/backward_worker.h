@@ -98,10 +98,6 @@ class BackwardWorker : AttentionWorker {
   }
 
  private:
-  template <class Void>
-  Void* row_of(const GridOf<Void>& grid, int64_t row) const {
-    return grid.row(batch_, head_, row, shape_.type);
-  }
   void write(const ResultGrid& result, int64_t row, const float* sums, float factor) const {
     write_row(row_of(result, row), sums, factor, shape_.type, shape_.head_dim);
   }
