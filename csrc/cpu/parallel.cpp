@@ -92,10 +92,58 @@ void use_openmp(uintptr_t parallel_address, uintptr_t in_parallel_address) {
 
 const char* thread_source() { return gomp_parallel ? "OpenMP of torch" : "plain threads"; }
 
-void* allocate(int64_t bytes) {
-  return ::operator new(static_cast<size_t>(bytes), std::align_val_t(64));
-}
+namespace {
 
-void release(void* memory) { ::operator delete(memory, std::align_val_t(64)); }
+constexpr size_t alignment = 64;
+
+void* new_block(size_t bytes) { return ::operator new(bytes, std::align_val_t(alignment)); }
+void delete_block(void* block) { ::operator delete(block, std::align_val_t(alignment)); }
+
+// Memory that a thread keeps from call to call, unless it is large. An allocator would give it back
+// to the system after each call, which would clear its pages anew for the next.
+class Scratch {
+ public:
+  ~Scratch() { delete_block(start_); }
+
+  void* take(size_t bytes) {
+    bytes = (bytes + alignment - 1) / alignment * alignment;
+    ++num_taken_;
+    wanted_ += bytes;
+    if (wanted_ > size_) return new_block(bytes);
+    return start_ + (wanted_ - bytes);
+  }
+
+  void give_back(void* memory) {
+    auto* place = static_cast<char*>(memory);
+    if (place < start_ || place >= start_ + size_) delete_block(memory);
+    if (--num_taken_ > 0) return;
+    if (wanted_ > size_ && wanted_ <= max_kept) grow(wanted_);
+    wanted_ = 0;
+  }
+
+ private:
+  static constexpr size_t max_kept = size_t{16} << 20;
+
+  void grow(size_t size) {
+    delete_block(start_);
+    start_ = nullptr;
+    size_ = 0;
+    // Called by destructors: what cannot be kept is asked for again.
+    start_ = static_cast<char*>(::operator new(size, std::align_val_t(alignment), std::nothrow));
+    if (start_ != nullptr) size_ = size;
+  }
+
+  char* start_ = nullptr;
+  size_t size_ = 0, wanted_ = 0;
+  int64_t num_taken_ = 0;
+};
+
+thread_local Scratch scratch;
+
+}  // namespace
+
+void* allocate(int64_t bytes) { return scratch.take(static_cast<size_t>(bytes)); }
+
+void release(void* memory) { scratch.give_back(memory); }
 
 }  // namespace tir::cpu

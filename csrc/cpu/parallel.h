@@ -31,7 +31,7 @@ void use_openmp(uintptr_t gomp_parallel, uintptr_t omp_in_parallel);
 // Where threads come from, in words.
 const char* thread_source();
 
-// Memory aligned to cache lines; its content is undefined.
+// Memory of a thread, aligned to cache lines, given back by the same thread; its content is undefined.
 void* allocate(int64_t bytes);
 void release(void* memory);
 

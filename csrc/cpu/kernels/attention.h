@@ -27,6 +27,16 @@ inline int64_t key_block_size(int64_t count, int64_t largest) {
   return round_up(divide_up(count, num_blocks), panel_width);
 }
 
+// Queries are taken in tiles: even shares of at most `largest`, in multiples.
+struct QueryTiles {
+  int64_t count, size;
+};
+
+inline QueryTiles query_tiles(int64_t queries, int64_t largest, int64_t multiple) {
+  int64_t size = round_up(divide_up(queries, larger_of(1, divide_up(queries, largest))), multiple);
+  return {divide_up(queries, larger_of(1, size)), size};
+}
+
 // The distance of rows of scores, for any number of attended keys: a block of fewer keys may be the
 // larger one. The 16 keep the rows from competing for cache sets.
 inline int64_t score_stride(int64_t length, int64_t largest_block) {
@@ -85,9 +95,33 @@ class AttentionWorker {
     return grid.row(batch_, head_, row, shape_.type);
   }
 
+  // What is read of the (batch, head) that this worker probably takes next is asked for in time.
+  void expect(int64_t batch_head) {
+    expects_ = batch_head < shape_.batch * shape_.heads;
+    next_batch_ = batch_head / shape_.heads;
+    next_head_ = batch_head % shape_.heads;
+  }
+
+  // The rows of the share [first, end) of `count`.
+  void prefetch(const RowGrid& grid, int64_t num_rows, int64_t first, int64_t end,
+                int64_t count) const {
+    if (!expects_) return;
+    constexpr int64_t line = 64;
+    int64_t row_bytes = shape_.head_dim * bytes_of(shape_.type);
+    for (int64_t row = first * num_rows / count; row < end * num_rows / count; ++row) {
+      auto* start =
+          static_cast<const char*>(grid.row(next_batch_, next_head_, row, shape_.type));
+      for (int64_t i = 0; i < row_bytes; i += line) __builtin_prefetch(start + i, 0, 2);
+    }
+  }
+
   const AttentionShape& shape_;
   int64_t padded_head_dim_, row_units_, score_stride_;
   int64_t batch_ = 0, head_ = 0;
+
+ private:
+  bool expects_ = false;
+  int64_t next_batch_ = 0, next_head_ = 0;
 };
 
 // The keys of one part: whole panels, and the rows up to those of the next part.

@@ -10,15 +10,19 @@ struct Job {
   const AttentionForward& problem;
   const KeyLists& keys;
   int64_t num_parts;  // of each (batch, head)
+  int threads;
 };
 
 // One worker's memory and the steps of one (batch, head), in the order in which they run.
 template <class Math>
 class ForwardWorker : AttentionWorker {
   using Unit = typename Math::Unit;
-  static constexpr int64_t tile_queries = Math::tile_queries;
+  static constexpr int64_t tile_queries = Math::forward_queries;
+  static constexpr int rows_at_once = 4;
 
  public:
+  using AttentionWorker::expect;
+
   explicit ForwardWorker(const AttentionForward& problem)
       : AttentionWorker(problem.shape, row_units<Math>(problem.shape.head_dim), max_key_block),
         problem_(problem),
@@ -52,6 +56,9 @@ class ForwardWorker : AttentionWorker {
       totals_[i] = 0;
     }
     int64_t block = key_block_size(keys_.count, max_key_block);
+    int64_t end = first_query + count;
+    prefetch(problem_.query, shape_.queries, first_query, end, shape_.queries);
+    prefetch(problem_.key, shape_.length, first_query, end, shape_.queries);
     for (int64_t key = 0; key < keys_.count; key += block) {
       // What no query of the tile attends to; sums want a first block in any case.
       bool is_later = shape_.is_causal && keys_.index[key] >= first_query + count;
@@ -61,12 +68,11 @@ class ForwardWorker : AttentionWorker {
       Right<Math> key_columns{key_panels_ + key * row_units_, row_units_ * panel_width};
       multiply<Math>(count, columns, steps_of<Math>(shape_.head_dim), queries,
                      key_columns, scores_, score_stride_, false);
-      for (int64_t i = 0; i < count; ++i) {
-        if (shape_.is_causal) {
-          online_softmax_update<true>(i, key, columns);
-        } else {
-          online_softmax_update<false>(i, key, columns);
-        }
+      if (key == 0) prefetch(problem_.value, shape_.length, first_query, end, shape_.queries);
+      if (shape_.is_causal) {
+        online_softmax_update<true>(count, key, columns);
+      } else {
+        online_softmax_update<false>(count, key, columns);
       }
       Right<Math> value_rows{value_panels_ + steps_of<Math>(key) * panel_width,
                              value_panel_stride_};
@@ -77,45 +83,63 @@ class ForwardWorker : AttentionWorker {
   }
 
  private:
-  // Scores become exponentials, relative to the largest weighted exponential of the row so far.
+  // Scores of a tile become exponentials, relative to the largest weighted exponential of their row
+  // so far.
   template <bool IsCausal>
-  void online_softmax_update(int64_t row, int64_t first_key, int64_t num_keys) {
-    float* scores = scores_ + row * score_stride_;
-    const float* log2_weights = keys_.log2_weight + first_key;
+  void online_softmax_update(int64_t count, int64_t first_key, int64_t num_keys) {
+    int64_t row = 0;
+    for (; row + rows_at_once <= count; row += rows_at_once) {
+      update_rows<IsCausal, rows_at_once>(row, first_key, num_keys);
+    }
+    for (; row < count; ++row) update_rows<IsCausal, 1>(row, first_key, num_keys);
+  }
+
+  // Some rows at once: what one waits for, the others fill.
+  template <bool IsCausal, int Rows>
+  void update_rows(int64_t first_row, int64_t first_key, int64_t num_keys) {
+    const float* scores = scores_ + first_row * score_stride_;
     Vec scale = broadcast(shape_.scale * log2_e);
-    auto exponents = [&](int64_t i) {
-      Vec all = multiply_add(load(scores + i), scale, load(log2_weights + i));
+    auto exponents = [&](int row, int64_t i, Vec log2_weights) {
+      Vec all = multiply_add(load(scores + row * score_stride_ + i), scale, log2_weights);
       if (!IsCausal) return all;
-      return without_later_keys(all, keys_.index + first_key + i, first_query_ + row);
+      return without_later_keys(all, keys_.index + first_key + i, first_query_ + first_row + row);
     };
-    // Several chains, which need not wait for each other.
-    Vec largest = broadcast(maxima_[row]), others[3] = {largest, largest, largest};
-    int64_t key = 0;
-    for (; key + 4 * lanes <= num_keys; key += 4 * lanes) {
-      largest = larger(exponents(key), largest);
+    Vec largest[Rows], shifts[Rows], totals[Rows];
+    TIR_UNROLL
+    for (int r = 0; r < Rows; ++r) largest[r] = broadcast(maxima_[first_row + r]);
+    for (int64_t i = 0; i < num_keys; i += lanes) {
+      Vec log2_weights = load(keys_.log2_weight + first_key + i);
       TIR_UNROLL
-      for (int i = 0; i < 3; ++i) {
-        others[i] = larger(exponents(key + (i + 1) * lanes), others[i]);
+      for (int r = 0; r < Rows; ++r) largest[r] = larger(exponents(r, i, log2_weights), largest[r]);
+    }
+    float maxima[Rows];
+    TIR_UNROLL
+    for (int r = 0; r < Rows; ++r) {
+      maxima[r] = largest_of(largest[r]);
+      shifts[r] = broadcast(maxima[r] == -infinity ? 0.0f : maxima[r]);
+      totals[r] = zero();
+    }
+    for (int64_t i = 0; i < num_keys; i += lanes) {
+      Vec log2_weights = load(keys_.log2_weight + first_key + i);
+      TIR_UNROLL
+      for (int r = 0; r < Rows; ++r) {
+        Vec exponentials = Math::exp2(exponents(r, i, log2_weights) - shifts[r]);
+        totals[r] = totals[r] + exponentials;
+        write_probabilities(first_row + r, i, exponentials);
       }
     }
-    for (; key < num_keys; key += lanes) largest = larger(exponents(key), largest);
-    largest = larger(larger(others[0], others[1]), larger(others[2], largest));
-    float maximum = largest_of(largest);
-    Vec shift = broadcast(maximum == -infinity ? 0.0f : maximum);
-    Vec total = zero();
-    for (int64_t i = 0; i < num_keys; i += lanes) {
-      Vec exponentials = Math::exp2(exponents(i) - shift);
-      total = total + exponentials;
-      write_probabilities(row, i, exponentials);
+    TIR_UNROLL
+    for (int r = 0; r < Rows; ++r) {
+      int64_t row = first_row + r;
+      if (first_key > 0) {
+        Vec fade = exp2(broadcast(maxima_[row]) - shifts[r]);
+        totals_[row] *= fade[0];
+        float* sums = sums_ + row * padded_head_dim_;
+        for (int64_t i = 0; i < padded_head_dim_; i += lanes) store(sums + i, load(sums + i) * fade);
+      }
+      totals_[row] += sum_of(totals[r]);
+      maxima_[row] = maxima[r];
     }
-    if (first_key > 0) {
-      Vec fade = exp2(broadcast(maxima_[row]) - shift);
-      totals_[row] *= fade[0];
-      float* sums = sums_ + row * padded_head_dim_;
-      for (int64_t i = 0; i < padded_head_dim_; i += lanes) store(sums + i, load(sums + i) * fade);
-    }
-    totals_[row] += sum_of(total);
-    maxima_[row] = maximum;
   }
 
   void write_probabilities(int64_t row, int64_t column, Vec values) {
@@ -171,9 +195,8 @@ template <class Math>
 void work(void* data, ItemQueue& items) {
   const Job& job = *static_cast<const Job*>(data);
   const AttentionShape& shape = job.problem.shape;
-  constexpr int64_t tile_queries = Math::tile_queries;
   ForwardWorker<Math> worker(job.problem);
-  int64_t num_tiles = divide_up(shape.queries, tile_queries);
+  QueryTiles tiles = query_tiles(shape.queries, Math::forward_queries, Math::row_multiple);
   for (int64_t item = items.take(); item >= 0; item = items.take()) {
     int64_t part = item % job.num_parts, batch_head = item / job.num_parts;
     int64_t batch = batch_head / shape.heads, head = batch_head % shape.heads;
@@ -183,10 +206,11 @@ void work(void* data, ItemQueue& items) {
       continue;
     }
     worker.pack(batch, head, keys);
-    int64_t end = num_tiles * (part + 1) / job.num_parts;
-    for (int64_t tile = num_tiles * part / job.num_parts; tile < end; ++tile) {
-      int64_t first = tile * tile_queries;
-      worker.attend(first, smaller_of(tile_queries, shape.queries - first));
+    if (job.num_parts == 1) worker.expect(batch_head + job.threads);
+    int64_t end = tiles.count * (part + 1) / job.num_parts;
+    for (int64_t tile = tiles.count * part / job.num_parts; tile < end; ++tile) {
+      int64_t first = tile * tiles.size;
+      worker.attend(first, smaller_of(tiles.size, shape.queries - first));
     }
   }
 }
@@ -199,9 +223,9 @@ void attention_forward(const AttentionForward& problem, int threads) {
   KeyLists keys(problem.weights, shape.batch, shape.length, KeyLists::Which::positive);
   with_math(shape.type, [&](auto math) {
     using Math = decltype(math);
-    int64_t num_tiles = divide_up(shape.queries, Math::tile_queries);
+    int64_t num_tiles = query_tiles(shape.queries, Math::forward_queries, Math::row_multiple).count;
     Job job{problem, keys,
-            fills_threads(shape, threads) ? 1 : parts_per_head(shape, threads, num_tiles)};
+            fills_threads(shape, threads) ? 1 : parts_per_head(shape, threads, num_tiles), threads};
     run_workers(threads, shape.batch * shape.heads * job.num_parts, work<Math>, &job);
   });
 }

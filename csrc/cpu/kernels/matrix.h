@@ -35,6 +35,9 @@ struct Float32Math {
   // Queries of one tile share the keys and values that pass through the cache: a multiple of every
   // max_tile_rows, and even, because bfloat16 queries are paired.
   static constexpr int64_t tile_queries = 48;
+  // The same in the forward pass, which sums nothing up from tile to tile: their scores stay in the
+  // first-level cache.
+  static constexpr int64_t forward_queries = 12;
 
   static TIR_INLINE UnitVec load_units(const Unit* source) { return load(source); }
   static TIR_INLINE UnitVec broadcast_unit(const Unit* source) { return broadcast(*source); }
@@ -57,7 +60,7 @@ struct BFloat16Math {
   using State = NoState;
   static constexpr int64_t values_per_unit = 2;
   static constexpr int64_t row_multiple = 2, step_multiple = 1, column_multiple = lanes;
-  static constexpr int64_t tile_queries = 48;
+  static constexpr int64_t tile_queries = 48, forward_queries = 12;
 
   static TIR_INLINE UnitVec load_units(const Unit* source) { return load_bits<UintVec>(source); }
   static TIR_INLINE UnitVec broadcast_unit(const Unit* source) {
@@ -68,6 +71,22 @@ struct BFloat16Math {
   }
 
   static TIR_INLINE Vec exp2(Vec x) { return short_exp2(x); }
+
+  // A panel's width of units, each of a value of one row and, unless it is null, of another, with
+  // zeros behind the last `count`.
+  static TIR_INLINE void pair_values(Unit* target, const uint16_t* even, const uint16_t* odd,
+                                     int64_t count) {
+    alignas(64) static constexpr uint16_t low[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5,
+                                                     37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42,
+                                                     11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    __mmask32 mask = count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
+    __m512i evens = _mm512_maskz_loadu_epi16(mask, even);
+    __m512i odds = odd == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(mask, odd);
+    __m512i first = _mm512_load_si512(low);
+    __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    _mm512_storeu_si512(target, _mm512_permutex2var_epi16(evens, first, odds));
+    _mm512_storeu_si512(target + lanes, _mm512_permutex2var_epi16(evens, second, odds));
+  }
 
   static TIR_INLINE void copy_row(Unit* target, const void* source, Type, int64_t width) {
     auto* values = static_cast<const uint16_t*>(source);
@@ -91,6 +110,7 @@ struct TileMath : BFloat16Math {
   static constexpr int64_t row_multiple = tile_size, step_multiple = tile_size;
   static constexpr int64_t column_multiple = panel_width;
   static constexpr int64_t tile_queries = 64;  // pairs of them are the steps of a product
+  static constexpr int64_t forward_queries = 64;
 };
 using PairMath = TileMath;
 #elif defined(__AVX512BF16__)
@@ -136,57 +156,122 @@ struct Right {
   int64_t panel_stride;
 };
 
-template <class Math, int Rows, int Vectors>
-void multiply_tile(int64_t steps, Left<Math> left, const typename Math::Unit* right, float* product,
-                   int64_t product_stride, bool adds) {
+// Rows that a compiler can address from one pointer, as pointer + {0, 1, 2} * stride.
+constexpr int rows_per_pointer = 3;
+
+// Keeps a compiler from having a pointer for each row instead, more than there are registers for:
+// some would lie in vector registers, and addresses would wait for the products.
+template <class T>
+TIR_INLINE void keep_in_register(T*& pointer) {
+  asm("" : "+r"(pointer));
+}
+
+template <class Math, int Rows, int Vectors, bool Adds>
+TIR_INLINE void multiply_tile(int64_t steps, Left<Math> left, const typename Math::Unit* right,
+                              float* product, int64_t product_stride) {
+  constexpr int num_pointers = (Rows + rows_per_pointer - 1) / rows_per_pointer;
   Vec sums[Rows][Vectors];
   TIR_UNROLL
   for (int r = 0; r < Rows; ++r) {
     TIR_UNROLL
     for (int v = 0; v < Vectors; ++v) sums[r][v] = zero();
   }
-  for (int64_t step = 0; step < steps; ++step) {
+  const typename Math::Unit* rows[num_pointers];
+  TIR_UNROLL
+  for (int i = 0; i < num_pointers; ++i) {
+    rows[i] = left.data + rows_per_pointer * i * left.row_stride;
+  }
+  for (const auto* end = right + steps * panel_width; right != end; right += panel_width) {
     typename Math::UnitVec columns[Vectors];
     TIR_UNROLL
     for (int v = 0; v < Vectors; ++v) columns[v] = Math::load_units(right + v * lanes);
     TIR_UNROLL
     for (int r = 0; r < Rows; ++r) {
-      typename Math::UnitVec row = Math::broadcast_unit(left.data + r * left.row_stride);
+      typename Math::UnitVec row = Math::broadcast_unit(
+          rows[r / rows_per_pointer] + r % rows_per_pointer * left.row_stride);
       TIR_UNROLL
       for (int v = 0; v < Vectors; ++v) {
         sums[r][v] = Math::multiply_add(row, columns[v], sums[r][v]);
       }
     }
-    left.data += left.step_stride;
-    right += panel_width;
+    TIR_UNROLL
+    for (int i = 0; i < num_pointers; ++i) {
+      rows[i] += left.step_stride;
+      keep_in_register(rows[i]);
+    }
   }
   TIR_UNROLL
   for (int r = 0; r < Rows; ++r) {
     TIR_UNROLL
     for (int v = 0; v < Vectors; ++v) {
-      float* place = product + r * product_stride + v * lanes;
+      float* place = product + v * lanes;
       // Adding a finished sum, not going on with it, keeps chains of additions short and exact.
-      store(place, adds ? load(place) + sums[r][v] : sums[r][v]);
+      store(place, Adds ? load(place) + sums[r][v] : sums[r][v]);
     }
+    product += product_stride;
+    keep_in_register(product);
+  }
+}
+
+// Whole tiles. A function for all of them, not one for each: a call takes as long as some steps.
+template <class Math, int Rows, int Vectors, bool Adds>
+void multiply_panels(int64_t num_tiles, int64_t num_panels, int64_t steps, Left<Math> left,
+                    Right<Math> right, float* product, int64_t product_stride) {
+  for (int64_t panel = 0; panel < num_panels; ++panel) {
+    Left<Math> tile_left = left;
+    float* place = product + panel * panel_width;
+    for (int64_t tile = 0; tile < num_tiles; ++tile) {
+      multiply_tile<Math, Rows, Vectors, Adds>(steps, tile_left, right.data, place,
+                                               product_stride);
+      tile_left.data += Rows * left.row_stride;
+      place += Rows * product_stride;
+    }
+    right.data += right.panel_stride;
   }
 }
 
 template <class Math>
-using TileFunction = void (*)(int64_t, Left<Math>, const typename Math::Unit*, float*, int64_t,
-                              bool);
+using PanelsFunction = void (*)(int64_t, int64_t, int64_t, Left<Math>, Right<Math>, float*, int64_t);
 
 // Tiles exist for even numbers of rows; index rows / 2 - 1.
-template <class Math, int Vectors>
-TileFunction<Math> tile_function(int64_t rows) {
-  static constexpr TileFunction<Math> functions[] = {
-      multiply_tile<Math, 2, Vectors>, multiply_tile<Math, 4, Vectors>,
-      multiply_tile<Math, 6, Vectors>,
+template <class Math, int Vectors, bool Adds>
+PanelsFunction<Math> panels_function(int64_t rows) {
+  static constexpr PanelsFunction<Math> functions[] = {
+      multiply_panels<Math, 2, Vectors, Adds>, multiply_panels<Math, 4, Vectors, Adds>,
+      multiply_panels<Math, 6, Vectors, Adds>,
 #if defined(__AVX512F__)
-      multiply_tile<Math, 8, Vectors>, multiply_tile<Math, 10, Vectors>,
-      multiply_tile<Math, 12, Vectors>,
+      multiply_panels<Math, 8, Vectors, Adds>, multiply_panels<Math, 10, Vectors, Adds>,
+      multiply_panels<Math, 12, Vectors, Adds>,
 #endif
   };
   return functions[rows / 2 - 1];
+}
+
+// Tiles of one number of rows: in whole panels, then in the vector that is left of the columns.
+template <class Math, bool Adds>
+void multiply_band(int64_t tile_rows, int64_t num_tiles, int64_t columns, int64_t steps,
+                   Left<Math> left, Right<Math> right, float* product, int64_t product_stride) {
+  int64_t num_panels = divide_up(columns - lanes, panel_width);
+  panels_function<Math, 2, Adds>(tile_rows)(num_tiles, num_panels, steps, left, right, product,
+                                           product_stride);
+  if (columns <= num_panels * panel_width) return;
+  right.data += num_panels * right.panel_stride;
+  panels_function<Math, 1, Adds>(tile_rows)(num_tiles, 1, steps, left, right,
+                                           product + num_panels * panel_width, product_stride);
+}
+
+template <class Math, bool Adds>
+void multiply_by_vectors(int64_t rows, int64_t columns, int64_t steps, Left<Math> left,
+                         Right<Math> right, float* product, int64_t product_stride) {
+  if (rows == 0 || columns == 0) return;
+  int64_t tile_rows = round_up(divide_up(rows, divide_up(rows, max_tile_rows)), 2);
+  int64_t num_tiles = rows / tile_rows, whole = num_tiles * tile_rows;
+  multiply_band<Math, Adds>(tile_rows, num_tiles, columns, steps, left, right, product,
+                            product_stride);
+  if (rows == whole) return;
+  left.data += whole * left.row_stride;
+  multiply_band<Math, Adds>(round_up(rows - whole, 2), 1, columns, steps, left, right,
+                            product + whole * product_stride, product_stride);
 }
 
 // product = left @ right, or product += left @ right where `adds`.
@@ -203,19 +288,8 @@ void multiply(int64_t rows, int64_t columns, int64_t steps, Left<Math> left, Rig
                              product_stride, adds);
   }
 #endif
-  int64_t num_tiles = divide_up(rows, max_tile_rows);
-  int64_t tile_rows = round_up(divide_up(rows, larger_of(num_tiles, 1)), 2);
-  for (int64_t column = 0; column < columns; column += panel_width) {
-    const auto* panel = right.data + column / panel_width * right.panel_stride;
-    bool is_whole = columns - column > lanes;
-    for (int64_t row = 0; row < rows; row += tile_rows) {
-      int64_t count = smaller_of(tile_rows, round_up(rows - row, 2));
-      auto tile = is_whole ? tile_function<Math, 2>(count) : tile_function<Math, 1>(count);
-      Left<Math> tile_left = left;
-      tile_left.data += row * left.row_stride;
-      tile(steps, tile_left, panel, product + row * product_stride + column, product_stride, adds);
-    }
-  }
+  auto multiply_all = adds ? multiply_by_vectors<Math, true> : multiply_by_vectors<Math, false>;
+  multiply_all(rows, columns, steps, left, right, product, product_stride);
 }
 
 // product = left @ right in several sums over parts of the steps: rounding errors of one long sum
@@ -352,16 +426,9 @@ void pack_rows(typename Math::Unit* target, int64_t panel_stride, RowAt row_at, 
       auto* even = static_cast<const uint16_t*>(row_at(i));
       auto* odd = i + 1 < count ? static_cast<const uint16_t*>(row_at(i + 1)) : nullptr;
       auto* step = target + i / 2 * panel_width;
-      for (int64_t column = 0; column < width; column += lanes) {
-        int64_t left = width - column;
-        auto values_at = [&](const uint16_t* row) {
-          return widen(left >= lanes ? load_bits<HalfWidthVec>(row + column)
-                                     : load_first(row + column, left));
-        };
-        UintVec pairs = values_at(even);
-        if (odd != nullptr) pairs |= values_at(odd) << 16;
-        auto* place = step + column / panel_width * panel_stride + column % panel_width;
-        memcpy(place, &pairs, sizeof pairs);
+      for (int64_t column = 0; column < width; column += panel_width) {
+        Math::pair_values(step + column / panel_width * panel_stride, even + column,
+                          odd == nullptr ? nullptr : odd + column, width - column);
       }
     }
     for (int64_t step = divide_up(count, 2); step < steps_of<Math>(count); ++step) {
