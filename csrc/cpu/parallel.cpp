@@ -106,7 +106,8 @@ class Scratch {
   ~Scratch() { delete_block(start_); }
 
   void* take(size_t bytes) {
-    bytes = (bytes + alignment - 1) / alignment * alignment;
+    // A line even for nothing, whose address would be that of what follows.
+    bytes = bytes / alignment * alignment + alignment;
     ++num_taken_;
     wanted_ += bytes;
     if (wanted_ > size_) return new_block(bytes);

@@ -15,6 +15,7 @@ struct Job {
   float* head_grads;        // [B, H, L] gradients of the scaled weights per head, or null
   Pass pass;
   int64_t num_parts;  // of each (batch, head)
+  int threads;
 };
 
 // Gradients of keys, values and weights, with a part of a head's keys stationary and all of its
@@ -23,7 +24,7 @@ template <class Math>
 void grad_key_value(BackwardWorker<Math>& worker, const Job& job, int64_t batch_head,
                     int64_t part) {
   const AttentionShape& shape = job.problem.shape;
-  int64_t num_tiles = divide_up(shape.queries, Math::tile_queries);
+  int64_t num_tiles = worker.num_tiles();
   KeyList keys = job.attended.of(batch_head / shape.heads);
   float* head_grads = job.head_grads ? job.head_grads + batch_head * shape.length : nullptr;
   KeyPart own = part_of(keys, part, job.num_parts, shape.length);
@@ -49,11 +50,10 @@ void grad_key_value(BackwardWorker<Math>& worker, const Job& job, int64_t batch_
 // Gradients of queries, with a part of a head's queries stationary and all of its keys streamed.
 template <class Math>
 void grad_query(BackwardWorker<Math>& worker, const Job& job, int64_t batch_head, int64_t part) {
-  const AttentionShape& shape = job.problem.shape;
-  int64_t num_tiles = divide_up(shape.queries, Math::tile_queries);
+  int64_t heads = job.problem.shape.heads, num_tiles = worker.num_tiles();
   int64_t first = num_tiles * part / job.num_parts;
   int64_t end = num_tiles * (part + 1) / job.num_parts;
-  KeyList keys = job.attended.of(batch_head / shape.heads);
+  KeyList keys = job.attended.of(batch_head / heads);
   if (keys.count == 0) {
     worker.write_zero_queries(first, end);
   } else {
@@ -69,6 +69,7 @@ void work(void* data, ItemQueue& items) {
   for (int64_t item = items.take(); item >= 0; item = items.take()) {
     int64_t part = item % job.num_parts, batch_head = item / job.num_parts;
     worker.choose(batch_head / heads, batch_head % heads);
+    if (job.num_parts == 1) worker.expect(batch_head + job.threads);
     if (job.pass == Pass::queries) {
       grad_query(worker, job, batch_head, part);
     } else {
@@ -114,7 +115,7 @@ void attention_backward(const AttentionBackward& problem, int threads) {
   Buffer<float> head_grads(wants_weights ? num_heads * shape.length : 0);
   if (wants_weights) memset(head_grads, 0, num_heads * shape.length * sizeof(float));
 
-  Job job{problem, attended, nullptr, nullptr, Pass::everything, 1};
+  Job job{problem, attended, nullptr, nullptr, Pass::everything, 1, threads};
   if (wants_weights) {
     job.ignored = &ignored;
     job.head_grads = head_grads;

@@ -19,6 +19,34 @@ struct Wanted {
   bool query, key_value, weights;
 };
 
+// Where the probabilities and the gradients of the scores of a vector of keys go, two queries at a
+// time.
+template <class Math>
+struct ScoreRows {
+  typename Math::Unit *probabilities, *grad_scores, *grad_pairs;
+  int64_t stride;
+
+  TIR_INLINE void write(const Vec (&probability_rows)[2], const Vec (&grad_rows)[2]) {
+    if constexpr (Math::values_per_unit == 2) {
+      UintVec grads = Math::side_by_side(grad_rows[0], grad_rows[1]);
+      Math::store_halves(grad_pairs, grad_pairs + stride / 2, grads);
+      store_bits(grad_scores, Math::paired(grads));
+      store_bits(probabilities,
+                 Math::paired(Math::side_by_side(probability_rows[0], probability_rows[1])));
+      grad_pairs += stride;
+      grad_scores += stride;
+      probabilities += stride;
+    } else {
+      for (int i = 0; i < 2; ++i) {
+        store(probabilities, probability_rows[i]);
+        store(grad_scores, grad_rows[i]);
+        probabilities += stride;
+        grad_scores += stride;
+      }
+    }
+  }
+};
+
 // One worker's memory, and what it does for one (batch, head).
 template <class Math>
 class BackwardWorker : AttentionWorker {
@@ -33,6 +61,7 @@ class BackwardWorker : AttentionWorker {
   explicit BackwardWorker(const AttentionBackward& problem)
       : AttentionWorker(problem.shape, row_units<Math>(problem.shape.head_dim), max_key_block),
         problem_(problem),
+        tiles_(query_tiles(shape_.queries, tile_queries, Math::row_multiple)),
         packing_space_(lanes * row_units_),
         key_columns_(packed_units(row_units_, shape_.length)),
         value_columns_(packed_units(row_units_, shape_.length)),
@@ -41,9 +70,10 @@ class BackwardWorker : AttentionWorker {
         grads_(tile_queries * row_units_),
         query_rows_(packed_units(steps_of<Math>(tile_queries), shape_.head_dim)),
         grad_rows_(packed_units(steps_of<Math>(tile_queries), shape_.head_dim)),
-        scores_(tile_queries * score_stride_),
-        grad_probabilities_(tile_queries * score_stride_),
-        score_pairs_(is_paired ? 3 * tile_queries * score_stride_ / 2 : 0),
+        scores_(tile_queries * panel_width),
+        grad_probabilities_(tile_queries * panel_width),
+        probabilities_(tile_queries * score_stride_ / Math::values_per_unit),
+        grad_scores_(tile_queries * score_stride_),
         query_sums_(tile_queries * padded_head_dim_),
         key_sums_(round_up(shape_.length, Math::column_multiple) * padded_head_dim_),
         value_sums_(round_up(shape_.length, Math::column_multiple) * padded_head_dim_),
@@ -51,9 +81,10 @@ class BackwardWorker : AttentionWorker {
         query_channels_(is_transposed ? padded_head_dim_ * tile_queries / 2 : 0),
         grad_channels_(is_transposed ? padded_head_dim_ * tile_queries / 2 : 0),
         turned_keys_(is_transposed ? lanes * padded_head_dim_ : 0),
-        turned_values_(is_transposed ? lanes * padded_head_dim_ : 0),
-        delta_row_(padded_head_dim_),
-        delta_other_row_(padded_head_dim_) {}
+        turned_values_(is_transposed ? lanes * padded_head_dim_ : 0) {}
+
+  int64_t num_tiles() const { return tiles_.count; }
+  using AttentionWorker::expect;
 
   void choose(int64_t batch, int64_t head) {
     batch_ = batch;
@@ -68,8 +99,8 @@ class BackwardWorker : AttentionWorker {
     sum_stride_ = is_transposed ? round_up(keys.count, Math::column_multiple) : padded_head_dim_;
     memset(weight_sums_, 0, round_up(keys.count, Math::column_multiple) * sizeof(float));
     for (int64_t tile = first_tile; tile < end_tile; ++tile) {
-      int64_t first = tile * tile_queries;
-      run_tile(first, smaller_of(tile_queries, shape_.queries - first), tile > first_tile);
+      int64_t first = tile * tiles_.size;
+      run_tile(first, smaller_of(tiles_.size, shape_.queries - first), tile > first_tile);
     }
   }
 
@@ -93,8 +124,8 @@ class BackwardWorker : AttentionWorker {
   }
 
   void write_zero_queries(int64_t first_tile, int64_t end_tile) {
-    int64_t end = smaller_of(end_tile * tile_queries, shape_.queries);
-    for (int64_t i = first_tile * tile_queries; i < end; ++i) write_zeros(problem_.grad_query, i);
+    int64_t end = smaller_of(end_tile * tiles_.size, shape_.queries);
+    for (int64_t i = first_tile * tiles_.size; i < end; ++i) write_zeros(problem_.grad_query, i);
   }
 
  private:
@@ -176,18 +207,14 @@ class BackwardWorker : AttentionWorker {
   }
 
   // How much all gradients of a row's probabilities lose to the softmax's sum staying 1.
-  float delta_of(int64_t query) {
-    read_row(delta_row_, row_of(problem_.grad_output, query), shape_.type, shape_.head_dim);
-    read_row(delta_other_row_, row_of(problem_.output, query), shape_.type, shape_.head_dim);
-    Vec sum = zero();
-    for (int64_t i = 0; i < padded_head_dim_; i += lanes) {
-      sum = multiply_add(load(delta_row_ + i), load(delta_other_row_ + i), sum);
-    }
-    return sum_of(sum);
+  float delta_of(int64_t query) const {
+    return dot_of_rows(row_of(problem_.grad_output, query), row_of(problem_.output, query),
+                       shape_.type, shape_.head_dim);
   }
 
   void run_tile(int64_t first, int64_t count, bool adds) {
     load_tile(first, count);
+    prefetch_next(first, first + count);
     int64_t head_dim_steps = steps_of<Math>(shape_.head_dim);
     int64_t block = key_block_size(keys_.count, max_key_block);
     for (int64_t key = 0; key < keys_.count; key += block) {
@@ -197,22 +224,16 @@ class BackwardWorker : AttentionWorker {
       int64_t num_keys = smaller_of(block, keys_.count - key);
       int64_t columns = round_up(num_keys, Math::column_multiple);
       int64_t column_stride = row_units_ * panel_width;
-      multiply<Math>(count, columns, head_dim_steps, query_left_,
-                     {key_columns_ + key * row_units_, column_stride}, scores_, score_stride_,
-                     false);
-      multiply<Math>(count, columns, head_dim_steps, grad_left_,
-                     {value_columns_ + key * row_units_, column_stride}, grad_probabilities_,
-                     score_stride_, false);
-      for (int64_t i = 0; i < columns; i += lanes) {
-        if (shape_.is_causal) {
-          differentiate<true, true, true>(key, i, count);
-        } else if (keys_.exponent != nullptr) {
-          differentiate<true, true, false>(key, i, count);
-        } else if (wanted_.weights) {
-          differentiate<true, false, false>(key, i, count);
-        } else {
-          differentiate<false, false, false>(key, i, count);
-        }
+      // Scores and gradients of probabilities stay in the first-level cache.
+      for (int64_t column = 0; column < columns; column += panel_width) {
+        int64_t width = smaller_of(panel_width, columns - column);
+        int64_t panel = (key + column) * row_units_;
+        multiply<Math>(count, width, head_dim_steps, query_left_,
+                       {key_columns_ + panel, column_stride}, scores_, panel_width, false);
+        multiply<Math>(count, width, head_dim_steps, grad_left_,
+                       {value_columns_ + panel, column_stride}, grad_probabilities_, panel_width,
+                       false);
+        for (int64_t i = column; i < column + width; i += lanes) differentiate(key, i, count);
       }
       if (wanted_.query) {
         multiply<Math>(count, shape_.head_dim, steps_of<Math>(num_keys), grad_score_rows(),
@@ -228,6 +249,15 @@ class BackwardWorker : AttentionWorker {
     }
   }
 
+  void prefetch_next(int64_t first, int64_t end) const {
+    for (const RowGrid* grid : {&problem_.query, &problem_.grad_output, &problem_.output}) {
+      prefetch(*grid, shape_.queries, first, end, shape_.queries);
+    }
+    for (const RowGrid* grid : {&problem_.key, &problem_.value}) {
+      prefetch(*grid, shape_.length, first, end, shape_.queries);
+    }
+  }
+
   void add_key_value(int64_t key, int64_t num_keys, int64_t count, bool adds) {
     int64_t query_steps = steps_of<Math>(count);
 #if defined(__AMX_BF16__)
@@ -237,8 +267,8 @@ class BackwardWorker : AttentionWorker {
         multiply_by_tiles(shape_.head_dim, num_keys, query_steps, {channels, tile_queries / 2},
                           {pairs, score_stride_}, panel_width, sums + key, sum_stride_, adds);
       };
-      add(query_channels_, grad_column_pairs(), key_sums_);
-      add(grad_channels_, score_pairs_, value_sums_);
+      add(query_channels_, grad_scores_, key_sums_);
+      add(grad_channels_, probabilities_, value_sums_);
       return;
     }
 #endif
@@ -252,25 +282,38 @@ class BackwardWorker : AttentionWorker {
   // Rows behind the last pair of queries, up to a whole step, must not add to the keys' sums.
   void clear_missing_pairs(int64_t count, int64_t columns) {
     for (int64_t pair = divide_up(count, 2); pair < steps_of<Math>(count); ++pair) {
-      memset(score_pairs_ + pair * score_stride_, 0, columns * sizeof(Unit));
-      memset(grad_column_pairs() + pair * score_stride_, 0, columns * sizeof(Unit));
+      memset(probabilities_ + pair * score_stride_, 0, columns * sizeof(Unit));
+      memset(grad_scores_ + pair * score_stride_, 0, columns * sizeof(Unit));
     }
   }
 
-  // One vector of keys: scores and gradients of probabilities, for all queries of the tile, become
-  // probabilities and gradients of scores.
+  // One vector of keys: probabilities and gradients of scores from scores and gradients of
+  // probabilities, for all queries of the tile.
+  void differentiate(int64_t first_key, int64_t column, int64_t count) {
+    if (shape_.is_causal) {
+      differentiate<true, true, true>(first_key, column, count);
+    } else if (keys_.exponent != nullptr) {
+      differentiate<true, true, false>(first_key, column, count);
+    } else if (wanted_.weights) {
+      differentiate<true, false, false>(first_key, column, count);
+    } else {
+      differentiate<false, false, false>(first_key, column, count);
+    }
+  }
+
   template <bool WantsWeights, bool MayBeScaled, bool IsCausal>
   void differentiate(int64_t first_key, int64_t column, int64_t count) {
     Vec weights = load(keys_.scaled_weight + first_key + column);
     Vec scale = broadcast(shape_.scale * log2_e);
     Vec weight_sum = zero();
+    const float* scores = scores_ + column % panel_width;
+    const float* grad_probabilities = grad_probabilities_ + column % panel_width;
+    ScoreRows<Math> target = rows_of_column(column);
     for (int64_t row = 0; row < count; row += 2) {
       Vec probabilities[2], grad_scores[2];
       TIR_UNROLL
       for (int i = 0; i < 2; ++i) {
-        int64_t place = (row + i) * score_stride_ + column;
-        Vec exponents = multiply_add(load(scores_ + place), scale,
-                                     broadcast(exponent_offsets_[row + i]));
+        Vec exponents = multiply_add(load(scores), scale, broadcast(exponent_offsets_[row + i]));
         if (MayBeScaled && keys_.exponent != nullptr) {
           exponents = exponents + load(keys_.exponent + first_key + column);
         }
@@ -281,12 +324,14 @@ class BackwardWorker : AttentionWorker {
         // smaller() keeps a NaN in its second argument.
         exponents = smaller(broadcast(max_power_of_two), exponents);
         Vec per_weight = Math::exp2(exponents);  // probability / scaled weight
-        Vec grads = load(grad_probabilities_ + place) - broadcast(deltas_[row + i]);
+        Vec grads = load(grad_probabilities) - broadcast(deltas_[row + i]);
         probabilities[i] = per_weight * weights;
         grad_scores[i] = probabilities[i] * grads;
         if (WantsWeights) weight_sum = multiply_add(per_weight, grads, weight_sum);
+        scores += panel_width;
+        grad_probabilities += panel_width;
       }
-      write_scores(row, column, probabilities, grad_scores);
+      target.write(probabilities, grad_scores);
     }
     if (WantsWeights) {
       float* sums = weight_sums_ + first_key + column;
@@ -294,67 +339,40 @@ class BackwardWorker : AttentionWorker {
     }
   }
 
-  void write_scores(int64_t row, int64_t column, const Vec (&probabilities)[2],
-                    const Vec (&grad_scores)[2]) {
-    if constexpr (is_paired) {
-      int64_t pair = row / 2 * score_stride_ + column;
-      HalfWidthVec grad_bits[2] = {to_bfloat16(grad_scores[0]), to_bfloat16(grad_scores[1])};
-      UintVec grad_pairs = widen(grad_bits[0]) | widen(grad_bits[1]) << 16;
-      UintVec pairs =
-          widen(to_bfloat16(probabilities[0])) | widen(to_bfloat16(probabilities[1])) << 16;
-      memcpy(grad_row_pairs() + (row * score_stride_ + column) / 2, &grad_bits[0],
-             sizeof grad_bits[0]);
-      memcpy(grad_row_pairs() + ((row + 1) * score_stride_ + column) / 2, &grad_bits[1],
-             sizeof grad_bits[1]);
-      memcpy(grad_column_pairs() + pair, &grad_pairs, sizeof grad_pairs);
-      memcpy(score_pairs_ + pair, &pairs, sizeof pairs);
-    } else {
-      for (int i = 0; i < 2; ++i) {
-        int64_t place = (row + i) * score_stride_ + column;
-        store(scores_ + place, probabilities[i]);
-        store(grad_probabilities_ + place, grad_scores[i]);
-      }
-    }
-  }
-
   // Paired values are needed with neighbouring queries in a unit (for the gradients of keys and
   // values) and with neighbouring keys in a unit (for those of the queries).
-  Unit* grad_column_pairs() const { return score_pairs_ + tile_queries * score_stride_ / 2; }
-  Unit* grad_row_pairs() const { return score_pairs_ + tile_queries * score_stride_; }
+  Unit* grad_row_pairs() const { return grad_scores_ + tile_queries * score_stride_ / 2; }
+
+  ScoreRows<Math> rows_of_column(int64_t column) const {
+    if constexpr (is_paired) {
+      return {probabilities_ + column, grad_scores_ + column, grad_row_pairs() + column / 2,
+              score_stride_};
+    } else {
+      return {probabilities_ + column, grad_scores_ + column, nullptr, score_stride_};
+    }
+  }
 
   Left<Math> grad_score_rows() const {
     if constexpr (is_paired) {
       return {grad_row_pairs(), score_stride_ / 2, 1};
     } else {
-      return {grad_probabilities_, score_stride_, 1};
+      return {grad_scores_, score_stride_, 1};
     }
   }
-  Left<Math> grad_score_columns() const {
-    if constexpr (is_paired) {
-      return {grad_column_pairs(), 1, score_stride_};
-    } else {
-      return {grad_probabilities_, 1, score_stride_};
-    }
-  }
-  Left<Math> probability_columns() const {
-    if constexpr (is_paired) {
-      return {score_pairs_, 1, score_stride_};
-    } else {
-      return {scores_, 1, score_stride_};
-    }
-  }
+  Left<Math> grad_score_columns() const { return {grad_scores_, 1, score_stride_}; }
+  Left<Math> probability_columns() const { return {probabilities_, 1, score_stride_}; }
 
   const AttentionBackward& problem_;
+  QueryTiles tiles_;
   Buffer<Unit> packing_space_;
   Buffer<Unit> key_columns_, value_columns_, key_rows_;  // right operands, of all keys
   Buffer<Unit> queries_, grads_;                         // left operands, of a tile, if copied
   Buffer<Unit> query_rows_, grad_rows_;                  // right operands, of a tile
-  Buffer<float> scores_, grad_probabilities_;            // of a tile and a block of keys
-  Buffer<Unit> score_pairs_;
+  Buffer<float> scores_, grad_probabilities_;            // of a tile and a panel of keys
+  Buffer<Unit> probabilities_, grad_scores_;             // of a tile and a block of keys
   Buffer<float> query_sums_, key_sums_, value_sums_, weight_sums_;
   Buffer<Unit> query_channels_, grad_channels_;  // left operands, of a tile, where transposed
   Buffer<float> turned_keys_, turned_values_;    // of one vector of keys, where transposed
-  Buffer<float> delta_row_, delta_other_row_;
   float deltas_[tile_queries], exponent_offsets_[tile_queries];
   Left<Math> query_left_{}, grad_left_{};
   KeyList keys_{};

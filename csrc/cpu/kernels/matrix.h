@@ -34,7 +34,7 @@ struct Float32Math {
   static constexpr int64_t row_multiple = 2, step_multiple = 1, column_multiple = lanes;
   // Queries of one tile share the keys and values that pass through the cache: a multiple of every
   // max_tile_rows, and even, because bfloat16 queries are paired.
-  static constexpr int64_t tile_queries = 48;
+  static constexpr int64_t tile_queries = 60;
   // The same in the forward pass, which sums nothing up from tile to tile: their scores stay in the
   // first-level cache.
   static constexpr int64_t forward_queries = 12;
@@ -60,7 +60,7 @@ struct BFloat16Math {
   using State = NoState;
   static constexpr int64_t values_per_unit = 2;
   static constexpr int64_t row_multiple = 2, step_multiple = 1, column_multiple = lanes;
-  static constexpr int64_t tile_queries = 48, forward_queries = 12;
+  static constexpr int64_t tile_queries = 60, forward_queries = 12;
 
   static TIR_INLINE UnitVec load_units(const Unit* source) { return load_bits<UintVec>(source); }
   static TIR_INLINE UnitVec broadcast_unit(const Unit* source) {
@@ -71,6 +71,21 @@ struct BFloat16Math {
   }
 
   static TIR_INLINE Vec exp2(Vec x) { return short_exp2(x); }
+
+  // Two vectors, one behind the other; and each value of the first with its value of the second.
+  static TIR_INLINE UintVec side_by_side(Vec first, Vec second) {
+    return (UintVec)_mm512_cvtne2ps_pbh(second, first);
+  }
+  static TIR_INLINE void store_halves(Unit* first, Unit* second, UintVec bits) {
+    _mm256_storeu_si256((__m256i*)first, _mm512_castsi512_si256((__m512i)bits));
+    _mm256_storeu_si256((__m256i*)second, _mm512_extracti64x4_epi64((__m512i)bits, 1));
+  }
+  static TIR_INLINE UintVec paired(UintVec bits) {
+    alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5,
+                                                       21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26,
+                                                       11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return (UintVec)_mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)bits);
+  }
 
   // A panel's width of units, each of a value of one row and, unless it is null, of another, with
   // zeros behind the last `count`.

@@ -28,7 +28,13 @@ TIR_INLINE HalfWidthVec to_bfloat16(Vec value) {
 #endif
 }
 
-TIR_INLINE UintVec widen(HalfWidthVec bits) { return __builtin_convertvector(bits, UintVec); }
+TIR_INLINE UintVec widen(HalfWidthVec bits) {
+#if defined(__AVX512F__)
+  return (UintVec)_mm512_cvtepu16_epi32((__m256i)bits);
+#else
+  return __builtin_convertvector(bits, UintVec);
+#endif
+}
 TIR_INLINE Vec from_bfloat16(HalfWidthVec bits) { return (Vec)(widen(bits) << 16); }
 
 #if !defined(__AVX2__)
@@ -173,6 +179,23 @@ inline void read_row(float* target, const void* source, Type type, int64_t width
     for (; i + lanes <= width; i += lanes) store(target + i, Row::read(elements + i));
     if (i < width) store(target + i, Row::read(elements + i, width - i));
   });
+}
+
+inline float dot_of_rows(const void* left, const void* right, Type type, int64_t width) {
+  Vec sum = zero();
+  with_row_type(type, [&](auto row_type) {
+    using Row = decltype(row_type);
+    auto* lefts = static_cast<const typename Row::Element*>(left);
+    auto* rights = static_cast<const typename Row::Element*>(right);
+    int64_t i = 0;
+    for (; i + lanes <= width; i += lanes) {
+      sum = multiply_add(Row::read(lefts + i), Row::read(rights + i), sum);
+    }
+    if (i < width) {
+      sum = multiply_add(Row::read(lefts + i, width - i), Row::read(rights + i, width - i), sum);
+    }
+  });
+  return sum_of(sum);
 }
 
 // Writes `width` values times a factor.

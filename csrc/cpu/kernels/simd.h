@@ -47,6 +47,11 @@ TIR_INLINE T load_bits(const void* source) {
   return value;
 }
 
+template <class T>
+TIR_INLINE void store_bits(void* target, T value) {
+  memcpy(target, &value, sizeof value);
+}
+
 TIR_INLINE Vec load(const float* source) { return load_bits<Vec>(source); }
 TIR_INLINE void store(float* target, Vec value) { memcpy(target, &value, sizeof value); }
 TIR_INLINE Vec zero() { return Vec{}; }
