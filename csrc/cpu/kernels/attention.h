@@ -3,7 +3,7 @@
 
 #include "../keys.h"
 #include "../parallel.h"
-#include "matrix.h"
+#include "packing.h"
 #include "tir/attention.h"
 #include "tir/rules.h"
 

@@ -4,7 +4,7 @@
 // projects them, multiplies them by the classes and takes their norms from there, so that the
 // features of all tokens never exist together.
 #include "../parallel.h"
-#include "matrix.h"
+#include "packing.h"
 #include "tir/relevance.h"
 #include "tir/rules.h"
 
