@@ -11,6 +11,7 @@ import ctypes
 import functools
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -32,7 +33,7 @@ from .common import (
     with_contiguous_rows,
 )
 from .inputs import AttentionInputs, BackwardInputs, RelevanceInputs, StatisticsInputs
-from .optional import AttentionLaunch, DropoutInputs
+from .optional import AttentionLaunch, DropoutInputs, SelectionLaunch
 from .protocol import AttentionStatistics, Gradients, Pair
 
 _NOT_BUILT = (
@@ -76,42 +77,44 @@ class CpuBackend:
         )
 
     def relevance(self, inputs: RelevanceInputs) -> Tensor:
-        tokens = with_contiguous_rows(inputs.tokens)
-        classes = _float32(inputs.class_embeddings)
-        gain, offset = _float32(inputs.norm_weight), _float32(inputs.norm_bias)
-        proj = None if inputs.proj is None else _projection(inputs.proj, tokens.dtype)
-        output = tokens.new_empty(relevance_shape(inputs), dtype=torch.float32)
-        _kernels().relevance(
-            *relevance_problem(inputs, tokens),
-            type_name(classes),
-            address(classes),
-            inputs.norm_eps is not None,
-            type_name(gain),
-            address(gain),
-            address(offset),
-            inputs.norm_eps or 0.0,
-            *projection_arguments(proj),
-            output.data_ptr(),
-            torch.get_num_threads(),
-        )
+        inputs = _as_kernels_take_them(inputs)
+        output = inputs.tokens.new_empty(relevance_shape(inputs), dtype=torch.float32)
+        _relevance_launch(inputs)(*_tensors_of(inputs), output)
         return output
 
     def token_weights(self, inputs: RelevanceInputs, table: Tensor, top_k: int) -> Pair:
-        scores = self.relevance(inputs)
-        batch, num_classes, num_patches = scores.shape
-        table = table.contiguous()
-        counts = scores.new_empty((batch, num_patches), dtype=torch.int32)
-        weights = scores.new_empty(inputs.tokens.shape[:2])
-        _kernels().select_tokens(
-            (batch, num_classes, num_patches, inputs.num_prefix_tokens),
-            top_k,
-            scores.data_ptr(),
-            table.data_ptr(),
-            counts.data_ptr(),
-            weights.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return weights, counts
+        inputs = _as_kernels_take_them(inputs)
+        return self.selection_launch(inputs, top_k)(*_tensors_of(inputs), table.contiguous())
+
+    def selection_launch(self, inputs: RelevanceInputs, top_k: int) -> SelectionLaunch:
+        find_relevance = _relevance_launch(inputs)
+        shape = batch, _, num_patches = relevance_shape(inputs)
+        sizes = (*shape, inputs.num_prefix_tokens)
+        counts_shape, weights_shape = (batch, num_patches), inputs.tokens.shape[:2]
+
+        def launch(tokens: Tensor, classes: Tensor, *rest: Tensor | None) -> Pair:
+            *parts, table = rest
+            scores = tokens.new_empty(shape, dtype=torch.float32)
+            counts = tokens.new_empty(counts_shape, dtype=torch.int32)
+            weights = tokens.new_empty(weights_shape, dtype=torch.float32)
+            find_relevance(tokens, classes, *parts, scores)
+            _kernels().select_tokens(
+                sizes,
+                top_k,
+                scores.data_ptr(),
+                address(table),
+                counts.data_ptr(),
+                weights.data_ptr(),
+                torch.get_num_threads(),
+            )
+            return weights, counts
+
+        return launch
+
+    def takes(self, inputs: RelevanceInputs, table: Tensor) -> bool:
+        taken = _tensors_of(_as_kernels_take_them(inputs))
+        pairs = zip(_tensors_of(inputs), taken, strict=True)
+        return table.is_contiguous() and all(ours is theirs for ours, theirs in pairs)
 
     def attention_forward(self, inputs: AttentionInputs) -> Pair:
         query, key, value, weights, *_ = inputs
@@ -254,6 +257,56 @@ def _openmp_addresses() -> tuple[int, int]:
         )
         return parallel, in_parallel
     return 0, 0
+
+
+def _relevance_launch(inputs: RelevanceInputs) -> Callable[..., None]:
+    """What fills relevance (B, C, N) from tensors like these, which it does not hold."""
+    sizes, token_type, (_, *token_strides) = relevance_problem(inputs, inputs.tokens)
+    _, classes, gain, _, eps, proj, _ = inputs
+    class_type, gain_type = type_name(classes), type_name(gain)
+    proj_type, _, *proj_strides = projection_arguments(proj)
+
+    def launch(
+        tokens: Tensor,
+        classes: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        proj: Tensor | None,
+        output: Tensor,
+    ) -> None:
+        _kernels().relevance(
+            sizes,
+            token_type,
+            (tokens.data_ptr(), *token_strides),
+            class_type,
+            classes.data_ptr(),
+            eps is not None,
+            gain_type,
+            address(norm_weight),
+            address(norm_bias),
+            eps or 0.0,
+            proj_type,
+            address(proj),
+            *proj_strides,
+            output.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    return launch
+
+
+def _as_kernels_take_them(inputs: RelevanceInputs) -> RelevanceInputs:
+    tokens, classes, gain, offset, eps, proj, num_prefix_tokens = inputs
+    tokens = with_contiguous_rows(tokens)
+    classes = classes.to(torch.float32).contiguous()
+    proj = None if proj is None else _projection(proj, tokens.dtype)
+    parts = classes, _float32(gain), _float32(offset), eps, proj
+    return RelevanceInputs(tokens, *parts, num_prefix_tokens)
+
+
+def _tensors_of(inputs: RelevanceInputs) -> tuple[Tensor | None, ...]:
+    tokens, classes, gain, offset, _, proj, _ = inputs
+    return tokens, classes, gain, offset, proj
 
 
 def _projection(proj: Tensor, token_dtype: torch.dtype) -> Tensor:

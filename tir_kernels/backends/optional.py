@@ -11,6 +11,8 @@ from .inputs import AttentionInputs, BackwardInputs, RelevanceInputs
 from .protocol import Gradients, Pair
 
 AttentionLaunch = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Pair]
+# Of tokens, class embeddings, weight and bias of the norm, projection, table
+SelectionLaunch = Callable[..., Pair]
 
 
 class DropoutInputs(NamedTuple):
@@ -28,7 +30,8 @@ class DropoutInputs(NamedTuple):
 class OptionalOperations(Protocol):
     """The operations that a backend may have, by name; "auto" passes over one that lacks them.
 
-    Without the first two, the operator puts token weights and weighted attention together.
+    Without ``reweighted_forward`` and ``reweighted_backward``, the operator puts token weights and
+    weighted attention together.
     """
 
     def attention_launch(self, inputs: AttentionInputs) -> AttentionLaunch:
@@ -37,6 +40,12 @@ class OptionalOperations(Protocol):
 
         Host time of small calls: sizes are looked up and laid out once.
         """
+
+    def selection_launch(self, inputs: RelevanceInputs, top_k: int) -> SelectionLaunch:
+        """The same for :meth:`Backend.token_weights`, of inputs that it :meth:`takes`."""
+
+    def takes(self, inputs: RelevanceInputs, table: Tensor) -> bool:
+        """Whether none of the tensors would have to be converted or copied."""
 
     def reweighted_forward(
         self, attention: AttentionInputs, relevance: RelevanceInputs, table: Tensor, top_k: int

@@ -52,7 +52,7 @@ def signature_of(tensors: tuple[Tensor | None, ...], *options: Hashable) -> Sign
                 continue
             kind = type(each)
             if (kind is Tensor or kind is Parameter) and each.is_cpu:
-                found += (dispatch_keys(each), each.shape, each.stride(), each.dtype, each.device)
+                found += (dispatch_keys(each), each.shape, each.stride(), each.dtype)
             else:
                 return None
     except RuntimeError:  # a sparse tensor has no strides

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tir_kernels.backends.inputs import AttentionInputs, BackwardInputs, RelevanceInputs
+from tir_kernels.backends.inputs import AttentionInputs, BackwardInputs
+from tir_kernels.backends.optional import SelectionLaunch
 from tir_kernels.backends.protocol import Gradients
 from tir_kernels.operators.checks import (
     NO_MAP,
@@ -23,7 +24,7 @@ from tir_kernels.operators.known_calls import (
     requires_gradient,
     signature_of,
 )
-from tir_kernels.operators.library import OPS, Operator, define, define_fake
+from tir_kernels.operators.library import Operator, call_operator, define, define_fake
 from tir_kernels.operators.relevance import is_empty, relevance_backend
 from tir_kernels.operators.second_derivative import differentiable_once
 from tir_kernels.operators.token_weights import (
@@ -105,10 +106,7 @@ def reweighted_attention(
         signature = (rule, *signature)
         known = _known_calls.get(signature)
         if known and known.attention.is_current(q, backend):
-            groups = class_embeddings if class_embeddings.dim() == 3 else class_embeddings[None]
-            norm = space.norm_weight, space.norm_bias, space.norm_eps
-            inputs = RelevanceInputs(tokens, groups, *norm, space.proj, num_prefix_tokens)
-            return asked_for.of(*known.attend(q, k, v, inputs, table))
+            return asked_for.of(*known.attend(*tensors))
 
     q, k, v = cast_for_autocast(q, k, v)
     scale = check_attention_inputs(q, {"k": k, "v": v}, scale, backend)
@@ -163,15 +161,15 @@ class _KnownCall(NamedTuple):
     """What is known of a call: its selection, and who serves it."""
 
     table: Tensor | None  # the rule's, where the caller gave none
-    top_k: int
+    select: SelectionLaunch
     attention: KnownAttention
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: RelevanceInputs, table: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, *selection: Tensor | None
     ) -> tuple[Tensor, ...]:
         """Output, log-sum-exp, weights and counts, without gradients."""
-        rule_table = self.table if table is None else table
-        weights, counts = self.attention.backend.token_weights(inputs, rule_table, self.top_k)
+        *tensors, table = selection
+        weights, counts = self.select(*tensors, self.table if table is None else table)
         return (*self.attention.launch(q, k, v, weights), weights, counts)
 
 
@@ -189,10 +187,16 @@ def _remember(
     known = known_attention(attention, name)
     if known is None or is_empty(inputs):
         return
-    serves_both = known.backend is relevance_backend(name, "token_weights", inputs, table)
-    if serves_both and not hasattr(known.backend, "reweighted_forward"):
+    backend = known.backend
+    serves_both = (
+        backend is relevance_backend(name, "token_weights", inputs, table)
+        and hasattr(backend, "selection_launch")
+        and not hasattr(backend, "reweighted_forward")
+    )
+    if serves_both and backend.takes(inputs, table):
         own = table if tensors[-1] is None else None
-        _known_calls.add(signature, tensors, _KnownCall(own, top_k, known))
+        select = backend.selection_launch(inputs, top_k)
+        _known_calls.add(signature, tensors, _KnownCall(own, select, known))
 
 
 @define(
@@ -281,8 +285,8 @@ class ReweightedAttention(Operator):
         _, _, _, counts, table, _, _ = saved
         needs_table_grad = ctx.needs_input_grad[9]
         options = needs_table_grad, lie_packed(*saved[:3]), ctx.backend
-        *grads, grad_weights = OPS.reweighted_attention_backward(
-            grad_output, *saved, ctx.scale, *options
+        *grads, grad_weights = call_operator(
+            "reweighted_attention_backward", grad_output, *saved, ctx.scale, *options
         )
         grad_table = None
         if needs_table_grad:

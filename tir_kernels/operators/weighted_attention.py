@@ -30,7 +30,13 @@ from tir_kernels.operators.known_calls import (
     requires_gradient,
     signature_of,
 )
-from tir_kernels.operators.library import OPS, Operator, define, define_fake, is_transformed
+from tir_kernels.operators.library import (
+    Operator,
+    call_operator,
+    define,
+    define_fake,
+    is_transformed,
+)
 from tir_kernels.operators.second_derivative import differentiable_once
 from tir_kernels.precision import autocast_dtype
 
@@ -347,7 +353,7 @@ class _WeightedAttention(Operator):
     def backward(ctx: Any, saved: tuple, grad_output: Tensor, grad_log_sum_exp: None) -> tuple:
         needs_weights_grad = ctx.needs_input_grad[3]
         options = needs_weights_grad, lie_packed(*saved[:3]), ctx.backend
-        *grads, grad_weights = OPS.weighted_attention_backward(
-            grad_output, *saved, ctx.scale, ctx.is_causal, *options
+        *grads, grad_weights = call_operator(
+            "weighted_attention_backward", grad_output, *saved, ctx.scale, ctx.is_causal, *options
         )
         return (*grads, grad_weights if needs_weights_grad else None, None, None, None)
