@@ -301,13 +301,28 @@ def test_a_known_selection_gives_the_same(known_selections: KnownCalls, rows: li
 def test_a_known_selection_has_gradients(known_selections: KnownCalls, rows: list[Tensor]) -> None:
     tokens, classes, table = torch.randn(1, 5, 16), torch.randn(3, 16), torch.rand(4)
     tir_kernels.reweighted_attention(*rows, tokens, classes, table=table)
-    leaves = [t.clone().requires_grad_() for t in (*rows, table)]
-    *heads, own_table = leaves
-    output = tir_kernels.reweighted_attention(*heads, tokens, classes, table=own_table)
-    assert all(g is not None for g in torch.autograd.grad(output.square().sum(), leaves))
+
+    def results(own_table: Tensor | None) -> list[Tensor]:
+        heads = [t.clone().requires_grad_() for t in rows]
+        output, counts, log_sum_exp = tir_kernels.reweighted_attention(
+            *heads, tokens, classes, table=own_table, return_counts=True, return_lse=True
+        )
+        assert output.grad_fn.name() == "ReweightedAttentionBackward"
+        assert not counts.requires_grad
+        assert not log_sum_exp.requires_grad
+        leaves = heads + [t for t in (own_table,) if t is not None and t.requires_grad]
+        return [output, counts, log_sum_exp, *torch.autograd.grad(output.square().sum(), leaves)]
+
+    for own_table in (table.clone().requires_grad_(), table, None):
+        with watched():
+            expected = results(own_table)
+        for _ in range(2):  # the second time it is known in any case
+            for one, other in zip(results(own_table), expected, strict=True):
+                assert torch.equal(one, other)
+    assert launches(known_selections) == 2
     learned = tokens.clone().requires_grad_()  # which receives none
     assert not tir_kernels.reweighted_attention(*rows, learned, classes, table=table).requires_grad
-    assert launches(known_selections) == 1
+    assert launches(known_selections) == 2
 
 
 @contextlib.contextmanager

@@ -111,6 +111,7 @@ class Operator(torch.autograd.Function):
     _implementation: Callable
     _watched: type[torch.autograd.Function]  # by the dispatcher
     _direct: type[torch.autograd.Function]
+    _by: type[torch.autograd.Function]  # an implementation that is given as the last input
 
     def __init_subclass__(cls) -> None:
         operator = getattr(OPS, cls.operator)
@@ -126,6 +127,7 @@ class Operator(torch.autograd.Function):
         cls._implementation = staticmethod(_implementations[cls.operator])
         cls._watched = cls._eager(cls.forward)
         cls._direct = cls._eager(cls._implementation)
+        cls._by = cls._over_the_last_input()
 
     @classmethod
     def _eager(cls, function: Callable) -> type[torch.autograd.Function]:
@@ -136,7 +138,24 @@ class Operator(torch.autograd.Function):
             cls.setup_context(ctx, inputs, output)
             return output
 
-        members = {"forward": staticmethod(forward), "backward": staticmethod(cls.backward)}
+        return cls._function(forward, cls.backward)
+
+    @classmethod
+    def _over_the_last_input(cls) -> type[torch.autograd.Function]:
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            inputs, implementation = arguments[:-1], arguments[-1]
+            output = implementation(*inputs)
+            cls.setup_context(ctx, inputs, output)
+            return output
+
+        def backward(ctx: Any, *grads: Any) -> tuple:
+            return (*cls.backward(ctx, *grads), None)
+
+        return cls._function(forward, backward)
+
+    @classmethod
+    def _function(cls, forward: Callable, backward: Callable) -> type[torch.autograd.Function]:
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         # Of the same name, which grad_fn shows.
         return type(cls.__name__, (torch.autograd.Function,), members)
 
@@ -165,9 +184,11 @@ class Operator(torch.autograd.Function):
         return (cls._implementation if are_plain else cls.forward)(*inputs)
 
     @classmethod
-    def call_directly(cls, *inputs: Any) -> Any:
-        """The same for plain tensors that require a gradient, where nothing looks on."""
-        return cls._direct.apply(*inputs)
+    def call_by(cls, implementation: Callable, *inputs: Any) -> Any:
+        """The same by an implementation of the caller's, for plain tensors that require a gradient
+        where nothing looks on.
+        """
+        return cls._by.apply(*inputs, implementation)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:

@@ -97,8 +97,10 @@ def reweighted_attention(
     asked_for = _AskedFor(return_weights, return_counts, return_lse)
     space = NO_MAP if joint_space is None else joint_space
     signature = None
+    has_gradient = requires_gradient(q, k, v, table)
     is_usual = type(space) is JointSpace and type(rule) is WeightRule
-    if is_usual and not requires_gradient(q, k, v, table):
+    # Weights that are returned have a gradient of their own.
+    if is_usual and not (has_gradient and return_weights):
         parts = (space.norm_weight, space.norm_bias, space.proj)
         tensors = (q, k, v, tokens, class_embeddings, *parts, table)
         signature = signature_of(tensors, space.norm_eps, num_prefix_tokens, scale, backend)
@@ -106,7 +108,11 @@ def reweighted_attention(
         signature = (rule, *signature)
         known = _known_calls.get(signature)
         if known and known.attention.is_current(q, backend):
-            return asked_for.of(*known.attend(*tensors))
+            if not has_gradient:
+                return asked_for.of(*known.attend(*tensors))
+            inputs = known.inputs(space.norm_eps, num_prefix_tokens, backend, *tensors)
+            output, log_sum_exp, counts = ReweightedAttention.call_by(known.serve, *inputs)
+            return asked_for.of(output, log_sum_exp, None, counts)
 
     q, k, v = cast_for_autocast(q, k, v)
     scale = check_attention_inputs(q, {"k": k, "v": v}, scale, backend)
@@ -171,6 +177,22 @@ class _KnownCall(NamedTuple):
         *tensors, table = selection
         weights, counts = self.select(*tensors, self.table if table is None else table)
         return (*self.attention.launch(q, k, v, weights), weights, counts)
+
+    def inputs(
+        self, norm_eps: float | None, num_prefix_tokens: int, name: str, *tensors: Tensor | None
+    ) -> tuple[Any, ...]:
+        """Those of the operator."""
+        *others, proj, table = tensors
+        table = self.table if table is None else table
+        top_ratio = 0.0  # ``select`` knows how many tokens it selects
+        options = top_ratio, num_prefix_tokens, self.attention.scale, name
+        return (*others, norm_eps, proj, table, *options)
+
+    def serve(self, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The operator, of such inputs."""
+        *tensors, _, proj, table, _, _, _, _ = inputs
+        output, log_sum_exp, _, counts = self.attend(*tensors, proj, table)
+        return output, log_sum_exp, counts
 
 
 _known_calls: KnownCalls[_KnownCall] = KnownCalls()

@@ -136,9 +136,8 @@ def weighted_attention(
         if signature is not None and (known := known_attention(inputs, backend)):
             _known_calls.add(signature, inputs[:4], known)
     elif requires_gradient(q, k, v, weights):
-        results = _WeightedAttention.call_directly(
-            q, k, v, weights, known.scale, is_causal, backend
-        )
+        options = known.scale, is_causal, backend
+        results = _WeightedAttention.call_by(known.serve, q, k, v, weights, *options)
     else:
         results = known.launch(q, k, v, weights)
     return results if return_lse else results[0]
@@ -176,6 +175,10 @@ class KnownAttention(NamedTuple):
     def is_current(self, query: Tensor, name: str) -> bool:
         """Whether the name still stands for that backend."""
         return attention_backend(name, query) is self.backend
+
+    def serve(self, *inputs: Any) -> Pair:
+        """The operator, of inputs like these."""
+        return self.launch(*inputs[:4])
 
 
 def known_attention(inputs: AttentionInputs, name: str) -> KnownAttention | None:
