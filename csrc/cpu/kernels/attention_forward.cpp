@@ -34,17 +34,23 @@ class ForwardWorker : AttentionWorker {
         probabilities_(Math::values_per_unit == 1 ? 0 : tile_queries * score_stride_ / 2),
         sums_(tile_queries * padded_head_dim_) {}
 
-  void pack(int64_t batch, int64_t head, const KeyList& keys) {
+  // Keys and values of a (batch, head) for all of its tiles, or of its only one.
+  void pack(int64_t batch, int64_t head, const KeyList& keys, bool for_one_tile) {
     keys_ = keys;
     batch_ = batch;
     head_ = head;
-    auto key_at = [&](int64_t i) { return row_of(problem_.key, keys.index[i]); };
+    streams_keys_ = for_one_tile;
+    if (!for_one_tile) pack_keys(0, keys.count);
+    if (for_one_tile && has_value_rows()) {
+      auto* rows = static_cast<const Unit*>(row_of(problem_.value, 0));
+      values_ = {rows, panel_width, problem_.value.row_stride};
+      return;
+    }
     auto value_at = [&](int64_t i) { return row_of(problem_.value, keys.index[i]); };
-    pack_columns<Math>(key_panels_, key_at, shape_.type, keys.count, shape_.head_dim,
-                       packing_space_);
-    value_panel_stride_ = steps_of<Math>(keys.count) * panel_width;
-    pack_rows<Math>(value_panels_, value_panel_stride_, value_at, shape_.type, keys.count,
+    int64_t panel_stride = steps_of<Math>(keys.count) * panel_width;
+    pack_rows<Math>(value_panels_, panel_stride, value_at, shape_.type, keys.count,
                     shape_.head_dim);
+    values_ = {value_panels_, panel_stride};
   }
 
   void attend(int64_t first_query, int64_t count) {
@@ -65,17 +71,15 @@ class ForwardWorker : AttentionWorker {
       if (is_later && key > 0) break;
       int64_t num_keys = smaller_of(block, keys_.count - key);
       int64_t columns = round_up(num_keys, Math::column_multiple);
-      Right<Math> key_columns{key_panels_ + key * row_units_, row_units_ * panel_width};
-      multiply<Math>(count, columns, steps_of<Math>(shape_.head_dim), queries,
-                     key_columns, scores_, score_stride_, false);
+      find_scores(key, columns, count, queries);
       if (key == 0) prefetch(problem_.value, shape_.length, first_query, end, shape_.queries);
       if (shape_.is_causal) {
         online_softmax_update<true>(count, key, columns);
       } else {
         online_softmax_update<false>(count, key, columns);
       }
-      Right<Math> value_rows{value_panels_ + steps_of<Math>(key) * panel_width,
-                             value_panel_stride_};
+      Right<Math> value_rows = values_;
+      value_rows.data += steps_of<Math>(key) * values_.step_stride;
       multiply<Math>(count, shape_.head_dim, steps_of<Math>(num_keys), probability_rows(),
                      value_rows, sums_, padded_head_dim_, key > 0);
     }
@@ -83,6 +87,35 @@ class ForwardWorker : AttentionWorker {
   }
 
  private:
+  // Columns of keys, from the first panel on.
+  void pack_keys(int64_t first, int64_t count) {
+    auto key_at = [&](int64_t i) { return row_of(problem_.key, keys_.index[first + i]); };
+    pack_columns<Math>(key_panels_, key_at, shape_.type, count, shape_.head_dim, packing_space_);
+  }
+
+  // Whether the values lie in memory as they are multiplied.
+  bool has_value_rows() const {
+    return Math::values_per_unit == 1 && shape_.type == Type::float32 &&
+           keys_.count == shape_.length && shape_.head_dim % lanes == 0;
+  }
+
+  void find_scores(int64_t first_key, int64_t columns, int64_t count, Left<Math> queries) {
+    int64_t steps = steps_of<Math>(shape_.head_dim), panel_stride = row_units_ * panel_width;
+    if (!streams_keys_) {
+      multiply<Math>(count, columns, steps, queries,
+                     {key_panels_ + first_key * row_units_, panel_stride}, scores_, score_stride_,
+                     false);
+      return;
+    }
+    // A panel that is multiplied once stays in the first-level cache.
+    for (int64_t column = 0; column < columns; column += panel_width) {
+      int64_t first = first_key + column;
+      pack_keys(first, smaller_of(panel_width, keys_.count - first));
+      multiply<Math>(count, smaller_of(panel_width, columns - column), steps, queries,
+                     {key_panels_, panel_stride}, scores_ + column, score_stride_, false);
+    }
+  }
+
   // Scores of a tile become exponentials, relative to the largest weighted exponential of their row
   // so far.
   template <bool IsCausal>
@@ -178,7 +211,9 @@ class ForwardWorker : AttentionWorker {
   float maxima_[tile_queries], totals_[tile_queries];
   KeyList keys_{};
   typename Math::State state_;
-  int64_t value_panel_stride_ = 0, first_query_ = 0;
+  Right<Math> values_{};
+  bool streams_keys_ = false;
+  int64_t first_query_ = 0;
 };
 
 void write_empty(const AttentionForward& problem, int64_t batch, int64_t head) {
@@ -205,7 +240,7 @@ void work(void* data, ItemQueue& items) {
       if (part == 0) write_empty(job.problem, batch, head);
       continue;
     }
-    worker.pack(batch, head, keys);
+    worker.pack(batch, head, keys, tiles.count == 1);
     if (job.num_parts == 1) worker.expect(batch_head + job.threads);
     int64_t end = tiles.count * (part + 1) / job.num_parts;
     for (int64_t tile = tiles.count * part / job.num_parts; tile < end; ++tile) {

@@ -163,11 +163,12 @@ struct Left {
 };
 
 // The right operand, in panels of panel_width columns: unit (step, column) of a panel lies at
-// panel[step * panel_width + column].
+// panel[step * step_stride + column].
 template <class Math>
 struct Right {
   const typename Math::Unit* data;
   int64_t panel_stride;
+  int64_t step_stride = panel_width;
 };
 
 // Rows that a compiler can address from one pointer, as pointer + {0, 1, 2} * stride.
@@ -181,8 +182,8 @@ TIR_INLINE void keep_in_register(T*& pointer) {
 }
 
 template <class Math, int Rows, int Vectors, bool Adds>
-TIR_INLINE void multiply_tile(int64_t steps, Left<Math> left, const typename Math::Unit* right,
-                              float* product, int64_t product_stride) {
+TIR_INLINE void multiply_tile(int64_t steps, Left<Math> left, Right<Math> panel, float* product,
+                              int64_t product_stride) {
   constexpr int num_pointers = (Rows + rows_per_pointer - 1) / rows_per_pointer;
   Vec sums[Rows][Vectors];
   TIR_UNROLL
@@ -195,7 +196,9 @@ TIR_INLINE void multiply_tile(int64_t steps, Left<Math> left, const typename Mat
   for (int i = 0; i < num_pointers; ++i) {
     rows[i] = left.data + rows_per_pointer * i * left.row_stride;
   }
-  for (const auto* end = right + steps * panel_width; right != end; right += panel_width) {
+  const typename Math::Unit* right = panel.data;
+  for (const auto* end = right + steps * panel.step_stride; right != end;
+       right += panel.step_stride) {
     typename Math::UnitVec columns[Vectors];
     TIR_UNROLL
     for (int v = 0; v < Vectors; ++v) columns[v] = Math::load_units(right + v * lanes);
@@ -235,8 +238,7 @@ void multiply_panels(int64_t num_tiles, int64_t num_panels, int64_t steps, Left<
     Left<Math> tile_left = left;
     float* place = product + panel * panel_width;
     for (int64_t tile = 0; tile < num_tiles; ++tile) {
-      multiply_tile<Math, Rows, Vectors, Adds>(steps, tile_left, right.data, place,
-                                               product_stride);
+      multiply_tile<Math, Rows, Vectors, Adds>(steps, tile_left, right, place, product_stride);
       tile_left.data += Rows * left.row_stride;
       place += Rows * product_stride;
     }
@@ -298,7 +300,7 @@ void multiply(int64_t rows, int64_t columns, int64_t steps, Left<Math> left, Rig
 #if defined(__AMX_BF16__)
   if constexpr (Math::row_multiple == tile_size) {
     return multiply_by_tiles(rows, columns, steps, {left.data, left.row_stride},
-                             {right.data, panel_width}, right.panel_stride, product,
+                             {right.data, right.step_stride}, right.panel_stride, product,
                              product_stride, adds);
   }
 #endif
@@ -315,8 +317,8 @@ void multiply_in_parts(int64_t rows, int64_t columns, int64_t steps, Left<Math> 
   for (int64_t step = 0; step < steps; step += part_steps) {
     multiply<Math>(rows, columns, smaller_of(part_steps, steps - step),
                    {left.data + step * left.step_stride, left.row_stride, left.step_stride},
-                   {right.data + step * panel_width, right.panel_stride}, product, product_stride,
-                   step > 0);
+                   {right.data + step * right.step_stride, right.panel_stride, right.step_stride},
+                   product, product_stride, step > 0);
   }
 }
 
