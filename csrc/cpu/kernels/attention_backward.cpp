@@ -69,6 +69,7 @@ void work(void* data, ItemQueue& items) {
   for (int64_t item = items.take(); item >= 0; item = items.take()) {
     int64_t part = item % job.num_parts, batch_head = item / job.num_parts;
     worker.choose(batch_head / heads, batch_head % heads);
+    // The queue gives the workers one each in turn.
     if (job.num_parts == 1) worker.expect(batch_head + job.threads);
     if (job.pass == Pass::queries) {
       grad_query(worker, job, batch_head, part);

@@ -241,6 +241,7 @@ void work(void* data, ItemQueue& items) {
       continue;
     }
     worker.pack(batch, head, keys, tiles.count == 1);
+    // The queue gives the workers one each in turn.
     if (job.num_parts == 1) worker.expect(batch_head + job.threads);
     int64_t end = tiles.count * (part + 1) / job.num_parts;
     for (int64_t tile = tiles.count * part / job.num_parts; tile < end; ++tile) {
