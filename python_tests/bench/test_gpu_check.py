@@ -74,7 +74,8 @@ class Check:
         for name, text in stand_ins.items():
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)
-        self.environment = {n: v for n, v in os.environ.items() if n != "PYTHONPATH"} | {
+        own = ("PYTHONPATH", "TIR_CUDA_ARCHS")
+        self.environment = {n: v for n, v in os.environ.items() if n not in own} | {
             "PATH": f"{programs}:{os.environ['PATH']}",
             "PYTHON": str(programs / "python"),
             "CALLS": str(self.calls),
