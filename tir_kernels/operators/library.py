@@ -88,15 +88,17 @@ def is_watched() -> bool:
     )
 
 
-def call_operator(name: str, *inputs: Any) -> Any:
-    """The results of an operator, which have no gradients: past the dispatcher where it shows none.
-
-    PyTorch's dispatcher takes tens of microseconds to call an operator written in Python.
-    """
-    if not (is_transformed() or is_watched()) and all(
+def _is_unnoticed(inputs: tuple[Any, ...]) -> bool:
+    """Whether a call on these could go past the dispatcher, which takes tens of microseconds."""
+    return not is_watched() and all(
         is_plain(each) if type(each) in (Tensor, Parameter) else not isinstance(each, Tensor)
         for each in inputs
-    ):
+    )
+
+
+def call_operator(name: str, *inputs: Any) -> Any:
+    """The results of an operator, which have no gradients: past the dispatcher if unnoticed."""
+    if not is_transformed() and _is_unnoticed(inputs):
         return _implementations[name](*inputs)
     return getattr(OPS, name)(*inputs)
 
@@ -109,9 +111,7 @@ class Operator(torch.autograd.Function):
 
     operator: str
     _implementation: Callable
-    _watched: type[torch.autograd.Function]  # by the dispatcher
-    _direct: type[torch.autograd.Function]
-    _by: type[torch.autograd.Function]  # an implementation that is given as the last input
+    _by: type[torch.autograd.Function]  # what is given as the last input
 
     def __init_subclass__(cls) -> None:
         operator = getattr(OPS, cls.operator)
@@ -125,23 +125,12 @@ class Operator(torch.autograd.Function):
         setattr(call_operator, "__signature__", inspect.Signature(parameters))  # noqa: B010
         cls.forward = staticmethod(call_operator)  # type: ignore[method-assign]
         cls._implementation = staticmethod(_implementations[cls.operator])
-        cls._watched = cls._eager(cls.forward)
-        cls._direct = cls._eager(cls._implementation)
-        cls._by = cls._over_the_last_input()
+        cls._by = cls._eager()
 
     @classmethod
-    def _eager(cls, function: Callable) -> type[torch.autograd.Function]:
-        """The function without a ``setup_context``, over another way to call the operator."""
+    def _eager(cls) -> type[torch.autograd.Function]:
+        """The function without a ``setup_context``, by an implementation that is its last input."""
 
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            output = function(*inputs)
-            cls.setup_context(ctx, inputs, output)
-            return output
-
-        return cls._function(forward, cls.backward)
-
-    @classmethod
-    def _over_the_last_input(cls) -> type[torch.autograd.Function]:
         def forward(ctx: Any, *arguments: Any) -> Any:
             inputs, implementation = arguments[:-1], arguments[-1]
             output = implementation(*inputs)
@@ -151,10 +140,6 @@ class Operator(torch.autograd.Function):
         def backward(ctx: Any, *grads: Any) -> tuple:
             return (*cls.backward(ctx, *grads), None)
 
-        return cls._function(forward, backward)
-
-    @classmethod
-    def _function(cls, forward: Callable, backward: Callable) -> type[torch.autograd.Function]:
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         # Of the same name, which grad_fn shows.
         return type(cls.__name__, (torch.autograd.Function,), members)
@@ -169,19 +154,14 @@ class Operator(torch.autograd.Function):
         """
         if is_transformed():
             return cls.apply(*inputs)
-        are_plain, requires_grad = not is_watched(), False
-        for each in inputs:
-            kind = type(each)
-            if kind is Tensor or kind is Parameter:  # asking isinstance first takes longer
-                are_plain = are_plain and is_plain(each)
-                requires_grad = requires_grad or each.requires_grad
-            elif isinstance(each, Tensor):
-                are_plain = False
-                requires_grad = requires_grad or each.requires_grad
+        implementation = cls._implementation if _is_unnoticed(inputs) else cls.forward
+        requires_grad = torch.is_grad_enabled() and any(
+            isinstance(each, Tensor) and each.requires_grad for each in inputs
+        )
         # Forward differentiation is for the function to refuse.
-        if (requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
-            return (cls._direct if are_plain else cls._watched).apply(*inputs)
-        return (cls._implementation if are_plain else cls.forward)(*inputs)
+        if requires_grad or forward_ad._current_level >= 0:
+            return cls.call_by(implementation, *inputs)
+        return implementation(*inputs)
 
     @classmethod
     def call_by(cls, implementation: Callable, *inputs: Any) -> Any:

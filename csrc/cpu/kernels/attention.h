@@ -102,15 +102,14 @@ class AttentionWorker {
     next_head_ = batch_head % shape_.heads;
   }
 
-  // The rows of the share [first, end) of `count`.
-  void prefetch(const RowGrid& grid, int64_t num_rows, int64_t first, int64_t end,
-                int64_t count) const {
+  // Of its rows the share that the queries [first, end) are of all.
+  void prefetch(const RowGrid& grid, int64_t num_rows, int64_t first, int64_t end) const {
     if (!expects_) return;
     constexpr int64_t line = 64;
     int64_t row_bytes = shape_.head_dim * bytes_of(shape_.type);
-    for (int64_t row = first * num_rows / count; row < end * num_rows / count; ++row) {
-      auto* start =
-          static_cast<const char*>(grid.row(next_batch_, next_head_, row, shape_.type));
+    int64_t end_row = end * num_rows / shape_.queries;
+    for (int64_t row = first * num_rows / shape_.queries; row < end_row; ++row) {
+      auto* start = static_cast<const char*>(grid.row(next_batch_, next_head_, row, shape_.type));
       for (int64_t i = 0; i < row_bytes; i += line) __builtin_prefetch(start + i, 0, 2);
     }
   }

@@ -63,8 +63,8 @@ class ForwardWorker : AttentionWorker {
     }
     int64_t block = key_block_size(keys_.count, max_key_block);
     int64_t end = first_query + count;
-    prefetch(problem_.query, shape_.queries, first_query, end, shape_.queries);
-    prefetch(problem_.key, shape_.length, first_query, end, shape_.queries);
+    prefetch(problem_.query, shape_.queries, first_query, end);
+    prefetch(problem_.key, shape_.length, first_query, end);
     for (int64_t key = 0; key < keys_.count; key += block) {
       // What no query of the tile attends to; sums want a first block in any case.
       bool is_later = shape_.is_causal && keys_.index[key] >= first_query + count;
@@ -72,7 +72,7 @@ class ForwardWorker : AttentionWorker {
       int64_t num_keys = smaller_of(block, keys_.count - key);
       int64_t columns = round_up(num_keys, Math::column_multiple);
       find_scores(key, columns, count, queries);
-      if (key == 0) prefetch(problem_.value, shape_.length, first_query, end, shape_.queries);
+      if (key == 0) prefetch(problem_.value, shape_.length, first_query, end);
       if (shape_.is_causal) {
         online_softmax_update<true>(count, key, columns);
       } else {

@@ -251,10 +251,10 @@ class BackwardWorker : AttentionWorker {
 
   void prefetch_next(int64_t first, int64_t end) const {
     for (const RowGrid* grid : {&problem_.query, &problem_.grad_output, &problem_.output}) {
-      prefetch(*grid, shape_.queries, first, end, shape_.queries);
+      prefetch(*grid, shape_.queries, first, end);
     }
     for (const RowGrid* grid : {&problem_.key, &problem_.value}) {
-      prefetch(*grid, shape_.length, first, end, shape_.queries);
+      prefetch(*grid, shape_.length, first, end);
     }
   }
 
