@@ -4,7 +4,7 @@ import sys
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["model"]:
-        from bench.model import main
+        from bench.model_command import main
 
         main(sys.argv[2:], prog_name="python -m bench model")
     elif sys.argv[1:2] == ["kernels"]:

@@ -1,4 +1,4 @@
-"""``python -m bench model``: how long the CUDA kernels should take, without a GPU.
+"""How long the CUDA kernels should take, without a GPU.
 
 A model, not a measurement: expect it to be wrong by up to 30 %, and the order of a kernel's pipes
 to be right. A multiprocessor's time is that of its busiest pipe, over the share of it that so many
@@ -37,13 +37,11 @@ tiles of cuDNN are not known; they are taken to be FlashAttention-2's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
-import click
-
 from .bounds import shortest_ms
-from .counting import NUMBER_BYTES, Cost, attention_cost, relevance_cost, statistics_cost
+from .counting import attention_cost, relevance_cost, statistics_cost
 from .launches import (
     CACHE_BYTES_PER_CYCLE,
     FORWARD,
@@ -58,10 +56,8 @@ from .launches import (
     statistics_launch,
     statistics_work,
 )
-from .report import Section, open_console, print_sections
 from .sass.counts import blocks_per_multiprocessor, committed
-from .settings import CommaSeparated
-from .shapes import MODEL_HEADS, Point, split_heads
+from .shapes import Point
 from .token_launches import (
     SELECTION,
     relevance_plan,
@@ -79,9 +75,6 @@ ISSUED_PER_CYCLE, EXPONENTIALS_PER_CYCLE = 4, 16 / 32  # of warps
 
 # Of a search: cycles for an instruction, likely, fastest and slowest; for a sum; before and after.
 SEARCH_ISSUE, SEARCH_SUM, SEARCH_REST = (2.0, 1.5, 3.0), 30, 1000
-
-LENGTHS, HEADS, IMAGES = (50, 197, 257, 577), (60, 300, 768, 3072), (5, 25, 64)
-TOKEN_LENGTH = 197  # of the tables of what goes before attention
 
 
 class Memory(NamedTuple):
@@ -218,7 +211,7 @@ def _expected(*stages: Stage) -> Expected:
     return Expected((likely, fastest, slowest), longest.by, longest.launch, at_once)
 
 
-def _require_counted(point: Point) -> None:
+def require_counted(point: Point) -> None:
     if point.head_dim != HEAD_DIM or point.dtype != "bfloat16":
         raise ValueError(f"counts are of bfloat16 and heads of width {HEAD_DIM}, not of {point}")
 
@@ -231,7 +224,7 @@ def expect(point: Point, direction: str, memory: Memory) -> Expected:
         direction: "forward" or "backward".
         memory: Of the GPU.
     """
-    _require_counted(point)
+    require_counted(point)
     kernels, _ = committed()
     heads = point.images * point.heads
     moved = attention_cost(point, direction).bytes / memory.bytes_per_second
@@ -252,7 +245,7 @@ def expect(point: Point, direction: str, memory: Memory) -> Expected:
 
 def expect_statistics(point: Point, memory: Memory) -> Expected:
     """The time of attention's statistics, two kernels; the point as for ``expect``."""
-    _require_counted(point)
+    require_counted(point)
     kernels, _ = committed()
     launch = statistics_launch(point.length, point.images * point.heads)
     # Either reads queries and keys.
@@ -300,97 +293,3 @@ def peer_microseconds(peer: Peer, point: Point, direction: str, memory: Memory) 
     cost = attention_cost(point, direction)
     work = cost.flops * (padded / point.length) ** 2 / (rate * 1e12)
     return 1e6 * (max(work, cost.bytes / memory.bytes_per_second) + LAUNCH)
-
-
-_COMMON = ("blocks × warps", "shared, at once", "model µs", "range", "by", "bound µs", "of bound")
-_COLUMNS = ("L", "B·H", *_COMMON, *(f"{name} µs" for name in PEERS))
-_TOKEN_COLUMNS = ("", "B", *_COMMON)
-_WARNING = "MODEL, not a measurement, ±30 %"
-
-
-def sections(lengths: tuple[int, ...], heads: tuple[int, ...], gpu: str) -> list[Section]:
-    """A table per direction of attention."""
-    memory = GPUS[gpu]
-    found = []
-    for direction in ("forward", "backward"):
-        title = f"{_WARNING}: attention {direction}, bfloat16, d 64, {gpu}"
-        blocks = [
-            [_row(Point(length, HEAD_DIM, *split_heads(each), 5, "bfloat16"), direction, memory)
-             for each in heads]
-            for length in lengths
-        ]  # fmt: skip
-        found.append(Section(title, _COLUMNS, blocks))
-    return found
-
-
-def token_section(images: tuple[int, ...], gpu: str) -> Section:
-    """A table of what goes before attention, and of attention's statistics: of ViT-B/16."""
-    memory = GPUS[gpu]
-    of_float = memory._replace(flops_per_second=memory.flops_per_second / 6)
-    points = [Point(TOKEN_LENGTH, HEAD_DIM, each, MODEL_HEADS, 5, "bfloat16") for each in images]
-    blocks = []
-    for name in ("relevance, bfloat16", "relevance, float32", "selection", "statistics"):
-        rows = []
-        for point in points:
-            rates = memory
-            if name == "selection":
-                expected, cost = expect_selection(point), _selection_cost(point)
-            elif name == "statistics":
-                expected, cost = expect_statistics(point, memory), statistics_cost(point)
-            else:
-                point = replace(point, dtype=name.split()[-1])
-                rates = of_float if point.dtype == "float32" else memory
-                expected, cost = expect_relevance(point, memory), relevance_cost(point)
-            bound = 1e3 * shortest_ms(cost, *rates)
-            rows.append((name, str(point.images), *_cells(expected, bound)))
-        blocks.append(rows)
-    title = f"{_WARNING}: before attention, L {TOKEN_LENGTH}, D 768, E 512, 5 classes, {gpu}"
-    return Section(title, _TOKEN_COLUMNS, blocks)
-
-
-def _selection_cost(point: Point) -> Cost:
-    """Relevance in, counts out."""
-    return Cost(point.images * point.patches * (point.num_classes + 1) * NUMBER_BYTES, 0)
-
-
-def _row(point: Point, direction: str, memory: Memory) -> tuple[str, ...]:
-    bound = bound_microseconds(point, direction, memory)
-    return (
-        str(point.length),
-        str(point.images * point.heads),
-        *_cells(expect(point, direction, memory), bound),
-        *(f"{peer_microseconds(peer, point, direction, memory):.1f}" for peer in PEERS.values()),
-    )
-
-
-def _cells(expected: Expected, bound: float) -> tuple[str, ...]:
-    likely, fastest, slowest = expected.microseconds
-    return (
-        f"{expected.launch.blocks} × {expected.launch.warps}",
-        f"{expected.launch.shared / 1024:.1f} KiB, {expected.at_once}",
-        f"{likely:.1f}",
-        f"{fastest:.1f}–{slowest:.1f}",
-        expected.by,
-        f"{bound:.1f}",
-        f"{bound / likely:.0%}",
-    )
-
-
-_NUMBERS = CommaSeparated(click.IntRange(1))
-
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--lengths", type=_NUMBERS, default=LENGTHS, help="Token counts L.")
-@click.option("--heads", type=_NUMBERS, default=HEADS, help="Products B·H.")
-@click.option("--images", type=_NUMBERS, default=IMAGES, help="Images B, of what goes before.")
-@click.option("--gpu", type=click.Choice(list(GPUS)), default="h100", show_default=True)
-def main(
-    lengths: tuple[int, ...], heads: tuple[int, ...], images: tuple[int, ...], gpu: str
-) -> None:
-    """Print how long attention, and what goes before it, should take on a GPU not there.
-
-    It is a model that is fed with counted instructions, wrong by up to 30 %. Beside it: the bound
-    that copies and products set, and estimates of other kernels, without weights, from published
-    rates. Its figures and their sources are in bench/model.py.
-    """
-    print_sections(open_console(), [*sections(lengths, heads, gpu), token_section(images, gpu)])

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from bench import model
+from bench import model, model_command
+from bench.hopper import expect_with_wgmma
 from bench.launches import (
     FORWARD,
     Launch,
@@ -155,7 +156,7 @@ def test_other_kernels_were_not_counted(other: Point) -> None:
 
 def test_the_table_says_that_it_is_a_model() -> None:
     done = CliRunner().invoke(
-        model.main, ["--lengths", "197", "--heads", "300,12", "--gpu", "h200"]
+        model_command.main, ["--lengths", "197", "--heads", "300,12", "--gpu", "h200"]
     )
     assert done.exit_code == 0, done.output
     for direction in ("forward", "backward"):
@@ -166,6 +167,23 @@ def test_the_table_says_that_it_is_a_model() -> None:
     assert "before attention, L 197, D 768, E 512, 5 classes, h200" in done.output
     assert "relevance, float32" in done.output
     assert "131 × 8" in done.output
+    assert "forward with wgmma and TMA, NOT WRITTEN" in done.output
+
+
+@pytest.mark.parametrize(
+    ("length", "heads", "by_hand", "by"),
+    [
+        # 64 x 584 pairs are 2336 cycles, twice that at half speed; 3000 tiles are at most 23 each.
+        (577, 300, 2.5 + 23 * 2 * 2336 / 1755, "tensor"),
+        (257, 60, 2.5 + 3 * 2 * 1056 / 1755, "tensor"),  # 64 x 264 pairs, 300 tiles
+        # Four tensors and the weights of 64 images.
+        (50, 768, 2.5 + (768 * 4 * 50 * 64 * 2 + 64 * 50 * 4) / 3e6, "HBM"),
+    ],
+)
+def test_wgmma_takes_as_long_as_by_hand(length: int, heads: int, by_hand: float, by: str) -> None:
+    expected = expect_with_wgmma(point(length, heads), H100)
+    assert expected.by == by
+    assert expected.microseconds[0] == pytest.approx(by_hand)
 
 
 @pytest.mark.parametrize(("images", "by_hand"), [(5, 31), (25, 35), (64, 38)])
