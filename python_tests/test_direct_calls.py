@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ def through(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """The ways by which weighted attention is called from now on."""
     ways: Seen = []
     kind: Any = module._WeightedAttention
-    monkeypatch.setattr(module._known_calls, "get", lambda signature: None)
+    monkeypatch.setattr(module._known_calls, "get", lambda key, tensors: None)
 
     def note(way: str, function: Callable) -> Callable:
         return lambda *inputs: ways.append(way) or function(*inputs)
@@ -140,7 +141,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> KnownCalls:
 
 
 def launches(known: KnownCalls) -> int:
-    return len(known._known)
+    return sum(map(len, known._known.values()))
 
 
 @pytest.mark.parametrize("backend", ["auto", "cpu"])
@@ -256,9 +257,30 @@ def test_no_tensor_is_held(known: KnownCalls, rows: list[Tensor]) -> None:
 
 def test_not_all_calls_are_remembered(known: KnownCalls, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(known_calls, "_MOST", 3)
-    for length in range(1, 9):
-        tir_kernels.weighted_attention(*(torch.randn(1, 1, length, 4) for _ in range(3)))
-    assert 1 <= launches(known) <= 3
+    monkeypatch.setattr(known_calls, "_MOST_ALIKE", 2)
+    for length, causal, scale in itertools.product(range(1, 9), (False, True), (1.0, 2.0, 3.0)):
+        rows = [torch.randn(1, 1, length, 4) for _ in range(3)]
+        found = [
+            tir_kernels.weighted_attention(*rows, is_causal=causal, scale=scale) for _ in range(2)
+        ]
+        assert torch.equal(*found)
+        assert 1 <= len(known._known) <= 3
+        assert 1 <= launches(known) <= 6
+
+
+def test_without_a_comparison_of_tensors_nothing_is_known(
+    known: KnownCalls, rows: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known_compare = known_calls._comparison_of_the_compiler()
+    assert known_compare is not None, "this PyTorch compares otherwise; each call is checked anew"
+    blind = lambda *tensors, **sizes: SimpleNamespace(check=lambda *others: True)  # noqa: E731
+    monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", blind)
+    compare = known_calls._comparison_of_the_compiler()
+    assert compare is None
+    monkeypatch.setattr(known_calls, "_comparison", compare)
+    one, other = (tir_kernels.weighted_attention(*rows) for _ in range(2))
+    assert torch.equal(one, other)
+    assert launches(known) == 0
 
 
 @pytest.fixture
@@ -319,10 +341,10 @@ def test_a_known_selection_has_gradients(known_selections: KnownCalls, rows: lis
         for _ in range(2):  # the second time it is known in any case
             for one, other in zip(results(own_table), expected, strict=True):
                 assert torch.equal(one, other)
-    assert launches(known_selections) == 2
+    assert launches(known_selections) == 4  # tensors that want gradients are known by themselves
     learned = tokens.clone().requires_grad_()  # which receives none
     assert not tir_kernels.reweighted_attention(*rows, learned, classes, table=table).requires_grad
-    assert launches(known_selections) == 2
+    assert launches(known_selections) == 5
 
 
 @contextlib.contextmanager

@@ -1,14 +1,14 @@
 """Calls whose like was seen before: what was checked and chosen then need not be again.
 
-Checks, the choice of a backend and the layout of results depend on a call's signature alone, which
-takes a fraction of their time to write down. Only eager calls on plain tensors of the CPU have one,
-whose backend has launches to remember: where a mode, a transform, a compiler or an autocast region
-sees operators, all goes its usual way.
+Checks, the choice of a backend and the layout of results depend on a call's options and on the
+types, sizes and strides of its tensors, which PyTorch compares in a fraction of their time. Only
+eager calls on plain tensors of the CPU are known, whose backend has launches to remember: where a
+mode, a transform, a compiler or an autocast region sees operators, all goes its usual way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -16,66 +16,102 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from tir_kernels.operators.library import dispatch_keys, is_plain, is_transformed, is_watched
+from tir_kernels.operators.library import is_plain, is_transformed, is_watched
 
-Signature = tuple[Hashable, ...]
+Tensors = tuple[Tensor | None, ...]
+Key = tuple[Hashable, ...]
+Check = Callable[..., bool]
 Known = TypeVar("Known")
 
-_NUMBERS_AND_NAMES = (bool, int, float, str, type(None))
-_MOST = 4096
+_NUMBERS_AND_NAMES = frozenset((bool, int, float, str, type(None)))
+_MOST, _MOST_ALIKE = 4096, 16
 
 
-def signature_of(tensors: tuple[Tensor | None, ...], *options: Hashable) -> Signature | None:
-    """All that decides how tensors and options are checked and served; ``None`` where more does.
+def key_of(tensors: Tensors, *options: Hashable) -> Key | None:
+    """What is known is kept by this; ``None`` where more decides than options and tensors.
 
     Args:
         tensors: The call's tensors.
-        options: Its numbers and names. Those of other types have no signature.
+        options: Its numbers and names. A call with others is not known.
     """
+    kinds = [type(option) for option in options]
     if (
-        is_transformed()
+        not _NUMBERS_AND_NAMES.issuperset(kinds)
+        or is_transformed()
         or torch._C._is_any_autocast_enabled()
         or forward_ad._current_level >= 0
         or is_watched()
     ):
         return None
-    found: list[Any] = []
-    for option in options:
-        kind: type = type(option)
-        if kind not in _NUMBERS_AND_NAMES:
-            return None
-        found += (option, kind)  # True equals 1, and 1 equals 1.0
-    try:
-        for each in tensors:
-            if each is None:
-                found.append(None)
-                continue
-            kind = type(each)
-            if (kind is Tensor or kind is Parameter) and each.is_cpu:
-                found += (dispatch_keys(each), each.shape, each.stride(), each.dtype)
-            else:
-                return None
-    except RuntimeError:  # a sparse tensor has no strides
-        return None
-    return tuple(found)
+    # With their types: True equals 1, and 1 equals 1.0.
+    return (*options, *kinds, *[each is None for each in tensors])
 
 
 class KnownCalls(Generic[Known]):
-    """What is known of calls, by their signature."""
+    """What is known of calls, by key, and by the tensors like which others have to be."""
 
     def __init__(self) -> None:
-        self._known: dict[Signature, Known] = {}
+        self._known: dict[Key, list[tuple[Check, Known]]] = {}
 
-    def get(self, signature: Signature | None) -> Known | None:
-        return None if signature is None else self._known.get(signature)
+    def get(self, key: Key | None, tensors: Tensors) -> Known | None:
+        alike = None if key is None else self._known.get(key)
+        if alike is None:
+            return None
+        present = [each for each in tensors if each is not None]
+        for is_like, known in alike:
+            if is_like(*present):
+                return known
+        return None
 
-    def add(self, signature: Signature, tensors: tuple[Tensor | None, ...], known: Known) -> None:
+    def add(self, key: Key, tensors: Tensors, known: Known) -> None:
         """Remember what is known of a call on these tensors, if they are plain."""
-        if not all(each is None or is_plain(each) for each in tensors):
+        present = [each for each in tensors if each is not None]
+        if not all(type(each) in (Tensor, Parameter) and each.is_cpu for each in present):
+            return
+        if not all(is_plain(each) for each in present) or _comparison is None:
             return
         if len(self._known) >= _MOST:
             self._known.clear()
-        self._known[signature] = known
+        alike = self._known.setdefault(key, [])
+        alike.insert(0, (_comparison(present), known))  # what came last comes again, most likely
+        del alike[_MOST_ALIKE:]
+
+
+def _comparison_of_the_compiler() -> Callable[[Sequence[Tensor]], Check] | None:
+    """What makes a function that compares tensors with these, as ``torch.compile`` does to tell
+    whether a graph serves: Python types, dispatch keys, dtypes, devices, sizes, strides, and
+    whether they want a gradient. It holds no tensor. ``None`` where this PyTorch has none that
+    tells them apart.
+    """
+
+    def compare(tensors: Sequence[Tensor]) -> Check:
+        sizes = [list(each.shape) for each in tensors]
+        strides = [list(each.stride()) for each in tensors]
+        # PyTorch's stub has the sizes of one tensor here, and it wants those of all.
+        kind: Any = torch._C._dynamo.guards.TensorGuards
+        return kind(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+
+    rows = torch.empty(2, 4, dtype=torch.float32, device="cpu")
+    others = [
+        rows.bfloat16(),
+        rows.mT,
+        rows[:, :3],
+        rows.mT.contiguous().mT,
+        rows[0],
+        Parameter(rows),
+        torch._neg_view(rows),
+        rows.to("meta"),
+        None,
+    ]
+    try:
+        is_like = compare([rows, rows])
+        tells_apart = not any(is_like(rows, other) for other in others)
+        return compare if is_like(rows, rows.clone()) and tells_apart else None
+    except (AttributeError, TypeError, RuntimeError, SystemError):
+        return None
+
+
+_comparison = _comparison_of_the_compiler()
 
 
 def requires_gradient(*tensors: Tensor | None) -> bool:

@@ -56,11 +56,6 @@ _keys_of = getattr(torch._C, "_dispatch_keys", None)
 _is_plain_set: dict[int, bool] = {}
 
 
-def dispatch_keys(tensor: Tensor) -> int:
-    """A number for what PyTorch's dispatcher sees in a tensor: 0 where that cannot be asked."""
-    return 0 if _keys_of is None else _keys_of(tensor).raw_repr()
-
-
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor means the same to the dispatcher as to the implementations."""
     if _keys_of is None:

@@ -19,10 +19,10 @@ from tir_kernels.operators.checks import (
     resolve_table,
 )
 from tir_kernels.operators.known_calls import (
+    Key,
     KnownCalls,
-    Signature,
+    key_of,
     requires_gradient,
-    signature_of,
 )
 from tir_kernels.operators.library import Operator, call_operator, define, define_fake
 from tir_kernels.operators.relevance import is_empty, relevance_backend
@@ -96,17 +96,17 @@ def reweighted_attention(
     """
     asked_for = _AskedFor(return_weights, return_counts, return_lse)
     space = NO_MAP if joint_space is None else joint_space
-    signature = None
+    key = None
     has_gradient = requires_gradient(q, k, v, table)
     is_usual = type(space) is JointSpace and type(rule) is WeightRule
     # Weights that are returned have a gradient of their own.
     if is_usual and not (has_gradient and return_weights):
         parts = (space.norm_weight, space.norm_bias, space.proj)
         tensors = (q, k, v, tokens, class_embeddings, *parts, table)
-        signature = signature_of(tensors, space.norm_eps, num_prefix_tokens, scale, backend)
-    if signature is not None:
-        signature = (rule, *signature)
-        known = _known_calls.get(signature)
+        key = key_of(tensors, space.norm_eps, num_prefix_tokens, scale, backend)
+    if key is not None:
+        key = (rule, *key)
+        known = _known_calls.get(key, tensors)
         if known and known.attention.is_current(q, backend):
             if not has_gradient:
                 return asked_for.of(*known.attend(*tensors))
@@ -132,8 +132,8 @@ def reweighted_attention(
         require_head_width(q)
     attention = AttentionInputs(q, k, v, None, scale)
     arguments = selection_arguments(inputs, table, rule)
-    if signature is not None:
-        _remember(signature, tensors, attention, Selection.of(arguments), backend)
+    if key is not None:
+        _remember(key, tensors, attention, Selection.of(arguments), backend)
     if return_weights:
         weights, counts = differentiable_weights(inputs, table, rule, backend)
         attention = attention._replace(weights=weights)
@@ -199,7 +199,7 @@ _known_calls: KnownCalls[_KnownCall] = KnownCalls()
 
 
 def _remember(
-    signature: Signature,
+    key: Key,
     tensors: tuple[Tensor | None, ...],
     attention: AttentionInputs,
     selection: Selection,
@@ -218,7 +218,7 @@ def _remember(
     if serves_both and backend.takes(inputs, table):
         own = table if tensors[-1] is None else None
         select = backend.selection_launch(inputs, top_k)
-        _known_calls.add(signature, tensors, _KnownCall(own, select, known))
+        _known_calls.add(key, tensors, _KnownCall(own, select, known))
 
 
 @define(

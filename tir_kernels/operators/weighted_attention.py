@@ -27,8 +27,8 @@ from tir_kernels.operators.checks import (
 from tir_kernels.operators.choose import choose_backend
 from tir_kernels.operators.known_calls import (
     KnownCalls,
+    key_of,
     requires_gradient,
-    signature_of,
 )
 from tir_kernels.operators.library import (
     Operator,
@@ -128,14 +128,15 @@ def weighted_attention(
     """
     if attn_mask is not None or dropout_p:
         refuse_mask_and_dropout(attn_mask, dropout_p)
-    signature = signature_of((q, k, v, weights), is_causal, scale, backend, return_lse)
-    known = _known_calls.get(signature)
+    tensors = (q, k, v, weights)
+    key = key_of(tensors, is_causal, scale, backend, return_lse)
+    known = _known_calls.get(key, tensors)
     if known is None or not known.is_current(q, backend):
         inputs = _checked(q, k, v, weights, is_causal, scale, backend, return_lse)
         results = differentiable_attention(inputs, backend)
-        if signature is not None and (known := known_attention(inputs, backend)):
-            _known_calls.add(signature, inputs[:4], known)
-    elif requires_gradient(q, k, v, weights):
+        if key is not None and (known := known_attention(inputs, backend)):
+            _known_calls.add(key, tensors, known)
+    elif requires_gradient(*tensors):
         options = known.scale, is_causal, backend
         results = _WeightedAttention.call_by(known.serve, q, k, v, weights, *options)
     else:
