@@ -117,31 +117,45 @@ auto from_python(void (*launch)(const AttentionBackward&, Rest...)) {
   };
 }
 
-// sizes: B, L, P, D, E, G, C.
+// Sizes B, L, P, D, E, G, C; type and grid of the tokens; type and address of the class embeddings;
+// whether there is a norm, its type, addresses of its weight and bias, its epsilon; type, address
+// and strides of rows and columns of the projection.
+using RelevanceProblem =
+    std::tuple<Sizes<7>, std::string, RowGridArgument, std::string, Address, bool, std::string,
+               Address, Address, float, std::string, Address, int64_t, int64_t>;
+
+inline Relevance relevance_of(const RelevanceProblem& problem, float* output) {
+  const auto& [sizes, token_type, tokens, class_type, class_embeddings, has_norm, norm_type,
+               norm_weight, norm_bias, norm_eps, proj_type, proj, proj_row_stride,
+               proj_column_stride] = problem;
+  auto [batch, length, prefix, model_dim, joint_dim, groups, classes] = sizes;
+  require(batch >= 1 && model_dim >= 1 && joint_dim >= 1 && classes >= 1,
+          "relevance needs B, D, E, C >= 1");
+  require(prefix >= 0 && prefix < length, "relevance needs 0 <= P < L");
+  require(groups >= 1 && batch % groups == 0, "G must divide B");
+  require(class_embeddings != 0, "class_embeddings is null");
+  require(proj != 0 || joint_dim == model_dim, "without a projection E must equal D");
+  require(proj == 0 || proj_row_stride == 1 || proj_column_stride == 1,
+          "the rows or the columns of proj must be contiguous");
+  return {batch, length, prefix, model_dim, joint_dim, groups, classes,
+          type_named(token_type), grid(tokens, "tokens is null"),
+          array(class_embeddings, class_type), has_norm, array(norm_weight, norm_type),
+          array(norm_bias, norm_type), norm_eps, array(proj, proj_type), proj_row_stride,
+          proj_column_stride, output};
+}
+
 template <class... Rest>
 auto from_python(void (*launch)(const Relevance&, Rest...)) {
-  return [launch](const Sizes<7>& sizes, const std::string& token_type,
-                  const RowGridArgument& tokens, const std::string& class_type,
-                  Address class_embeddings, bool has_norm, const std::string& norm_type,
-                  Address norm_weight, Address norm_bias, float norm_eps,
-                  const std::string& proj_type, Address proj, int64_t proj_row_stride,
-                  int64_t proj_column_stride, Address output, Rest... rest) {
-    auto [batch, length, prefix, model_dim, joint_dim, groups, classes] = sizes;
-    require(batch >= 1 && model_dim >= 1 && joint_dim >= 1 && classes >= 1,
-            "relevance needs B, D, E, C >= 1");
-    require(prefix >= 0 && prefix < length, "relevance needs 0 <= P < L");
-    require(groups >= 1 && batch % groups == 0, "G must divide B");
-    require(class_embeddings != 0, "class_embeddings is null");
-    require(proj != 0 || joint_dim == model_dim, "without a projection E must equal D");
-    require(proj == 0 || proj_row_stride == 1 || proj_column_stride == 1,
-            "the rows or the columns of proj must be contiguous");
-    launch({batch, length, prefix, model_dim, joint_dim, groups, classes,
-            type_named(token_type), grid(tokens, "tokens is null"),
-            array(class_embeddings, class_type), has_norm, array(norm_weight, norm_type),
-            array(norm_bias, norm_type), norm_eps, array(proj, proj_type), proj_row_stride,
-            proj_column_stride, pointer<float>(output, "output is null")},
-           rest...);
+  return [launch](const RelevanceProblem& problem, Address output, Rest... rest) {
+    launch(relevance_of(problem, pointer<float>(output, "output is null")), rest...);
   };
+}
+
+inline void require_selection(int64_t batch, int64_t classes, int64_t patches, int64_t prefix,
+                              int64_t top_k) {
+  require(batch >= 1 && classes >= 1 && patches >= 1 && prefix >= 0,
+          "selection needs B, C, N >= 1");
+  require(top_k >= 0 && top_k <= patches, "selection needs 0 <= K <= N");
 }
 
 // sizes: B, C, N, P. Null weights are for launchers that can leave them out.
@@ -150,13 +164,41 @@ auto from_python(void (*launch)(const Selection&, Rest...)) {
   return [launch](const Sizes<4>& sizes, int64_t top_k, Address relevance, Address table,
                   Address counts, Address weights, Rest... rest) {
     auto [batch, classes, patches, prefix] = sizes;
-    require(batch >= 1 && classes >= 1 && patches >= 1 && prefix >= 0,
-            "selection needs B, C, N >= 1");
-    require(top_k >= 0 && top_k <= patches, "selection needs 0 <= K <= N");
+    require_selection(batch, classes, patches, prefix, top_k);
     launch({batch, classes, patches, prefix, top_k,
             pointer<const float>(relevance, "relevance is null"),
             pointer<const float>(table, "table is null"),
             pointer<int32_t>(counts, "counts is null"), optional_pointer<float>(weights)},
+           rest...);
+  };
+}
+
+// Both at once: the relevance in between has no address.
+template <class... Rest>
+auto from_python(void (*launch)(const Relevance&, const Selection&, Rest...)) {
+  return [launch](const RelevanceProblem& problem, int64_t top_k, Address table, Address counts,
+                  Address weights, Rest... rest) {
+    Relevance relevance = relevance_of(problem, nullptr);
+    int64_t patches = relevance.length - relevance.num_prefix_tokens;
+    require_selection(relevance.batch, relevance.num_classes, patches,
+                      relevance.num_prefix_tokens, top_k);
+    launch(relevance,
+           {relevance.batch, relevance.num_classes, patches, relevance.num_prefix_tokens, top_k,
+            nullptr, pointer<const float>(table, "table is null"),
+            pointer<int32_t>(counts, "counts is null"), optional_pointer<float>(weights)},
+           rest...);
+  };
+}
+
+// sizes: B, N, P.
+template <class... Rest>
+auto from_python(void (*launch)(const WeightLookUp&, Rest...)) {
+  return [launch](const Sizes<3>& sizes, Address table, Address counts, Address weights,
+                  Rest... rest) {
+    for (int64_t size : sizes) require(size >= 0, "B, N, P must not be negative");
+    launch({sizes[0], sizes[1], sizes[2], pointer<const float>(table, "table is null"),
+            pointer<const int32_t>(counts, "counts is null"),
+            pointer<float>(weights, "weights is null")},
            rest...);
   };
 }

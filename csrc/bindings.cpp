@@ -49,6 +49,16 @@ void select_tokens(const Selection& arguments, int threads) {
   cpu::select_tokens(arguments, threads);
 }
 
+void token_weights(const Relevance& relevance, const Selection& selection, int threads) {
+  cpu::Buffer<float> cosines(selection.batch * selection.num_classes * selection.num_patches);
+  Relevance into = relevance;
+  into.relevance = cosines;
+  run<&cpu::Kernels::relevance>(into, threads);
+  Selection from = selection;
+  from.relevance = cosines;
+  select_tokens(from, threads);
+}
+
 std::vector<std::pair<std::string, bool>> architectures() {
   std::vector<std::pair<std::string, bool>> result;
   for (const cpu::Architecture& architecture : cpu::architectures()) {
@@ -82,6 +92,8 @@ PYBIND11_MODULE(_C, module) {
              from_python(run<&Kernels::attention_statistics, AttentionStatistics>), without_gil());
   module.def("relevance", from_python(run<&Kernels::relevance, Relevance>), without_gil());
   module.def("select_tokens", from_python(select_tokens), without_gil());
+  module.def("token_weights", from_python(token_weights), without_gil());
+  module.def("look_up_weights", from_python(cpu::look_up_weights));
   module.def("philox_dropout", from_python(run<&Kernels::philox_dropout, PhiloxDropout>),
              without_gil());
   module.def("activation", from_python(run<&Kernels::activation, Activation>), without_gil());

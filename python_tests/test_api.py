@@ -25,7 +25,7 @@ def no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
         raise AssertionError("a backend was asked for")
 
-    modules = "relevance weighted_attention attention_statistics dropout bias_activation add_norm"
+    modules = "relevance attending attention_statistics dropout bias_activation add_norm"
     for name in [*modules.split(), "dropped_product"]:
         monkeypatch.setattr(f"tir_kernels.operators.{name}.choose_backend", fail)
 

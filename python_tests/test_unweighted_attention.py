@@ -9,6 +9,7 @@ from torch import Tensor
 
 import tir_kernels
 from tir_kernels.backends.inputs import AttentionInputs
+from tir_kernels.operators import attending
 from tir_kernels.operators.choose import load_backend
 from tir_kernels.operators.known_calls import KnownCalls
 
@@ -181,6 +182,7 @@ def test_the_backend_that_is_named_serves(backend: str, monkeypatch: pytest.Monk
         pytest.skip(reason)
     # A call like one before asks for a launch that is remembered.
     monkeypatch.setattr(weighted_attention, "_known_calls", KnownCalls())
+    monkeypatch.setattr(attending, "_known_gradients", KnownCalls())
     asked = []
     for name in ("attention_forward", "attention_backward"):
         function = getattr(chosen, name)

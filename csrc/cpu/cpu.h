@@ -37,5 +37,6 @@ void use_architecture(const std::string& name);
 
 // Counts and weights from relevance: integer work, the same on every instruction set.
 void select_tokens(const Selection&, int threads);
+void look_up_weights(const WeightLookUp&);
 
 }  // namespace tir::cpu

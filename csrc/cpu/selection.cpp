@@ -53,6 +53,11 @@ void select_tokens(const Selection& problem, int threads) {
     run_workers(is_small ? 1 : threads, num_rows, count_selections,
                 const_cast<Selection*>(&problem));
   }
+  look_up_weights({problem.batch, problem.num_patches, problem.num_prefix_tokens, problem.table,
+                   problem.counts, problem.weights});
+}
+
+void look_up_weights(const WeightLookUp& problem) {
   int64_t length = problem.num_prefix_tokens + problem.num_patches;
   for (int64_t b = 0; b < problem.batch; ++b) {
     const int32_t* counts = problem.counts + b * problem.num_patches;

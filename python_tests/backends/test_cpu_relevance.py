@@ -93,9 +93,9 @@ def test_relevance_writes_every_element_and_takes_any_strides(architecture: str)
     tokens, classes, gain, offset, _, proj, _ = arguments
     output = torch.full_like(expected, torch.nan)
     cpu._kernels().relevance(
-        (4, 23, 1, 48, 32, 2, 5), "float32", (tokens.data_ptr(), 23 * 48, 0, 48),
-        "float32", classes.data_ptr(), True, "float32", gain.data_ptr(), offset.data_ptr(), 1e-5,
-        "float32", proj.data_ptr(), 32, 1, output.data_ptr(), 1,
+        ((4, 23, 1, 48, 32, 2, 5), "float32", (tokens.data_ptr(), 23 * 48, 0, 48), "float32",
+         classes.data_ptr(), True, "float32", gain.data_ptr(), offset.data_ptr(), 1e-5, "float32",
+         proj.data_ptr(), 32, 1), output.data_ptr(), 1,
     )  # fmt: skip
     assert torch.equal(output, expected)
     arguments = arguments._replace(tokens=tokens.transpose(0, 1).contiguous().transpose(0, 1))

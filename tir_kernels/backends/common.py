@@ -77,12 +77,30 @@ def empty_gradients(inputs: AttentionInputs, is_packed: bool) -> tuple[Tensor, T
         inputs: Of the forward pass.
         is_packed: Lay them out as slices of one (B, L, 3, H, d) tensor.
     """
-    query, key, value = inputs[:3]
-    if not is_packed:
-        return empty_result(query), empty_result(key), empty_result(value)
-    batch, heads, length, width = query.shape
-    first, second, third = query.new_empty((batch, length, 3, heads, width)).unbind(2)
-    return first.transpose(1, 2), second.transpose(1, 2), third.transpose(1, 2)
+    return gradients_like(inputs, is_packed)(inputs.query)
+
+
+def gradients_like(
+    inputs: AttentionInputs, is_packed: bool
+) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """What makes :func:`empty_gradients` for inputs like these, which it does not hold, from the
+    query.
+    """
+    if is_packed:
+        batch, heads, length, width = inputs.query.shape
+
+        def slices(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            first, second, third = query.new_empty((batch, length, 3, heads, width)).unbind(2)
+            return first.transpose(1, 2), second.transpose(1, 2), third.transpose(1, 2)
+
+        return slices
+    of_query, of_key, of_value = ((rows.shape, result_strides(rows)) for rows in inputs[:3])
+
+    def tensors(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        empty = query.new_empty_strided
+        return empty(*of_query), empty(*of_key), empty(*of_value)
+
+    return tensors
 
 
 def attention_problem(

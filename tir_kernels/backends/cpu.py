@@ -23,7 +23,7 @@ from .common import (
     TYPE_NAMES,
     address,
     attention_problem,
-    empty_gradients,
+    gradients_like,
     projection_arguments,
     relevance_problem,
     relevance_shape,
@@ -33,7 +33,7 @@ from .common import (
     with_contiguous_rows,
 )
 from .inputs import AttentionInputs, BackwardInputs, RelevanceInputs, StatisticsInputs
-from .optional import AttentionLaunch, DropoutInputs, SelectionLaunch
+from .optional import AttentionLaunch, BackwardLaunch, DropoutInputs, SelectionLaunch
 from .protocol import AttentionStatistics, Gradients, Pair
 
 _NOT_BUILT = (
@@ -79,7 +79,8 @@ class CpuBackend:
     def relevance(self, inputs: RelevanceInputs) -> Tensor:
         inputs = _as_kernels_take_them(inputs)
         output = inputs.tokens.new_empty(relevance_shape(inputs), dtype=torch.float32)
-        _relevance_launch(inputs)(*_tensors_of(inputs), output)
+        problem = _relevance_problem(inputs)(*_tensors_of(inputs))
+        _kernels().relevance(problem, output.data_ptr(), torch.get_num_threads())
         return output
 
     def token_weights(self, inputs: RelevanceInputs, table: Tensor, top_k: int) -> Pair:
@@ -87,21 +88,17 @@ class CpuBackend:
         return self.selection_launch(inputs, top_k)(*_tensors_of(inputs), table.contiguous())
 
     def selection_launch(self, inputs: RelevanceInputs, top_k: int) -> SelectionLaunch:
-        find_relevance = _relevance_launch(inputs)
-        shape = batch, _, num_patches = relevance_shape(inputs)
-        sizes = (*shape, inputs.num_prefix_tokens)
+        problem_of = _relevance_problem(inputs)
+        batch, _, num_patches = relevance_shape(inputs)
         counts_shape, weights_shape = (batch, num_patches), inputs.tokens.shape[:2]
 
-        def launch(tokens: Tensor, classes: Tensor, *rest: Tensor | None) -> Pair:
-            *parts, table = rest
-            scores = tokens.new_empty(shape, dtype=torch.float32)
+        def launch(tokens: Tensor, *others: Tensor | None) -> Pair:
+            *parts, table = others
             counts = tokens.new_empty(counts_shape, dtype=torch.int32)
             weights = tokens.new_empty(weights_shape, dtype=torch.float32)
-            find_relevance(tokens, classes, *parts, scores)
-            _kernels().select_tokens(
-                sizes,
+            _kernels().token_weights(
+                problem_of(tokens, *parts),
                 top_k,
-                scores.data_ptr(),
                 address(table),
                 counts.data_ptr(),
                 weights.data_ptr(),
@@ -149,24 +146,61 @@ class CpuBackend:
 
     def attention_backward(self, inputs: AttentionInputs, backward: BackwardInputs) -> Gradients:
         query, key, value, weights, *_ = inputs
-        output, log_sum_exp, grad_output, needs_weights_grad, is_packed = backward
-        grad_output, output = with_contiguous_rows(grad_output), with_contiguous_rows(output)
+        output, log_sum_exp, grad_output, *_ = backward
         weights = None if weights is None else weights.contiguous()
+        grad_output, output = with_contiguous_rows(grad_output), with_contiguous_rows(output)
         log_sum_exp = log_sum_exp.contiguous()
-        grads = empty_gradients(inputs, is_packed)
-        weights_shape = (key.shape[0], key.shape[2]) if needs_weights_grad else (0,)
-        grad_weights = log_sum_exp.new_empty(weights_shape)
-        _kernels().attention_backward(
-            *attention_problem(inputs),
-            *map(row_grid, (grad_output, query, key, value)),
-            address(weights),
-            row_grid(output),
-            log_sum_exp.data_ptr(),
-            *map(row_grid, grads),
-            grad_weights.data_ptr() if needs_weights_grad else 0,
-            torch.get_num_threads(),
+        backward = backward._replace(output=output, grad_output=grad_output)
+        launch = self.backward_launch(inputs, backward)
+        return launch(grad_output, query, key, value, weights, output, log_sum_exp)
+
+    def backward_launch(self, inputs: AttentionInputs, backward: BackwardInputs) -> BackwardLaunch:
+        problem = attention_problem(inputs)
+        of_grad, of_query, of_key, of_value, of_output = (
+            rows.stride()[:3] for rows in (backward.grad_output, *inputs[:3], backward.output)
         )
-        return (*grads, grad_weights)
+        empty = gradients_like(inputs, backward.is_packed)
+        wants_weights = backward.needs_weights_grad
+        weights_shape = (inputs.key.shape[0], inputs.key.shape[2]) if wants_weights else (0,)
+
+        def launch(
+            grad_output: Tensor,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            weights: Tensor | None,
+            output: Tensor,
+            log_sum_exp: Tensor,
+        ) -> Gradients:
+            grads = empty(query)
+            grad_weights = log_sum_exp.new_empty(weights_shape)
+            _kernels().attention_backward(
+                *problem,
+                (grad_output.data_ptr(), *of_grad),
+                (query.data_ptr(), *of_query),
+                (key.data_ptr(), *of_key),
+                (value.data_ptr(), *of_value),
+                address(weights),
+                (output.data_ptr(), *of_output),
+                log_sum_exp.data_ptr(),
+                *map(row_grid, grads),
+                grad_weights.data_ptr() if wants_weights else 0,
+                torch.get_num_threads(),
+            )
+            return (*grads, grad_weights)
+
+        return launch
+
+    def weights_of_counts(self, counts: Tensor, table: Tensor, num_prefix_tokens: int) -> Tensor:
+        batch, num_patches = counts.shape
+        weights = table.new_empty((batch, num_prefix_tokens + num_patches))
+        _kernels().look_up_weights(
+            (batch, num_patches, num_prefix_tokens),
+            table.contiguous().data_ptr(),
+            counts.contiguous().data_ptr(),
+            weights.data_ptr(),
+        )
+        return weights
 
     def attention_statistics(self, inputs: StatisticsInputs) -> AttentionStatistics:
         query, key, weights, _, num_prefix_tokens, _ = inputs
@@ -259,40 +293,38 @@ def _openmp_addresses() -> tuple[int, int]:
     return 0, 0
 
 
-def _relevance_launch(inputs: RelevanceInputs) -> Callable[..., None]:
-    """What fills relevance (B, C, N) from tensors like these, which it does not hold."""
+def _relevance_problem(inputs: RelevanceInputs) -> Callable[..., tuple]:
+    """What makes the kernels' description of tensors like these, which it does not hold."""
     sizes, token_type, (_, *token_strides) = relevance_problem(inputs, inputs.tokens)
     _, classes, gain, _, eps, proj, _ = inputs
     class_type, gain_type = type_name(classes), type_name(gain)
+    has_norm, norm_eps = eps is not None, eps or 0.0
     proj_type, _, *proj_strides = projection_arguments(proj)
 
-    def launch(
+    def problem_of(
         tokens: Tensor,
         classes: Tensor,
         norm_weight: Tensor | None,
         norm_bias: Tensor | None,
         proj: Tensor | None,
-        output: Tensor,
-    ) -> None:
-        _kernels().relevance(
+    ) -> tuple:
+        return (
             sizes,
             token_type,
             (tokens.data_ptr(), *token_strides),
             class_type,
             classes.data_ptr(),
-            eps is not None,
+            has_norm,
             gain_type,
             address(norm_weight),
             address(norm_bias),
-            eps or 0.0,
+            norm_eps,
             proj_type,
             address(proj),
             *proj_strides,
-            output.data_ptr(),
-            torch.get_num_threads(),
         )
 
-    return launch
+    return problem_of
 
 
 def _as_kernels_take_them(inputs: RelevanceInputs) -> RelevanceInputs:

@@ -74,15 +74,17 @@ class Launcher:
         scores = _empty(relevance_shape(inputs), tokens)
         with self._guard(tokens.device):
             self._kernels.relevance(
-                *relevance_problem(inputs, tokens),
-                type_name(class_embeddings),
-                class_embeddings.data_ptr(),
-                inputs.norm_eps is not None,
-                type_name(norm_bias if norm_weight is None else norm_weight),
-                address(norm_weight),
-                address(norm_bias),
-                inputs.norm_eps or 0.0,
-                *projection_arguments(proj),
+                (
+                    *relevance_problem(inputs, tokens),
+                    type_name(class_embeddings),
+                    class_embeddings.data_ptr(),
+                    inputs.norm_eps is not None,
+                    type_name(norm_bias if norm_weight is None else norm_weight),
+                    address(norm_weight),
+                    address(norm_bias),
+                    inputs.norm_eps or 0.0,
+                    *projection_arguments(proj),
+                ),
                 scores.data_ptr(),
                 self._current_stream(tokens.device),
             )

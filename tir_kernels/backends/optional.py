@@ -11,6 +11,8 @@ from .inputs import AttentionInputs, BackwardInputs, RelevanceInputs
 from .protocol import Gradients, Pair
 
 AttentionLaunch = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Pair]
+# Of grad_output, query, key, value, weights, output, log_sum_exp
+BackwardLaunch = Callable[..., Gradients]
 # Of tokens, class embeddings, weight and bias of the norm, projection, table
 SelectionLaunch = Callable[..., Pair]
 
@@ -41,11 +43,19 @@ class OptionalOperations(Protocol):
         Host time of small calls: sizes are looked up and laid out once.
         """
 
+    def backward_launch(self, inputs: AttentionInputs, backward: BackwardInputs) -> BackwardLaunch:
+        """The same for :meth:`Backend.attention_backward`, of rows that all have unit stride in d
+        and a contiguous log_sum_exp.
+        """
+
     def selection_launch(self, inputs: RelevanceInputs, top_k: int) -> SelectionLaunch:
         """The same for :meth:`Backend.token_weights`, of inputs that it :meth:`takes`."""
 
     def takes(self, inputs: RelevanceInputs, table: Tensor) -> bool:
         """Whether none of the tensors would have to be converted or copied."""
+
+    def weights_of_counts(self, counts: Tensor, table: Tensor, num_prefix_tokens: int) -> Tensor:
+        """The weights (B, L) of tokens that were counted before."""
 
     def reweighted_forward(
         self, attention: AttentionInputs, relevance: RelevanceInputs, table: Tensor, top_k: int

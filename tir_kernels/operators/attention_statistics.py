@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tir_kernels.backends.inputs import StatisticsInputs
 from tir_kernels.backends.protocol import AttentionStatistics
+from tir_kernels.operators.attending import sums_dtype
 from tir_kernels.operators.checks import (
     check_attention_inputs,
     check_num_prefix_tokens,
@@ -19,7 +20,7 @@ from tir_kernels.operators.checks import (
 )
 from tir_kernels.operators.choose import choose_backend
 from tir_kernels.operators.library import OPS, define, define_fake
-from tir_kernels.operators.weighted_attention import cast_for_autocast, sums_dtype
+from tir_kernels.operators.weighted_attention import cast_for_autocast
 
 
 def attention_statistics(

@@ -31,12 +31,13 @@ def key_of(tensors: Tensors, *options: Hashable) -> Key | None:
     """What is known is kept by this; ``None`` where more decides than options and tensors.
 
     Args:
-        tensors: The call's tensors.
+        tensors: The call's tensors, the first of which it cannot do without.
         options: Its numbers and names. A call with others is not known.
     """
     kinds = [type(option) for option in options]
     if (
         not _NUMBERS_AND_NAMES.issuperset(kinds)
+        or not getattr(tensors[0], "is_cpu", False)
         or is_transformed()
         or torch._C._is_any_autocast_enabled()
         or forward_ad._current_level >= 0

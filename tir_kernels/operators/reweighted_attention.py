@@ -8,8 +8,20 @@ import torch
 from torch import Tensor
 
 from tir_kernels.backends.inputs import AttentionInputs, BackwardInputs
-from tir_kernels.backends.optional import SelectionLaunch
+from tir_kernels.backends.optional import BackwardLaunch, SelectionLaunch
 from tir_kernels.backends.protocol import Gradients
+from tir_kernels.operators.attending import (
+    attend,
+    attend_backward,
+    attention_backend,
+    attention_gradients,
+    laid_out,
+    laid_out_gradients,
+    lie_packed,
+    like_gradients,
+    like_outputs,
+    with_unit_stride,
+)
 from tir_kernels.operators.checks import (
     NO_MAP,
     check_attention_inputs,
@@ -24,7 +36,7 @@ from tir_kernels.operators.known_calls import (
     key_of,
     requires_gradient,
 )
-from tir_kernels.operators.library import Operator, call_operator, define, define_fake
+from tir_kernels.operators.library import Operator, define, define_fake
 from tir_kernels.operators.relevance import is_empty, relevance_backend
 from tir_kernels.operators.second_derivative import differentiable_once
 from tir_kernels.operators.token_weights import (
@@ -40,18 +52,9 @@ from tir_kernels.operators.token_weights import (
 from tir_kernels.operators.weighted_attention import (
     WAY_OUT,
     KnownAttention,
-    attend,
-    attend_backward,
-    attention_backend,
     cast_for_autocast,
     differentiable_attention,
     known_attention,
-    laid_out,
-    laid_out_gradients,
-    lie_packed,
-    like_gradients,
-    like_outputs,
-    with_unit_stride,
 )
 from tir_kernels.rules import JointSpace, WeightRule
 
@@ -271,6 +274,24 @@ def _reweighted_attention_backward(grad_output: Tensor, *rest: Any) -> Gradients
     return attend_backward(AttentionInputs(query, key, value, weights, scale), backward, name)
 
 
+def _backward_launch(backend: Any, arguments: tuple) -> BackwardLaunch:
+    grad_output, query, key, value, counts, _, output, log_sum_exp, scale, *options = arguments
+    inputs = AttentionInputs(query, key, value, None, scale)
+    attend = backend.backward_launch(
+        inputs, BackwardInputs(output, log_sum_exp, grad_output, *options)
+    )
+    num_prefix_tokens = key.shape[2] - counts.shape[1]
+
+    def launch(
+        grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Tensor
+    ) -> Gradients:
+        counts, table, output, log_sum_exp = others
+        weights = backend.weights_of_counts(counts, table, num_prefix_tokens)
+        return attend(grad_output, query, key, value, weights, output, log_sum_exp)
+
+    return launch
+
+
 @define_fake("reweighted_attention_backward")
 def _(grad_output: Tensor, *rest: Any) -> Gradients:
     query, key, value, _, table, *_, needs_weights_grad, is_packed, _ = rest
@@ -306,9 +327,9 @@ class ReweightedAttention(Operator):
     ) -> tuple:
         _, _, _, counts, table, _, _ = saved
         needs_table_grad = ctx.needs_input_grad[9]
-        options = needs_table_grad, lie_packed(*saved[:3]), ctx.backend
-        *grads, grad_weights = call_operator(
-            "reweighted_attention_backward", grad_output, *saved, ctx.scale, *options
+        options = ctx.scale, needs_table_grad, lie_packed(*saved[:3]), ctx.backend
+        *grads, grad_weights = attention_gradients(
+            "reweighted_attention_backward", (grad_output, *saved), options, _backward_launch
         )
         grad_table = None
         if needs_table_grad:

@@ -7,15 +7,19 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from tir_kernels.backends.common import (
-    are_packed,
-    empty_gradients,
-    empty_result,
-    result_strides,
-)
 from tir_kernels.backends.inputs import AttentionInputs, BackwardInputs
-from tir_kernels.backends.optional import AttentionLaunch
-from tir_kernels.backends.protocol import Backend, Gradients, Pair
+from tir_kernels.backends.optional import AttentionLaunch, BackwardLaunch
+from tir_kernels.backends.protocol import Gradients, Pair
+from tir_kernels.operators.attending import (
+    attend,
+    attend_backward,
+    attention_backend,
+    attention_gradients,
+    lie_packed,
+    like_gradients,
+    like_outputs,
+    sums_dtype,
+)
 from tir_kernels.operators.checks import (
     check_attention_inputs,
     check_weights,
@@ -24,7 +28,6 @@ from tir_kernels.operators.checks import (
     require_head_width,
     require_same_device,
 )
-from tir_kernels.operators.choose import choose_backend
 from tir_kernels.operators.known_calls import (
     KnownCalls,
     key_of,
@@ -32,10 +35,8 @@ from tir_kernels.operators.known_calls import (
 )
 from tir_kernels.operators.library import (
     Operator,
-    call_operator,
     define,
     define_fake,
-    is_transformed,
 )
 from tir_kernels.operators.second_derivative import differentiable_once
 from tir_kernels.precision import autocast_dtype
@@ -205,11 +206,6 @@ def differentiable_attention(inputs: AttentionInputs, backend: str) -> Pair:
     return _WeightedAttention.call(query, key, value, weights, scale, is_causal, backend)
 
 
-def sums_dtype(query: Tensor) -> torch.dtype:
-    """The type of softmax, sums and weights beside queries of a type."""
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
-
-
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as PyTorch's own attention is cast inside an autocast region."""
     device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
@@ -222,88 +218,6 @@ def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         else t
         for t in tensors
     )
-
-
-def attention_backend(name: str, query: Tensor) -> Backend:
-    """The backend that serves attention of these queries."""
-    _, _, _, head_dim = query.shape
-    return choose_backend(name, "attention_forward", query.device, query.dtype, head_dim)
-
-
-def attend(inputs: AttentionInputs, name: str) -> Pair:
-    """Output and log-sum-exp from the backend of this name."""
-    query = inputs.query
-    backend = attention_backend(name, query)
-    if query.numel() == 0 or inputs.key.numel() == 0:
-        output, log_sum_exp = like_outputs(query)
-        return output.zero_(), log_sum_exp.fill_(-torch.inf)
-    output, log_sum_exp = backend.attention_forward(inputs)
-    return laid_out(output, query), log_sum_exp
-
-
-def attend_backward(inputs: AttentionInputs, backward: BackwardInputs, name: str) -> Gradients:
-    """Gradients of query, key, value and weights from the backend of this name."""
-    backend = attention_backend(name, inputs.query)
-    if inputs.query.numel() == 0 or inputs.key.numel() == 0:
-        grads = like_gradients(inputs, backward.needs_weights_grad, backward.is_packed)
-        for grad in grads:
-            grad.zero_()
-        return grads
-    grads = backend.attention_backward(inputs, with_unit_stride(backward))
-    return laid_out_gradients(grads, inputs, backward.is_packed)
-
-
-def laid_out(result: Tensor, rows: Tensor) -> Tensor:
-    """A backend's result for rows (B, H, L, d), as PyTorch was told that it lies."""
-    is_so = result.stride() == result_strides(rows)
-    return result if is_so else empty_result(rows).copy_(result)
-
-
-def laid_out_gradients(grads: Gradients, inputs: AttentionInputs, is_packed: bool) -> Gradients:
-    """A backend's gradients, as PyTorch was told that they lie."""
-    grad_query, grad_key, grad_value, grad_weights = grads
-    if not is_packed:
-        query, key, value = inputs[:3]
-        grad_query, grad_key = laid_out(grad_query, query), laid_out(grad_key, key)
-        return grad_query, grad_key, laid_out(grad_value, value), grad_weights
-    if are_packed(grad_query, grad_key, grad_value):
-        return grads
-    packed = empty_gradients(inputs, is_packed)
-    for one, other in zip(packed, grads[:3], strict=True):
-        one.copy_(other)
-    return (*packed, grad_weights)
-
-
-def with_unit_stride(backward: BackwardInputs) -> BackwardInputs:
-    """The same with a ``grad_output`` whose channels lie side by side."""
-    grad_output = backward.grad_output
-    if grad_output.stride(3) == 1:
-        return backward
-    return backward._replace(grad_output=grad_output.contiguous())
-
-
-def like_outputs(query: Tensor) -> Pair:
-    """Output and log-sum-exp as yet unwritten."""
-    log_sum_exp = query.new_empty(query.shape[:3], dtype=sums_dtype(query))
-    return empty_result(query), log_sum_exp
-
-
-def like_gradients(inputs: AttentionInputs, needs_weights_grad: bool, is_packed: bool) -> Gradients:
-    """Gradients of query, key, value and weights as yet unwritten."""
-    query, key, weights = inputs.query, inputs.key, inputs.weights
-    shape = (key.shape[0], key.shape[2]) if needs_weights_grad else (0,)
-    dtype = sums_dtype(query) if weights is None else weights.dtype
-    return (*empty_gradients(inputs, is_packed), query.new_empty(shape, dtype=dtype))
-
-
-def lie_packed(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether gradients are to be slices of one tensor, as query, key and value are.
-
-    Results that share memory are not for what traces operators, or wraps their tensors.
-    """
-    if is_transformed():
-        return False
-    return type(query) is type(key) is type(value) is Tensor and are_packed(query, key, value)
 
 
 @define(
@@ -326,12 +240,19 @@ def _(query: Tensor, *rest: Any) -> Pair:
     "bool needs_weights_grad, bool is_packed, str backend) "
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weights)"
 )
-def _weighted_attention_backward(grad_output: Tensor, *rest: Any) -> Gradients:
-    query, key, value, weights, output, log_sum_exp, scale, is_causal, *others = rest
-    needs_weights_grad, is_packed, name = others
+def _weighted_attention_backward(*arguments: Any) -> Gradients:
+    return attend_backward(*_backward_inputs(*arguments[:-1]), arguments[-1])
+
+
+def _backward_inputs(grad_output: Tensor, *rest: Any) -> tuple[AttentionInputs, BackwardInputs]:
+    """The operator's arguments but for the backend's name."""
+    query, key, value, weights, output, log_sum_exp, scale, is_causal, *options = rest
     inputs = AttentionInputs(query, key, value, weights, scale, is_causal)
-    backward = BackwardInputs(output, log_sum_exp, grad_output, needs_weights_grad, is_packed)
-    return attend_backward(inputs, backward, name)
+    return inputs, BackwardInputs(output, log_sum_exp, grad_output, *options)
+
+
+def _backward_launch(backend: Any, arguments: tuple) -> BackwardLaunch:
+    return backend.backward_launch(*_backward_inputs(*arguments))
 
 
 @define_fake("weighted_attention_backward")
@@ -356,8 +277,8 @@ class _WeightedAttention(Operator):
     @differentiable_once(WAY_OUT)
     def backward(ctx: Any, saved: tuple, grad_output: Tensor, grad_log_sum_exp: None) -> tuple:
         needs_weights_grad = ctx.needs_input_grad[3]
-        options = needs_weights_grad, lie_packed(*saved[:3]), ctx.backend
-        *grads, grad_weights = call_operator(
-            "weighted_attention_backward", grad_output, *saved, ctx.scale, ctx.is_causal, *options
+        options = ctx.scale, ctx.is_causal, needs_weights_grad, lie_packed(*saved[:3]), ctx.backend
+        *grads, grad_weights = attention_gradients(
+            "weighted_attention_backward", (grad_output, *saved), options, _backward_launch
         )
         return (*grads, grad_weights if needs_weights_grad else None, None, None, None)

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tir_kernels import weighted_attention
+from tir_kernels.operators.attending import lie_packed
 from tir_kernels.operators.choose import load_backend
 from tir_kernels.operators.library import is_transformed
-from tir_kernels.operators.weighted_attention import lie_packed
 from tir_kernels.towers.masks import KnownMask
 from tir_kernels.towers.opening import NO_CHANGES, Changes, Opened
 from tir_kernels.towers.protocol import AttentionCall

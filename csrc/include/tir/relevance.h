@@ -36,4 +36,12 @@ struct Selection {
   float* weights;          // [B, P + N]
 };
 
+// The weights alone, of tokens that were counted before.
+struct WeightLookUp {
+  int64_t batch, num_patches, num_prefix_tokens;  // B, N, P
+  const float* table;                             // [C + 1]
+  const int32_t* counts;                          // [B, N]
+  float* weights;                                 // [B, P + N]
+};
+
 }  // namespace tir
