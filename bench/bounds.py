@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import statistics
 
 import torch
 
@@ -25,15 +26,22 @@ def bytes_per_second(device: str) -> float:
 
 
 def flops_per_second(device: str, dtype: str) -> float:
-    """Rate of a large matrix product; two operations per multiplication and addition.
+    """Rate of a large matrix product now; two operations per multiplication and addition.
 
     On a CPU that multiplies no numbers of 16 bits, it is that of float32: they can be converted.
     """
     rate = _product_rate(device, dtype)
-    return max(rate, _product_rate(device, "float32")) if device == "cpu" else rate
+    if device != "cpu" or dtype == "float32":
+        return rate
+    return max(rate, known_flops_per_second(device, "float32"))
 
 
 @functools.cache
+def known_flops_per_second(device: str, dtype: str) -> float:
+    """The same as it was when first asked for: a GPU has it to itself, a CPU often has not."""
+    return flops_per_second(device, dtype)
+
+
 def _product_rate(device: str, dtype: str) -> float:
     size = _PRODUCT_SIZE[device]
     left, right = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in range(2))
@@ -46,9 +54,15 @@ def _seconds(device: str, call: Call) -> float:
     return milliseconds * 1e-3
 
 
-def bound_ms(cost: Cost, device: str, dtype: str) -> float:
-    """The time below which the useful work cannot be done: memory or arithmetic, the longer."""
-    return shortest_ms(cost, bytes_per_second(device), flops_per_second(device, dtype))
+def bound_ms(cost: Cost, device: str, *rates: float) -> float:
+    """The time below which the useful work cannot be done: memory or arithmetic, the longer.
+
+    Args:
+        cost: The work.
+        device: "cpu" or "cuda".
+        *rates: Operations per second, measured before and after what the bound is for.
+    """
+    return shortest_ms(cost, bytes_per_second(device), statistics.fmean(rates))
 
 
 def shortest_ms(cost: Cost, bytes_per_second: float, flops_per_second: float) -> float:

@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from tir_kernels.fewshot.train.memory import available_bytes
 
-from .bounds import bound_ms, flops_per_second
+from .bounds import bound_ms, flops_per_second, known_flops_per_second
 from .cases import Case, Implementation, WrongResultError
 from .records import RecordFile, case_key, make_record
 from .settings import Settings
@@ -87,11 +87,12 @@ class Runner:
         if too_much := self._too_much(case):
             self._record(case, self._left_out(case, too_much))
             return
+        before = _rate(case)
         try:
             results = self._compete(case)
         except torch.OutOfMemoryError as error:
             results = self._left_out(case, _reason(error, []))
-        self._record(case, results)
+        self._record(case, results, before)
         self.outcome.measured += 1
 
     def _left_out(self, case: Case, reason: str) -> dict[str, Measurement]:
@@ -131,7 +132,7 @@ class Runner:
         if reason := _lacks_memory(case, case.input_bytes, "needs"):
             return reason
         if case.device == "cpu" and case.cost is not None:
-            seconds = case.slowdown * case.cost.flops / flops_per_second("cpu", case.dtype)
+            seconds = case.slowdown * case.cost.flops / known_flops_per_second("cpu", case.dtype)
             if seconds > self.settings.max_call_seconds:
                 return f"a call may take {seconds:.0f} s; --max-call-seconds allows more"
         return ""
@@ -154,10 +155,12 @@ class Runner:
                 _require_working_device(case.device, implementation.name)
                 return {"skipped": _reason(error, caught)}
 
-    def _record(self, case: Case, results: dict[str, Measurement]) -> None:
+    def _record(
+        self, case: Case, results: dict[str, Measurement], rate_before: float = 0.0
+    ) -> None:
         bound = None
         if case.cost is not None and any("ms" in result for result in results.values()):
-            bound = bound_ms(case.cost, case.device, case.dtype)
+            bound = bound_ms(case.cost, case.device, rate_before, _rate(case))
         identity = case.identity()
         facts = {"cost": case.cost, "bound": bound, "environment": self.environment}
         records = [
@@ -167,6 +170,14 @@ class Runner:
 
     def _say(self, case: Case, what: str, reason: str) -> None:
         self.console.print(f"{escape(case.title())}: {what}: {escape(reason)}", highlight=False)
+
+
+def _rate(case: Case) -> float:
+    """Operations per second that the machine does beside a case: those of a CPU come and go."""
+    if case.cost is None:
+        return 0.0
+    rate = flops_per_second if case.device == "cpu" else known_flops_per_second
+    return rate(case.device, case.dtype)
 
 
 def _lacks_memory(case: Case, needed: int, needs: str) -> str:

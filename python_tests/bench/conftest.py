@@ -22,5 +22,5 @@ def low_ceilings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(bounds, "_COPY_BYTES", {"cpu": 2**16, "cuda": 2**16})
     monkeypatch.setattr(bounds, "_PRODUCT_SIZE", {"cpu": 32, "cuda": 32})
     yield
-    for rate in (bounds.bytes_per_second, bounds._product_rate):
+    for rate in (bounds.bytes_per_second, bounds.known_flops_per_second):
         rate.cache_clear()

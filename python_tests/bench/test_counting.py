@@ -78,18 +78,19 @@ def test_fused_memory():
 
 def test_bound_is_the_longer_of_memory_and_arithmetic(monkeypatch):
     monkeypatch.setattr(bounds, "bytes_per_second", lambda device: 1e6)
-    rates = {"float32": 1e6, "bfloat16": 2e6}
-    monkeypatch.setattr(bounds, "flops_per_second", lambda device, dtype: rates[dtype])
-    assert bounds.bound_ms(Cost(1000, 10), "cpu", "float32") == 1.0
-    assert bounds.bound_ms(Cost(10, 1000), "cpu", "float32") == 1.0
-    assert bounds.bound_ms(Cost(1000, 4000), "cpu", "bfloat16") == 2.0
+    assert bounds.bound_ms(Cost(1000, 10), "cpu", 1e6) == 1.0
+    assert bounds.bound_ms(Cost(10, 1000), "cpu", 1e6) == 1.0
+    assert bounds.bound_ms(Cost(1000, 4000), "cpu", 1.5e6, 2.5e6) == 2.0
 
 
 def test_a_cpu_without_short_products_converts_numbers(monkeypatch):
     rates = {"float32": 4e6, "bfloat16": 1e6}
     monkeypatch.setattr(bounds, "_product_rate", lambda device, dtype: rates[dtype])
+    bounds.known_flops_per_second.cache_clear()
     assert bounds.flops_per_second("cpu", "bfloat16") == 4e6
     assert bounds.flops_per_second("cuda", "bfloat16") == 1e6
-    rates["bfloat16"] = 8e6
+    rates |= {"bfloat16": 8e6, "float32": 5e6}
     assert bounds.flops_per_second("cpu", "bfloat16") == 8e6
-    assert bounds.flops_per_second("cpu", "float32") == 4e6
+    assert bounds.flops_per_second("cpu", "float32") == 5e6
+    assert bounds.known_flops_per_second("cpu", "float32") == 4e6
+    bounds.known_flops_per_second.cache_clear()
