@@ -95,9 +95,34 @@ class AttentionWorker {
     return grid.row(batch_, head_, row, shape_.type);
   }
 
+  // What is read of the (batch, head) that this worker probably takes next is asked for in time.
+  void expect(int64_t batch_head) {
+    expects_ = batch_head < shape_.batch * shape_.heads;
+    next_batch_ = batch_head / shape_.heads;
+    next_head_ = batch_head % shape_.heads;
+  }
+
+  // Of its rows the share that the queries [first, end) are of all. Always inlined: compilers drop
+  // calls of a function that does nothing but prefetch.
+  TIR_INLINE void prefetch(const RowGrid& grid, int64_t num_rows, int64_t first,
+                           int64_t end) const {
+    if (!expects_) return;
+    constexpr int64_t line = 64;
+    int64_t row_bytes = shape_.head_dim * bytes_of(shape_.type);
+    int64_t end_row = end * num_rows / shape_.queries;
+    for (int64_t row = first * num_rows / shape_.queries; row < end_row; ++row) {
+      auto* start = static_cast<const char*>(grid.row(next_batch_, next_head_, row, shape_.type));
+      for (int64_t i = 0; i < row_bytes; i += line) __builtin_prefetch(start + i, 0, 2);
+    }
+  }
+
   const AttentionShape& shape_;
   int64_t padded_head_dim_, row_units_, score_stride_;
   int64_t batch_ = 0, head_ = 0;
+
+ private:
+  bool expects_ = false;
+  int64_t next_batch_ = 0, next_head_ = 0;
 };
 
 // The keys of one part: whole panels, and the rows up to those of the next part.

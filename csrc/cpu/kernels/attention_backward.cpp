@@ -15,6 +15,7 @@ struct Job {
   float* head_grads;        // [B, H, L] gradients of the scaled weights per head, or null
   Pass pass;
   int64_t num_parts;  // of each (batch, head)
+  int threads;
 };
 
 // Gradients of keys, values and weights, with a part of a head's keys stationary and all of its
@@ -68,6 +69,8 @@ void work(void* data, ItemQueue& items) {
   for (int64_t item = items.take(); item >= 0; item = items.take()) {
     int64_t part = item % job.num_parts, batch_head = item / job.num_parts;
     worker.choose(batch_head / heads, batch_head % heads);
+    // The queue gives the workers one each in turn.
+    if (job.num_parts == 1) worker.expect(batch_head + job.threads);
     if (job.pass == Pass::queries) {
       grad_query(worker, job, batch_head, part);
     } else {
@@ -113,7 +116,7 @@ void attention_backward(const AttentionBackward& problem, int threads) {
   Buffer<float> head_grads(wants_weights ? num_heads * shape.length : 0);
   if (wants_weights) memset(head_grads, 0, num_heads * shape.length * sizeof(float));
 
-  Job job{problem, attended, nullptr, nullptr, Pass::everything, 1};
+  Job job{problem, attended, nullptr, nullptr, Pass::everything, 1, threads};
   if (wants_weights) {
     job.ignored = &ignored;
     job.head_grads = head_grads;

@@ -10,6 +10,7 @@ struct Job {
   const AttentionForward& problem;
   const KeyLists& keys;
   int64_t num_parts;  // of each (batch, head)
+  int threads;
 };
 
 // One worker's memory and the steps of one (batch, head), in the order in which they run.
@@ -20,6 +21,8 @@ class ForwardWorker : AttentionWorker {
   static constexpr int rows_at_once = 4;
 
  public:
+  using AttentionWorker::expect;
+
   explicit ForwardWorker(const AttentionForward& problem)
       : AttentionWorker(problem.shape, row_units<Math>(problem.shape.head_dim), max_key_block),
         problem_(problem),
@@ -59,6 +62,9 @@ class ForwardWorker : AttentionWorker {
       totals_[i] = 0;
     }
     int64_t block = key_block_size(keys_.count, max_key_block);
+    int64_t end = first_query + count;
+    prefetch(problem_.query, shape_.queries, first_query, end);
+    prefetch(problem_.key, shape_.length, first_query, end);
     for (int64_t key = 0; key < keys_.count; key += block) {
       // What no query of the tile attends to; sums want a first block in any case.
       bool is_later = shape_.is_causal && keys_.index[key] >= first_query + count;
@@ -66,6 +72,7 @@ class ForwardWorker : AttentionWorker {
       int64_t num_keys = smaller_of(block, keys_.count - key);
       int64_t columns = round_up(num_keys, Math::column_multiple);
       find_scores(key, columns, count, queries);
+      if (key == 0) prefetch(problem_.value, shape_.length, first_query, end);
       if (shape_.is_causal) {
         online_softmax_update<true>(count, key, columns);
       } else {
@@ -234,6 +241,8 @@ void work(void* data, ItemQueue& items) {
       continue;
     }
     worker.pack(batch, head, keys, tiles.count == 1);
+    // The queue gives the workers one each in turn.
+    if (job.num_parts == 1) worker.expect(batch_head + job.threads);
     int64_t end = tiles.count * (part + 1) / job.num_parts;
     for (int64_t tile = tiles.count * part / job.num_parts; tile < end; ++tile) {
       int64_t first = tile * tiles.size;
@@ -252,7 +261,7 @@ void attention_forward(const AttentionForward& problem, int threads) {
     using Math = decltype(math);
     int64_t num_tiles = query_tiles(shape.queries, Math::forward_queries, Math::row_multiple).count;
     Job job{problem, keys,
-            fills_threads(shape, threads) ? 1 : parts_per_head(shape, threads, num_tiles)};
+            fills_threads(shape, threads) ? 1 : parts_per_head(shape, threads, num_tiles), threads};
     run_workers(threads, shape.batch * shape.heads * job.num_parts, work<Math>, &job);
   });
 }

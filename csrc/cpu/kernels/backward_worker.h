@@ -84,6 +84,7 @@ class BackwardWorker : AttentionWorker {
         turned_values_(is_transposed ? lanes * padded_head_dim_ : 0) {}
 
   int64_t num_tiles() const { return tiles_.count; }
+  using AttentionWorker::expect;
 
   void choose(int64_t batch, int64_t head) {
     batch_ = batch;
@@ -213,6 +214,7 @@ class BackwardWorker : AttentionWorker {
 
   void run_tile(int64_t first, int64_t count, bool adds) {
     load_tile(first, count);
+    prefetch_next(first, first + count);
     int64_t head_dim_steps = steps_of<Math>(shape_.head_dim);
     int64_t block = key_block_size(keys_.count, max_key_block);
     for (int64_t key = 0; key < keys_.count; key += block) {
@@ -244,6 +246,15 @@ class BackwardWorker : AttentionWorker {
       for (int64_t i = 0; i < count; ++i) {
         write(problem_.grad_query, first + i, query_sums_ + i * padded_head_dim_, shape_.scale);
       }
+    }
+  }
+
+  TIR_INLINE void prefetch_next(int64_t first, int64_t end) const {
+    for (const RowGrid* grid : {&problem_.query, &problem_.grad_output, &problem_.output}) {
+      prefetch(*grid, shape_.queries, first, end);
+    }
+    for (const RowGrid* grid : {&problem_.key, &problem_.value}) {
+      prefetch(*grid, shape_.length, first, end);
     }
   }
 
