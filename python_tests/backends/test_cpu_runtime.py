@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import platform
+import shutil
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -193,3 +196,18 @@ def bad_calls() -> list[tuple[str, Callable[[], object]]]:
 def test_the_bindings_check_sizes(message: str, call: Callable[[], object]) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names an instruction of x86")
+def test_prefetches_are_in_every_build() -> None:
+    """A compiler that drops them changes no result."""
+    module = cpu._kernels()
+    listing = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", module.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    # Queries, keys and values of the forward pass, and at least one loop of the backward pass.
+    assert listing.count("\tprefetch") >= 4 * len(module.architectures())

@@ -71,7 +71,7 @@ class ForwardWorker : AttentionWorker {
       if (is_later && key > 0) break;
       int64_t num_keys = smaller_of(block, keys_.count - key);
       int64_t columns = round_up(num_keys, Math::column_multiple);
-      find_scores(key, columns, count, queries);
+      find_scores(key, num_keys, count, queries);
       if (key == 0) prefetch(problem_.value, shape_.length, first_query, end);
       if (shape_.is_causal) {
         online_softmax_update<true>(count, key, columns);
@@ -99,8 +99,9 @@ class ForwardWorker : AttentionWorker {
            keys_.count == shape_.length && shape_.head_dim % lanes == 0;
   }
 
-  void find_scores(int64_t first_key, int64_t columns, int64_t count, Left<Math> queries) {
+  void find_scores(int64_t first_key, int64_t num_keys, int64_t count, Left<Math> queries) {
     int64_t steps = steps_of<Math>(shape_.head_dim), panel_stride = row_units_ * panel_width;
+    int64_t columns = round_up(num_keys, Math::written_multiple);
     if (!streams_keys_) {
       multiply<Math>(count, columns, steps, queries,
                      {key_panels_ + first_key * row_units_, panel_stride}, scores_, score_stride_,

@@ -228,9 +228,10 @@ class BackwardWorker : AttentionWorker {
       for (int64_t column = 0; column < columns; column += panel_width) {
         int64_t width = smaller_of(panel_width, columns - column);
         int64_t panel = (key + column) * row_units_;
-        multiply<Math>(count, width, head_dim_steps, query_left_,
+        int64_t own_keys = smaller_of(width, round_up(num_keys - column, Math::written_multiple));
+        multiply<Math>(count, own_keys, head_dim_steps, query_left_,
                        {key_columns_ + panel, column_stride}, scores_, panel_width, false);
-        multiply<Math>(count, width, head_dim_steps, grad_left_,
+        multiply<Math>(count, own_keys, head_dim_steps, grad_left_,
                        {value_columns_ + panel, column_stride}, grad_probabilities_, panel_width,
                        false);
         for (int64_t i = column; i < column + width; i += lanes) differentiate(key, i, count);

@@ -6,6 +6,8 @@
 // additions over the steps in ascending order, whatever tile of registers it falls into.
 #pragma once
 
+#include <type_traits>
+
 #include "rows.h"
 #include "tiles.h"
 
@@ -26,11 +28,14 @@ struct NoState {};
 struct Float32Math {
   using Unit = float;
   using UnitVec = Vec;
+  using Sums = Vec;
   using State = NoState;
   static constexpr int64_t values_per_unit = 1;
   // Rows, steps and columns of a product are rounded up to these: operands are zero there, where
   // sums run over them, and products have room.
   static constexpr int64_t row_multiple = 2, step_multiple = 1, column_multiple = lanes;
+  // A product of fewer columns than a multiple of these leaves some of the multiple unwritten.
+  static constexpr int64_t written_multiple = 1;
   // Queries of one tile share the keys and values that pass through the cache: a multiple of every
   // max_tile_rows, and even, because bfloat16 queries are paired.
   static constexpr int64_t tile_queries = 60;
@@ -56,9 +61,11 @@ struct Float32Math {
 struct BFloat16Math {
   using Unit = uint32_t;
   using UnitVec = UintVec;
+  using Sums = Vec;
   using State = NoState;
   static constexpr int64_t values_per_unit = 2;
   static constexpr int64_t row_multiple = 2, step_multiple = 1, column_multiple = lanes;
+  static constexpr int64_t written_multiple = 1;
   static constexpr int64_t tile_queries = 60, forward_queries = 12;
 
   static TIR_INLINE UnitVec load_units(const Unit* source) { return load_bits<UintVec>(source); }
@@ -122,7 +129,7 @@ struct BFloat16Math {
 struct TileMath : BFloat16Math {
   using State = TileShapes;
   static constexpr int64_t row_multiple = tile_size, step_multiple = tile_size;
-  static constexpr int64_t column_multiple = panel_width;
+  static constexpr int64_t column_multiple = panel_width, written_multiple = panel_width;
   static constexpr int64_t tile_queries = 64;  // pairs of them are the steps of a product
   static constexpr int64_t forward_queries = 64;
 };
@@ -181,15 +188,55 @@ TIR_INLINE void keep_in_register(T*& pointer) {
   asm("" : "+r"(pointer));
 }
 
+// Of a last vector the first half, where the second has no columns: it takes half the time.
+template <class Math>
+struct HalfVectors;
+#if defined(__AVX512F__)
+constexpr bool has_halves = true;
+template <class Math>
+struct HalfVectors {
+  using Unit = typename Math::Unit;
+  using UnitVec = __m256;
+  using Sums = __m256;
+
+  static TIR_INLINE UnitVec load_units(const Unit* source) { return load_bits<__m256>(source); }
+  static TIR_INLINE UnitVec broadcast_unit(const Unit* source) {
+    if constexpr (Math::values_per_unit == 1) {
+      return _mm256_set1_ps(*source);
+    } else {
+      return (__m256)_mm256_set1_epi32(static_cast<int>(*source));
+    }
+  }
+  static TIR_INLINE Sums multiply_add(UnitVec left, UnitVec right, Sums sum) {
+#if defined(__AVX512BF16__)
+    if constexpr (Math::values_per_unit == 2) {
+      return _mm256_dpbf16_ps(sum, (__m256bh)left, (__m256bh)right);
+    }
+#endif
+    return _mm256_fmadd_ps(left, right, sum);
+  }
+};
+// Zeros in the second half, as products of the zeros that are packed there.
+TIR_INLINE Vec whole(__m256 sums) { return _mm512_zextps256_ps512(sums); }
+#else
+constexpr bool has_halves = false;
+#endif
+TIR_INLINE Vec whole(Vec sums) { return sums; }
+
+// The number of vectors that stands for half of one.
+constexpr int half_vector = 0;
+
 template <class Math, int Rows, int Vectors, bool Adds>
 TIR_INLINE void multiply_tile(int64_t steps, Left<Math> left, Right<Math> panel, float* product,
                               int64_t product_stride) {
+  using Own = std::conditional_t<Vectors == half_vector, HalfVectors<Math>, Math>;
   constexpr int num_pointers = (Rows + rows_per_pointer - 1) / rows_per_pointer;
-  Vec sums[Rows][Vectors];
+  constexpr int num_vectors = Vectors == half_vector ? 1 : Vectors;
+  typename Own::Sums sums[Rows][num_vectors];
   TIR_UNROLL
   for (int r = 0; r < Rows; ++r) {
     TIR_UNROLL
-    for (int v = 0; v < Vectors; ++v) sums[r][v] = zero();
+    for (int v = 0; v < num_vectors; ++v) sums[r][v] = typename Own::Sums{};
   }
   const typename Math::Unit* rows[num_pointers];
   TIR_UNROLL
@@ -199,16 +246,16 @@ TIR_INLINE void multiply_tile(int64_t steps, Left<Math> left, Right<Math> panel,
   const typename Math::Unit* right = panel.data;
   for (const auto* end = right + steps * panel.step_stride; right != end;
        right += panel.step_stride) {
-    typename Math::UnitVec columns[Vectors];
+    typename Own::UnitVec columns[num_vectors];
     TIR_UNROLL
-    for (int v = 0; v < Vectors; ++v) columns[v] = Math::load_units(right + v * lanes);
+    for (int v = 0; v < num_vectors; ++v) columns[v] = Own::load_units(right + v * lanes);
     TIR_UNROLL
     for (int r = 0; r < Rows; ++r) {
-      typename Math::UnitVec row = Math::broadcast_unit(
+      typename Own::UnitVec row = Own::broadcast_unit(
           rows[r / rows_per_pointer] + r % rows_per_pointer * left.row_stride);
       TIR_UNROLL
-      for (int v = 0; v < Vectors; ++v) {
-        sums[r][v] = Math::multiply_add(row, columns[v], sums[r][v]);
+      for (int v = 0; v < num_vectors; ++v) {
+        sums[r][v] = Own::multiply_add(row, columns[v], sums[r][v]);
       }
     }
     TIR_UNROLL
@@ -220,10 +267,10 @@ TIR_INLINE void multiply_tile(int64_t steps, Left<Math> left, Right<Math> panel,
   TIR_UNROLL
   for (int r = 0; r < Rows; ++r) {
     TIR_UNROLL
-    for (int v = 0; v < Vectors; ++v) {
+    for (int v = 0; v < num_vectors; ++v) {
       float* place = product + v * lanes;
       // Adding a finished sum, not going on with it, keeps chains of additions short and exact.
-      store(place, Adds ? load(place) + sums[r][v] : sums[r][v]);
+      store(place, Adds ? load(place) + whole(sums[r][v]) : whole(sums[r][v]));
     }
     product += product_stride;
     keep_in_register(product);
@@ -263,7 +310,8 @@ PanelsFunction<Math> panels_function(int64_t rows) {
   return functions[rows / 2 - 1];
 }
 
-// Tiles of one number of rows: in whole panels, then in the vector that is left of the columns.
+// Tiles of one number of rows: in whole panels, then in the vector that is left of the columns, or
+// the half of one.
 template <class Math, bool Adds>
 void multiply_band(int64_t tile_rows, int64_t num_tiles, int64_t columns, int64_t steps,
                    Left<Math> left, Right<Math> right, float* product, int64_t product_stride) {
@@ -272,8 +320,14 @@ void multiply_band(int64_t tile_rows, int64_t num_tiles, int64_t columns, int64_
                                            product_stride);
   if (columns <= num_panels * panel_width) return;
   right.data += num_panels * right.panel_stride;
-  panels_function<Math, 1, Adds>(tile_rows)(num_tiles, 1, steps, left, right,
-                                           product + num_panels * panel_width, product_stride);
+  PanelsFunction<Math> multiply_last = panels_function<Math, 1, Adds>(tile_rows);
+  if constexpr (has_halves) {
+    if (columns - num_panels * panel_width <= lanes / 2) {
+      multiply_last = panels_function<Math, half_vector, Adds>(tile_rows);
+    }
+  }
+  multiply_last(num_tiles, 1, steps, left, right, product + num_panels * panel_width,
+                product_stride);
 }
 
 template <class Math, bool Adds>
