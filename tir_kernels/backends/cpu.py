@@ -90,12 +90,13 @@ class CpuBackend:
     def selection_launch(self, inputs: RelevanceInputs, top_k: int) -> SelectionLaunch:
         problem_of = _relevance_problem(inputs)
         batch, _, num_patches = relevance_shape(inputs)
-        counts_shape, weights_shape = (batch, num_patches), inputs.tokens.shape[:2]
+        length = inputs.tokens.shape[1]
+        of_counts, of_weights = (((batch, n), (n, 1)) for n in (num_patches, length))
 
         def launch(tokens: Tensor, *others: Tensor | None) -> Pair:
             *parts, table = others
-            counts = tokens.new_empty(counts_shape, dtype=torch.int32)
-            weights = tokens.new_empty(weights_shape, dtype=torch.float32)
+            counts = tokens.new_empty_strided(*of_counts, dtype=torch.int32)
+            weights = tokens.new_empty_strided(*of_weights, dtype=torch.float32)
             _kernels().token_weights(
                 problem_of(tokens, *parts),
                 top_k,

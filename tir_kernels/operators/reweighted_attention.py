@@ -108,13 +108,13 @@ def reweighted_attention(
         tensors = (q, k, v, tokens, class_embeddings, *parts, table)
         key = key_of(tensors, space.norm_eps, num_prefix_tokens, scale, backend)
     if key is not None:
-        key = (rule, *key)
+        key = (rule, key)
         known = _known_calls.get(key, tensors)
         if known and known.attention.is_current(q, backend):
             if not has_gradient:
                 return asked_for.of(*known.attend(*tensors))
-            inputs = known.inputs(space.norm_eps, num_prefix_tokens, backend, *tensors)
-            output, log_sum_exp, counts = ReweightedAttention.call_by(known.serve, *inputs)
+            options = num_prefix_tokens, known.attention.scale, backend
+            output, log_sum_exp, counts = known.differentiable(options, *tensors)
             return asked_for.of(output, log_sum_exp, None, counts)
 
     q, k, v = cast_for_autocast(q, k, v)
@@ -181,21 +181,20 @@ class _KnownCall(NamedTuple):
         weights, counts = self.select(*tensors, self.table if table is None else table)
         return (*self.attention.launch(q, k, v, weights), weights, counts)
 
-    def inputs(
-        self, norm_eps: float | None, num_prefix_tokens: int, name: str, *tensors: Tensor | None
-    ) -> tuple[Any, ...]:
-        """Those of the operator."""
-        *others, proj, table = tensors
-        table = self.table if table is None else table
-        top_ratio = 0.0  # ``select`` knows how many tokens it selects
-        options = top_ratio, num_prefix_tokens, self.attention.scale, name
-        return (*others, norm_eps, proj, table, *options)
+    def differentiable(
+        self, options: tuple, query: Tensor, key: Tensor, value: Tensor, *selection: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Output, log-sum-exp and counts, with gradients; options are the operator's last."""
+        table = self.table if selection[-1] is None else selection[-1]
 
-    def serve(self, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """The operator, of such inputs."""
-        *tensors, _, proj, table, _, _, _, _ = inputs
-        output, log_sum_exp, _, counts = self.attend(*tensors, proj, table)
-        return output, log_sum_exp, counts
+        def serve(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
+            output, log_sum_exp, _weights, counts = self.attend(query, key, value, *selection)
+            return output, log_sum_exp, counts
+
+        # What selects has no gradient: autograd need not see it.
+        unseen = (None,) * 6
+        arguments = (query, key, value, *unseen, table, 0.0, *options)
+        return ReweightedAttention.call_by(serve, *arguments)
 
 
 _known_calls: KnownCalls[_KnownCall] = KnownCalls()
