@@ -61,13 +61,11 @@ def expect_with_wgmma(point: Point, memory: Memory) -> Expected:
     tiles = point.images * point.heads * -(-point.length // TILE_ROWS)
     moved = attention_cost(point, "forward").bytes / memory.bytes_per_second
     most = -(-tiles // MULTIPROCESSORS)
-    likely, fastest, slowest = (
-        max(most * tile_cycles(point.length) / (share * CLOCK), moved) for share in BUSY
-    )
+    seconds = [max(most * tile_cycles(point.length) / (share * CLOCK), moved) for share in BUSY]
+    likely, fastest, slowest = (1e6 * (each + LAUNCH) for each in seconds)
     # Two tiles of queries, and keys and values: all, or two blocks in turn.
     keys = _rounded(point.length) if point.length <= WHOLE_ROW else 2 * KEY_BLOCK
     shared = 2 * (TILE_ROWS + keys) * HEAD_DIM * _ITEM
     launch = Launch(min(tiles, MULTIPROCESSORS), 2 * WARPGROUP + PRODUCERS, shared)
-    microseconds = (likely, fastest, slowest)
-    by = "HBM" if likely == moved else "tensor"
-    return Expected(tuple(1e6 * (each + LAUNCH) for each in microseconds), by, launch, 1)
+    by = "HBM" if seconds[0] == moved else "tensor"
+    return Expected((likely, fastest, slowest), by, launch, 1)

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import weakref
 from collections.abc import Iterator
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,8 +32,13 @@ def known(monkeypatch: pytest.MonkeyPatch) -> KnownCalls:
     """What is known of calls from now on, of which nothing is yet."""
     if reason := choose.load_backend("cpu").unavailable():
         pytest.skip(f"backend cpu: {reason}")
+    return forgotten(monkeypatch, module, "_known_calls")
+
+
+def forgotten(monkeypatch: pytest.MonkeyPatch, owner: ModuleType, name: str) -> KnownCalls:
+    """What is known there from now on, instead of what was."""
     found: KnownCalls = KnownCalls()
-    monkeypatch.setattr(module, "_known_calls", found)
+    monkeypatch.setattr(owner, name, found)
     return found
 
 
@@ -183,9 +188,7 @@ def test_without_a_comparison_of_tensors_nothing_is_known(
 @pytest.fixture
 def known_selections(known: KnownCalls, monkeypatch: pytest.MonkeyPatch) -> KnownCalls:
     """What is known of calls that select tokens from now on."""
-    found: KnownCalls = KnownCalls()
-    monkeypatch.setattr(reweighted, "_known_calls", found)
-    return found
+    return forgotten(monkeypatch, reweighted, "_known_calls")
 
 
 def test_a_known_selection_gives_the_same(known_selections: KnownCalls, rows: list[Tensor]) -> None:
@@ -247,9 +250,7 @@ def test_a_known_selection_has_gradients(known_selections: KnownCalls, rows: lis
 @pytest.fixture
 def known_gradients(known: KnownCalls, monkeypatch: pytest.MonkeyPatch) -> KnownCalls:
     """What is known of backward passes from now on."""
-    found: KnownCalls = KnownCalls()
-    monkeypatch.setattr(attending, "_known_gradients", found)
-    return found
+    return forgotten(monkeypatch, attending, "_known_gradients")
 
 
 @pytest.mark.parametrize("is_packed", [False, True])

@@ -67,9 +67,10 @@ class KnownCalls(Generic[Known]):
     def add(self, key: Key, tensors: Tensors, known: Known) -> None:
         """Remember what is known of a call on these tensors, if they are plain."""
         present = [each for each in tensors if each is not None]
-        if not all(type(each) in (Tensor, Parameter) and each.is_cpu for each in present):
-            return
-        if not all(is_plain(each) for each in present) or _comparison is None:
+        are_plain = all(
+            type(each) in (Tensor, Parameter) and each.is_cpu and is_plain(each) for each in present
+        )
+        if _comparison is None or not are_plain:
             return
         if len(self._known) >= _MOST:
             self._known.clear()

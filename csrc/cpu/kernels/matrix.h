@@ -34,7 +34,8 @@ struct Float32Math {
   // Rows, steps and columns of a product are rounded up to these: operands are zero there, where
   // sums run over them, and products have room.
   static constexpr int64_t row_multiple = 2, step_multiple = 1, column_multiple = lanes;
-  // A product of fewer columns than a multiple of these leaves some of the multiple unwritten.
+  // A product writes whole vectors, of whatever number of columns; by tiles, it has to be asked for
+  // whole panels.
   static constexpr int64_t written_multiple = 1;
   // Queries of one tile share the keys and values that pass through the cache: a multiple of every
   // max_tile_rows, and even, because bfloat16 queries are paired.
