@@ -214,38 +214,44 @@ inline void load_matrices_transposed(uint32_t (&matrices)[4], const void* row) {
   }
 }
 
-// The element of a register that holds two.
-template <class T>
-float unpack(uint32_t packed, int which) {
-  return to_float(T{static_cast<uint16_t>(packed >> (16 * which))});
-}
-
-// A lane's share of what a warp multiplies.
+// A lane's share of what a warp multiplies, as numbers: each lane converts its own, once.
+template <int Left, int Right>
 struct Operands {
-  uint32_t left[4], right[2];
+  float left[Left], right[Right];
 };
 
-inline const unsigned char* exchange_operands(const uint32_t (&left)[4], uint32_t right_0,
-                                              uint32_t right_1) {
-  Operands own{{left[0], left[1], left[2], left[3]}, {right_0, right_1}};
-  return emulation::exchange(emulation::Exchange::multiply, &own, sizeof own);
+template <class T>
+void unpack(float* elements, const uint32_t* registers, int count) {
+  for (int i = 0; i < count; ++i) {
+    elements[2 * i] = to_float(T{static_cast<uint16_t>(registers[i])});
+    elements[2 * i + 1] = to_float(T{static_cast<uint16_t>(registers[i] >> 16)});
+  }
 }
 
 template <class T>
 void multiply_add(float (&total)[4], const uint32_t (&left)[4], uint32_t right_0,
                   uint32_t right_1) {
-  const unsigned char* lanes = exchange_operands(left, right_0, right_1);
+  const uint32_t right[2] = {right_0, right_1};
+  Operands<8, 4> own;
+  unpack<T>(own.left, left, 4);
+  unpack<T>(own.right, right, 2);
+  const unsigned char* lanes = emulation::exchange(emulation::Exchange::multiply, &own, sizeof own);
   int lane = static_cast<int>(emulation::current.lane);
   for (int element = 0; element < 4; ++element) {
     int row = lane / 4 + 8 * (element / 2), column = 2 * (lane % 4) + element % 2;
-    float sum = 0.0f;
-    for (int depth = 0; depth < 16; ++depth) {
-      int quarter = depth % 8 / 2, high = depth / 8;
-      auto a = emulation::exchanged<Operands>(lanes, 4 * (row % 8) + quarter);
-      auto b = emulation::exchanged<Operands>(lanes, 4 * column + quarter);
-      sum += unpack<T>(a.left[2 * high + row / 8], depth % 2) *
-             unpack<T>(b.right[high], depth % 2);
+    float products[16];
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      auto a = emulation::exchanged<Operands<8, 4>>(lanes, 4 * (row % 8) + quarter);
+      auto b = emulation::exchanged<Operands<8, 4>>(lanes, 4 * column + quarter);
+      for (int high = 0; high < 2; ++high) {
+        const float* in_left = a.left + 2 * (2 * high + row / 8);
+        const float* in_right = b.right + 2 * high;
+        products[8 * high + 2 * quarter] = in_left[0] * in_right[0];
+        products[8 * high + 2 * quarter + 1] = in_left[1] * in_right[1];
+      }
     }
+    float sum = 0.0f;
+    for (float product : products) sum += product;
     total[element] += sum;
   }
 }
@@ -253,17 +259,19 @@ void multiply_add(float (&total)[4], const uint32_t (&left)[4], uint32_t right_0
 // Sums of four products at a time: of the GPUs that are served none takes fewer.
 inline void multiply_add_tf32(float (&total)[4], const uint32_t (&left)[4], uint32_t right_0,
                               uint32_t right_1) {
-  const unsigned char* lanes = exchange_operands(left, right_0, right_1);
+  using emulation::tf32;
+  Operands<4, 2> own{{tf32(left[0]), tf32(left[1]), tf32(left[2]), tf32(left[3])},
+                     {tf32(right_0), tf32(right_1)}};
+  const unsigned char* lanes = emulation::exchange(emulation::Exchange::multiply, &own, sizeof own);
   int lane = static_cast<int>(emulation::current.lane);
   for (int element = 0; element < 4; ++element) {
     int row = lane / 4 + 8 * (element / 2), column = 2 * (lane % 4) + element % 2;
     for (int high = 0; high < 2; ++high) {
       double products[4];
       for (int t = 0; t < 4; ++t) {
-        auto a = emulation::exchanged<Operands>(lanes, 4 * (row % 8) + t);
-        auto b = emulation::exchanged<Operands>(lanes, 4 * column + t);
-        products[t] = static_cast<double>(emulation::tf32(a.left[2 * high + row / 8])) *
-                      emulation::tf32(b.right[high]);
+        auto a = emulation::exchanged<Operands<4, 2>>(lanes, 4 * (row % 8) + t);
+        auto b = emulation::exchanged<Operands<4, 2>>(lanes, 4 * column + t);
+        products[t] = static_cast<double>(a.left[2 * high + row / 8]) * b.right[high];
       }
       total[element] = emulation::add_products(total[element], products, 4);
     }
