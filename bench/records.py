@@ -14,6 +14,7 @@ import click
 import torch
 
 from tir_kernels.__main__ import processor, versions
+from tir_kernels.allocator import keeps_freed_memory
 from tir_kernels.errors import FewShotError
 from tir_kernels.fewshot.data.documents import parse_json, read_document
 from tir_kernels.fewshot.run.folder import write_json
@@ -180,7 +181,12 @@ def environment(device: str) -> dict[str, str]:
     facts = {name: found[name] for name in ("tir_kernels", "commit", "torch", "triton", "python")}
     if device == "cuda":
         return facts | {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda or ""}
-    return facts | {"processor": processor(), "threads": str(torch.get_num_threads())}
+    memory = "kept" if keeps_freed_memory() else "given back"
+    return facts | {
+        "processor": processor(),
+        "threads": str(torch.get_num_threads()),
+        "freed memory": memory,
+    }
 
 
 def _commit(root: Path = Path(__file__).parents[1]) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "tir_kernels"
 # Rooms that import nothing of the package beside one another: whoever needs them may.
-TOOLS = {"errors", "files", "precision", "registry", "scalars", "text"}
+TOOLS = {"allocator", "errors", "files", "precision", "registry", "scalars", "text"}
 
 # Their arguments are fixed by what they promise to users.
 CONTRACTS = {"reweighted_attention", "weighted_attention"}
