@@ -114,6 +114,11 @@ def transport(cosines: Tensor) -> Tensor:
         rows = torch.where(goes_on, new_rows, rows)
         columns = torch.where(goes_on, new_columns, columns)
         goes_on = goes_on & ~(change < THRESHOLD)
-        if goes_on.device.type == "cpu" and not goes_on.any():
+        if may_wait_for(goes_on) and not goes_on.any():
             break
     return (kernel + rows + columns).exp()
+
+
+def may_wait_for(tensor: Tensor) -> bool:
+    """Whether numbers may be looked at while they are made: those on a CPU."""
+    return tensor.device.type == "cpu"
