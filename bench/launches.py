@@ -1,7 +1,7 @@
 """How the CUDA attention kernels are launched and what a block does: bfloat16, heads of width 64.
 
-The plans are those of csrc/cuda/forward_plan.h, backward_plan.h and attention_statistics.cu, for a
-GPU that is not there; a test runs the C++ launchers and compares.
+The plans are those of csrc/cuda/forward_plan.h and attention_statistics.cu, for a GPU that is not
+there; a test runs the C++ launchers and compares. The backward pass has a file of its own.
 """
 
 from __future__ import annotations
@@ -12,27 +12,21 @@ from statistics import fmean
 from .sass.counts import WARP, KernelCounts, MainLoop
 
 FORWARD = "attention_forward_kernel<bfloat16, 64>"
-BACKWARD = "attention_backward_kernel<bfloat16, 64, 0>"
 STATISTICS = ("row_statistics_kernel<bfloat16, 64>", "column_statistics_kernel<bfloat16, 64>")
-# Of whole heads, by the number of times that the queries pass.
-HEAD_BACKWARD = {sweeps: f"head_backward_kernel<bfloat16, 64, 0, {sweeps}>" for sweeps in (1, 2)}
 
-HEAD_DIM, _ITEM = 64, 2
-_TILE = 16  # rows of a product
-_HELD = 2 * _TILE  # rows that a warp holds
-_VECTOR = 16  # bytes of a copy
-_PITCH = HEAD_DIM * _ITEM + _VECTOR  # bytes from row to row in shared memory
-_ROW_COPIES = HEAD_DIM * _ITEM / _VECTOR / WARP  # that a warp issues for a row
-_FORWARD_CHUNK, _BACKWARD_CHUNK, _BACKWARD_STEP = 64, 32, 16
+HEAD_DIM, ITEM = 64, 2
+TILE = 16  # rows of a product
+_HELD = 2 * TILE  # rows that a warp holds
+VECTOR = 16  # bytes of a copy
+_PITCH = HEAD_DIM * ITEM + VECTOR  # bytes from row to row in shared memory
+_ROW_COPIES = HEAD_DIM * ITEM / VECTOR / WARP  # that a warp issues for a row
+_FORWARD_CHUNK, _STATISTICS_CHUNK = 64, 32
 _MAX_WARPS = 4  # of a block
 # The costs by which the forward kernel's plans are compared, in units of 43 instructions: see
 # csrc/cuda/forward_plan.h.
 _PASS_COST, _STEP_COST, _TILE_COST, _WARP_COST, _COPY_COST, _MOVE_COST = 16, 5, 17, 6, 3, 16
 _WARPS_AT_ONCE, _RESERVED, _OF_ONE = 8, 1024, 5040
-_MAX_HEAD_ROWS = 384  # the longest rows of heads that one block serves
-_DELTA_COST = 14  # instructions a query, to multiply outputs with their gradients
 CACHE_BYTES_PER_CYCLE = 24  # of the L2 cache, by a multiprocessor
-_LATENCY = 800  # cycles until the first rows come from HBM
 FRAGMENT = 4  # cycles of shared memory for LDSM.x4, a copy or a store of a warp: 512 bytes
 
 
@@ -93,25 +87,6 @@ class Work:
 
 
 @dataclass(frozen=True)
-class BackwardPlan:
-    """How the backward pass runs.
-
-    Attributes:
-        launch: Of the kernel that takes longest.
-        sweeps: Times that the queries pass a block, which serves a whole head; 0 if blocks serve
-            parts of keys and of queries.
-    """
-
-    launch: Launch
-    sweeps: int
-
-    @property
-    def kernel(self) -> str:
-        """The name under which it is counted."""
-        return HEAD_BACKWARD[self.sweeps] if self.sweeps else BACKWARD
-
-
-@dataclass(frozen=True)
 class _ForwardPlan:
     launch: Launch
     parts: int  # blocks of a head
@@ -128,7 +103,7 @@ def _forward_plan(
         return chunks * _FORWARD_CHUNK * 4 + (warps * _HELD + 2 * rows) * _PITCH
 
     def plan_with(warps: int, parts: int) -> _ForwardPlan:
-        rounds, rows = parts_of(tiles, parts * warps), _padded(length)
+        rounds, rows = parts_of(tiles, parts * warps), padded(length)
         is_resident = chunks <= 2 or (rounds > 1 and room(warps, rows) <= shared_memory // 2)
         if not is_resident:
             rows = 2 * _FORWARD_CHUNK
@@ -136,19 +111,15 @@ def _forward_plan(
         return _ForwardPlan(launch, parts, is_resident, rounds)
 
     def time(plan: _ForwardPlan) -> int:
-        launch, sixteens = plan.launch, parts_of(length, _TILE)
-        whole, steps = divmod(sixteens, _FORWARD_CHUNK // _TILE)
+        launch, sixteens = plan.launch, parts_of(length, TILE)
+        whole, steps = divmod(sixteens, _FORWARD_CHUNK // TILE)
         loaded = sixteens * (1 if plan.is_resident else plan.rounds)
         of_tile = whole * _PASS_COST + steps * _STEP_COST + _TILE_COST
         issued = launch.warps * (plan.rounds * of_tile + _WARP_COST) + loaded * _COPY_COST
         work = max(issued, (loaded + sixteens // plan.parts) * _MOVE_COST)
-        fitting = (shared_memory + _RESERVED) // (launch.shared + _RESERVED)
-        at_once = max(1, min(fitting, _WARPS_AT_ONCE // launch.warps))
-        full, rest = divmod(parts_of(launch.blocks, multiprocessors), at_once)
-        total = full * at_once * (_OF_ONE // _rate(at_once * launch.warps))
-        return work * (total + (rest and rest * (_OF_ONE // _rate(rest * launch.warps))))
+        return makespan(launch, work, multiprocessors, shared_memory)
 
-    ring = min(_padded(length), 2 * _FORWARD_CHUNK)
+    ring = min(padded(length), 2 * _FORWARD_CHUNK)
     most = min(tiles, _MAX_WARPS)
     while most > 1 and room(most, ring) > shared_memory:
         most -= 1
@@ -161,9 +132,18 @@ def _forward_plan(
     return min(plans, key=lambda plan: (time(plan), plan.parts, -plan.launch.warps))
 
 
+def makespan(launch: Launch, work: int, multiprocessors: int, shared_memory: int) -> int:
+    """How long a grid takes whose blocks do so much work, as csrc/cuda/makespan.h has it."""
+    fitting = (shared_memory + _RESERVED) // (launch.shared + _RESERVED)
+    at_once = max(1, min(fitting, _WARPS_AT_ONCE // launch.warps))
+    full, rest = divmod(parts_of(launch.blocks, multiprocessors), at_once)
+    total = full * at_once * (_OF_ONE // _rate(at_once * launch.warps))
+    return work * (total + (rest and rest * (_OF_ONE // _rate(rest * launch.warps))))
+
+
 def _rate(warps: int) -> int:
     """How fast a multiprocessor works with so many warps: as ``model.LIKELY``, 20 with eight."""
-    return 3 * warps if warps <= 4 else 4 + 2 * warps
+    return 3 * warps if warps <= 4 else 4 + 2 * min(warps, 8)
 
 
 def forward_launch(length: int, heads: int, multiprocessors: int, shared_memory: int) -> Launch:
@@ -178,36 +158,15 @@ def forward_launch(length: int, heads: int, multiprocessors: int, shared_memory:
     return _forward_plan(length, heads, multiprocessors, shared_memory).launch
 
 
-def backward_plan(
-    length: int, heads: int, multiprocessors: int, shared_memory: int
-) -> BackwardPlan:
-    """The launch of the backward kernel: of whole heads, or of keys and queries side by side."""
-    tiles = parts_of(length, _HELD)
-
-    def room(warps: int) -> int:
-        rows = 2 * warps * _HELD + 4 * _BACKWARD_CHUNK
-        return parts_of(length, _BACKWARD_CHUNK) * _BACKWARD_CHUNK * 8 + rows * _PITCH
-
-    warps = min(tiles, _MAX_WARPS)
-    while warps > 1 and room(warps) > shared_memory:
-        warps -= 1
-    blocks = heads * 2 * parts_of(tiles, warps)
-    of_head = _MAX_HEAD_ROWS * 8 + (3 * tiles * _HELD + 4 * _BACKWARD_CHUNK) * _PITCH
-    fits = length <= _MAX_HEAD_ROWS and of_head <= shared_memory
-    if fits and blocks > 2 * multiprocessors:
-        return BackwardPlan(Launch(heads, tiles, of_head), 1 if tiles <= _WARPS_AT_ONCE else 2)
-    return BackwardPlan(Launch(blocks, warps, room(warps)), 0)
-
-
 def forward_work(
     kernel: KernelCounts, length: int, heads: int, multiprocessors: int, shared_memory: int
 ) -> Work:
     """What a block of the forward kernel does."""
     plan = _forward_plan(length, heads, multiprocessors, shared_memory)
     chunk, step = kernel.main_loops
-    copy, copy_streamed = _copy_costs(kernel)
+    copy, copy_streamed = copy_costs(kernel)
     # The last keys come by sixteens, where they do not fill a chunk.
-    chunks, rest = divmod(_padded(length), _FORWARD_CHUNK)
+    chunks, rest = divmod(padded(length), _FORWARD_CHUNK)
     held = _ROW_COPIES * _HELD
     of_tile = Work(
         instructions=chunk.around[0] + held * (copy + max(kernel.stores)),
@@ -217,95 +176,30 @@ def forward_work(
         shared=FRAGMENT * 4 * held,
         cache_bytes=0,
     )
-    of_tile += passes_of(chunk, chunks) + passes_of(step, rest // _TILE)
+    of_tile += passes_of(chunk, chunks) + passes_of(step, rest // TILE)
     of_tile += once(step.around[0] if rest else 0)
     loads = 1 if plan.is_resident else plan.rounds
-    rows = loads * _padded(length)
+    rows = loads * padded(length)
     of_block = Work(
         instructions=2 * rows * _ROW_COPIES * copy_streamed,
         products=0,
         exponentials=0,
         shared=FRAGMENT * 2 * rows * _ROW_COPIES,
         # Queries in and outputs out are shared by a head's blocks, keys and values are not.
-        cache_bytes=(2 * length / plan.parts + 2 * loads * length) * HEAD_DIM * _ITEM,
+        cache_bytes=(2 * length / plan.parts + 2 * loads * length) * HEAD_DIM * ITEM,
     )
     warps = plan.launch.warps
     return of_tile * (plan.rounds * warps) + of_block + once(warps * chunk.around[-1])
-
-
-def backward_work(kernel: KernelCounts, plan: BackwardPlan, length: int) -> Work:
-    """What a block of the backward kernel does; ``kernel`` is the plan's."""
-    if plan.sweeps:
-        return _whole_head_work(kernel, plan, length)
-    return _two_parts_work(kernel, plan.launch.warps, length)
-
-
-def _whole_head_work(kernel: KernelCounts, plan: BackwardPlan, length: int) -> Work:
-    of_queries, *sweeps = kernel.main_loops
-    warps, rounds = plan.launch.warps, parts_of(length, _BACKWARD_CHUNK)
-    steps, rows = parts_of(length, _BACKWARD_STEP), _BACKWARD_CHUNK * rounds
-    copies = (2 * warps * _HELD + 2 * plan.sweeps * rows) * _ROW_COPIES
-    row_bytes = HEAD_DIM * _ITEM
-    of_head = Work(
-        instructions=copies * max(kernel.copies) + rows * _DELTA_COST,
-        products=0,
-        exponentials=0,
-        shared=FRAGMENT * copies,
-        # Queries with their gradients come again for each sweep; outputs, keys and values once,
-        # as three gradients go.
-        cache_bytes=(2 * plan.sweeps + 6) * length * row_bytes,
-        waiting=_LATENCY + 4 * length * row_bytes / CACHE_BYTES_PER_CYCLE,
-    )
-    # A round's gradients of queries: 32 keys a pass, in parts of 16 columns.
-    parts = HEAD_DIM // _TILE
-    of_head += (passes_of(of_queries, warps) + once(of_queries.around[0])) * (parts * rounds)
-    stores = 2 * _ROW_COPIES * _HELD  # of the gradients of keys and values
-    of_warp = once(sweeps[0].around[-1] + stores * max(kernel.stores))
-    of_warp += Work(0, 0, 0, shared=FRAGMENT * 2 * stores, cache_bytes=0)
-    for sweep in sweeps:
-        of_warp += passes_of(sweep, steps) + once(rounds * sweep.around[0])
-    return of_head + of_warp * warps
-
-
-def _two_parts_work(kernel: KernelCounts, warps: int, length: int) -> Work:
-    """The mean of blocks with keys and with queries."""
-    held = _ROW_COPIES * _HELD
-    parts = parts_of(parts_of(length, _HELD), warps)
-    steps, chunks = parts_of(length, _BACKWARD_STEP), parts_of(length, _BACKWARD_CHUNK)
-    copy, copy_streamed = _copy_costs(kernel)
-    most = max(loop.products for loop in kernel.main_loops)
-    total = once(0)
-    for loop in kernel.main_loops:
-        gradients = 2 if loop.products == most else 1  # of keys and of values, or of queries
-        of_warp = passes_of(loop, steps) + Work(
-            instructions=chunks * loop.around[0]
-            + loop.around[-1]
-            + held * (2 * copy + gradients * max(kernel.stores)),
-            products=0,
-            exponentials=0,
-            shared=FRAGMENT * (2 + 2 * gradients) * held,
-            cache_bytes=0,
-        )
-        copies = 2 * _padded(length) * _ROW_COPIES
-        of_block = Work(
-            instructions=copies * copy_streamed,
-            products=0,
-            exponentials=0,
-            shared=FRAGMENT * copies,
-            cache_bytes=((2 + gradients) * length / parts + 2 * length) * HEAD_DIM * _ITEM,
-        )
-        total += (of_warp * warps + of_block) * 0.5
-    return total
 
 
 def statistics_launch(length: int, heads: int) -> Launch:
     """The launch of either statistics kernel."""
     tiles = parts_of(length, _HELD)
     warps = min(tiles, _MAX_WARPS)
-    rows = warps * _HELD + 2 * _BACKWARD_CHUNK
-    chunks = parts_of(length, _BACKWARD_CHUNK)
+    rows = warps * _HELD + 2 * _STATISTICS_CHUNK
+    chunks = parts_of(length, _STATISTICS_CHUNK)
     return Launch(
-        heads * parts_of(tiles, warps), warps, chunks * _BACKWARD_CHUNK * 8 + rows * _PITCH
+        heads * parts_of(tiles, warps), warps, chunks * _STATISTICS_CHUNK * 8 + rows * _PITCH
     )
 
 
@@ -314,9 +208,9 @@ def statistics_work(kernel: KernelCounts, length: int) -> Work:
     (loop,) = kernel.main_loops
     warps = statistics_launch(length, 1).warps
     parts = parts_of(parts_of(length, _HELD), warps)
-    copy, copies = min(kernel.copies), _padded(length) * _ROW_COPIES
+    copy, copies = min(kernel.copies), padded(length) * _ROW_COPIES
     held = _ROW_COPIES * _HELD
-    of_warp = passes_of(loop, parts_of(length, _BACKWARD_CHUNK)) + Work(
+    of_warp = passes_of(loop, parts_of(length, _STATISTICS_CHUNK)) + Work(
         instructions=sum(loop.around) + held * copy,
         products=0,
         exponentials=0,
@@ -328,12 +222,12 @@ def statistics_work(kernel: KernelCounts, length: int) -> Work:
         products=0,
         exponentials=0,
         shared=FRAGMENT * copies,
-        cache_bytes=(length / parts + length) * HEAD_DIM * _ITEM,
+        cache_bytes=(length / parts + length) * HEAD_DIM * ITEM,
     )
     return of_warp * warps + of_block
 
 
-def _copy_costs(kernel: KernelCounts) -> tuple[float, float]:
+def copy_costs(kernel: KernelCounts) -> tuple[float, float]:
     """Instructions per copy of rows that a warp holds, and of rows that are streamed.
 
     The latter are found anew in each pass, and may depend on weights: they cost more.
@@ -342,7 +236,7 @@ def _copy_costs(kernel: KernelCounts) -> tuple[float, float]:
     return least, fmean([each for each in kernel.copies if each > 1.2 * least] or [least])
 
 
-def passes_of(loop: MainLoop, number: int) -> Work:
+def passes_of(loop: MainLoop, number: float) -> Work:
     """What a warp does in passes of a main loop, copies aside."""
     of_one = Work(
         instructions=loop.instructions,
@@ -364,6 +258,6 @@ def parts_of(whole: int, part: int) -> int:
     return -(-whole // part)
 
 
-def _padded(length: int) -> int:
+def padded(length: int) -> int:
     """Rows are loaded and multiplied by sixteens."""
-    return parts_of(length, _TILE) * _TILE
+    return parts_of(length, TILE) * TILE

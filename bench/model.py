@@ -4,9 +4,9 @@ A model, not a measurement: expect it to be wrong by up to 30 %, and the order o
 to be right. A multiprocessor's time is that of its busiest pipe, over the share of it that so many
 warps keep busy. A kernel's time is that of the multiprocessor with most blocks, or of HBM where
 that is longer, and a launch. Instructions are those that ``bench.sass`` counted, for bfloat16 and
-heads of width 64; those of relevance are of float32 too. The forward kernel's launcher chooses its
-plan by the same rule, with rounded numbers (forward_plan.h), the backward kernel's by the number of
-its blocks (backward_plan.h).
+heads of width 64, backward of width 80 too; those of relevance are of float32 too. The launchers of
+both directions choose their plans by the same rule, with rounded numbers (makespan.h,
+forward_plan.h, backward_plan.h).
 
 The figures, of an H100 SXM, and where they are from:
 
@@ -40,6 +40,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .backward_launches import WIDTHS, BackwardPlan, backward_plan, backward_work
 from .bounds import shortest_ms
 from .counting import attention_cost, relevance_cost, statistics_cost
 from .launches import (
@@ -49,8 +50,6 @@ from .launches import (
     STATISTICS,
     Launch,
     Work,
-    backward_plan,
-    backward_work,
     forward_launch,
     forward_work,
     statistics_launch,
@@ -211,20 +210,26 @@ def _expected(*stages: Stage) -> Expected:
     return Expected((likely, fastest, slowest), longest.by, longest.launch, at_once)
 
 
-def require_counted(point: Point) -> None:
-    if point.head_dim != HEAD_DIM or point.dtype != "bfloat16":
-        raise ValueError(f"counts are of bfloat16 and heads of width {HEAD_DIM}, not of {point}")
+def require_counted(point: Point, direction: str = "forward") -> None:
+    is_counted = point.head_dim == HEAD_DIM
+    if direction == "backward":
+        is_counted = HEAD_DIM <= point.head_dim <= max(WIDTHS)
+    if not is_counted or point.dtype != "bfloat16":
+        raise ValueError(
+            f"counts are of bfloat16 and heads of width {HEAD_DIM}, and to {max(WIDTHS)} backward, "
+            f"not of {point}"
+        )
 
 
 def expect(point: Point, direction: str, memory: Memory) -> Expected:
     """The time of our attention, forward or backward without the weights' gradient.
 
     Args:
-        point: bfloat16, heads of width 64.
+        point: bfloat16, heads of width 64, and to 80 backward.
         direction: "forward" or "backward".
         memory: Of the GPU.
     """
-    require_counted(point)
+    require_counted(point, direction)
     kernels, _ = committed()
     heads = point.images * point.heads
     moved = attention_cost(point, direction).bytes / memory.bytes_per_second
@@ -233,9 +238,16 @@ def expect(point: Point, direction: str, memory: Memory) -> Expected:
         launch = forward_launch(point.length, heads, MULTIPROCESSORS, SHARED_MEMORY)
         work = forward_work(kernel, point.length, heads, MULTIPROCESSORS, SHARED_MEMORY)
         return _expected(Stage(launch, work, kernel.registers, moved))
-    plan = backward_plan(point.length, heads, MULTIPROCESSORS, SHARED_MEMORY)
+    plan = backward_plan(point.length, heads, MULTIPROCESSORS, SHARED_MEMORY, point.head_dim)
+    return expect_backward(point, plan, memory)
+
+
+def expect_backward(point: Point, plan: BackwardPlan, memory: Memory) -> Expected:
+    """The time of the backward pass by some plan."""
+    kernels, _ = committed()
     kernel, launch = kernels[plan.kernel], plan.launch
-    work = backward_work(kernel, plan, point.length)
+    work = backward_work(kernel, plan, point.length, point.head_dim)
+    moved = attention_cost(point, "backward").bytes / memory.bytes_per_second
     if plan.sweeps:
         return _expected(Stage(launch, work, kernel.registers, moved))
     # A kernel before it multiplies outputs with their gradients; it only reads.

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import click
 
+from .backward_launches import WIDTHS
 from .bounds import shortest_ms
 from .counting import NUMBER_BYTES, Cost, relevance_cost, statistics_cost
 from .hopper import expect_with_wgmma
@@ -49,6 +50,17 @@ def sections(lengths: tuple[int, ...], heads: tuple[int, ...], gpu: str) -> list
         ]  # fmt: skip
         found.append(Section(title, _COLUMNS, blocks))
     return found
+
+
+def wide_section(lengths: tuple[int, ...], heads: tuple[int, ...], gpu: str) -> Section:
+    """A table of the backward pass of wider heads."""
+    memory, width = GPUS[gpu], max(WIDTHS)
+    blocks = []
+    for length in lengths:
+        points = [Point(length, width, *split_heads(each), 5, "bfloat16") for each in heads]
+        blocks.append([_own_cells(point, "backward", memory) for point in points])
+    title = f"{_WARNING}: attention backward, bfloat16, d {width}, {gpu}"
+    return Section(title, ("L", "B·H", *_COMMON), blocks)
 
 
 def hopper_section(lengths: tuple[int, ...], heads: tuple[int, ...], gpu: str) -> Section:
@@ -100,13 +112,16 @@ def _selection_cost(point: Point) -> Cost:
 
 
 def _row(point: Point, direction: str, memory: Memory) -> tuple[str, ...]:
-    bound = bound_microseconds(point, direction, memory)
     return (
-        str(point.length),
-        str(point.images * point.heads),
-        *_cells(expect(point, direction, memory), bound),
+        *_own_cells(point, direction, memory),
         *(f"{peer_microseconds(peer, point, direction, memory):.1f}" for peer in PEERS.values()),
     )
+
+
+def _own_cells(point: Point, direction: str, memory: Memory) -> tuple[str, ...]:
+    bound = bound_microseconds(point, direction, memory)
+    found = _cells(expect(point, direction, memory), bound)
+    return (str(point.length), str(point.images * point.heads), *found)
 
 
 def _cells(expected: Expected, bound: float) -> tuple[str, ...]:
@@ -142,6 +157,7 @@ def main(
     """
     tables = [
         *sections(lengths, heads, gpu),
+        wide_section(lengths, heads, gpu),
         token_section(images, gpu),
         hopper_section(lengths, heads, gpu),
     ]

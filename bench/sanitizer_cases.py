@@ -26,8 +26,9 @@ LONG_ROW = (1, 1, 1030, 64)
 # Heads enough for blocks of four warps on a GPU of 132 multiprocessors.
 FOUR_WARPS = ((11, 12, 197, 64), (6, 12, 577, 80), (4, 12, 730, 72))
 # Backward, the first of these has blocks of whole heads, on such a GPU; so has this one, in which
-# the queries pass them twice.
-TWO_SWEEPS = (4, 12, 257, 64)
+# the queries pass them twice; and so have wider ones, once and twice.
+TWO_SWEEPS = (5, 12, 257, 64)
+WIDE_HEADS = ((8, 12, 197, 72), (8, 12, 257, 80))
 WIDTHS_OF_TOKENS = ((64, 32, 3), (96, 48, 5))  # D, E, C
 WHOLE_SHAPES = ((2, 2, 18, 32), (1, 2, 50, 48))
 DTYPES = (torch.bfloat16, torch.float32)
@@ -123,7 +124,9 @@ def main(wanted: Sequence[str]) -> int:
     wide = [(*shape, *WIDTHS_OF_TOKENS[1]) for shape in FOUR_WARPS]
     cases = [
         *itertools.product([run_attention], ATTENTION_SHAPES, DTYPES),
-        *itertools.product([run_attention], (LONG_ROW, *FOUR_WARPS, TWO_SWEEPS), DTYPES[:1]),
+        *itertools.product(
+            [run_attention], (LONG_ROW, *FOUR_WARPS, TWO_SWEEPS, *WIDE_HEADS), DTYPES[:1]
+        ),
         *itertools.product([run_whole], small, DTYPES),
         *itertools.product([run_whole], wide, DTYPES[:1]),
     ]

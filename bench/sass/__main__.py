@@ -20,9 +20,9 @@ def main(files: tuple[Path, ...], architecture: int, write: bool) -> None:
     """Count the instructions of the CUDA kernels' loops; needs no GPU.
 
     FILES are cubins, objects under build/ or the compiled module tir_kernels/_C*.so. Without any,
-    the kernels are compiled for bfloat16 and heads of width 64, and that of relevance for float32
-    too, which needs nvcc and takes seconds,
-    and held against their budgets (bench/sass/budgets.py): exit status 1 if one is exceeded.
+    the kernels are compiled for bfloat16 and heads of width 64, backward of width 80 too, and that
+    of relevance for float32, which needs nvcc and takes seconds. They are held against their
+    budgets (bench/sass/budgets.py): exit status 1 if one is exceeded.
     """
     if write and (files or architecture != ARCHITECTURE):
         raise click.UsageError(

@@ -1,4 +1,4 @@
-"""What the kernels' loops may cost at most: bfloat16, heads of width 64, sm_90.
+"""What the kernels' loops may cost at most: bfloat16, heads of width 64 and 80, sm_90.
 
 A budget is today's number, rounded up by the little that another arrangement of the same work may
 take. Whoever needs more says here what it is for; whoever needs less lowers the budget.
@@ -61,6 +61,9 @@ _THREE_BLOCKS = 168
 
 # Of whole heads, the gradients of 32 queries: 32 keys with 16 columns, 2 x 2 x 2 products.
 _HEAD_QUERIES = LoopBudget(8, 22, {"LDSM": 6, "branch": 1})  # 21
+
+# And of width 80, what all their other loops share.
+_WIDE = {"MUFU.EX2": 16, "arithmetic": 82, "access": 12, "branch": 1}
 
 BUDGETS = {
     "attention_forward_kernel<bfloat16, 64>": KernelBudget(
@@ -168,7 +171,7 @@ BUDGETS = {
             _HEAD_QUERIES,
             LoopBudget(
                 48,
-                282,  # 273
+                275,  # 266
                 {
                     "LDSM": 20,
                     "MUFU.EX2": 16,
@@ -192,6 +195,50 @@ BUDGETS = {
             ),
         ],
         copy=15,  # 13
+        store=36,
+    ),
+    # The same, causal: a step also compares its keys with its queries.
+    "head_backward_kernel<bfloat16, 64, 1, 2>": KernelBudget(
+        registers=_THREE_BLOCKS,
+        loops=[
+            _HEAD_QUERIES,
+            LoopBudget(48, 298, {"LDSM": 20, "MUFU.EX2": 16, "branch": 3}),  # 288
+            LoopBudget(32, 167, {"LDSM": 8, "MUFU.EX2": 16, "branch": 3}),  # 160
+        ],
+        copy=15,
+        store=36,
+    ),
+    # Heads of width 80, in parts: 16 queries with 32 keys, 4 x 5 products each, and 16 keys with 32
+    # queries. No stationary row is held, so that both are bound by shared memory.
+    "attention_backward_kernel<bfloat16, 80, 0>": KernelBudget(
+        registers=_TWO_BLOCKS,
+        loops=[
+            LoopBudget(60, 298, {"LDSM": 40, "MUFU.EX2": 16, "branch": 6}),  # 288
+            LoopBudget(80, 422, {"LDSM": 50, "MUFU.EX2": 16, "branch": 10}),  # 409
+        ],
+        copy=52,  # 50
+        store=35,
+    ),
+    # Whole: 32 keys with 16 queries, 2 x 2 x 5 products for each of four or three and two. Of the
+    # warp's keys 2 of 5 fragments are held in one sweep, 1 in the first of two and 4 in the second.
+    "head_backward_kernel<bfloat16, 80, 0, 1>": KernelBudget(
+        registers=255,
+        loops=[
+            _HEAD_QUERIES,
+            # 6 LDSM of keys, 10 of values, 20 of queries and of the gradients of their outputs.
+            LoopBudget(80, 340, _WIDE | {"LDSM": 36, "comparison": 52}),  # 330
+        ],
+        copy=37,  # 35: a row is no power of two of copies
+        store=35,
+    ),
+    "head_backward_kernel<bfloat16, 80, 0, 2>": KernelBudget(
+        registers=_THREE_BLOCKS,
+        loops=[
+            _HEAD_QUERIES,
+            LoopBudget(60, 292, _WIDE | {"LDSM": 33, "comparison": 36}),  # 283
+            LoopBudget(40, 172, _WIDE | {"LDSM": 12, "comparison": 36, "access": 2}),  # 166
+        ],
+        copy=37,  # 36
         store=36,
     ),
     "row_statistics_kernel<bfloat16, 64>": KernelBudget(

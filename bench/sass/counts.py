@@ -138,7 +138,8 @@ def to_json(found: dict[str, KernelCounts], compiler: str) -> str:
 def committed() -> tuple[dict[str, KernelCounts], str]:
     """The counts that lie in the repository, and the release of nvcc that they are of.
 
-    They are of sm_90, bfloat16 and heads of width 64; those of relevance are of float32 too.
+    They are of sm_90, bfloat16 and heads of width 64; those backward are of width 80, those of
+    relevance of float32 too.
     """
     content = json.loads(COMMITTED.read_text())
     found = {

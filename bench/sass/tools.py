@@ -17,13 +17,15 @@ from .counts import KernelCounts, count
 from .listing import kernels, readable
 
 ROOT = Path(__file__).resolve().parents[2]
+# Sources, types of elements, widths of heads.
 SOURCES = (
-    ("attention_forward", "bfloat16"),
-    ("attention_backward", "bfloat16"),
-    ("attention_statistics", "bfloat16"),
-    ("relevance", "bfloat16"),
-    ("relevance", "float"),
-    ("selection", "bfloat16"),  # it has no type of elements
+    ("attention_forward", "bfloat16", 64),
+    ("attention_backward", "bfloat16", 64),
+    ("attention_backward", "bfloat16", 80),
+    ("attention_statistics", "bfloat16", 64),
+    ("relevance", "bfloat16", 64),  # it has no heads
+    ("relevance", "float", 64),
+    ("selection", "bfloat16", 64),  # it has no type of elements either
 )
 ARCHITECTURE = 90
 _ONE_WIDTH = Path(__file__).parent / "one_width.cu"
@@ -70,20 +72,17 @@ def release(compiler: Path) -> str:
     return found[1]
 
 
-def compile_kernels(
-    folder: Path, *, head_dim: int = 64, architecture: int = ARCHITECTURE
-) -> list[Path]:
-    """A cubin for each of ``SOURCES``: the instances that the package launches, of one width.
+def compile_kernels(folder: Path, *, architecture: int = ARCHITECTURE) -> list[Path]:
+    """A cubin for each of ``SOURCES``, with the instances that the package launches.
 
     Args:
         folder: Where they are written.
-        head_dim: A width that the kernels are instantiated for.
         architecture: 90 for capability 9.0.
     """
     compiler = nvcc()
 
-    def compiled(job: tuple[str, str]) -> Path:
-        source, element = job
+    def compiled(job: tuple[str, str, int]) -> Path:
+        source, element, head_dim = job
         cubin = folder / f"{source}-{element}-{head_dim}.cubin"
         defines = (
             f"-DTIR_ELEMENT={element}",

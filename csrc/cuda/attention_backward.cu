@@ -174,12 +174,13 @@ void launch_heads(const AttentionBackward& arguments, const KeyWeights& derived,
         kName, arguments.shape.batch * arguments.shape.heads, plan.warps * kWarp,
         plan.shared_bytes, stream, arguments, derived, partial, plan.is_aligned);
   };
-  if (plan.sweeps == 2) {
-    run(std::false_type(), std::integral_constant<int, 2>());
-  } else {
-    with_causality(arguments.shape,
-                   [&](auto is_causal) { run(is_causal, std::integral_constant<int, 1>()); });
-  }
+  with_causality(arguments.shape, [&](auto is_causal) {
+    if (plan.sweeps == 2) {
+      run(is_causal, std::integral_constant<int, 2>());
+    } else {
+      run(is_causal, std::integral_constant<int, 1>());
+    }
+  });
 }
 
 // Keys and queries of a head in blocks of their own.

@@ -73,7 +73,7 @@ struct QueryRows {
   static constexpr int kHeld = kHeldTiles<T, D>;
 
   int first, lane;
-  LeftRows<T, D, true> queries[kHeld];
+  LeftRows<T, D, D / 16> queries[kHeld];
   float output[kHeld][D / 8][4] = {};
   float maximum[kHeld][2], total[kHeld][2];
 

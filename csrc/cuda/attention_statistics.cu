@@ -94,7 +94,7 @@ struct ScoreBlock {
       commit_copies();
     };
     load_tile<T, D>(own_rows, own, first, kHeldRows<T>, lane, kWarp, KeepAll());
-    LeftRows<T, D, true> left[kHeld];
+    LeftRows<T, D, D / 16> left[kHeld];
     stream_chunks(end - begin, load, [&](int passed) {
       if (passed == 0) {
         TIR_UNROLL

@@ -176,8 +176,9 @@ struct BackwardBlock {
       load_tile<T, D>(target + kChunkElements, second_rows, start, rows, thread, threads, is_kept);
       commit_copies();
     };
-    constexpr bool kHold = kHeld == 1 && D <= 64;  // more would not leave registers for the sums
-    LeftRows<T, D, kHold> left_first[kHeld], left_second[kHeld];
+    // More would not leave registers for the sums.
+    constexpr int kOfRow = kHeld == 1 && D <= 64 ? D / 16 : 0;
+    LeftRows<T, D, kOfRow> left_first[kHeld], left_second[kHeld];
     int skipped = first_chunk();
     auto load_next = [&](int index) { load(skipped + index); };
     stream_chunks(end_chunk() - skipped, load_next, [&](int index) {

@@ -11,6 +11,9 @@
 // More warps leave each fewer registers. Then the queries pass twice, once for the sums of the
 // values' gradients alone: six products, since the scores are computed again.
 //
+// Heads of up to 64 channels have their keys in registers too. Of wider ones, up to 80, there is
+// room for some of their columns; the others are read from shared memory in each step.
+//
 // All registers are taken. What is needed but seldom is found `anew` each time, and none spills.
 #pragma once
 
@@ -20,7 +23,13 @@ namespace tir::cuda {
 
 template <class T, int D, bool kCausal, int kSweeps>
 struct HeadBlock {
-  static constexpr int kHeld = kHeldTiles<T, D>, kOwnRows = kHeldRows<T, D>;
+  static constexpr int kHeld = kHeadTiles, kOwnRows = kHeadRows;
+  // How many times 16 columns of the warp's keys are in registers, and how many while the queries
+  // pass for the values' gradients alone, which leaves more room.
+  static constexpr int kHeldColumns = D <= 64 ? D / 16 : kSweeps == 1 ? 2 : 1;
+  static constexpr int kHeldForValues = D <= 64 ? D / 16 : 4;
+  static constexpr bool kHoldsKeys = kHeldColumns == D / 16;
+  using LeftValues = LeftRows<T, D, 0>;
   static constexpr int kStep = 16, kChunkElements = kHeadChunk * kPitch<T, D>;
   static constexpr int kDeltasAtOnce = 8;  // all, for as many queries as keys
   using Sums = float[kHeld][D / 8][4];
@@ -98,14 +107,19 @@ struct HeadBlock {
   // first is multiplied. The last row serves for those that do not exist: nobody asks for theirs.
   TIR_DEVICE void find_products(float (&products)[kDeltasAtOnce], const Rows<T>& left,
                                 const Rows<T>& right, int row, int step) const {
-    static_assert(D <= kLanesPerRow * kVector<T>);
-    int part = lane % kLanesPerRow, column = part * kVector<T>;
+    constexpr int kWidth = kLanesPerRow * kVector<T>, kPasses = (D + kWidth - 1) / kWidth;
+    int part = lane % kLanesPerRow;
     if (anew(is_aligned) == 0) {
       TIR_UNROLL
       for (int u = 0; u < kDeltasAtOnce; ++u) {
         products[u] = lane_product(left, right, min(row + u * step, queries - 1), part);
       }
-    } else if (column < head_dim) {
+      return;
+    }
+    TIR_UNROLL
+    for (int pass = 0; pass < kPasses; ++pass) {
+      int column = pass * kWidth + part * kVector<T>;
+      if (column >= head_dim) continue;
       float a[kDeltasAtOnce][kVector<T>], b[kDeltasAtOnce][kVector<T>];
       TIR_UNROLL
       for (int u = 0; u < kDeltasAtOnce; ++u) {
@@ -121,23 +135,41 @@ struct HeadBlock {
     }
   }
 
-  // Once the warp has its keys in registers, where the gradients of weights need them as they are,
-  // those that are not attended to become 0 for the others: 0 times their NaN would not be 0.
-  TIR_DEVICE void clear_unattended(const HeldKeys<kHeld>& held) const {
+  // Gradients of queries are sums over all keys, in which 0 times the NaN of one that is not
+  // attended to would not be 0. The gradients of weights need such keys as they are. Where the warp
+  // has all of its own in registers, others read 0; where it has not, only keys that are not finite
+  // become 0, and the gradients of their weights NaN.
+  TIR_DEVICE void clear_unattended(HeldKeys<kHeld>& held) const {
     __syncwarp();
     int kept = held.attention();
+    if constexpr (!kHoldsKeys) {
+      TIR_NO_UNROLL
+      for (int i = 0; i < 2 * kHeld; ++i) {
+        const T* row = key_tile + (held.own() + 8 * i) * kPitch<T, D>;
+        if ((kept >> i & 1) == 0 && is_finite(row)) kept |= 1 << i;
+      }
+      __syncwarp();  // all four lanes of a row have read it
+    }
     TIR_UNROLL
     for (int i = 0; i < 2 * kHeld; ++i) {
       if ((kept >> i & 1) != 0) continue;
       T* row = key_tile + (held.own() + 8 * i) * kPitch<T, D>;
       for (int c = lane % 4; c < D; c += 4) row[c] = T{};
+      if constexpr (!kHoldsKeys) held.shifts[i / 2][i % 2] = NAN;
     }
   }
 
+  TIR_DEVICE static bool is_finite(const T* row) {
+    bool found = true;
+    TIR_NO_UNROLL
+    for (int c = 0; c < D; ++c) found = found && fabsf(to_float(row[c])) < INFINITY;
+    return found;
+  }
+
   // 16 queries with the warp's keys.
-  template <bool kOfKeys, bool kOfValues>
-  TIR_DEVICE void step(int start, const LeftRows<T, D, true> (&left_keys)[kHeld],
-                       const LeftRows<T, D, false> (&left_values)[kHeld], HeldKeys<kHeld>& held,
+  template <bool kOfKeys, bool kOfValues, int kColumns>
+  TIR_DEVICE void step(int start, const LeftRows<T, D, kColumns> (&left_keys)[kHeld],
+                       const LeftValues (&left_values)[kHeld], HeldKeys<kHeld>& held,
                        Sums& grad_key, Sums& grad_value) const {
     int chunk = start / kHeadChunk, column = start % kHeadChunk;
     const T* query_tile = slot(chunk) + column * kPitch<T, D>;
@@ -153,7 +185,7 @@ struct HeadBlock {
     if constexpr (kOfValues) multiply<T, D>(grad_value, scores, grad_tile, 2, no_staging, lane);
     if constexpr (!kOfKeys) return;
     held.add(grads);
-    T* target = grads_of(chunk) + (first + lane / 4) * kPitch<T, D> + column + 2 * (lane % 4);
+    T* target = grads_of(chunk) + (first + lane / 4) * kGradPitch<T> + column + 2 * (lane % 4);
     int kept = held.attention();
     TIR_UNROLL
     for (int m = 0; m < kHeld; ++m) {
@@ -163,7 +195,7 @@ struct HeadBlock {
         TIR_UNROLL
         for (int j = 0; j < 2; ++j) {
           uint32_t pair = pack<T>(grads[m][j][2 * r], grads[m][j][2 * r + 1]);
-          T* place = target + (m * kRows + 8 * r) * kPitch<T, D> + 8 * j;
+          T* place = target + (m * kRows + 8 * r) * kGradPitch<T> + 8 * j;
           *reinterpret_cast<uint32_t*>(place) = is_kept ? pair : 0;
         }
       }
@@ -179,7 +211,7 @@ struct HeadBlock {
       int visible = kCausal ? min(key_rows, start + kHeadChunk) : key_rows;
       int own_lane = anew(lane);
       // Lane l names a row of the matrices' elements (2 t, g), to be read as (g, 2 t).
-      const T* left = grads_of(chunk) + (own_lane % 8 + own_lane / 16 * 8) * kPitch<T, D> +
+      const T* left = grads_of(chunk) + (own_lane % 8 + own_lane / 16 * 8) * kGradPitch<T> +
                       own_lane / 8 % 2 * 8;
       const T* right = key_tile + own_lane % 16 * kPitch<T, D> + column + own_lane / 16 * 8;
       float sums[2][2][4] = {};
@@ -191,12 +223,12 @@ struct HeadBlock {
           load_matrices_transposed(b, right + i * kRows * kPitch<T, D>);
           TIR_UNROLL
           for (int m = 0; m < 2; ++m) {
-            load_matrices_transposed(a[m], left + i * kRows * kPitch<T, D> + m * kRows);
+            load_matrices_transposed(a[m], left + i * kRows * kGradPitch<T> + m * kRows);
             multiply_add<T>(sums[m][0], a[m], b[0], b[1]);
             multiply_add<T>(sums[m][1], a[m], b[2], b[3]);
           }
         }
-        left += 2 * kRows * kPitch<T, D>;
+        left += 2 * kRows * kGradPitch<T>;
         right += 2 * kRows * kPitch<T, D>;
       }
       ResultRows<T> target = rows_of(arguments.grad_query, queries);
@@ -230,9 +262,9 @@ struct HeadBlock {
   }
 
   // All queries pass. The gradients of keys and queries are found, those of values, or all.
-  template <bool kOfKeys, bool kOfValues>
-  TIR_DEVICE void sweep(const LeftRows<T, D, true> (&left_keys)[kHeld],
-                        const LeftRows<T, D, false> (&left_values)[kHeld], HeldKeys<kHeld>& held,
+  template <bool kOfKeys, bool kOfValues, int kColumns>
+  TIR_DEVICE void sweep(const LeftRows<T, D, kColumns> (&left_keys)[kHeld],
+                        const LeftValues (&left_values)[kHeld], HeldKeys<kHeld>& held,
                         Sums& grad_key, Sums& grad_value) const {
     TIR_NO_UNROLL
     for (int chunk = 0; chunk <= chunks; ++chunk) {  // the last one for what follows behind
@@ -260,6 +292,13 @@ struct HeadBlock {
     }
   }
 
+  // The warp's own rows of a tile.
+  template <int kColumns>
+  TIR_DEVICE void take_rows(LeftRows<T, D, kColumns> (&rows)[kHeld], const T* tile) const {
+    TIR_UNROLL
+    for (int m = 0; m < kHeld; ++m) rows[m].take(tile + (first + m * kRows) * kPitch<T, D>, lane);
+  }
+
   TIR_DEVICE void run(const KeyWeights& derived, float* partial) const {
     load_tile<T, D>(key_tile, rows_of(arguments.key, keys), 0, key_rows, thread, warps * kWarp,
                     KeepAll());
@@ -272,13 +311,10 @@ struct HeadBlock {
     wait_for_copies<0>();
     __syncthreads();
 
-    LeftRows<T, D, true> left_keys[kHeld];
-    LeftRows<T, D, false> left_values[kHeld];
-    TIR_UNROLL
-    for (int m = 0; m < kHeld; ++m) {
-      left_keys[m].take(key_tile + (first + m * kRows) * kPitch<T, D>, lane);
-      left_values[m].take(value_tile() + (first + m * kRows) * kPitch<T, D>, lane);
-    }
+    LeftRows<T, D, kHeldColumns> left_keys[kHeld];
+    LeftValues left_values[kHeld];
+    take_rows(left_keys, key_tile);
+    take_rows(left_values, value_tile());
     clear_unattended(held);
     Sums grad_key = {}, grad_value = {};
     sweep<true, kSweeps == 1>(left_keys, left_values, held, grad_key, grad_value);
@@ -287,7 +323,9 @@ struct HeadBlock {
     store(grad_key, arguments.shape.scale, arguments.grad_key);
     if constexpr (kSweeps == 2) {
       load_chunk(0);
-      sweep<false, true>(left_keys, left_values, held, grad_key, grad_value);
+      LeftRows<T, D, kHeldForValues> held_keys[kHeld];
+      take_rows(held_keys, key_tile);
+      sweep<false, true>(held_keys, left_values, held, grad_key, grad_value);
     }
     held.drop_unattended(grad_value);
     store(grad_value, 1.0f, arguments.grad_value);

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cuda/heads.cuh"
+#include "cuda/makespan.h"
 
 namespace tir::cuda::forward {
 
@@ -33,23 +34,7 @@ constexpr int64_t kTileCost = 17;  // of a warp: to load its queries and to stor
 constexpr int64_t kWarpCost = 6;   // of a warp: all that it does once
 constexpr int64_t kCopyCost = 3;   // of a block: to begin the copies of 16 keys and values
 constexpr int64_t kMoveCost = 16;  // of the L2 cache: 16 keys and values, or queries and outputs
-constexpr int kMaxWarps = 4, kWarpsAtOnce = 8;  // of a block; that registers leave room for
-constexpr int kReserved = 1024;                 // bytes of a block that are the driver's
-
-// A multiprocessor with so many warps works at this rate; it is 20 with eight (bench/model.py).
-inline int64_t rate(int64_t warps) { return warps <= 4 ? 3 * warps : 4 + 2 * warps; }
-
-// The time until the multiprocessor with most blocks is done with them: as many as fit at a time,
-// at last the rest, which leave more of it unused.
-inline int64_t makespan(int64_t blocks, int warps, int64_t bytes, int64_t work, const Device& gpu) {
-  constexpr int64_t kOfOne = 5040;  // a multiple of every rate
-  int64_t room = (gpu.shared_memory + kReserved) / (bytes + kReserved);
-  int64_t at_once = std::clamp<int64_t>(room, 1, kWarpsAtOnce / warps);
-  int64_t most = (blocks + gpu.multiprocessors - 1) / gpu.multiprocessors, rest = most % at_once;
-  int64_t time = (most - rest) * (kOfOne / rate(at_once * warps));
-  if (rest > 0) time += rest * (kOfOne / rate(rest * warps));
-  return work * time;
-}
+constexpr int kMaxWarps = 4;       // of a block
 
 template <class T, int D>
 class Planner {

@@ -103,18 +103,21 @@ TIR_DEVICE void clear_rows(T* tile, int first, int tile_rows, int thread, int th
   }
 }
 
-// 16 rows of a tile as the left operand of products: in registers, or read again for each product.
-template <class T, int D, bool kHold>
+// 16 rows of a tile as the left operand of products: read again for each product, but for the first
+// `kHeld` times 16 columns, which are in registers.
+template <class T, int D, int kHeld>
 struct LeftRows {
+  static_assert(kHeld <= D / 16);
+  static constexpr bool kHold = kHeld > 0 && kHasTensorCores<T>;
   const T* rows = nullptr;
-  uint32_t held[kHold && kHasTensorCores<T> ? D / 16 : 1][4];
+  uint32_t held[kHold ? kHeld : 1][4];
 
   TIR_DEVICE void take(const T* tile, int lane) {
     if constexpr (kHasTensorCores<T>) {
       rows = tile + lane % 16 * kPitch<T, D> + lane / 16 * 8;
       if constexpr (kHold) {
         TIR_UNROLL
-        for (int k = 0; k < D / 16; ++k) load_matrices(held[k], rows + 16 * k);
+        for (int k = 0; k < kHeld; ++k) load_matrices(held[k], rows + 16 * k);
       }
     } else {
       rows = tile + lane / 4 * kPitch<T, D>;
@@ -122,7 +125,7 @@ struct LeftRows {
   }
 
   TIR_DEVICE void fragment(int k, uint32_t (&registers)[4]) const {
-    if constexpr (kHold) {
+    if (k < kHeld) {
       TIR_UNROLL
       for (int i = 0; i < 4; ++i) registers[i] = held[k][i];
     } else {
@@ -149,9 +152,9 @@ TIR_DEVICE void store_pair(T* target, float first, float second) {
 // total[m] (16 x 8 N) += left[m] (16 x D) tile^T, where the tile holds 8 N rows; only its first
 // 8 `used` rows are read and only their columns are added to. `used` is even. What is read of the
 // tile serves all M. Columns: 8 j + 2 t, whatever the type.
-template <class T, int D, int M, int N, bool kHold>
+template <class T, int D, int M, int N, int kHeld>
 TIR_DEVICE void multiply_transposed(float (&total)[M][N][4],
-                                    const LeftRows<T, D, kHold> (&left)[M], const T* tile,
+                                    const LeftRows<T, D, kHeld> (&left)[M], const T* tile,
                                     int used, int lane) {
   if constexpr (kHasTensorCores<T>) {
     const T* rows = tile + (lane / 16 * 8 + lane % 8) * kPitch<T, D> + lane / 8 % 2 * 8;

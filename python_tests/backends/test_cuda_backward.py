@@ -83,23 +83,28 @@ def test_sizes_in_parts(kernels, width: int, sizes: tuple[int, int], is_causal: 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("sizes", LENGTHS, ids=str)
-def test_sizes_of_whole_heads(kernels, sizes: tuple[int, int], is_causal: bool) -> None:
+@pytest.mark.parametrize("width", [64, 72, 80])
+def test_sizes_of_whole_heads(kernels, width: int, sizes: tuple[int, int], is_causal: bool) -> None:
     kernels.set_device(*HEADS)
     for dtype in DTYPES[1:]:
-        problem = draw(sizes, 64, dtype, is_causal)
+        # Of the shortest rows a block has so few that it takes more heads to be worth it.
+        problem = draw(sizes, width, dtype, is_causal, heads=2 if max(sizes) < 32 else 1)
         assert sweeps(kernels, problem[0]) == 1
         check(*problem)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("sizes", LONG, ids=str)
-def test_sizes_in_two_sweeps(kernels, sizes: tuple[int, int]) -> None:
+@pytest.mark.parametrize("width", [64, 80])
+def test_sizes_in_two_sweeps(kernels, width: int, sizes: tuple[int, int], is_causal: bool) -> None:
     kernels.set_device(*HEADS)
-    problem = draw(sizes, 64, torch.bfloat16, False)
-    assert sweeps(kernels, problem[0]) == 2
-    check(*problem)
+    for dtype in DTYPES[1:]:
+        problem = draw(sizes, width, dtype, is_causal)
+        assert sweeps(kernels, problem[0]) == 2
+        check(*problem)
 
 
-@pytest.mark.parametrize("width", [20, 33])  # rows of whole pairs, and rows at odd addresses
+@pytest.mark.parametrize("width", [20, 33, 70])  # rows of whole pairs, and rows at odd addresses
 @pytest.mark.parametrize("sizes", [(37, 50), (20, 260)], ids=str)
 def test_whole_heads_that_are_not_aligned(kernels, sizes: tuple[int, int], width: int) -> None:
     kernels.set_device(*HEADS)
@@ -116,29 +121,36 @@ def test_which_heads_are_served_whole(kernels) -> None:
         return kernels.backward_sweeps((1, heads, *sizes, width), **options)
 
     kernels.set_device(132, 227 * 1024)
-    assert [found((197, n)) for n in (1, 256, 257, 384, 385)] == [1, 1, 2, 2, 0]
-    assert [found((197, n), is_causal=True) for n in (256, 257)] == [1, 0]
+    assert [found((197, n)) for n in (64, 256, 257, 384, 385)] == [1, 1, 2, 2, 0]
+    assert [found((197, n), is_causal=True) for n in (256, 257, 385)] == [1, 2, 0]
     assert [found((n, 197)) for n in (384, 385)] == [1, 0]
-    assert [found((197, 197), width) for width in (32, 65, 80, 128)] == [1, 0, 0, 0]
+    assert [found((197, 197), width) for width in (32, 65, 80, 81, 128)] == [1, 1, 1, 0, 0]
+    assert [found((257, 257), width) for width in (64, 80)] == [2, 2]
     assert found((197, 197), type="float32") == 0
     # Two parts of keys and two of queries for each head, two of them on each multiprocessor.
     assert [found((197, 197), heads=heads) for heads in (66, 67)] == [0, 1]
+    # A last head alone on a multiprocessor takes as long as one on each.
+    assert [found((257, 257), 80, heads=heads) for heads in (60, 132, 140, 264)] == [0, 2, 0, 2]
     kernels.set_device(132, 99 * 1024)
     assert [found((197, n)) for n in (160, 161)] == [1, 0]
+    kernels.set_device(108, 163 * 1024)
+    assert [found((257, n), 80) for n in (256, 257)] == [1, 0]
 
 
+WIDE = pytest.mark.parametrize("width", [64, 80])
 ON_DEVICE = pytest.mark.parametrize("device", [PARTS, HEADS], ids=["parts", "whole heads"])
 
 
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
+@WIDE
 @ON_DEVICE
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_order_of_threads_does_not_matter(
-    kernels, dtype: torch.dtype, device: tuple[int, int], order: int
+    kernels, dtype: torch.dtype, device: tuple[int, int], width: int, order: int
 ) -> None:
     kernels.set_device(*device)
     for sizes, is_causal in (((70, 100), False), ((70, 100), True), ((40, 260), False)):
-        problem = draw(sizes, 64, dtype, is_causal, heads=2)
+        problem = draw(sizes, width, dtype, is_causal, heads=2)
         kernels.set_thread_order(0)
         expected = gradients(*problem)
         kernels.set_thread_order(order)
@@ -146,19 +158,26 @@ def test_the_order_of_threads_does_not_matter(
             assert torch.equal(ours, before)
 
 
+@WIDE
 @ON_DEVICE
-def test_what_nothing_attends_to_may_be_anything(kernels, device: tuple[int, int]) -> None:
+def test_what_nothing_attends_to_may_be_anything(
+    kernels, device: tuple[int, int], width: int
+) -> None:
     kernels.set_device(*device)
     for dtype, sizes in [*((dtype, (40, 70)) for dtype in DTYPES), (DTYPES[1], (40, 270))]:
-        inputs, grad_output = draw(sizes, 64, dtype, False)
+        inputs, grad_output = draw(sizes, width, dtype, False)
         expected = gradients(inputs, grad_output)[:3]
         q, k, v, weights, scale, is_causal = inputs
         assert weights is not None
         ignored = (weights <= 0)[:, None, :, None]
-        k, v = k.masked_fill(ignored, math.nan), v.masked_fill(ignored, math.inf)
+        last_column = torch.arange(width) == width - 1
+        every_other = (torch.arange(sizes[1]) % 2 == 0)[:, None]
+        k = k.masked_fill(ignored & last_column, math.nan)
+        v = v.masked_fill(ignored & every_other, math.inf)
         found = gradients(AttentionInputs(q, k, v, weights, scale, is_causal), grad_output)
         for ours, before in zip(found[:3], expected, strict=True):
             assert torch.equal(ours, before)
+        assert found[3][weights == 0].isnan().all()
 
 
 @ON_DEVICE

@@ -1,5 +1,5 @@
 // Prints how the attention kernels would be launched on a GPU that is not there: blocks, threads and
-// bytes of shared memory, forward and then backward, for lines "L B H" of the input. Of several
+// bytes of shared memory, forward and then backward, for lines "L B H d" of the input. Of several
 // kernels it is the last.
 #include <iostream>
 #include <sstream>
@@ -32,9 +32,10 @@ void note_launch(const char*, int64_t blocks, int threads, size_t shared_bytes, 
 
 int main() {
   tir::cuda::emulated_device = {132, 227 * 1024};
-  int64_t length, batch, heads;
-  while (std::cin >> length >> batch >> heads) {
-    tir::AttentionShape shape{batch, heads, length, length, 64, tir::Type::bfloat16, 0.125f, false};
+  int64_t length, batch, heads, width;
+  while (std::cin >> length >> batch >> heads >> width) {
+    tir::AttentionShape shape{batch, heads, length, length, width, tir::Type::bfloat16, 0.125f,
+                              false};
     tir::AttentionForward forward{};
     tir::AttentionBackward backward{};
     forward.shape = backward.shape = shape;

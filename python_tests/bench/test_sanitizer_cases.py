@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import sanitizer_cases
-from bench.launches import backward_plan
+from bench.backward_launches import backward_plan
 from tir_kernels.operators import attending
 from tir_kernels.operators.choose import load_backend
 from tir_kernels.operators.known_calls import KnownCalls
@@ -51,10 +51,11 @@ def test_there_are_blocks_of_four_warps_for_wide_heads() -> None:
 
 
 def test_there_are_blocks_of_whole_heads() -> None:
-    for sweeps, shape in ((1, sanitizer_cases.FOUR_WARPS[0]), (2, sanitizer_cases.TWO_SWEEPS)):
-        batch, heads, length, width = shape
-        assert width == 64
-        assert backward_plan(length, batch * heads, 132, 227 * 1024).sweeps == sweeps
+    narrow = (sanitizer_cases.FOUR_WARPS[0], sanitizer_cases.TWO_SWEEPS)
+    for shapes, widest in ((narrow, 64), (sanitizer_cases.WIDE_HEADS, 80)):
+        for sweeps, (batch, heads, length, width) in enumerate(shapes, 1):
+            assert widest - 16 < width <= widest
+            assert backward_plan(length, batch * heads, 132, 227 * 1024, width).sweeps == sweeps
 
 
 def test_backends_that_are_not_there_are_refused(monkeypatch, capsys) -> None:
