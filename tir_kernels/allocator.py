@@ -25,7 +25,7 @@ def keep_freed_memory() -> bool:
 
     glibc gives large blocks back to the system as they are freed, and each 4 KiB of the next tensor
     cost a page fault and a page to clear: 8,000 of them in a training step of ViT-B/16 on 5 images,
-    2 % of its time on a CPU in bfloat16. Kept, a process's memory stays at its peak until it ends.
+    1 to 2 % of its time on a CPU. Kept, a process's memory stays at its peak until it ends.
     It holds for the whole process: programs call this, a library does not.
 
     Returns:
