@@ -41,7 +41,7 @@ from tir_kernels.fewshot.methods import Method
 from tir_kernels.fewshot.methods.tir import TIR
 from tir_kernels.fewshot.train import batch
 from tir_kernels.precision import autocast_dtype
-from tir_kernels.towers import attention, norms
+from tir_kernels.towers import attention, norms, products
 from tir_kernels.towers.mlp import OpenedMlp
 
 from .clip_model import ClipSizes, load_sizes, make_model, make_tokenizer
@@ -221,6 +221,7 @@ def as_on_a_gpu() -> Iterator[None]:
         (attention, "_has_cpu_kernels", lambda: False),
         (OpenedMlp, "_kind", lambda self, layers: None),
         (norms, "are_fused", lambda hidden: True),
+        (products, "is_faster", lambda dtype: False),
     ]
     with contextlib.ExitStack() as stack:
         for owner, name, replacement in swapped:

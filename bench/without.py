@@ -88,6 +88,7 @@ _PARTS: dict[str, list[tuple[Any, str, Any]]] = {
         (towers, "frozen_norms", lambda model, backend: nullcontext()),
         (towers, "cast_blocks", lambda model, dtype: nullcontext()),
     ],
+    "packed_matrices": [(batch, "packed_matrices", lambda model: ())],
     "step_graph": [(batch, "RepeatedStep", _step_without_graph)],
 }
 SAVINGS = (*_LEARNERS, *_PARTS)

@@ -35,8 +35,9 @@ def _model() -> nn.Module:
     return make_model()
 
 
-# What a saving leaves out are products or, with "image_batches", passes; the other two are fused
-# layers and, on a GPU, launches.
+# What a saving leaves out are products or, with "image_batches", passes; the others are fused
+# layers, packed matrices and, on a GPU, launches.
+OTHER_FORMS = ["image_batches", "fused_layers", "packed_matrices"]
 LESS_WORK = [
     "cache_patch_embedding",
     "class_token_only",
@@ -52,7 +53,7 @@ def usual_results(method: Method) -> list[Any]:
     return finetune_episodes(steady_model(method), make_tokenizer(), EPISODES, method)
 
 
-@pytest.mark.parametrize("switched_off", [*LESS_WORK, "image_batches", "fused_layers"])
+@pytest.mark.parametrize("switched_off", [*LESS_WORK, *OTHER_FORMS])
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_savings_are_exact(switched_off: str, dropout: float) -> None:
     method = replace(METHOD, lora_dropout=dropout)
@@ -66,7 +67,7 @@ def test_savings_are_exact(switched_off: str, dropout: float) -> None:
 
 
 def test_every_saving_has_a_test() -> None:
-    tested = {*LESS_WORK, "image_batches", "fused_layers", "step_graph"}
+    tested = {*LESS_WORK, *OTHER_FORMS, "step_graph"}
     assert tested == set(SAVINGS)
 
 

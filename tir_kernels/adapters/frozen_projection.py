@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tir_kernels.operators.dropout import philox_dropout
 from tir_kernels.operators.dropped_product import dropped_product, factor_gradient
 from tir_kernels.operators.second_derivative import differentiable_once
 from tir_kernels.precision import autocast_dtype, without_autocast
+from tir_kernels.towers.products import input_gradient, linear
 
 
 class Dropping(NamedTuple):
@@ -83,7 +83,7 @@ class FrozenProjection(torch.autograd.Function):
     ) -> Tensor:
         """(B, L, D) -> (B, L, K O), with (K O, D), (K O,), (G, K, rank, D) and (G, K, O, rank)."""
         tokens = tokens.to(autocast_dtype(tokens.device.type) or tokens.dtype)
-        projected = F.linear(tokens, weight, bias)
+        projected = linear(tokens, weight, bias)
         episodes, count, rank, _ = a.shape
         rows = tokens.reshape(episodes, -1, *tokens.shape[-2:])
         if dropping is None:  # one product serves all maps
@@ -108,7 +108,7 @@ class FrozenProjection(torch.autograd.Function):
         with without_autocast(grad.device.type):
             grad_tokens = None
             if ctx.needs_input_grad[0]:
-                grad_tokens = torch.matmul(grad, weight.to(grad.dtype))
+                grad_tokens = input_gradient(grad, weight)
             episodes, count, rank, _ = a.shape
             parts = _of_maps(grad, b)
             shape = (*parts.shape[:3], rank)

@@ -14,6 +14,7 @@ from tir_kernels.operators.choose import load_backend
 from tir_kernels.operators.library import is_transformed
 from tir_kernels.towers.masks import KnownMask
 from tir_kernels.towers.opening import NO_CHANGES, Changes, Opened
+from tir_kernels.towers.products import linear
 from tir_kernels.towers.protocol import AttentionCall
 
 
@@ -162,7 +163,7 @@ def project_parts(
         return low_rank.project(tokens, weight, bias, parts.start, parts.stop - parts.start)
     width = len(weight) // 3
     rows = slice(parts.start * width, parts.stop * width)
-    return F.linear(tokens, weight[rows], None if bias is None else bias[rows])
+    return linear(tokens, weight[rows], None if bias is None else bias[rows])
 
 
 class OpenedAttention(Opened):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tir_kernels.operators.choose import backend_with
-from tir_kernels.towers import norms
+from tir_kernels.towers import norms, products
 from tir_kernels.towers.blocks import BlockBase
 from tir_kernels.towers.find import open_tower
 from tir_kernels.towers.mlp import FusedActivation, OpenedMlp
@@ -124,6 +124,27 @@ def cast_blocks(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for parameter, original in kept:
             parameter.data = original
+
+
+def packable(model: nn.Module) -> list[nn.Parameter]:
+    """The matrices of frozen blocks on a CPU whose products are faster when they are packed."""
+    found: dict[int, nn.Parameter] = {}
+    for module, block in _layers(model):
+        for name in block.products.get(plain_type(module), ()):
+            parameter = module._parameters.get(name)
+            if parameter is not None and _is_packable(parameter):
+                found[id(parameter)] = parameter
+    return list(found.values())
+
+
+def _is_packable(parameter: nn.Parameter) -> bool:
+    return (
+        type(parameter) is nn.Parameter
+        and parameter.dim() == 2
+        and parameter.device.type == "cpu"
+        and not (parameter.requires_grad or parameter.is_inference())
+        and products.is_faster(parameter.dtype)
+    )
 
 
 def _is_converted(parameter: nn.Parameter, dtype: torch.dtype) -> bool:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tir_kernels.operators.bias_activation import bias_activation
+from tir_kernels.towers import products
 from tir_kernels.towers.opening import Opened, is_untouched
 
 
@@ -45,11 +45,11 @@ class OpenedMlp(Opened):
         if kind is None or hidden.device.type != "cpu":
             return self.plain_forward(hidden)
         linear, _, *others = layers
-        product = F.linear(hidden, linear.weight)  # type: ignore[arg-type]
+        product = products.linear(hidden, linear.weight)  # type: ignore[arg-type]
         backend = self.tir_adapters[-1].backend
         hidden = bias_activation(product, linear.bias, kind, backend=backend)  # type: ignore[arg-type]
         for layer in others:
-            hidden = layer(hidden)
+            hidden = products.through(layer, hidden)
         return hidden
 
     def _kind(self, layers: Sequence[nn.Module]) -> str | None:

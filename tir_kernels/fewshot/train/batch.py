@@ -21,7 +21,7 @@ from tir_kernels.fewshot.methods import Kit, Learner, Method, Observer, Paramete
 from tir_kernels.fewshot.settings import Runtime
 from tir_kernels.fewshot.train.graph import LossLog, RepeatedStep
 from tir_kernels.fewshot.train.inputs import SharedInputs
-from tir_kernels.fewshot.train.memory import count_saved_bytes
+from tir_kernels.fewshot.train.memory import count_saved_bytes, packed_matrices
 from tir_kernels.fewshot.train.resume import Batches, SavedTraining, TrainingState, batch_order
 
 CLASSIFIED_AT_ONCE = 64  # images
@@ -222,16 +222,17 @@ def _train(
     if job.saved is not None and (known := job.saved.load()) is not None:
         taken = state.restore(known)
     learner.train(True)
-    while taken < job.method.steps and not log.all_failed:
-        _observe(job.observers, taken, learner, inputs)
-        batches.show(taken)
-        for optimizer, group in zip(optimizers, groups, strict=True):
-            _set_rate(optimizer, group, taken)
-        log.add(step())
-        taken += 1
-        is_end = taken == job.method.steps
-        if job.saved is not None and (is_end or job.saved.is_due()):
-            job.saved.keep(state.take(taken))
+    with towers.packing(packed_matrices(job.model)):
+        while taken < job.method.steps and not log.all_failed:
+            _observe(job.observers, taken, learner, inputs)
+            batches.show(taken)
+            for optimizer, group in zip(optimizers, groups, strict=True):
+                _set_rate(optimizer, group, taken)
+            log.add(step())
+            taken += 1
+            is_end = taken == job.method.steps
+            if job.saved is not None and (is_end or job.saved.is_due()):
+                job.saved.keep(state.take(taken))
     learner.train(False)
     _observe(job.observers, taken, learner, inputs, is_last=True)
     return log.finish()

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tir_kernels import towers
 from tir_kernels.errors import FewShotError, first_line
 
 _MEMORY_INFO = Path("/proc/meminfo")
 _GROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _GROUP_USE = Path("/sys/fs/cgroup/memory.current")
+
+_PACKED_SHARE = 0.125  # of a machine's memory that packed matrices may take
 
 # PyTorch has an error of its own for a GPU only; on a CPU it raises a RuntimeError that says so.
 _SAYINGS = (
@@ -103,22 +106,46 @@ def available_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + unused
-    found = [_machine_bytes(), _group_bytes()]
+    found = [_machine_bytes("MemAvailable:"), _group_bytes()]
     return min((number for number in found if number is not None), default=2**30)
 
 
-def _machine_bytes() -> int | None:
+def packed_matrices(model: nn.Module) -> Sequence[Tensor]:
+    """The frozen matrices that steps multiply in packed form: all that gain by it, or none.
+
+    Each is kept in two more forms. By the memory that there is, not by what is free, so that a run
+    repeats to the bit.
+    """
+    matrices = towers.packable(model)
+    in_both_forms = 2 * sum(each.nbytes for each in matrices)
+    return matrices if in_both_forms <= _PACKED_SHARE * _total_bytes() else ()
+
+
+def _total_bytes() -> int:
+    found = [_machine_bytes("MemTotal:"), _group_limit()]
+    return min((number for number in found if number is not None), default=2**30)
+
+
+def _machine_bytes(name: str) -> int | None:
     try:
         lines = _MEMORY_INFO.read_text().splitlines()
     except OSError:
         return None
-    kilobytes = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    kilobytes = [line.split()[1] for line in lines if line.startswith(name)]
     return int(kilobytes[0]) * 1024 if kilobytes else None
 
 
 def _group_bytes() -> int | None:
     """The bytes left below a container's limit; ``None`` without one."""
+    limit = _group_limit()
     try:
-        return int(_GROUP_LIMIT.read_text()) - int(_GROUP_USE.read_text())
+        return None if limit is None else limit - int(_GROUP_USE.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _group_limit() -> int | None:
+    try:
+        return int(_GROUP_LIMIT.read_text())
     except (OSError, ValueError):  # "max" is no limit
         return None

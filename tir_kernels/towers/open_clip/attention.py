@@ -18,6 +18,7 @@ from tir_kernels.towers.attention import (
 )
 from tir_kernels.towers.masks import KnownMask
 from tir_kernels.towers.opening import NO_CHANGES, Changes
+from tir_kernels.towers.products import through
 
 
 class OpenedMultiheadAttention(OpenedAttention, nn.MultiheadAttention):
@@ -30,7 +31,7 @@ class OpenedMultiheadAttention(OpenedAttention, nn.MultiheadAttention):
         return split_heads(project_parts(self, tokens, packed, parts), self.num_heads, parts)
 
     def output(self, attended: Tensor) -> Tensor:
-        return self.out_proj(join_heads(attended))
+        return through(self.out_proj, join_heads(attended))
 
     def forward(  # type: ignore[override]
         self,
@@ -84,7 +85,7 @@ class OpenedCustomAttention(OpenedAttention, Attention):
     def output(self, attended: Tensor) -> Tensor:
         if self.head_scale is not None:
             attended = attended * self.head_scale
-        return self.out_drop(self.out_proj(self.ln_inner(join_heads(attended))))
+        return self.out_drop(through(self.out_proj, self.ln_inner(join_heads(attended))))
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | KnownMask | None = None, changes: Changes = NO_CHANGES

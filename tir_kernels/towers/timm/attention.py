@@ -22,6 +22,7 @@ from tir_kernels.towers.attention import (
 )
 from tir_kernels.towers.masks import KnownMask
 from tir_kernels.towers.opening import NO_CHANGES, Changes
+from tir_kernels.towers.products import through
 from tir_kernels.towers.protocol import AttentionCall
 
 
@@ -103,7 +104,7 @@ class OpenedTimmAttention(OpenedAttention):
         joined = own.norm(join_heads(attended))
         if own.gate is not None:
             joined = joined * own.gate(tokens).sigmoid()
-        return own.proj_drop(own.proj(joined))
+        return own.proj_drop(through(own.proj, joined))
 
     def run(
         self,

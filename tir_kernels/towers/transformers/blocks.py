@@ -34,6 +34,7 @@ from tir_kernels.towers.blocks import BlockBase
 from tir_kernels.towers.masks import KnownMask
 from tir_kernels.towers.mlp import OpenedMlp
 from tir_kernels.towers.opening import Changes, Opened, put_on, require_own_forward, take_off
+from tir_kernels.towers.products import through
 from tir_kernels.towers.protocol import AttentionCall, Linear
 from tir_kernels.towers.transformers.pools import OpenedSiglip2Head, OpenedSiglipHead
 
@@ -138,10 +139,12 @@ class _Attention(OpenedAttention):
 
     def project(self, tokens: Tensor, parts: slice) -> tuple[Tensor, ...]:
         owners = [self.q_proj, self.k_proj, self.v_proj][parts]
-        return tuple(split_heads(owner(tokens), self.num_heads, slice(0, 1))[0] for owner in owners)
+        return tuple(
+            split_heads(through(each, tokens), self.num_heads, slice(0, 1))[0] for each in owners
+        )
 
     def output(self, attended: Tensor) -> Tensor:
-        return self.out_proj(join_heads(attended))
+        return through(self.out_proj, join_heads(attended))
 
 
 class _OpenedClipAttention(_Attention, modeling_clip.CLIPAttention):
