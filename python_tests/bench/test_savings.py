@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.without import SAVINGS, without
 from tir_kernels.fewshot import Runtime, finetune_episodes
 from tir_kernels.fewshot.methods import Method
+from tir_kernels.towers import products
 
 pytestmark = pytest.mark.slow
 
@@ -46,6 +47,15 @@ LESS_WORK = [
     "frozen_weights",
     "shared_text_pass",
 ]
+
+
+@pytest.fixture(autouse=True)
+def _packing_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices of float32 are packed whatever the processor."""
+    has_products = torch.backends.mkldnn.is_available()
+    monkeypatch.setattr(
+        products, "is_faster", lambda dtype: has_products and dtype == torch.float32
+    )
 
 
 @functools.cache
