@@ -12,6 +12,7 @@ from tir_kernels import fewshot
 from tir_kernels.demo import model_directory, write_image_folder
 from tir_kernels.errors import FewShotError
 from tir_kernels.fewshot.classifier.folder import ABOUT_FILE, LEARNED_FILE
+from tir_kernels.towers import products
 
 SETTINGS = fewshot.FitSettings(shots=2, folds=2)
 METHODS = {
@@ -193,3 +194,28 @@ def test_too_few_images_or_classes(data, tmp_path):
     shutil.copytree(sorted(data.iterdir())[0], tmp_path / "one" / "class")
     with pytest.raises(FewShotError, match="2 classes or more"):
         fit(tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this PyTorch is built without oneDNN"
+)
+def test_it_classifies_with_packed_matrices(data, paths, monkeypatch):
+    """Of the image tower alone, in one form; and says the same as without."""
+    monkeypatch.setattr(products, "is_faster", lambda dtype: False)
+    classifier = fit(data, METHODS["lora"])
+    expected = classifier.predict(paths)
+    monkeypatch.setattr(products, "is_faster", lambda dtype: dtype == torch.float32)
+    packed = []
+    pack = torch.ops.mkldnn._reorder_linear_weight
+
+    def counted(matrix, rows):
+        packed.append(matrix.shape)
+        return pack(matrix, rows)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", counted)
+    found = classifier.predict(paths, batch_size=3)
+    blocks = len(classifier.model.model.visual.transformer.resblocks)
+    assert 4 * blocks <= len(packed) <= 5 * blocks  # the last block projects queries by themselves
+    torch.testing.assert_close(found, expected)
+    assert not products._matrices

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tir_kernels import towers
 from tir_kernels.adapters import loras_of
 from tir_kernels.adapters.merging import merged_lora
 from tir_kernels.errors import FewShotError
@@ -25,6 +26,7 @@ from tir_kernels.fewshot.methods import Learner
 from tir_kernels.fewshot.methods.lora import factors_in
 from tir_kernels.fewshot.settings import Runtime
 from tir_kernels.fewshot.train.batch import Job
+from tir_kernels.fewshot.train.memory import packed_matrices
 from tir_kernels.towers.loading.loaded import LoadedModel
 
 
@@ -127,13 +129,16 @@ class Classifier:
     def open(self) -> Iterator[Scorer]:
         """The classifier ready for many batches, on the model until the context ends.
 
-        LoRA's change is in the weights themselves, which costs nothing in each batch.
+        LoRA's change is in the weights themselves, which costs nothing in each batch, and these
+        are packed once on a CPU.
         """
         model = self.model.model
         with self.merged_lora(), self.learner() as learner:
             for lora in loras_of(model):
                 lora.remove()
-            yield Scorer(learner, torch.device(self.runtime.device))
+            scorer = Scorer(learner, torch.device(self.runtime.device))
+            with towers.packing(packed_matrices(model, forms=1)):
+                yield scorer
 
     def merged_lora(self) -> AbstractContextManager[object]:
         """The changes that LoRA has learned, if any, in the base model's weights for a while."""

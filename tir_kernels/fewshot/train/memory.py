@@ -110,15 +110,18 @@ def available_bytes(device: torch.device) -> int:
     return min((number for number in found if number is not None), default=2**30)
 
 
-def packed_matrices(model: nn.Module) -> Sequence[Tensor]:
-    """The frozen matrices that steps multiply in packed form: all that gain by it, or none.
+def packed_matrices(model: nn.Module, forms: int = 2) -> Sequence[Tensor]:
+    """The frozen matrices to be multiplied in packed form: all that gain by it, or none.
 
-    Each is kept in two more forms. By the memory that there is, not by what is free, so that a run
-    repeats to the bit.
+    By the memory that there is, not by what is free, so that a run repeats to the bit.
+
+    Args:
+        model: A model with towers that can be opened.
+        forms: How many each is kept in besides: two where gradients flow, else one.
     """
     matrices = towers.packable(model)
-    in_both_forms = 2 * sum(each.nbytes for each in matrices)
-    return matrices if in_both_forms <= _PACKED_SHARE * _total_bytes() else ()
+    needed = forms * sum(each.nbytes for each in matrices)
+    return matrices if needed <= _PACKED_SHARE * _total_bytes() else ()
 
 
 def _total_bytes() -> int:
