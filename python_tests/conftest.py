@@ -102,3 +102,19 @@ def restored_kernels():
     before = _C.architecture()
     yield _C
     _C.use_architecture(before)
+
+
+@pytest.fixture
+def packed_shapes(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of the matrices that are packed for products from now on."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch is built without oneDNN")
+    shapes: list[torch.Size] = []
+    pack = torch.ops.mkldnn._reorder_linear_weight
+
+    def noted(matrix: torch.Tensor, rows: int) -> torch.Tensor:
+        shapes.append(matrix.shape)
+        return pack(matrix, rows)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", noted)
+    return shapes

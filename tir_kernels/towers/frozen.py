@@ -141,6 +141,7 @@ def _is_packable(parameter: nn.Parameter) -> bool:
     return (
         type(parameter) is nn.Parameter
         and parameter.dim() == 2
+        and parameter.numel() > 0
         and parameter.device.type == "cpu"
         and not (parameter.requires_grad or parameter.is_inference())
         and products.is_faster(parameter.dtype)

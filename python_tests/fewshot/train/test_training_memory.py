@@ -52,23 +52,12 @@ def test_matrices_are_packed_where_an_eighth_of_the_memory_holds_them(limits, mo
         assert [id(each) for each in found] == [id(each) for each in expected]
 
 
-@pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available(), reason="this PyTorch is built without oneDNN"
-)
-def test_steps_multiply_in_packed_form_and_leave_none(monkeypatch) -> None:
+def test_steps_multiply_in_packed_form_and_leave_none(packed_shapes, monkeypatch) -> None:
     monkeypatch.setattr(products, "is_faster", lambda dtype: dtype == torch.float32)
-    packed = []
-    pack = torch.ops.mkldnn._reorder_linear_weight
-
-    def counted(matrix, rows):
-        packed.append(matrix.shape)
-        return pack(matrix, rows)
-
-    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", counted)
     model = make_model()
     finetune_episodes(model, make_tokenizer(), EPISODES[:1], METHOD)
     model.requires_grad_(False)
     # An MLP has two matrices, an attention two; but the first blocks need no gradient of tokens.
     blocks = len(model.visual.transformer.resblocks) + len(model.transformer.resblocks)
-    assert 4 * blocks <= len(packed) <= 8 * blocks + 4
+    assert 4 * blocks <= len(packed_shapes) <= 8 * blocks + 4
     assert not products._matrices
