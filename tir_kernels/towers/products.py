@@ -58,6 +58,17 @@ def packing(matrices: Iterable[Tensor]) -> Iterator[None]:
             del _matrices[address]
 
 
+def can_pack() -> bool:
+    """Whether this PyTorch has oneDNN's products with packed matrices, on an x86-64 processor."""
+    names = ("_linear_pointwise", "_reorder_linear_weight", *_SUPPORT.values())
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    return (
+        is_x86
+        and torch.backends.mkldnn.is_available()
+        and all(hasattr(torch.ops.mkldnn, name) for name in names)
+    )
+
+
 @functools.cache
 def is_faster(dtype: torch.dtype) -> bool:
     """Whether products with packed matrices of a type are faster here than PyTorch's own.
@@ -65,11 +76,7 @@ def is_faster(dtype: torch.dtype) -> bool:
     In 16 bits they are wherever oneDNN multiplies them. In float32 the others are MKL's, which were
     slower by 8 to 20 % on an AMD processor with AVX-512; elsewhere it is not known.
     """
-    has_operators = torch.backends.mkldnn.is_available() and all(
-        hasattr(torch.ops.mkldnn, name)
-        for name in ("_linear_pointwise", "_reorder_linear_weight", *_SUPPORT.values())
-    )
-    if not has_operators or platform.machine() not in ("x86_64", "AMD64"):
+    if not can_pack():
         return False
     if dtype in _SUPPORT:
         return getattr(torch.ops.mkldnn, _SUPPORT[dtype])()
