@@ -113,13 +113,10 @@ def cast_blocks(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """
     kept: list[tuple[nn.Parameter, Tensor]] = []
     try:
-        for module, block in _layers(model):
-            names = block.products.get(plain_type(module), ())
-            for name in names if is_untouched(module) else ():
-                parameter = module._parameters.get(name)
-                if parameter is not None and _is_converted(parameter, dtype):
-                    kept.append((parameter, parameter.data))
-                    parameter.data = parameter.data.to(dtype)
+        for module, parameter in _of_products(model):
+            if is_untouched(module) and _is_converted(parameter, dtype):
+                kept.append((parameter, parameter.data))
+                parameter.data = parameter.data.to(dtype)
         yield
     finally:
         for parameter, original in kept:
@@ -128,13 +125,8 @@ def cast_blocks(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 def packable(model: nn.Module) -> list[nn.Parameter]:
     """The matrices of frozen blocks on a CPU whose products are faster when they are packed."""
-    found: dict[int, nn.Parameter] = {}
-    for module, block in _layers(model):
-        for name in block.products.get(plain_type(module), ()):
-            parameter = module._parameters.get(name)
-            if parameter is not None and _is_packable(parameter):
-                found[id(parameter)] = parameter
-    return list(found.values())
+    found = (each for _, each in _of_products(model) if _is_packable(each))
+    return list({id(each): each for each in found}.values())
 
 
 def _is_packable(parameter: nn.Parameter) -> bool:
@@ -164,6 +156,15 @@ def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, BlockBase]]:
         for part in (*(block.module for block in blocks), *getattr(tower, "pools", ())):
             for module in part.modules():
                 yield module, blocks[0]
+
+
+def _of_products(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+    """The parameters of a model's blocks and pools that are multiplied or added to a product."""
+    for module, block in _layers(model):
+        for name in block.products.get(plain_type(module), ()):
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                yield module, parameter
 
 
 def _layers_opened_as(

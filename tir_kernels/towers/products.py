@@ -35,7 +35,18 @@ class _Matrix:
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix  # held, or its address could become another tensor's
         self.version = matrix._version
-        self.packed: dict[tuple, Tensor] = {}
+        self._packed: dict[tuple, Tensor] = {}
+
+    def packed_for(self, rows: Tensor, part: Tensor, is_transposed: bool) -> Tensor:
+        """The packed form of a part of the matrix, or of its transpose, for about as many rows."""
+        key = (part.storage_offset(), part.shape, part.stride(), is_transposed)
+        packed = self._packed.get(key)
+        if packed is None:
+            matrix = (part.mT if is_transposed else part).detach().contiguous()
+            num_rows = rows.numel() // rows.shape[-1]
+            packed = torch.ops.mkldnn._reorder_linear_weight(matrix, num_rows)
+            self._packed[key] = packed
+        return packed
 
 
 _matrices: dict[int, _Matrix] = {}  # by the address of their memory
@@ -94,20 +105,19 @@ def _vendor() -> str:
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear(rows, weight, bias)``, with the matrix packed where that is known of it."""
-    if _form(rows, weight) is None or (bias is not None and bias.requires_grad):
+    form = _form(rows, weight)
+    if form is None or (bias is not None and bias.requires_grad):
         return F.linear(rows, weight, bias)
-    rows = rows.to(weight.dtype)  # as autocast would
     bias = None if bias is None else bias.to(weight.dtype)
-    if rows.requires_grad and torch.is_grad_enabled():
-        return _Product.apply(rows, weight, bias, False)
-    return _multiply(rows, weight, bias, False)
+    return _Product.apply(rows.to(weight.dtype), weight, bias, form, False)  # as autocast would
 
 
 def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     """``grad weight``, of the output (..., O) and the matrix (O, D): that of the input (..., D)."""
-    if grad.requires_grad and torch.is_grad_enabled():
-        return _Product.apply(grad, weight, None, True)
-    return _multiply(grad, weight, None, True)
+    form = _form(grad, weight)
+    if form is None:
+        return torch.matmul(grad, weight.to(grad.dtype))
+    return _Product.apply(grad, weight, None, form, True)
 
 
 def through(layer: nn.Module, rows: Tensor) -> Tensor:
@@ -123,34 +133,24 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        form: _Matrix,
+        is_transposed: bool,
     ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.is_transposed = is_transposed
-        return _multiply(rows, weight, bias, is_transposed)
+        packed = form.packed_for(rows, weight, is_transposed)
+        return torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         with without_autocast(grad.device.type):
             back = linear if ctx.is_transposed else input_gradient
-            return back(grad, weight), None, None, None
-
-
-def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:
-    form = _form(rows, weight)
-    if form is None:
-        if is_transposed:
-            return torch.matmul(rows, weight.to(rows.dtype))
-        return F.linear(rows, weight, bias)
-    key = (weight.storage_offset(), weight.shape, weight.stride(), is_transposed)
-    packed = form.packed.get(key)
-    if packed is None:
-        matrix = (weight.mT if is_transposed else weight).detach().contiguous()
-        num_rows = rows.numel() // rows.shape[-1]
-        packed = torch.ops.mkldnn._reorder_linear_weight(matrix, num_rows)
-        form.packed[key] = packed
-    return torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+            return back(grad, weight), None, None, None, None
 
 
 def _form(rows: Tensor, weight: Tensor) -> _Matrix | None:
