@@ -18,7 +18,7 @@ template <class Math>
 class ForwardWorker : AttentionWorker {
   using Unit = typename Math::Unit;
   static constexpr int64_t tile_queries = Math::forward_queries;
-  static constexpr int rows_at_once = 4;
+  static constexpr int64_t num_totals = round_up(tile_queries, lanes);
 
  public:
   using AttentionWorker::expect;
@@ -83,7 +83,7 @@ class ForwardWorker : AttentionWorker {
       multiply<Math>(count, shape_.head_dim, steps_of<Math>(num_keys), probability_rows(),
                      value_rows, sums_, padded_head_dim_, key > 0);
     }
-    for (int64_t i = 0; i < count; ++i) write(i, first_query + i);
+    write(first_query, count);
   }
 
  private:
@@ -122,67 +122,97 @@ class ForwardWorker : AttentionWorker {
   template <bool IsCausal>
   void online_softmax_update(int64_t count, int64_t first_key, int64_t num_keys) {
     int64_t row = 0;
-    for (; row + rows_at_once <= count; row += rows_at_once) {
-      update_rows<IsCausal, rows_at_once>(row, first_key, num_keys);
-    }
+    for (; row + 4 <= count; row += 4) update_rows<IsCausal, 4>(row, first_key, num_keys);
+    for (; row + 2 <= count; row += 2) update_rows<IsCausal, 2>(row, first_key, num_keys);
     for (; row < count; ++row) update_rows<IsCausal, 1>(row, first_key, num_keys);
   }
 
   // Some rows at once: what one waits for, the others fill.
   template <bool IsCausal, int Rows>
   void update_rows(int64_t first_row, int64_t first_key, int64_t num_keys) {
-    const float* scores = scores_ + first_row * score_stride_;
+    // Copies of members: what is written could be these, for all that a compiler knows.
+    const int64_t stride = score_stride_;
+    const float* scores = scores_ + first_row * stride;
+    const float* log2_weights = keys_.log2_weight + first_key;
+    Probability* probabilities = probability_place(first_row);
     Vec scale = broadcast(shape_.scale * log2_e);
-    auto exponents = [&](int row, int64_t i, Vec log2_weights) {
-      Vec all = multiply_add(load(scores + row * score_stride_ + i), scale, log2_weights);
+    auto exponents = [&](int row, int64_t i, Vec log2_weight) {
+      Vec all = multiply_add(load(scores + row * stride + i), scale, log2_weight);
       if (!IsCausal) return all;
       return without_later_keys(all, keys_.index + first_key + i, first_query_ + first_row + row);
     };
-    Vec largest[Rows], shifts[Rows], totals[Rows];
+    Vec largest[Rows], shifts[Rows], sums[Rows];
     TIR_UNROLL
     for (int r = 0; r < Rows; ++r) largest[r] = broadcast(maxima_[first_row + r]);
     for (int64_t i = 0; i < num_keys; i += lanes) {
-      Vec log2_weights = load(keys_.log2_weight + first_key + i);
+      Vec log2_weight = load(log2_weights + i);
       TIR_UNROLL
-      for (int r = 0; r < Rows; ++r) largest[r] = larger(exponents(r, i, log2_weights), largest[r]);
+      for (int r = 0; r < Rows; ++r) largest[r] = larger(exponents(r, i, log2_weight), largest[r]);
     }
-    float maxima[Rows];
+    float maxima[Rows], totals[Rows];
+    combine_each(largest, maxima, Largest());
     TIR_UNROLL
     for (int r = 0; r < Rows; ++r) {
-      maxima[r] = largest_of(largest[r]);
       shifts[r] = broadcast(maxima[r] == -infinity ? 0.0f : maxima[r]);
-      totals[r] = zero();
+      sums[r] = zero();
     }
-    for (int64_t i = 0; i < num_keys; i += lanes) {
-      Vec log2_weights = load(keys_.log2_weight + first_key + i);
+    auto exponentiate = [&](auto num_vectors, int64_t i) {
+      constexpr int vectors = decltype(num_vectors)::value;
       TIR_UNROLL
       for (int r = 0; r < Rows; ++r) {
-        Vec exponentials = Math::exp2(exponents(r, i, log2_weights) - shifts[r]);
-        totals[r] = totals[r] + exponentials;
-        write_probabilities(first_row + r, i, exponentials);
+        Vec exponentials[vectors];
+        TIR_UNROLL
+        for (int v = 0; v < vectors; ++v) {
+          int64_t key = i + v * lanes;
+          exponentials[v] = Math::exp2(exponents(r, key, load(log2_weights + key)) - shifts[r]);
+          sums[r] = sums[r] + exponentials[v];
+        }
+        write_probabilities(probabilities + r * stride + i, exponentials);
+      }
+    };
+    int64_t key = 0;
+    if constexpr (Math::values_per_unit == 2) {
+      for (; key + 2 * lanes <= num_keys; key += 2 * lanes) {
+        exponentiate(std::integral_constant<int, 2>(), key);
       }
     }
+    for (; key < num_keys; key += lanes) exponentiate(std::integral_constant<int, 1>(), key);
+    combine_each(sums, totals, Sum());
     TIR_UNROLL
     for (int r = 0; r < Rows; ++r) {
       int64_t row = first_row + r;
       if (first_key > 0) {
         Vec fade = exp2(broadcast(maxima_[row]) - shifts[r]);
         totals_[row] *= fade[0];
-        float* sums = sums_ + row * padded_head_dim_;
-        for (int64_t i = 0; i < padded_head_dim_; i += lanes) store(sums + i, load(sums + i) * fade);
+        float* own = sums_ + row * padded_head_dim_;
+        for (int64_t i = 0; i < padded_head_dim_; i += lanes) store(own + i, load(own + i) * fade);
       }
-      totals_[row] += sum_of(totals[r]);
+      totals_[row] += totals[r];
       maxima_[row] = maxima[r];
     }
   }
 
-  void write_probabilities(int64_t row, int64_t column, Vec values) {
+  // Probabilities in the type that is multiplied: values, or halves of units.
+  using Probability = std::conditional_t<Math::values_per_unit == 1, float, uint16_t>;
+
+  Probability* probability_place(int64_t row) const {
     if constexpr (Math::values_per_unit == 1) {
-      store(scores_ + row * score_stride_ + column, values);
+      return scores_ + row * score_stride_;
     } else {
-      HalfWidthVec bits = to_bfloat16(values);
-      memcpy(probabilities_ + (row * score_stride_ + column) / 2, &bits, sizeof bits);
+      return reinterpret_cast<Probability*>(static_cast<Unit*>(probabilities_)) +
+             row * score_stride_;
     }
+  }
+
+  static TIR_INLINE void write_probabilities(Probability* target, const Vec (&values)[1]) {
+    if constexpr (Math::values_per_unit == 1) {
+      store(target, values[0]);
+    } else {
+      store_bits(target, to_bfloat16(values[0]));
+    }
+  }
+  static TIR_INLINE void write_probabilities(Probability* target, const Vec (&values)[2]) {
+    store_bits(target, Math::side_by_side(values[0], values[1]));
   }
 
   Left<Math> probability_rows() const {
@@ -193,14 +223,23 @@ class ForwardWorker : AttentionWorker {
     }
   }
 
-  void write(int64_t row, int64_t query) {
-    bool is_empty = totals_[row] == 0;
-    int64_t place = first_query_place() + query;
-    problem_.log_sum_exp[place] =
-        is_empty ? -infinity : maxima_[row] * ln_2 + __builtin_logf(totals_[row]);
-    write_row(row_of(problem_.output, query),
-              sums_ + row * padded_head_dim_, is_empty ? 0.0f : 1.0f / totals_[row],
-              shape_.type, shape_.head_dim);
+  void write(int64_t first_query, int64_t count) {
+    float factors[num_totals];
+    float* log_sum_exp = problem_.log_sum_exp + first_query_place() + first_query;
+    for (int64_t i = 0; i < count; i += lanes) {
+      Vec totals = load(totals_ + i);
+      Vec logarithms = multiply_add(load(maxima_ + i), broadcast(ln_2), log(totals));
+      Vec found = totals == zero() ? broadcast(-infinity) : logarithms;
+      store_first(log_sum_exp + i, found, smaller_of(lanes, count - i));
+      store(factors + i, totals == zero() ? zero() : broadcast(1.0f) / totals);
+    }
+    with_row_type(shape_.type, [&](auto row_type) {
+      for (int64_t i = 0; i < count; ++i) {
+        write_row_as<decltype(row_type)>(row_of(problem_.output, first_query + i),
+                                         sums_ + i * padded_head_dim_, factors[i],
+                                         shape_.head_dim);
+      }
+    });
   }
 
   const AttentionForward& problem_;
@@ -209,7 +248,7 @@ class ForwardWorker : AttentionWorker {
   Buffer<float> scores_;
   Buffer<Unit> probabilities_;  // beside the scores where they are not float32
   Buffer<float> sums_;
-  float maxima_[tile_queries], totals_[tile_queries];
+  float maxima_[num_totals], totals_[num_totals];
   KeyList keys_{};
   typename Math::State state_;
   Right<Math> values_{};

@@ -311,24 +311,28 @@ PanelsFunction<Math> panels_function(int64_t rows) {
   return functions[rows / 2 - 1];
 }
 
-// Tiles of one number of rows: in whole panels, then in the vector that is left of the columns, or
-// the half of one.
+// Tiles of one number of rows: in panels, then in a vector and the half of one for what is left of
+// the columns, where these take less time than a panel.
 template <class Math, bool Adds>
 void multiply_band(int64_t tile_rows, int64_t num_tiles, int64_t columns, int64_t steps,
                    Left<Math> left, Right<Math> right, float* product, int64_t product_stride) {
-  int64_t num_panels = divide_up(columns - lanes, panel_width);
+  constexpr int64_t half = has_halves ? lanes / 2 : 0;
+  int64_t num_panels = divide_up(columns - lanes - half, panel_width);
   panels_function<Math, 2, Adds>(tile_rows)(num_tiles, num_panels, steps, left, right, product,
                                            product_stride);
-  if (columns <= num_panels * panel_width) return;
+  int64_t done = num_panels * panel_width;
   right.data += num_panels * right.panel_stride;
-  PanelsFunction<Math> multiply_last = panels_function<Math, 1, Adds>(tile_rows);
-  if constexpr (has_halves) {
-    if (columns - num_panels * panel_width <= lanes / 2) {
-      multiply_last = panels_function<Math, half_vector, Adds>(tile_rows);
-    }
+  if (columns - done > half) {
+    panels_function<Math, 1, Adds>(tile_rows)(num_tiles, 1, steps, left, right, product + done,
+                                             product_stride);
+    done += lanes;
+    right.data += lanes;
   }
-  multiply_last(num_tiles, 1, steps, left, right, product + num_panels * panel_width,
-                product_stride);
+  if constexpr (has_halves) {
+    if (columns <= done) return;
+    panels_function<Math, half_vector, Adds>(tile_rows)(num_tiles, 1, steps, left, right,
+                                                       product + done, product_stride);
+  }
 }
 
 template <class Math, bool Adds>

@@ -77,11 +77,14 @@ void pack_columns(typename Math::Unit* target, RowAt row_at, Type type, int64_t 
   // Whole rows of units lie in memory as they are multiplied.
   bool are_units = bytes_of(type) * Math::values_per_unit == sizeof(uint32_t) &&
                    width % (lanes * Math::values_per_unit) == 0;
+  if (are_units) memset(workspace, 0, stride * sizeof(uint32_t));  // a row for the missing ones
   for (int64_t first = 0; first < round_up(count, Math::column_multiple); first += lanes) {
     auto* panel = target + first / panel_width * panel_width * stride + first % panel_width;
-    if (are_units && first + lanes <= count) {
+    if (are_units) {
       const void* rows[lanes];
-      for (int64_t i = 0; i < lanes; ++i) rows[i] = row_at(first + i);
+      for (int64_t i = 0; i < lanes; ++i) {
+        rows[i] = first + i < count ? row_at(first + i) : workspace;
+      }
       for (int64_t step = 0; step < stride; step += lanes) {
         transpose_rows(panel + step * panel_width, panel_width,
                        [&](int64_t i) -> const void* {

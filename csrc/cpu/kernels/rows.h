@@ -199,14 +199,18 @@ inline float dot_of_rows(const void* left, const void* right, Type type, int64_t
 }
 
 // Writes `width` values times a factor.
+template <class Row>
+TIR_INLINE void write_row_as(void* target, const float* source, float factor, int64_t width) {
+  auto* elements = static_cast<typename Row::Element*>(target);
+  Vec factors = broadcast(factor);
+  int64_t i = 0;
+  for (; i + lanes <= width; i += lanes) Row::write(elements + i, load(source + i) * factors);
+  if (i < width) Row::write(elements + i, load(source + i) * factors, width - i);
+}
+
 inline void write_row(void* target, const float* source, float factor, Type type, int64_t width) {
   with_row_type(type, [&](auto row_type) {
-    using Row = decltype(row_type);
-    auto* elements = static_cast<typename Row::Element*>(target);
-    Vec factors = broadcast(factor);
-    int64_t i = 0;
-    for (; i + lanes <= width; i += lanes) Row::write(elements + i, load(source + i) * factors);
-    if (i < width) Row::write(elements + i, load(source + i) * factors, width - i);
+    write_row_as<decltype(row_type)>(target, source, factor, width);
   });
 }
 

@@ -92,45 +92,71 @@ TIR_INLINE Vec larger(Vec value, Vec other) { return value > other ? value : oth
 TIR_INLINE Vec smaller(Vec value, Vec other) { return value < other ? value : other; }
 #endif
 
+// Combining all lanes of a vector, or those of each of some vectors at once: the same bits, since
+// halves are folded in the same order.
+struct Sum {
+  template <class V>
+  TIR_INLINE V operator()(V a, V b) const { return a + b; }
+};
+struct Largest {
 #if defined(__AVX2__)
-TIR_INLINE float sum_of_4(__m128 v) {
-  v = _mm_add_ps(v, _mm_movehl_ps(v, v));
-  return _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)));
-}
-TIR_INLINE float largest_of_4(__m128 v) {
-  v = _mm_max_ps(v, _mm_movehl_ps(v, v));
-  return _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)));
-}
-TIR_INLINE __m128 upper_half(__m256 v) { return _mm256_extractf128_ps(v, 1); }
+  TIR_INLINE __m128 operator()(__m128 a, __m128 b) const { return _mm_max_ps(a, b); }
+  TIR_INLINE __m256 operator()(__m256 a, __m256 b) const { return _mm256_max_ps(a, b); }
 #endif
+  TIR_INLINE float operator()(float a, float b) const { return b > a ? b : a; }
+};
+
+#if defined(__AVX2__)
 #if defined(__AVX512F__)
 TIR_INLINE __m256 upper_half(__m512 v) { return _mm512_extractf32x8_ps(v, 1); }
-#endif
-
-#if defined(__AVX512F__)
-TIR_INLINE float sum_of(Vec v) {
-  __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), upper_half(v));
-  return sum_of_4(_mm_add_ps(_mm256_castps256_ps128(half), upper_half(half)));
-}
-TIR_INLINE float largest_of(Vec v) {
-  __m256 half = _mm256_max_ps(_mm512_castps512_ps256(v), upper_half(v));
-  return largest_of_4(_mm_max_ps(_mm256_castps256_ps128(half), upper_half(half)));
-}
-#elif defined(__AVX2__)
-TIR_INLINE float sum_of(Vec v) {
-  return sum_of_4(_mm_add_ps(_mm256_castps256_ps128(v), upper_half(v)));
-}
-TIR_INLINE float largest_of(Vec v) {
-  return largest_of_4(_mm_max_ps(_mm256_castps256_ps128(v), upper_half(v)));
+template <class Combine>
+TIR_INLINE __m256 half_of(__m512 v, Combine combine) {
+  return combine(_mm512_castps512_ps256(v), upper_half(v));
 }
 #else
-TIR_INLINE float sum_of(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
-TIR_INLINE float largest_of(Vec v) {
-  float largest = v[0];
-  for (int i = 1; i < lanes; ++i) largest = v[i] > largest ? v[i] : largest;
-  return largest;
+template <class Combine>
+TIR_INLINE __m256 half_of(__m256 v, Combine) { return v; }
+#endif
+template <class Combine>
+TIR_INLINE __m128 quarter_of(Vec v, Combine combine) {
+  __m256 half = half_of(v, combine);
+  return combine(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+template <class Combine>
+TIR_INLINE float combined(Vec vector, Combine combine) {
+  __m128 v = quarter_of(vector, combine);
+  v = combine(v, _mm_movehl_ps(v, v));
+  return combine(v, _mm_movehdup_ps(v))[0];
+}
+
+template <class Combine>
+TIR_INLINE void combine_each(const Vec (&vectors)[4], float* results, Combine combine) {
+  __m128 quarters[4], pairs[2];
+  TIR_UNROLL
+  for (int i = 0; i < 4; ++i) quarters[i] = quarter_of(vectors[i], combine);
+  TIR_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    __m128 first = quarters[2 * i], second = quarters[2 * i + 1];
+    pairs[i] = combine(_mm_unpacklo_ps(first, second), _mm_unpackhi_ps(first, second));
+  }
+  _mm_storeu_ps(results, combine(_mm_movelh_ps(pairs[0], pairs[1]),
+                                 _mm_movehl_ps(pairs[1], pairs[0])));
+}
+#else
+template <class Combine>
+TIR_INLINE float combined(Vec v, Combine combine) {
+  return combine(combine(v[0], v[2]), combine(v[1], v[3]));
 }
 #endif
+template <int Count, class Combine>
+TIR_INLINE void combine_each(const Vec (&vectors)[Count], float* results, Combine combine) {
+  TIR_UNROLL
+  for (int i = 0; i < Count; ++i) results[i] = combined(vectors[i], combine);
+}
+
+TIR_INLINE float sum_of(Vec v) { return combined(v, Sum()); }
+TIR_INLINE float largest_of(Vec v) { return combined(v, Largest()); }
 
 constexpr float smallest_exponent = -126.0f;  // of a normal float32
 
@@ -170,9 +196,32 @@ TIR_INLINE Vec exp2(Vec x) {
 #endif
 }
 
+// The natural logarithm of positive normal numbers, within one unit in the last place; NaN for NaN.
+//
+// x = 2^k (1 + f) with f in [sqrt(1/2) - 1, sqrt(2) - 1]: log(1 + f) = f - f^2 / 2 + f^3 times a
+// polynomial of least error, and k ln 2 in two parts, the first of which is exact.
+TIR_INLINE Vec log(Vec x) {
+  IntVec bits = (IntVec)x;
+  IntVec k = (bits - 0x3f3504f3) >> 23;  // the bits of sqrt(1/2)
+  Vec f = (Vec)(bits - (k << 23)) - broadcast(1.0f);
+  Vec powers_of_two = __builtin_convertvector(k, Vec);
+  Vec polynomial = multiply_add(broadcast(-0.07916822f), f, broadcast(0.1277806f));
+  polynomial = multiply_add(polynomial, f, broadcast(-0.13047232f));
+  polynomial = multiply_add(polynomial, f, broadcast(0.14196418f));
+  polynomial = multiply_add(polynomial, f, broadcast(-0.16637567f));
+  polynomial = multiply_add(polynomial, f, broadcast(0.20001696f));
+  polynomial = multiply_add(polynomial, f, broadcast(-0.2500027f));
+  polynomial = multiply_add(polynomial, f, broadcast(0.33333322f));
+  Vec square = f * f;
+  Vec rest = multiply_add(polynomial, square * f, powers_of_two * broadcast(-2.1219444e-4f));
+  rest = multiply_add(square, broadcast(-0.5f), rest);
+  // The last term is 0, or NaN.
+  return multiply_add(powers_of_two, broadcast(0.693359375f), f + rest) + (x - x);
+}
+
 #if defined(__AVX512F__)
-// The same within two units in the last place, in fewer instructions: what becomes bfloat16 next
-// has no use for the last bits.
+// The same as exp2 within two units in the last place, in fewer instructions: what becomes bfloat16
+// next has no use for the last bits.
 //
 // x = k + j / 32 + f: 2^(j / 32) is looked up, 2^f - 1 a polynomial of least error on
 // [-1/64, 1/64].
