@@ -21,17 +21,28 @@ constexpr double min_parallel_work = 1e6;
 // Class embeddings and the norm's weights, which the binding takes in float32 alone.
 const float* floats_of(const Array& array) { return static_cast<const float*>(array.data); }
 
-float norm_of(const float* values, int64_t count) {
-  Vec squares = zero();
+// A sum over the whole vectors of `count` values, of which add(sum, i) adds the one at i, in chains
+// that need not wait for each other.
+template <class Add>
+TIR_INLINE Vec sum_in_chains(int64_t count, Add add) {
+  constexpr int chains = 4;
+  Vec sums[chains] = {};
   int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) {
-    squares = multiply_add(load(values + i), load(values + i), squares);
+  for (; i + chains * lanes <= count; i += chains * lanes) {
+    TIR_UNROLL
+    for (int c = 0; c < chains; ++c) sums[c] = add(sums[c], i + c * lanes);
   }
-  if (i < count) {
-    Vec last = load_first(values + i, count - i);
-    squares = multiply_add(last, last, squares);
-  }
-  return __builtin_sqrtf(sum_of(squares));
+  for (; i + lanes <= count; i += lanes) sums[0] = add(sums[0], i);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+float norm_of(const float* values, int64_t count) {
+  Vec squares = sum_in_chains(count, [&](Vec sum, int64_t i) {
+    return multiply_add(load(values + i), load(values + i), sum);
+  });
+  int64_t rest = count % lanes;
+  Vec last = load_first(values + count - rest, rest);
+  return __builtin_sqrtf(sum_of(multiply_add(last, last, squares)));
 }
 
 // The largest magnitude; infinite or NaN where a value is.
@@ -92,30 +103,41 @@ int64_t panel_units(const Relevance& problem) {
   return row_units<Math>(problem.model_dim) * panel_width;
 }
 
-// Packs the projection, a panel of its columns per item.
+// The projection is packed in items of some rows each, or of a panel of columns each, whichever lie
+// side by side in memory.
+constexpr int64_t rows_per_item = 32;
+
+int64_t num_projection_items(const Relevance& problem) {
+  return problem.proj_column_stride == 1 ? divide_up(problem.model_dim, rows_per_item)
+                                         : divide_up(problem.joint_dim, panel_width);
+}
+
 template <class Math>
 void pack_projection(void* data, ItemQueue& items) {
   const auto& job = *static_cast<const Job<Math>*>(data);
   const Relevance& problem = job.problem;
+  auto* values = static_cast<const char*>(problem.proj.data);
   int64_t value_bytes = bytes_of(problem.proj.type);
-  Buffer<typename Math::Unit> workspace(lanes * row_units<Math>(problem.model_dim));
-  for (int64_t panel = items.take(); panel >= 0; panel = items.take()) {
-    int64_t first = panel * panel_width;
-    int64_t count = smaller_of(panel_width, problem.joint_dim - first);
-    auto* target = job.projection + panel * panel_units<Math>(problem);
-    auto* source =
-        static_cast<const char*>(problem.proj.data) +
-        first * problem.proj_column_stride * value_bytes;
-    if (problem.proj_column_stride == 1) {
-      auto row_at = [&](int64_t i) -> const void* {
-        return source + i * problem.proj_row_stride * value_bytes;
-      };
-      pack_rows<Math>(target, 0, row_at, problem.proj.type, problem.model_dim, count);
+  int64_t row_bytes = problem.proj_row_stride * value_bytes;
+  int64_t column_bytes = problem.proj_column_stride * value_bytes;
+  bool by_rows = problem.proj_column_stride == 1;
+  Buffer<typename Math::Unit> workspace(by_rows ? 0 : lanes * row_units<Math>(problem.model_dim));
+  for (int64_t item = items.take(); item >= 0; item = items.take()) {
+    if (by_rows) {
+      int64_t first = item * rows_per_item;
+      int64_t count = smaller_of(rows_per_item, problem.model_dim - first);
+      auto row_at = [&](int64_t i) -> const void* { return values + (first + i) * row_bytes; };
+      pack_rows<Math>(job.projection + first / Math::values_per_unit * panel_width,
+                      panel_units<Math>(problem), row_at, problem.proj.type, count,
+                      problem.joint_dim);
     } else {
+      int64_t first = item * panel_width;
+      int64_t count = smaller_of(panel_width, problem.joint_dim - first);
       auto column_at = [&](int64_t i) -> const void* {
-        return source + i * problem.proj_column_stride * value_bytes;
+        return values + (first + i) * column_bytes;
       };
-      pack_columns<Math>(target, column_at, problem.proj.type, count, problem.model_dim, workspace);
+      pack_columns<Math>(job.projection + item * panel_units<Math>(problem), column_at,
+                         problem.proj.type, count, problem.model_dim, workspace);
     }
   }
 }
@@ -210,24 +232,33 @@ class RelevanceWorker {
     } else {
       values = tokens_;
     }
-    int64_t model_dim = problem_.model_dim, padded = round_up(model_dim, lanes);
+    int64_t model_dim = problem_.model_dim;
     read_row(values, source, problem_.token_type, model_dim);
     token_factors_[i] = 1.0f;
     if (problem_.has_norm) {
-      normalise(values);
-    } else if (problem_.proj.data != nullptr) {
-      float largest = largest_magnitude(values, model_dim);
-      if (largest > huge_token && largest < __builtin_inff()) {
-        token_factors_[i] = rescale(values, model_dim, largest);
+      normalise(values, target);
+    } else {
+      if (problem_.proj.data != nullptr) {
+        float largest = largest_magnitude(values, model_dim);
+        if (largest > huge_token && largest < __builtin_inff()) {
+          token_factors_[i] = rescale(values, model_dim, largest);
+        }
+      }
+      if constexpr (Math::values_per_unit == 2) {
+        for (int64_t k = 0; k < model_dim; k += lanes) put(target, k, load(values + k));
       }
     }
-    for (int64_t k = padded; k < token_stride_; ++k) values[k] = 0;
+    for (int64_t k = round_up(model_dim, lanes); k < token_stride_; k += lanes) {
+      put(target, k, zero());
+    }
+  }
+
+  // A vector of values as units.
+  static TIR_INLINE void put(Unit* target, int64_t k, Vec values) {
     if constexpr (Math::values_per_unit == 2) {
-      auto* bits = reinterpret_cast<uint16_t*>(target);
-      for (int64_t k = 0; k < token_stride_; k += lanes) {
-        HalfWidthVec rounded = to_bfloat16(load(values + k));
-        memcpy(bits + k, &rounded, sizeof rounded);
-      }
+      store_bits(reinterpret_cast<uint16_t*>(target) + k, to_bfloat16(values));
+    } else {
+      store(target + k, values);
     }
   }
 
@@ -241,23 +272,24 @@ class RelevanceWorker {
   Moments moments_of(const float* values) const {
     int64_t model_dim = problem_.model_dim;
     float inverse_model_dim = 1.0f / static_cast<float>(model_dim);
-    Vec sum = zero();
-    for (int64_t k = 0; k < model_dim; k += lanes) sum = sum + load(values + k);
+    // Zeros stand behind the last value.
+    Vec sum = sum_in_chains(round_up(model_dim, lanes),
+                            [&](Vec sum, int64_t k) { return sum + load(values + k); });
     Vec mean = broadcast(sum_of(sum) * inverse_model_dim);
-    Vec squares = zero();
-    int64_t k = 0;
-    for (; k + lanes <= model_dim; k += lanes) {
+    Vec squares = sum_in_chains(model_dim, [&](Vec sum, int64_t k) {
       Vec centered = load(values + k) - mean;
-      squares = multiply_add(centered, centered, squares);
-    }
+      return multiply_add(centered, centered, sum);
+    });
     float rest = 0;
-    for (; k < model_dim; ++k) rest += (values[k] - mean[0]) * (values[k] - mean[0]);
+    for (int64_t k = model_dim / lanes * lanes; k < model_dim; ++k) {
+      rest += (values[k] - mean[0]) * (values[k] - mean[0]);
+    }
     return {mean, (sum_of(squares) + rest) * inverse_model_dim};
   }
 
-  // LayerNorm in place.
-  void normalise(float* values) const {
-    int64_t model_dim = problem_.model_dim, k;
+  // LayerNorm, into units.
+  void normalise(float* values, Unit* target) const {
+    int64_t model_dim = problem_.model_dim;
     Moments moments = moments_of(values);
     if (!(moments.variance < __builtin_inff())) {
       float largest = largest_magnitude(values, model_dim);
@@ -268,16 +300,22 @@ class RelevanceWorker {
     }
     Vec mean = moments.mean;
     Vec factor = broadcast(1.0f / __builtin_sqrtf(moments.variance + problem_.norm_eps));
-    for (k = 0; k < model_dim; k += lanes) {
-      int64_t count = smaller_of(lanes, model_dim - k);
+    const float* weight = floats_of(problem_.norm_weight);
+    const float* bias = floats_of(problem_.norm_bias);
+    auto normalised = [&](int64_t k, auto load_at) {
       Vec value = (load(values + k) - mean) * factor;
-      const float* weight = floats_of(problem_.norm_weight);
-      const float* bias = floats_of(problem_.norm_bias);
-      if (weight != nullptr) value = value * load_first(weight + k, count);
-      if (bias != nullptr) value = value + load_first(bias + k, count);
-      store(values + k, value);
+      if (weight != nullptr) value = value * load_at(weight + k);
+      return bias == nullptr ? value : value + load_at(bias + k);
+    };
+    int64_t k = 0;
+    for (; k + lanes <= model_dim; k += lanes) {
+      put(target, k, normalised(k, [](const float* source) { return load(source); }));
     }
-    for (k = model_dim; k < round_up(model_dim, lanes); ++k) values[k] = 0;
+    if (k == model_dim) return;
+    auto load_last = [&](const float* source) { return load_first(source, model_dim - k); };
+    float last[lanes];
+    store(last, normalised(k, load_last));
+    put(target, k, load_last(last));
   }
 
   const Job<Math>& job_;
@@ -321,7 +359,7 @@ void run(const Relevance& problem, int threads) {
   double work_per_token = columns * problem.model_dim;
   if (work_per_token * tokens_per_group * problem.num_groups < min_parallel_work) threads = 1;
   if (problem.proj.data != nullptr) {
-    run_workers(threads, divide_up(problem.joint_dim, panel_width), pack_projection<Math>, &job);
+    run_workers(threads, num_projection_items(problem), pack_projection<Math>, &job);
   }
   pack_classes(job);
   run_workers(threads, problem.num_groups * job.chunks_per_group, work<Math>, &job);
