@@ -94,22 +94,26 @@ class Cuda:
     architectures: list[str]
 
     @property
-    def newest(self) -> str | None:
-        """The newest that is also built as PTX, which newer GPUs can compile."""
-        portable = [name for name in self.architectures if name.isdigit()]
-        return portable[-1] if portable else None
+    def portable(self) -> list[str]:
+        """Those whose code uses nothing that later GPUs lack."""
+        return [name for name in self.architectures if name.isdigit()]
 
     @property
     def label(self) -> str:
-        """Text such as "80;90+PTX"."""
-        return ";".join(a + "+PTX" if a == self.newest else a for a in self.architectures)
+        """Text such as "80+PTX;90"."""
+        with_ptx = self.portable[:1]
+        return ";".join(a + "+PTX" if a in with_ptx else a for a in self.architectures)
 
     @property
     def flags(self) -> list[str]:
-        code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.architectures]
-        if self.newest is not None:
-            code.append(f"-gencode=arch=compute_{self.newest},code=compute_{self.newest}")
-        return code
+        """The kernels ask nowhere for which GPU they are compiled: the oldest portable one's PTX,
+        which takes most of the time, is assembled for all, and GPUs not listed can compile it.
+        """
+        code = {name: [f"sm_{name}"] for name in self.architectures if name not in self.portable}
+        if self.portable:
+            oldest = self.portable[0]
+            code[oldest] = [f"sm_{name}" for name in self.portable] + [f"compute_{oldest}"]
+        return [f"-gencode=arch=compute_{a},code=[{','.join(c)}]" for a, c in code.items()]
 
 
 def find_cuda() -> Cuda | None:

@@ -22,7 +22,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator:
     """Makes a machine of GPUs of these capabilities, the first current, and of kernels for it."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
-    def make(*capabilities: tuple[int, int], runtime=CUDA_13_0, built: str = "80;90+PTX") -> None:
+    def make(*capabilities: tuple[int, int], runtime=CUDA_13_0, built: str = "80+PTX;90") -> None:
         def index_of(device: int | torch.device | None = None) -> int:
             return 0 if device is None else torch.device("cuda", device).index
 
@@ -137,7 +137,7 @@ def test_gpus_that_the_build_left_out_are_a_reason(machine) -> None:
 
 def test_the_report_names_the_linked_cuda_and_what_each_gpu_takes(machine) -> None:
     machine(HOPPER, OLD)
-    assert report.backends()["cuda"] == "runs (built for 80;90+PTX with CUDA 13.0)"
+    assert report.backends()["cuda"] == "runs (built for 80+PTX;90 with CUDA 13.0)"
     facts = report.machine()
     assert facts["GPU 0"] == "GPU number 0, sm_90, 80 GiB; 'auto' takes cuda"
     assert facts["GPU 1"] == "GPU number 1, sm_75, 80 GiB; 'auto' takes reference"
@@ -169,7 +169,7 @@ CAPABILITIES = [(7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (10, 3), (12, 0)]
 @pytest.mark.parametrize(
     ("built", "served"),
     [
-        ("80;90+PTX", CAPABILITIES[1:]),
+        ("80+PTX;90", CAPABILITIES[1:]),
         ("80+PTX;90a", CAPABILITIES[1:]),
         ("80;90a", [(8, 0), (8, 6), (9, 0)]),
         ("90a", [(9, 0)]),

@@ -301,7 +301,7 @@ def _release(version: int) -> str:
 
 
 def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
-    """Whether code for architectures such as "80;90;100+PTX" runs on a device.
+    """Whether code for architectures such as "80+PTX;90;100" runs on a device.
 
     Machine code serves its own generation from its own revision on, that of "90a" 9.0 alone; PTX
     everything that is newer.
