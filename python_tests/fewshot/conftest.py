@@ -1,29 +1,18 @@
 """Small image folders, a tiny random model, and the command line of a small run."""
 
-import functools
-
 import pytest
 from command_line import SMALL
 from model_fixtures import real_data, tiny_config, tiny_model_folder
+from page_fixtures import charts_drawn_once
 from small_images import write_images
 
-__all__ = ["real_data", "tiny_config", "tiny_model_folder"]
+__all__ = ["charts_drawn_once", "real_data", "tiny_config", "tiny_model_folder"]
 
 
 @pytest.fixture(autouse=True)
 def own_image_cache(tmp_path_factory, monkeypatch):
     """A folder of each test's own where users have their cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def charts_drawn_once():
-    """Equal charts, as of a run that is killed over and over, are drawn once: it takes a second."""
-    from tir_kernels.analysis.page import page
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page, "draw", functools.lru_cache(maxsize=64)(page.draw))
-        yield
 
 
 @pytest.fixture
