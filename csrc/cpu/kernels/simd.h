@@ -108,10 +108,9 @@ struct Largest {
 
 #if defined(__AVX2__)
 #if defined(__AVX512F__)
-TIR_INLINE __m256 upper_half(__m512 v) { return _mm512_extractf32x8_ps(v, 1); }
 template <class Combine>
 TIR_INLINE __m256 half_of(__m512 v, Combine combine) {
-  return combine(_mm512_castps512_ps256(v), upper_half(v));
+  return combine(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
 }
 #else
 template <class Combine>

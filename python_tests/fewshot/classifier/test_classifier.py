@@ -206,8 +206,7 @@ def test_it_classifies_with_packed_matrices(data, paths, packed_shapes, monkeypa
     monkeypatch.setattr(products, "is_faster", lambda dtype: dtype == torch.float32)
     found = classifier.predict(paths, batch_size=3)
     blocks = len(classifier.model.model.visual.transformer.resblocks)
-    assert (
-        4 * blocks <= len(packed_shapes) <= 5 * blocks
-    )  # the last block projects queries by themselves
+    # The last block projects queries by themselves.
+    assert 4 * blocks <= len(packed_shapes) <= 5 * blocks
     torch.testing.assert_close(found, expected)
     assert not products._matrices

@@ -77,7 +77,7 @@ class Drawing(NamedTuple):
 
 def draw(chart: Chart) -> Drawing:
     """Draw a chart, once for all forms of it: Matplotlib takes most of a report's time."""
-    with own_settings(chart.name), _uncollected():
+    with own_settings(chart.name):
         first = chart.panels[0]
         if isinstance(first, Ranks):
             # Here, since its libraries are an extra.
@@ -112,11 +112,13 @@ def drawn(figure: Figure, chart: Chart, places: Sequence[Place]) -> Drawing:
 def own_settings(salt: str, changes: Mapping[Any, Any] = _NO_CHANGES) -> Iterator[None]:
     """Matplotlib's defaults and ours, whatever the user has set; the same content, the same bytes.
 
+    For as long as something is drawn: no garbage is looked for meanwhile.
+
     Args:
         salt: Tells the identifiers of figures apart that stand in one page.
         changes: Settings that differ, by Matplotlib's names.
     """
-    with matplotlib.rc_context(), warnings.catch_warnings():
+    with matplotlib.rc_context(), warnings.catch_warnings(), _uncollected():
         # The font of PNG files has not all the world's letters; in SVG, the browser's are used.
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
         matplotlib.rcdefaults()
