@@ -1,5 +1,6 @@
 // Forward pass of weighted attention: the scores of a tile of queries at a time, never L x L.
 #include "attention.h"
+#include "epilogues.h"
 
 namespace tir::cpu::TIR_ARCH {
 namespace {
@@ -29,10 +30,11 @@ class ForwardWorker : AttentionWorker {
         key_panels_(packed_units(row_units_, shape_.length)),
         value_panels_(packed_units(steps_of<Math>(shape_.length), shape_.head_dim)),
         packing_space_(lanes * row_units_),
-        queries_(tile_queries * row_units_),
+        query_copies_(tile_queries * row_units_),
         scores_(tile_queries * score_stride_),
         probabilities_(Math::values_per_unit == 1 ? 0 : tile_queries * score_stride_ / 2),
-        sums_(tile_queries * padded_head_dim_) {}
+        sums_(tile_queries * padded_head_dim_),
+        total_vectors_(has_epilogues<Math> ? tile_queries * lanes : 0) {}
 
   // Keys and values of a (batch, head) for all of its tiles, or of its only one.
   void pack(int64_t batch, int64_t head, const KeyList& keys, bool for_one_tile) {
@@ -55,38 +57,126 @@ class ForwardWorker : AttentionWorker {
 
   void attend(int64_t first_query, int64_t count) {
     first_query_ = first_query;
-    Left<Math> queries = left_rows<Math>(queries_, problem_.query, shape_.type, batch_, head_,
-                                         first_query, count, shape_.head_dim);
-    for (int64_t i = 0; i < count; ++i) {
-      maxima_[i] = -infinity;
-      totals_[i] = 0;
+    count_ = count;
+    queries_ = left_rows<Math>(query_copies_, problem_.query, shape_.type, batch_, head_,
+                               first_query, count, shape_.head_dim);
+    if constexpr (has_epilogues<Math>) {
+      if (!shape_.is_causal && attend_by_reference()) return;
     }
-    int64_t block = key_block_size(keys_.count, max_key_block);
-    int64_t end = first_query + count;
-    prefetch(problem_.query, shape_.queries, first_query, end);
-    prefetch(problem_.key, shape_.length, first_query, end);
-    for (int64_t key = 0; key < keys_.count; key += block) {
-      // What no query of the tile attends to; sums want a first block in any case.
-      bool is_later = shape_.is_causal && keys_.index[key] >= first_query + count;
-      if (is_later && key > 0) break;
-      int64_t num_keys = smaller_of(block, keys_.count - key);
-      int64_t columns = round_up(num_keys, Math::column_multiple);
-      find_scores(key, num_keys, count, queries);
-      if (key == 0) prefetch(problem_.value, shape_.length, first_query, end);
-      if (shape_.is_causal) {
-        online_softmax_update<true>(count, key, columns);
-      } else {
-        online_softmax_update<false>(count, key, columns);
-      }
-      Right<Math> value_rows = values_;
-      value_rows.data += steps_of<Math>(key) * values_.step_stride;
-      multiply<Math>(count, shape_.head_dim, steps_of<Math>(num_keys), probability_rows(),
-                     value_rows, sums_, padded_head_dim_, key > 0);
-    }
-    write(first_query, count);
+    attend_by_maximum();
   }
 
  private:
+  // Exponentials relative to the largest of their row, for which all scores of a block are wanted.
+  void attend_by_maximum() {
+    for (int64_t i = 0; i < count_; ++i) {
+      maxima_[i] = -infinity;
+      totals_[i] = 0;
+    }
+    auto find_probabilities = [&](int64_t key, int64_t num_keys) {
+      with_panels(key, num_keys, [&](int64_t column, int64_t columns, Right<Math> keys) {
+        multiply<Math>(count_, columns, steps_of<Math>(shape_.head_dim), queries_, keys,
+                       scores_ + column, score_stride_, false);
+      });
+      int64_t columns = round_up(num_keys, Math::column_multiple);
+      if (shape_.is_causal) {
+        online_softmax_update<true>(key, columns);
+      } else {
+        online_softmax_update<false>(key, columns);
+      }
+    };
+    attend_to_blocks(find_probabilities, [] { return true; });
+  }
+
+  // Exponentials relative to a number near the largest of the first panel. False where it is too
+  // far from the largest of all, as it hardly ever is: then nothing has been written.
+  bool attend_by_reference() {
+    ExponentialEpilogue<Math, true> first{
+        probability_place(0), score_stride_, keys_.log2_weight, shape_.scale * log2_e,
+        maxima_,              offsets_,      total_vectors_};
+    auto find_probabilities = [&](int64_t key, int64_t num_keys) {
+      auto rest = first.rest(keys_.log2_weight + key);
+      with_panels(key, num_keys, [&](int64_t column, int64_t columns, Right<Math> keys) {
+        int64_t steps = steps_of<Math>(shape_.head_dim);
+        if (key + column == 0) {
+          // One tile of columns: whatever comes after it finds its reference.
+          multiply_into(count_, columns > lanes ? panel_width : columns, steps, queries_, keys,
+                        first);
+          column += panel_width;
+          columns = larger_of(0, columns - panel_width);
+          keys.data += keys.panel_stride;
+        }
+        multiply_into(count_, columns, steps, queries_, keys, rest.at(0, column));
+      });
+    };
+    return attend_to_blocks(find_probabilities, [&] {
+      for (int64_t row = 0; row < count_; row += 2) {
+        Vec totals[2] = {load(total_vectors_ + row * lanes),
+                         load(total_vectors_ + (row + 1) * lanes)};
+        combine_each(totals, totals_ + row, Sum());
+      }
+      return is_in_range();
+    });
+  }
+
+  // Whether exponentials relative to the largest would have given the same but for rounding. Larger
+  // totals may have infinite sums where values are large; smaller ones, or NaN, come of a reference
+  // that is no integer or no number.
+  bool is_in_range() const {
+    const float largest = 1024.0f * static_cast<float>(keys_.count);
+    bool is_known = true;
+    for (int64_t i = 0; i < count_; ++i) is_known &= totals_[i] >= 0.5f && totals_[i] <= largest;
+    return is_known;
+  }
+
+  // Values summed up by the probabilities of each block of keys, unless totals cannot be used.
+  template <class FindProbabilities, class FinishTotals>
+  bool attend_to_blocks(FindProbabilities find_probabilities, FinishTotals finish_totals) {
+    int64_t block = key_block_size(keys_.count, max_key_block);
+    int64_t end = first_query_ + count_;
+    prefetch(problem_.query, shape_.queries, first_query_, end);
+    prefetch(problem_.key, shape_.length, first_query_, end);
+    for (int64_t key = 0; key < keys_.count; key += block) {
+      // What no query of the tile attends to; sums want a first block in any case.
+      bool is_later = shape_.is_causal && keys_.index[key] >= end;
+      if (is_later && key > 0) break;
+      int64_t num_keys = smaller_of(block, keys_.count - key);
+      find_probabilities(key, num_keys);
+      if (key == 0) prefetch(problem_.value, shape_.length, first_query_, end);
+      Right<Math> value_rows = values_;
+      value_rows.data += steps_of<Math>(key) * values_.step_stride;
+      int64_t steps = steps_of<Math>(num_keys);
+      if constexpr (has_epilogues<Math>) {
+        if (num_keys == keys_.count && writes_sums()) {
+          if (!finish_totals()) return false;
+          find_factors();
+          auto* results = static_cast<Probability<Math>*>(row_of(problem_.output, first_query_));
+          multiply_into(count_, shape_.head_dim, steps, probability_rows(), value_rows,
+                        RowEpilogue<Math>{results, problem_.output.row_stride, factors_, count_,
+                                          shape_.head_dim});
+          return true;
+        }
+      }
+      multiply<Math>(count_, shape_.head_dim, steps, probability_rows(), value_rows, sums_,
+                     padded_head_dim_, key > 0);
+    }
+    if (!finish_totals()) return false;
+    find_factors();
+    with_row_type(shape_.type, [&](auto row_type) {
+      for (int64_t i = 0; i < count_; ++i) {
+        write_row_as<decltype(row_type)>(row_of(problem_.output, first_query_ + i),
+                                         sums_ + i * padded_head_dim_, factors_[i],
+                                         shape_.head_dim);
+      }
+    });
+    return true;
+  }
+
+  // Whether results are of the type that is multiplied.
+  bool writes_sums() const {
+    return shape_.type == (Math::values_per_unit == 1 ? Type::float32 : Type::bfloat16);
+  }
+
   // Columns of keys, from the first panel on.
   void pack_keys(int64_t first, int64_t count) {
     auto key_at = [&](int64_t i) { return row_of(problem_.key, keys_.index[first + i]); };
@@ -99,32 +189,31 @@ class ForwardWorker : AttentionWorker {
            keys_.count == shape_.length && shape_.head_dim % lanes == 0;
   }
 
-  void find_scores(int64_t first_key, int64_t num_keys, int64_t count, Left<Math> queries) {
-    int64_t steps = steps_of<Math>(shape_.head_dim), panel_stride = row_units_ * panel_width;
+  // Calls use(column, columns, keys) for the panels of a block, all at once or one by one.
+  template <class Use>
+  void with_panels(int64_t first_key, int64_t num_keys, Use use) {
+    int64_t panel_stride = row_units_ * panel_width;
     int64_t columns = round_up(num_keys, Math::written_multiple);
     if (!streams_keys_) {
-      multiply<Math>(count, columns, steps, queries,
-                     {key_panels_ + first_key * row_units_, panel_stride}, scores_, score_stride_,
-                     false);
-      return;
+      return use(0, columns, Right<Math>{key_panels_ + first_key * row_units_, panel_stride});
     }
     // A panel that is multiplied once stays in the first-level cache.
     for (int64_t column = 0; column < columns; column += panel_width) {
       int64_t first = first_key + column;
       pack_keys(first, smaller_of(panel_width, keys_.count - first));
-      multiply<Math>(count, smaller_of(panel_width, columns - column), steps, queries,
-                     {key_panels_, panel_stride}, scores_ + column, score_stride_, false);
+      use(column, smaller_of(panel_width, columns - column),
+          Right<Math>{key_panels_, panel_stride});
     }
   }
 
   // Scores of a tile become exponentials, relative to the largest weighted exponential of their row
   // so far.
   template <bool IsCausal>
-  void online_softmax_update(int64_t count, int64_t first_key, int64_t num_keys) {
+  void online_softmax_update(int64_t first_key, int64_t num_keys) {
     int64_t row = 0;
-    for (; row + 4 <= count; row += 4) update_rows<IsCausal, 4>(row, first_key, num_keys);
-    for (; row + 2 <= count; row += 2) update_rows<IsCausal, 2>(row, first_key, num_keys);
-    for (; row < count; ++row) update_rows<IsCausal, 1>(row, first_key, num_keys);
+    for (; row + 4 <= count_; row += 4) update_rows<IsCausal, 4>(row, first_key, num_keys);
+    for (; row + 2 <= count_; row += 2) update_rows<IsCausal, 2>(row, first_key, num_keys);
+    for (; row < count_; ++row) update_rows<IsCausal, 1>(row, first_key, num_keys);
   }
 
   // Some rows at once: what one waits for, the others fill.
@@ -134,7 +223,7 @@ class ForwardWorker : AttentionWorker {
     const int64_t stride = score_stride_;
     const float* scores = scores_ + first_row * stride;
     const float* log2_weights = keys_.log2_weight + first_key;
-    Probability* probabilities = probability_place(first_row);
+    Probability<Math>* probabilities = probability_place(first_row);
     Vec scale = broadcast(shape_.scale * log2_e);
     auto exponents = [&](int row, int64_t i, Vec log2_weight) {
       Vec all = multiply_add(load(scores + row * stride + i), scale, log2_weight);
@@ -167,7 +256,7 @@ class ForwardWorker : AttentionWorker {
           exponentials[v] = Math::exp2(exponents(r, key, load(log2_weights + key)) - shifts[r]);
           sums[r] = sums[r] + exponentials[v];
         }
-        write_probabilities(probabilities + r * stride + i, exponentials);
+        write_probabilities<Math>(probabilities + r * stride + i, exponentials);
       }
     };
     int64_t key = 0;
@@ -192,27 +281,13 @@ class ForwardWorker : AttentionWorker {
     }
   }
 
-  // Probabilities in the type that is multiplied: values, or halves of units.
-  using Probability = std::conditional_t<Math::values_per_unit == 1, float, uint16_t>;
-
-  Probability* probability_place(int64_t row) const {
+  Probability<Math>* probability_place(int64_t row) const {
     if constexpr (Math::values_per_unit == 1) {
       return scores_ + row * score_stride_;
     } else {
-      return reinterpret_cast<Probability*>(static_cast<Unit*>(probabilities_)) +
-             row * score_stride_;
+      Unit* units = probabilities_;
+      return reinterpret_cast<Probability<Math>*>(units) + row * score_stride_;
     }
-  }
-
-  static TIR_INLINE void write_probabilities(Probability* target, const Vec (&values)[1]) {
-    if constexpr (Math::values_per_unit == 1) {
-      store(target, values[0]);
-    } else {
-      store_bits(target, to_bfloat16(values[0]));
-    }
-  }
-  static TIR_INLINE void write_probabilities(Probability* target, const Vec (&values)[2]) {
-    store_bits(target, Math::side_by_side(values[0], values[1]));
   }
 
   Left<Math> probability_rows() const {
@@ -223,37 +298,33 @@ class ForwardWorker : AttentionWorker {
     }
   }
 
-  void write(int64_t first_query, int64_t count) {
-    float factors[num_totals];
-    float* log_sum_exp = problem_.log_sum_exp + first_query_place() + first_query;
-    for (int64_t i = 0; i < count; i += lanes) {
+  // Of the sums of values, and the logarithms of the totals.
+  void find_factors() {
+    float* log_sum_exp = problem_.log_sum_exp + first_query_place() + first_query_;
+    for (int64_t i = 0; i < count_; i += lanes) {
       Vec totals = load(totals_ + i);
       Vec logarithms = multiply_add(load(maxima_ + i), broadcast(ln_2), log(totals));
       Vec found = totals == zero() ? broadcast(-infinity) : logarithms;
-      store_first(log_sum_exp + i, found, smaller_of(lanes, count - i));
-      store(factors + i, totals == zero() ? zero() : broadcast(1.0f) / totals);
+      store_first(log_sum_exp + i, found, smaller_of(lanes, count_ - i));
+      store(factors_ + i, totals == zero() ? zero() : broadcast(1.0f) / totals);
     }
-    with_row_type(shape_.type, [&](auto row_type) {
-      for (int64_t i = 0; i < count; ++i) {
-        write_row_as<decltype(row_type)>(row_of(problem_.output, first_query + i),
-                                         sums_ + i * padded_head_dim_, factors[i],
-                                         shape_.head_dim);
-      }
-    });
   }
 
   const AttentionForward& problem_;
   Buffer<Unit> key_panels_, value_panels_, packing_space_;
-  Buffer<Unit> queries_;  // where they are copied
+  Buffer<Unit> query_copies_;  // where they are no units in memory
   Buffer<float> scores_;
   Buffer<Unit> probabilities_;  // beside the scores where they are not float32
   Buffer<float> sums_;
+  Buffer<float> total_vectors_;  // a vector for each query, where scores are exponentiated at once
   float maxima_[num_totals], totals_[num_totals];
+  float offsets_[num_totals], factors_[num_totals];
   KeyList keys_{};
   typename Math::State state_;
   Right<Math> values_{};
+  Left<Math> queries_{};
   bool streams_keys_ = false;
-  int64_t first_query_ = 0;
+  int64_t first_query_ = 0, count_ = 0;
 };
 
 void write_empty(const AttentionForward& problem, int64_t batch, int64_t head) {

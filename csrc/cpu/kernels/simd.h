@@ -219,30 +219,29 @@ TIR_INLINE Vec log(Vec x) {
 }
 
 #if defined(__AVX512F__)
+constexpr float thirty_seconds = 393216.0f;  // 1.5 * 2^18: floats here are multiples of 1/32
+
 // The same as exp2 within two units in the last place, in fewer instructions: what becomes bfloat16
-// next has no use for the last bits.
+// next has no use for the last bits. Infinite where a power of two is too large.
 //
 // x = k + j / 32 + f: 2^(j / 32) is looked up, 2^f - 1 a polynomial of least error on
-// [-1/64, 1/64].
-TIR_INLINE Vec short_exp2(Vec x) {
-  // Powers of two by j / 32 as bits, less j << 18: so that adding 32 k + j, shifted by 18, adds k to
-  // the exponent.
-  alignas(64) static const uint32_t powers[32] = {
-      0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3,
-      0x3f78f4f0, 0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b,
-      0x3f75583f, 0x3f7523f6, 0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a,
-      0x3f75b9be, 0x3f76248c, 0x3f76a81e, 0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907,
-      0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
-  const Vec thirty_seconds = broadcast(393216.0f);  // 1.5 * 2^18: floats here are multiples of 1/32
-  Vec rounded = x + thirty_seconds;
-  Vec f = x - (rounded - thirty_seconds);
-  __m512i index = _mm512_castps_si512(rounded);
-  __m512i power = _mm512_permutex2var_epi32(_mm512_load_si512(powers), index,
-                                            _mm512_load_si512(powers + 16));
-  Vec scale = _mm512_castsi512_ps(_mm512_add_epi32(power, _mm512_slli_epi32(index, 18)));
-  Vec above_one = f * multiply_add(f, broadcast(0.24022868f), broadcast(0.69315734f));
-  __mmask16 is_kept = _mm512_cmp_ps_mask(x, broadcast(smallest_exponent), _CMP_NLT_UQ);
-  return _mm512_maskz_fmadd_ps(is_kept, above_one, scale, scale);
+// [-1/64, 1/64]. With an offset of thirty_seconds - n for an integer n, it is 2^(x - n).
+TIR_INLINE Vec short_exp2(Vec x, Vec offset = broadcast(thirty_seconds)) {
+  alignas(64) static const uint32_t powers[32] = {  // 2^(j / 32) as bits
+      0x3f800000, 0x3f82cd87, 0x3f85aac3, 0x3f88980f, 0x3f8b95c2, 0x3f8ea43a, 0x3f91c3d3, 0x3f94f4f0,
+      0x3f9837f0, 0x3f9b8d3a, 0x3f9ef532, 0x3fa27043, 0x3fa5fed7, 0x3fa9a15b, 0x3fad583f, 0x3fb123f6,
+      0x3fb504f3, 0x3fb8fbaf, 0x3fbd08a4, 0x3fc12c4d, 0x3fc5672a, 0x3fc9b9be, 0x3fce248c, 0x3fd2a81e,
+      0x3fd744fd, 0x3fdbfbb8, 0x3fe0ccdf, 0x3fe5b907, 0x3feac0c7, 0x3fefe4ba, 0x3ff5257d, 0x3ffa83b3};
+  Vec rounded = x + offset;
+  // Ties are the same as above: to even numbers of 1/32, of which an integer has an even number.
+  Vec f = _mm512_reduce_ps(x, 5 << 4);
+  Vec power = _mm512_castsi512_ps(
+      _mm512_permutex2var_epi32(_mm512_load_si512(powers), _mm512_castps_si512(rounded),
+                                _mm512_load_si512(powers + 16)));
+  Vec per_f = multiply_add(f, broadcast(0.24022868f), broadcast(0.69315734f));
+  // Scaling takes the integer below k + j / 32.
+  return _mm512_scalef_ps(multiply_add(per_f, f * power, power),
+                          rounded - broadcast(thirty_seconds));
 }
 #endif
 
