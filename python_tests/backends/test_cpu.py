@@ -75,6 +75,27 @@ def test_few_queries(architecture: str, width: int, is_causal: bool) -> None:
             check("cpu", "cpu", (num_queries, num_keys), width, is_causal)
 
 
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("shape", [(450, 900), (1, 390), (201, 61), (61, 70)], ids=str)
+def test_attended_keys_side_by_side(
+    architecture: str, shape: tuple[int, int], is_causal: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(1)
+    num_queries, num_keys = shape
+    query, key, value = (torch.randn(1, 2, n, 72).to(dtype) for n in (num_queries, *[num_keys] * 2))
+    grad_output = torch.randn(1, 2, num_queries, 72).to(dtype)
+    for ignored in (slice(0), slice(5), slice(num_keys - 7, None)):
+        weights = torch.rand(1, num_keys) + 0.5
+        weights[:, ignored] = 0
+        inputs = AttentionInputs(query, key, value, weights, 0.1, is_causal)
+        output, _, *gradients = oracle.run_attention(CPU, inputs, grad_output)
+        oracle.assert_attention_as_accurate(
+            (output, *gradients), query, key, value, weights, 0.1, grad_output, is_causal
+        )
+
+
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ignored_keys_and_values_leave_no_trace(

@@ -64,7 +64,7 @@ void grad_query(BackwardWorker<Math>& worker, const Job& job, int64_t batch_head
 template <class Math>
 void work(void* data, ItemQueue& items) {
   const Job& job = *static_cast<const Job*>(data);
-  BackwardWorker<Math> worker(job.problem);
+  BackwardWorker<Math> worker(job.problem, job.pass == Pass::queries);
   int64_t heads = job.problem.shape.heads;
   for (int64_t item = items.take(); item >= 0; item = items.take()) {
     int64_t part = item % job.num_parts, batch_head = item / job.num_parts;

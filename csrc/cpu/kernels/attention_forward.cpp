@@ -147,13 +147,13 @@ class ForwardWorker : AttentionWorker {
       value_rows.data += steps_of<Math>(key) * values_.step_stride;
       int64_t steps = steps_of<Math>(num_keys);
       if constexpr (has_epilogues<Math>) {
-        if (num_keys == keys_.count && writes_sums()) {
+        if (num_keys == keys_.count && is_own_type<Math>(shape_.type)) {
           if (!finish_totals()) return false;
           find_factors();
           auto* results = static_cast<Probability<Math>*>(row_of(problem_.output, first_query_));
           multiply_into(count_, shape_.head_dim, steps, probability_rows(), value_rows,
-                        RowEpilogue<Math>{results, problem_.output.row_stride, factors_, count_,
-                                          shape_.head_dim});
+                        RowEpilogue<Math, false>{results, problem_.output.row_stride, count_,
+                                                 shape_.head_dim, factors_, 1, nullptr, 0});
           return true;
         }
       }
@@ -170,11 +170,6 @@ class ForwardWorker : AttentionWorker {
       }
     });
     return true;
-  }
-
-  // Whether results are of the type that is multiplied.
-  bool writes_sums() const {
-    return shape_.type == (Math::values_per_unit == 1 ? Type::float32 : Type::bfloat16);
   }
 
   // Columns of keys, from the first panel on.

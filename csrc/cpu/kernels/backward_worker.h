@@ -5,7 +5,8 @@
 // wanted beside it: tiles and blocks never depend on the threads.
 #pragma once
 
-#include "attention.h"
+#include "epilogues.h"
+#include "score_gradients.h"
 
 namespace tir::cpu::TIR_ARCH {
 
@@ -13,38 +14,9 @@ namespace tir::cpu::TIR_ARCH {
 namespace {
 
 constexpr int64_t max_key_block = 384;
-constexpr float max_power_of_two = max_exponent * log2_e;
 
 struct Wanted {
   bool query, key_value, weights;
-};
-
-// Where the probabilities and the gradients of the scores of a vector of keys go, two queries at a
-// time.
-template <class Math>
-struct ScoreRows {
-  typename Math::Unit *probabilities, *grad_scores, *grad_pairs;
-  int64_t stride;
-
-  TIR_INLINE void write(const Vec (&probability_rows)[2], const Vec (&grad_rows)[2]) {
-    if constexpr (Math::values_per_unit == 2) {
-      UintVec grads = Math::side_by_side(grad_rows[0], grad_rows[1]);
-      Math::store_halves(grad_pairs, grad_pairs + stride / 2, grads);
-      store_bits(grad_scores, Math::paired(grads));
-      store_bits(probabilities,
-                 Math::paired(Math::side_by_side(probability_rows[0], probability_rows[1])));
-      grad_pairs += stride;
-      grad_scores += stride;
-      probabilities += stride;
-    } else {
-      for (int i = 0; i < 2; ++i) {
-        store(probabilities, probability_rows[i]);
-        store(grad_scores, grad_rows[i]);
-        probabilities += stride;
-        grad_scores += stride;
-      }
-    }
-  }
 };
 
 // One worker's memory, and what it does for one (batch, head).
@@ -55,13 +27,17 @@ class BackwardWorker : AttentionWorker {
   // Tiles take a left operand's steps side by side: gradients of keys and values are summed up
   // transposed there, with the queries' channels on the left.
   static constexpr bool is_transposed = Math::row_multiple > 2;
-  static constexpr int64_t tile_queries = Math::tile_queries;
+  static constexpr int64_t tile_queries = Math::backward_queries;
+  // Of these the scores that lie in memory stay in the first-level cache.
+  static constexpr int64_t score_rows = Math::tile_queries;
 
  public:
-  explicit BackwardWorker(const AttentionBackward& problem)
+  // Tiles are small where there have to be many: of no sum over queries, they change no bit.
+  BackwardWorker(const AttentionBackward& problem, bool has_small_tiles)
       : AttentionWorker(problem.shape, row_units<Math>(problem.shape.head_dim), max_key_block),
         problem_(problem),
-        tiles_(query_tiles(shape_.queries, tile_queries, Math::row_multiple)),
+        tiles_(query_tiles(shape_.queries, has_small_tiles ? Math::tile_queries : tile_queries,
+                           Math::row_multiple)),
         packing_space_(lanes * row_units_),
         key_columns_(packed_units(row_units_, shape_.length)),
         value_columns_(packed_units(row_units_, shape_.length)),
@@ -70,8 +46,8 @@ class BackwardWorker : AttentionWorker {
         grads_(tile_queries * row_units_),
         query_rows_(packed_units(steps_of<Math>(tile_queries), shape_.head_dim)),
         grad_rows_(packed_units(steps_of<Math>(tile_queries), shape_.head_dim)),
-        scores_(tile_queries * panel_width),
-        grad_probabilities_(tile_queries * panel_width),
+        scores_(score_rows * panel_width),
+        grad_probabilities_(score_rows * panel_width),
         probabilities_(tile_queries * score_stride_ / Math::values_per_unit),
         grad_scores_(tile_queries * score_stride_),
         query_sums_(tile_queries * padded_head_dim_),
@@ -98,9 +74,12 @@ class BackwardWorker : AttentionWorker {
     pack_keys();
     sum_stride_ = is_transposed ? round_up(keys.count, Math::column_multiple) : padded_head_dim_;
     memset(weight_sums_, 0, round_up(keys.count, Math::column_multiple) * sizeof(float));
+    writes_keys_ = has_epilogues<Math> && is_own_type<Math>(shape_.type) && wanted.key_value &&
+                   keys.index[keys.count - 1] - keys.index[0] == keys.count - 1;
     for (int64_t tile = first_tile; tile < end_tile; ++tile) {
       int64_t first = tile * tiles_.size;
-      run_tile(first, smaller_of(tiles_.size, shape_.queries - first), tile > first_tile);
+      run_tile(first, smaller_of(tiles_.size, shape_.queries - first), tile > first_tile,
+               tile + 1 == end_tile);
     }
   }
 
@@ -109,8 +88,10 @@ class BackwardWorker : AttentionWorker {
     int64_t i = 0;
     for (int64_t row = first; row < end; ++row) {
       if (i < keys.count && keys.index[i] == row) {
-        write(problem_.grad_key, row, row_of_sums(key_sums_, i, turned_keys_), shape_.scale);
-        write(problem_.grad_value, row, row_of_sums(value_sums_, i, turned_values_), 1.0f);
+        if (!writes_keys_) {
+          write(problem_.grad_key, row, row_of_sums(key_sums_, i, turned_keys_), shape_.scale);
+          write(problem_.grad_value, row, row_of_sums(value_sums_, i, turned_values_), 1.0f);
+        }
         ++i;
       } else {
         write_zeros(problem_.grad_key, row);
@@ -212,42 +193,31 @@ class BackwardWorker : AttentionWorker {
                        shape_.type, shape_.head_dim);
   }
 
-  void run_tile(int64_t first, int64_t count, bool adds) {
+  void run_tile(int64_t first, int64_t count, bool adds, bool is_last) {
     load_tile(first, count);
     prefetch_next(first, first + count);
-    int64_t head_dim_steps = steps_of<Math>(shape_.head_dim);
     int64_t block = key_block_size(keys_.count, max_key_block);
     for (int64_t key = 0; key < keys_.count; key += block) {
-      // What no query of the tile attends to; all sums begin with the first tile and block.
+      // What no query of the tile attends to; all sums begin with the first tile and block, and may
+      // be written with the last.
       bool is_later = shape_.is_causal && keys_.index[key] >= first + count;
-      if (is_later && adds && key > 0) break;
+      bool is_needed = key == 0 || !adds || (is_last && writes_keys_);
+      if (is_later && !is_needed) break;
       int64_t num_keys = smaller_of(block, keys_.count - key);
-      int64_t columns = round_up(num_keys, Math::column_multiple);
-      int64_t column_stride = row_units_ * panel_width;
-      // Scores and gradients of probabilities stay in the first-level cache.
-      for (int64_t column = 0; column < columns; column += panel_width) {
-        int64_t width = smaller_of(panel_width, columns - column);
-        int64_t panel = (key + column) * row_units_;
-        int64_t own_keys = smaller_of(width, round_up(num_keys - column, Math::written_multiple));
-        multiply<Math>(count, own_keys, head_dim_steps, query_left_,
-                       {key_columns_ + panel, column_stride}, scores_, panel_width, false);
-        multiply<Math>(count, own_keys, head_dim_steps, grad_left_,
-                       {value_columns_ + panel, column_stride}, grad_probabilities_, panel_width,
-                       false);
-        for (int64_t i = column; i < column + width; i += lanes) differentiate(key, i, count);
-      }
-      if (wanted_.query) {
-        multiply<Math>(count, shape_.head_dim, steps_of<Math>(num_keys), grad_score_rows(),
-                       {key_rows_ + steps_of<Math>(key) * panel_width, key_panel_stride_},
-                       query_sums_, padded_head_dim_, key > 0);
-      }
-      if (wanted_.key_value) add_key_value(key, num_keys, count, adds);
+      differentiate(key, num_keys, count);
+      if (wanted_.query) add_query(key, num_keys, count);
+      if (wanted_.key_value) add_key_value(key, num_keys, count, adds, is_last);
     }
-    if (wanted_.query) {
+    if (wanted_.query && !writes_queries()) {
       for (int64_t i = 0; i < count; ++i) {
         write(problem_.grad_query, first + i, query_sums_ + i * padded_head_dim_, shape_.scale);
       }
     }
+  }
+
+  // Whether the gradients of queries are sums over one block of keys, written as they are found.
+  bool writes_queries() const {
+    return has_epilogues<Math> && is_own_type<Math>(shape_.type) && keys_.count <= max_key_block;
   }
 
   TIR_INLINE void prefetch_next(int64_t first, int64_t end) const {
@@ -259,7 +229,8 @@ class BackwardWorker : AttentionWorker {
     }
   }
 
-  void add_key_value(int64_t key, int64_t num_keys, int64_t count, bool adds) {
+  void add_key_value(int64_t key, int64_t num_keys, int64_t count, bool adds,
+                     [[maybe_unused]] bool is_last) {
     int64_t query_steps = steps_of<Math>(count);
 #if defined(__AMX_BF16__)
     if constexpr (is_transposed) {
@@ -274,10 +245,55 @@ class BackwardWorker : AttentionWorker {
     }
 #endif
     int64_t panel_stride = query_steps * panel_width;
-    multiply<Math>(num_keys, shape_.head_dim, query_steps, grad_score_columns(),
-                   {query_rows_, panel_stride}, key_sums_ + key * sum_stride_, sum_stride_, adds);
-    multiply<Math>(num_keys, shape_.head_dim, query_steps, probability_columns(),
-                   {grad_rows_, panel_stride}, value_sums_ + key * sum_stride_, sum_stride_, adds);
+    Right<Math> query_rows{query_rows_, panel_stride}, grad_rows{grad_rows_, panel_stride};
+    float* key_sums = key_sums_ + key * sum_stride_;
+    float* value_sums = value_sums_ + key * sum_stride_;
+    if constexpr (has_epilogues<Math>) {
+      if (is_last && writes_keys_) {
+        int64_t row = keys_.index[0] + key;
+        sum_up_rows(num_keys, query_steps, grad_score_columns(), query_rows,
+                    row_of(problem_.grad_key, row), problem_.grad_key.row_stride, &shape_.scale,
+                    adds ? key_sums : nullptr);
+        constexpr float one = 1.0f;
+        sum_up_rows(num_keys, query_steps, probability_columns(), grad_rows,
+                    row_of(problem_.grad_value, row), problem_.grad_value.row_stride, &one,
+                    adds ? value_sums : nullptr);
+        return;
+      }
+    }
+    multiply<Math>(num_keys, shape_.head_dim, query_steps, grad_score_columns(), query_rows,
+                   key_sums, sum_stride_, adds);
+    multiply<Math>(num_keys, shape_.head_dim, query_steps, probability_columns(), grad_rows,
+                   value_sums, sum_stride_, adds);
+  }
+
+  // Products, and sums in memory before them if there are, become rows of a result.
+  void sum_up_rows(int64_t rows, int64_t steps, Left<Math> left, Right<Math> right, void* result,
+                   int64_t stride, const float* factor, const float* sums) {
+    auto* results = static_cast<Probability<Math>*>(result);
+    if (sums == nullptr) {
+      multiply_into(rows, shape_.head_dim, steps, left, right,
+                    RowEpilogue<Math, false>{results, stride, rows, shape_.head_dim, factor, 0,
+                                             nullptr, 0});
+    } else {
+      multiply_into(rows, shape_.head_dim, steps, left, right,
+                    RowEpilogue<Math, true>{results, stride, rows, shape_.head_dim, factor, 0,
+                                            sums, sum_stride_});
+    }
+  }
+
+  void add_query(int64_t key, int64_t num_keys, int64_t count) {
+    Right<Math> keys{key_rows_ + steps_of<Math>(key) * panel_width, key_panel_stride_};
+    if constexpr (has_epilogues<Math>) {
+      if (writes_queries()) {
+        sum_up_rows(count, steps_of<Math>(num_keys), grad_score_rows(), keys,
+                    row_of(problem_.grad_query, first_query_), problem_.grad_query.row_stride,
+                    &shape_.scale, nullptr);
+        return;
+      }
+    }
+    multiply<Math>(count, shape_.head_dim, steps_of<Math>(num_keys), grad_score_rows(), keys,
+                   query_sums_, padded_head_dim_, key > 0);
   }
 
   // Rows behind the last pair of queries, up to a whole step, must not add to the keys' sums.
@@ -288,69 +304,64 @@ class BackwardWorker : AttentionWorker {
     }
   }
 
-  // One vector of keys: probabilities and gradients of scores from scores and gradients of
-  // probabilities, for all queries of the tile.
-  void differentiate(int64_t first_key, int64_t column, int64_t count) {
+  // Probabilities and gradients of scores of a tile of queries and a block of keys.
+  void differentiate(int64_t key, int64_t num_keys, int64_t count) {
+    const float* exponents = keys_.exponent == nullptr ? nullptr : keys_.exponent + key;
+    ScoreGradients<Math> known{{probabilities_, grad_scores_, grad_row_pairs(), score_stride_},
+                               exponent_offsets_,
+                               deltas_,
+                               first_query_,
+                               keys_.scaled_weight + key,
+                               exponents,
+                               keys_.index + key,
+                               weight_sums_ + key,
+                               shape_.scale * log2_e};
     if (shape_.is_causal) {
-      differentiate<true, true, true>(first_key, column, count);
-    } else if (keys_.exponent != nullptr) {
-      differentiate<true, true, false>(first_key, column, count);
+      differentiate(key, num_keys, count, ScoreGradientEpilogue<Math, true, true, true>{known});
+    } else if (exponents != nullptr) {
+      differentiate(key, num_keys, count, ScoreGradientEpilogue<Math, true, true, false>{known});
     } else if (wanted_.weights) {
-      differentiate<true, false, false>(first_key, column, count);
+      differentiate(key, num_keys, count, ScoreGradientEpilogue<Math, true, false, false>{known});
     } else {
-      differentiate<false, false, false>(first_key, column, count);
+      differentiate(key, num_keys, count, ScoreGradientEpilogue<Math, false, false, false>{known});
     }
   }
 
   template <bool WantsWeights, bool MayBeScaled, bool IsCausal>
-  void differentiate(int64_t first_key, int64_t column, int64_t count) {
-    Vec weights = load(keys_.scaled_weight + first_key + column);
-    Vec scale = broadcast(shape_.scale * log2_e);
-    Vec weight_sum = zero();
-    const float* scores = scores_ + column % panel_width;
-    const float* grad_probabilities = grad_probabilities_ + column % panel_width;
-    ScoreRows<Math> target = rows_of_column(column);
-    for (int64_t row = 0; row < count; row += 2) {
-      Vec probabilities[2], grad_scores[2];
-      TIR_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        Vec exponents = multiply_add(load(scores), scale, broadcast(exponent_offsets_[row + i]));
-        if (MayBeScaled && keys_.exponent != nullptr) {
-          exponents = exponents + load(keys_.exponent + first_key + column);
-        }
-        if (IsCausal) {
-          exponents = without_later_keys(exponents, keys_.index + first_key + column,
-                                         first_query_ + row + i);
-        }
-        // smaller() keeps a NaN in its second argument.
-        exponents = smaller(broadcast(max_power_of_two), exponents);
-        Vec per_weight = Math::exp2(exponents);  // probability / scaled weight
-        Vec grads = load(grad_probabilities) - broadcast(deltas_[row + i]);
-        probabilities[i] = per_weight * weights;
-        grad_scores[i] = probabilities[i] * grads;
-        if (WantsWeights) weight_sum = multiply_add(per_weight, grads, weight_sum);
-        scores += panel_width;
-        grad_probabilities += panel_width;
-      }
-      target.write(probabilities, grad_scores);
+  void differentiate(
+      int64_t key, int64_t num_keys, int64_t count,
+      const ScoreGradientEpilogue<Math, WantsWeights, MayBeScaled, IsCausal>& epilogue) {
+    int64_t steps = steps_of<Math>(shape_.head_dim), panel_stride = row_units_ * panel_width;
+    Right<Math> keys{key_columns_ + key * row_units_, panel_stride};
+    Right<Math> values{value_columns_ + key * row_units_, panel_stride};
+    // Code for the others would be worth less than it takes.
+    if constexpr (has_epilogues<Math> && !MayBeScaled) {
+      multiply_two_into(count, num_keys, steps,
+                        TwoProducts<Math>{{query_left_, grad_left_}, {keys, values}}, epilogue);
+      return;
     }
-    if (WantsWeights) {
-      float* sums = weight_sums_ + first_key + column;
-      store(sums, load(sums) + weight_sum);
+    int64_t columns = round_up(num_keys, Math::column_multiple);
+    for (int64_t column = 0; column < columns; column += panel_width) {
+      int64_t width = smaller_of(panel_width, columns - column);
+      int64_t own_keys = smaller_of(width, round_up(num_keys - column, Math::written_multiple));
+      for (int64_t row = 0; row < count; row += score_rows) {
+        int64_t rows = smaller_of(score_rows, count - row);
+        multiply<Math>(rows, own_keys, steps, query_left_.from_row(row), keys, scores_,
+                       panel_width, false);
+        multiply<Math>(rows, own_keys, steps, grad_left_.from_row(row), values,
+                       grad_probabilities_, panel_width, false);
+        for (int64_t i = 0; i < width; i += lanes) {
+          epilogue.at(row, column + i)
+              .take_rows(rows, scores_ + i, grad_probabilities_ + i, panel_width);
+        }
+      }
+      keys.data += panel_stride;
+      values.data += panel_stride;
     }
   }
 
-  // Paired values are needed with neighbouring queries in a unit (for the gradients of keys and
-  // values) and with neighbouring keys in a unit (for those of the queries).
-  Unit* grad_row_pairs() const { return grad_scores_ + tile_queries * score_stride_ / 2; }
-
-  ScoreRows<Math> rows_of_column(int64_t column) const {
-    if constexpr (is_paired) {
-      return {probabilities_ + column, grad_scores_ + column, grad_row_pairs() + column / 2,
-              score_stride_};
-    } else {
-      return {probabilities_ + column, grad_scores_ + column, nullptr, score_stride_};
-    }
+  Unit* grad_row_pairs() const {
+    return is_paired ? grad_scores_ + tile_queries * score_stride_ / 2 : nullptr;
   }
 
   Left<Math> grad_score_rows() const {
@@ -378,6 +389,7 @@ class BackwardWorker : AttentionWorker {
   Left<Math> query_left_{}, grad_left_{};
   KeyList keys_{};
   Wanted wanted_{};
+  bool writes_keys_ = false;  // as the last tile finds their sums
   typename Math::State state_;
   int64_t key_panel_stride_ = 0, sum_stride_ = 0, first_query_ = 0;
 };

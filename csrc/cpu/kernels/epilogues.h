@@ -113,28 +113,42 @@ struct ExponentialEpilogue {
   }
 };
 
-// Sums times a factor for each row, in the type of the results.
-template <class Math>
+// Sums times a factor, in the type of the results; added to those that lie in memory before.
+template <class Math, bool Adds>
 struct RowEpilogue {
   using Element = Probability<Math>;  // float32, or bfloat16 in halves of units
   Element* results;
   int64_t stride;
-  const float* factors;
   int64_t rows, width;  // of what there is to write
+  const float* factors;
+  int64_t factor_stride;  // 1, or 0 for one factor of all rows
+  const float* sums;
+  int64_t sum_stride;
 
   TIR_INLINE RowEpilogue at(int64_t row, int64_t column) const {
-    return {results + row * stride + column, stride, factors + row, rows - row, width - column};
+    return {results + row * stride + column,
+            stride,
+            rows - row,
+            width - column,
+            factors + row * factor_stride,
+            factor_stride,
+            Adds ? sums + row * sum_stride + column : nullptr,
+            sum_stride};
   }
 
   template <int Rows, int Vectors, class Sums>
-  TIR_INLINE void take(const Sums (&sums)[Rows][Vectors]) const {
+  TIR_INLINE void take(const Sums (&tile)[Rows][Vectors]) const {
     Element* row = results;
+    const float* row_sums = sums;
     TIR_UNROLL
     for (int r = 0; r < Rows; ++r) {
-      if (r == Rows - 1 && rows < Rows) return;
-      Vec values[Vectors], factor = broadcast(factors[r]);
+      if (r == Rows - 1 && rows < Rows) return;  // which was added for an even number
+      Vec values[Vectors], factor = broadcast(factors[r * factor_stride]);
       TIR_UNROLL
-      for (int v = 0; v < Vectors; ++v) values[v] = whole(sums[r][v]) * factor;
+      for (int v = 0; v < Vectors; ++v) {
+        Vec sum = whole(tile[r][v]);
+        values[v] = (Adds ? load(row_sums + v * lanes) + sum : sum) * factor;
+      }
       if (width >= Vectors * lanes) {
         write_probabilities<Math>(row, values);
       } else {
@@ -143,6 +157,10 @@ struct RowEpilogue {
       }
       row += stride;
       keep_in_register(row);
+      if (Adds) {
+        row_sums += sum_stride;
+        keep_in_register(row_sums);
+      }
     }
   }
 
@@ -156,5 +174,11 @@ struct RowEpilogue {
     }
   }
 };
+
+// Whether results of a type are of the one that is multiplied.
+template <class Math>
+constexpr bool is_own_type(Type type) {
+  return type == (Math::values_per_unit == 1 ? Type::float32 : Type::bfloat16);
+}
 
 }  // namespace tir::cpu::TIR_ARCH

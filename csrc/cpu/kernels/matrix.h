@@ -17,6 +17,8 @@ struct Left {
   const typename Math::Unit* data;
   int64_t row_stride;
   int64_t step_stride;
+
+  Left from_row(int64_t row) const { return {data + row * row_stride, row_stride, step_stride}; }
 };
 
 // The right operand, in panels of panel_width columns: unit (step, column) of a panel lies at
@@ -78,7 +80,7 @@ constexpr int half_vector = 0;
 
 // What becomes of a tile of sums while it lies in registers. An epilogue has
 //   at(row, column), the same for tiles that begin there: the product's first has row 0, column 0;
-//   take(sums), for [rows][vectors] of sums that multiply_tile is done with.
+//   take(sums), for a finished [rows][vectors].
 // This one stores them, or adds them to what lies there.
 template <bool Adds>
 struct MemoryEpilogue {
@@ -106,13 +108,21 @@ struct MemoryEpilogue {
   }
 };
 
-template <class Math, int Rows, int Vectors, class Epilogue>
-TIR_INLINE void multiply_tile(int64_t steps, Left<Math> left, Right<Math> panel,
-                              const Epilogue& epilogue) {
+template <class Math, int Vectors>
+struct TileTypes {
   using Own = std::conditional_t<Vectors == half_vector, HalfVectors<Math>, Math>;
+  static constexpr int num_vectors = Vectors == half_vector ? 1 : Vectors;
+  template <int Rows>
+  using Sums = typename Own::Sums[Rows][num_vectors];
+};
+
+// The sums of a tile, which stay in registers.
+template <class Math, int Rows, int Vectors>
+TIR_INLINE void sum_up_tile(int64_t steps, Left<Math> left, Right<Math> panel,
+                            typename TileTypes<Math, Vectors>::template Sums<Rows>& sums) {
+  using Own = typename TileTypes<Math, Vectors>::Own;
+  constexpr int num_vectors = TileTypes<Math, Vectors>::num_vectors;
   constexpr int num_pointers = (Rows + rows_per_pointer - 1) / rows_per_pointer;
-  constexpr int num_vectors = Vectors == half_vector ? 1 : Vectors;
-  typename Own::Sums sums[Rows][num_vectors];
   TIR_UNROLL
   for (int r = 0; r < Rows; ++r) {
     TIR_UNROLL
@@ -144,7 +154,6 @@ TIR_INLINE void multiply_tile(int64_t steps, Left<Math> left, Right<Math> panel,
       keep_in_register(rows[i]);
     }
   }
-  epilogue.take(sums);
 }
 
 // Whole tiles. A function for all of them, not one for each: a call takes as long as some steps.
@@ -152,11 +161,10 @@ template <class Math, int Rows, int Vectors, class Epilogue>
 void multiply_panels(int64_t num_tiles, int64_t num_panels, int64_t steps, Left<Math> left,
                     Right<Math> right, const Epilogue& epilogue) {
   for (int64_t panel = 0; panel < num_panels; ++panel) {
-    Left<Math> tile_left = left;
     for (int64_t tile = 0; tile < num_tiles; ++tile) {
-      multiply_tile<Math, Rows, Vectors>(steps, tile_left, right,
-                                         epilogue.at(tile * Rows, panel * panel_width));
-      tile_left.data += Rows * left.row_stride;
+      typename TileTypes<Math, Vectors>::template Sums<Rows> sums;
+      sum_up_tile<Math, Rows, Vectors>(steps, left.from_row(tile * Rows), right, sums);
+      epilogue.at(tile * Rows, panel * panel_width).take(sums);
     }
     right.data += right.panel_stride;
   }
@@ -216,9 +224,86 @@ void multiply_into(int64_t rows, int64_t columns, int64_t steps, Left<Math> left
   int64_t num_tiles = rows / tile_rows, whole = num_tiles * tile_rows;
   multiply_band<Math>(tile_rows, num_tiles, columns, steps, left, right, epilogue);
   if (rows == whole) return;
-  left.data += whole * left.row_stride;
-  multiply_band<Math>(round_up(rows - whole, 2), 1, columns, steps, left, right,
+  multiply_band<Math>(round_up(rows - whole, 2), 1, columns, steps, left.from_row(whole), right,
                       epilogue.at(whole, 0));
+}
+
+// Two products of the same sizes, of which the right operands lie alike.
+template <class Math>
+struct TwoProducts {
+  Left<Math> left[2];
+  Right<Math> right[2];
+
+  TwoProducts at(int64_t row, int64_t column) const {
+    TwoProducts part = *this;
+    for (int i = 0; i < 2; ++i) {
+      part.left[i] = left[i].from_row(row);
+      part.right[i].data +=
+          column / panel_width * right[i].panel_stride + column % panel_width;
+    }
+    return part;
+  }
+};
+
+template <class Math, int Rows, int Vectors, class Epilogue>
+void multiply_two_vectors(int64_t num_tiles, int64_t num_vectors, int64_t steps,
+                          const TwoProducts<Math>& products, const Epilogue& epilogue) {
+  for (int64_t vector = 0; vector < num_vectors; ++vector) {
+    for (int64_t tile = 0; tile < num_tiles; ++tile) {
+      TwoProducts<Math> own = products.at(tile * Rows, vector * lanes);
+      typename TileTypes<Math, Vectors>::template Sums<Rows> first, second;
+      sum_up_tile<Math, Rows, Vectors>(steps, own.left[0], own.right[0], first);
+      sum_up_tile<Math, Rows, Vectors>(steps, own.left[1], own.right[1], second);
+      epilogue.at(tile * Rows, vector * lanes).take(first, second);
+    }
+  }
+}
+
+template <class Math, class Epilogue>
+using TwoVectorsFunction = void (*)(int64_t, int64_t, int64_t, const TwoProducts<Math>&,
+                                    const Epilogue&);
+
+template <class Math, int Vectors, class Epilogue>
+TwoVectorsFunction<Math, Epilogue> two_vectors_function(int64_t rows) {
+  static constexpr TwoVectorsFunction<Math, Epilogue> functions[] = {
+      multiply_two_vectors<Math, 2, Vectors, Epilogue>,
+      multiply_two_vectors<Math, 4, Vectors, Epilogue>,
+      multiply_two_vectors<Math, 6, Vectors, Epilogue>,
+#if defined(__AVX512F__)
+      multiply_two_vectors<Math, 8, Vectors, Epilogue>,
+      multiply_two_vectors<Math, 10, Vectors, Epilogue>,
+      multiply_two_vectors<Math, 12, Vectors, Epilogue>,
+#endif
+  };
+  return functions[rows / 2 - 1];
+}
+
+template <class Math, class Epilogue>
+void multiply_two_bands(int64_t tile_rows, int64_t num_tiles, int64_t columns, int64_t steps,
+                        const TwoProducts<Math>& products, const Epilogue& epilogue) {
+  constexpr int64_t half = has_halves ? lanes / 2 : 0;
+  int64_t num_vectors = divide_up(columns - half, lanes);
+  two_vectors_function<Math, 1, Epilogue>(tile_rows)(num_tiles, num_vectors, steps, products,
+                                                    epilogue);
+  int64_t done = num_vectors * lanes;
+  if constexpr (has_halves) {
+    if (columns <= done) return;
+    two_vectors_function<Math, half_vector, Epilogue>(tile_rows)(
+        num_tiles, 1, steps, products.at(0, done), epilogue.at(0, done));
+  }
+}
+
+// As multiply_into, for an epilogue that takes the sums of both products, [rows][1].
+template <class Math, class Epilogue>
+void multiply_two_into(int64_t rows, int64_t columns, int64_t steps,
+                       const TwoProducts<Math>& products, const Epilogue& epilogue) {
+  if (rows == 0 || columns == 0) return;
+  int64_t tile_rows = round_up(divide_up(rows, divide_up(rows, max_tile_rows)), 2);
+  int64_t num_tiles = rows / tile_rows, whole = num_tiles * tile_rows;
+  multiply_two_bands(tile_rows, num_tiles, columns, steps, products, epilogue);
+  if (rows == whole) return;
+  multiply_two_bands(round_up(rows - whole, 2), 1, columns, steps, products.at(whole, 0),
+                     epilogue.at(whole, 0));
 }
 
 // product = left @ right, or product += left @ right where `adds`.

@@ -38,6 +38,9 @@ struct Float32Math {
   // The same in the forward pass, which sums nothing up from tile to tile: their scores stay in the
   // first-level cache.
   static constexpr int64_t forward_queries = 12;
+  // The same in the backward pass. Where scores stay in registers, sums are the less often added to
+  // the more there are, as long as what becomes of scores stays in the second-level cache.
+  static constexpr int64_t backward_queries = tile_queries;
 
   static TIR_INLINE UnitVec load_units(const Unit* source) { return load(source); }
   static TIR_INLINE UnitVec broadcast_unit(const Unit* source) { return broadcast(*source); }
@@ -70,6 +73,7 @@ struct BFloat16Math {
   static constexpr int64_t row_multiple = 2, step_multiple = 1, column_multiple = lanes;
   static constexpr int64_t written_multiple = 1;
   static constexpr int64_t tile_queries = 60, forward_queries = 12;
+  static constexpr int64_t backward_queries = 200;
 
   static TIR_INLINE UnitVec load_units(const Unit* source) { return load_bits<UintVec>(source); }
   static TIR_INLINE UnitVec broadcast_unit(const Unit* source) {
@@ -136,7 +140,7 @@ struct TileMath : BFloat16Math {
   static constexpr int64_t row_multiple = tile_size, step_multiple = tile_size;
   static constexpr int64_t column_multiple = panel_width, written_multiple = panel_width;
   static constexpr int64_t tile_queries = 64;  // pairs of them are the steps of a product
-  static constexpr int64_t forward_queries = 64;
+  static constexpr int64_t forward_queries = 64, backward_queries = 64;
 };
 using PairMath = TileMath;
 #elif defined(__AVX512BF16__)
