@@ -32,11 +32,13 @@ class BackwardWorker : AttentionWorker {
   static constexpr int64_t score_rows = Math::tile_queries;
 
  public:
-  // Tiles are small where there have to be many: of no sum over queries, they change no bit.
+  // Tiles may be small where there have to be many: of no sum over queries, they change no bit.
   BackwardWorker(const AttentionBackward& problem, bool has_small_tiles)
       : AttentionWorker(problem.shape, row_units<Math>(problem.shape.head_dim), max_key_block),
         problem_(problem),
-        tiles_(query_tiles(shape_.queries, has_small_tiles ? Math::tile_queries : tile_queries,
+        // Of causal attention too, which leaves out what no query of a tile attends to.
+        tiles_(query_tiles(shape_.queries,
+                           has_small_tiles || shape_.is_causal ? Math::tile_queries : tile_queries,
                            Math::row_multiple)),
         packing_space_(lanes * row_units_),
         key_columns_(packed_units(row_units_, shape_.length)),

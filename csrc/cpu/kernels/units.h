@@ -35,9 +35,13 @@ struct Float32Math {
   // Queries of one tile share the keys and values that pass through the cache: a multiple of every
   // max_tile_rows, and even, because bfloat16 queries are paired.
   static constexpr int64_t tile_queries = 60;
-  // The same in the forward pass, which sums nothing up from tile to tile: their scores stay in the
-  // first-level cache.
+  // The same in the forward pass, which sums nothing up from tile to tile. Where scores lie in
+  // memory, they are fewer: their scores stay in the first-level cache.
+#if defined(__AVX512F__)
+  static constexpr int64_t forward_queries = tile_queries;
+#else
   static constexpr int64_t forward_queries = 12;
+#endif
   // The same in the backward pass. Where scores stay in registers, sums are the less often added to
   // the more there are, as long as what becomes of scores stays in the second-level cache.
   static constexpr int64_t backward_queries = tile_queries;
@@ -72,8 +76,7 @@ struct BFloat16Math {
   static constexpr int64_t values_per_unit = 2;
   static constexpr int64_t row_multiple = 2, step_multiple = 1, column_multiple = lanes;
   static constexpr int64_t written_multiple = 1;
-  static constexpr int64_t tile_queries = 60, forward_queries = 12;
-  static constexpr int64_t backward_queries = 200;
+  static constexpr int64_t tile_queries = 60, forward_queries = 60, backward_queries = 200;
 
   static TIR_INLINE UnitVec load_units(const Unit* source) { return load_bits<UintVec>(source); }
   static TIR_INLINE UnitVec broadcast_unit(const Unit* source) {
