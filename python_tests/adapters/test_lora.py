@@ -329,13 +329,16 @@ def test_low_precision_models_train() -> None:
 
 
 def test_autocast() -> None:
-    model = make_clip()
+    model, images = make_clip(), make_images(64)
+    plain = copy.deepcopy(model)
     with adapters.add_lora(model, rank=4) as lora:
         randomise(lora)
-        exact = model.encode_image(make_images())
+        exact = model.encode_image(images)
+        merged = merge(plain, lora)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            output = model.encode_image(make_images())
-        assert torch.cosine_similarity(output.float(), exact, dim=1).min() > 0.999
+            output = model.encode_image(images)
+            error_of_pytorch = (merged.encode_image(images) - exact).norm()
+        assert (output - exact).norm() <= 2 * error_of_pytorch < 0.1 * exact.norm()
         output.float().square().sum().backward()
         assert all(
             p.grad.any() for name, p in model.visual.named_parameters() if "low_rank" in name
