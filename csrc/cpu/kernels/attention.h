@@ -4,6 +4,7 @@
 #include "../keys.h"
 #include "../parallel.h"
 #include "packing.h"
+#include "prefetch.h"
 #include "tir/attention.h"
 #include "tir/rules.h"
 
@@ -95,33 +96,36 @@ class AttentionWorker {
     return grid.row(batch_, head_, row, shape_.type);
   }
 
-  // What is read of the (batch, head) that this worker probably takes next is asked for in time.
-  void expect(int64_t batch_head) {
-    expects_ = batch_head < shape_.batch * shape_.heads;
+  // The (batch, head) that this worker probably takes next, if there is one, is to be asked for.
+  bool expect(int64_t batch_head) {
+    prefetcher_.clear();
     next_batch_ = batch_head / shape_.heads;
     next_head_ = batch_head % shape_.heads;
+    return batch_head < shape_.batch * shape_.heads;
+  }
+  template <class... Grids>
+  void expect_rows(int64_t num_rows, const Grids&... grids) {
+    (prefetcher_.add(grids.row(next_batch_, next_head_, 0, shape_.type),
+                     grids.row_stride * bytes_of(shape_.type), num_rows),
+     ...);
+  }
+  // Spread over what products sum up until then.
+  void spread_expected(int64_t num_sums) {
+    prefetcher_.spread(shape_.head_dim * bytes_of(shape_.type), num_sums / lanes);
   }
 
-  // Of its rows the share that the queries [first, end) are of all. Always inlined: compilers drop
-  // calls of a function that does nothing but prefetch.
-  TIR_INLINE void prefetch(const RowGrid& grid, int64_t num_rows, int64_t first,
-                           int64_t end) const {
-    if (!expects_) return;
-    constexpr int64_t line = 64;
-    int64_t row_bytes = shape_.head_dim * bytes_of(shape_.type);
-    int64_t end_row = end * num_rows / shape_.queries;
-    for (int64_t row = first * num_rows / shape_.queries; row < end_row; ++row) {
-      auto* start = static_cast<const char*>(grid.row(next_batch_, next_head_, row, shape_.type));
-      for (int64_t i = 0; i < row_bytes; i += line) __builtin_prefetch(start + i, 0, 2);
-    }
+  // The epilogue of a product while which more of them are asked for.
+  template <class Epilogue>
+  PrefetchingEpilogue<Epilogue> prefetching(const Epilogue& epilogue) {
+    return {epilogue, prefetcher_};
   }
 
   const AttentionShape& shape_;
   int64_t padded_head_dim_, row_units_, score_stride_;
   int64_t batch_ = 0, head_ = 0;
+  Prefetcher prefetcher_;
 
  private:
-  bool expects_ = false;
   int64_t next_batch_ = 0, next_head_ = 0;
 };
 

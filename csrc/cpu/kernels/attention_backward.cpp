@@ -70,7 +70,9 @@ void work(void* data, ItemQueue& items) {
     int64_t part = item % job.num_parts, batch_head = item / job.num_parts;
     worker.choose(batch_head / heads, batch_head % heads);
     // The queue gives the workers one each in turn.
-    if (job.num_parts == 1) worker.expect(batch_head + job.threads);
+    if (job.num_parts == 1) {
+      worker.expect_next(batch_head + job.threads, job.attended.of(batch_head / heads).count);
+    }
     if (job.pass == Pass::queries) {
       grad_query(worker, job, batch_head, part);
     } else {

@@ -22,8 +22,6 @@ class ForwardWorker : AttentionWorker {
   static constexpr int64_t num_totals = round_up(tile_queries, lanes);
 
  public:
-  using AttentionWorker::expect;
-
   explicit ForwardWorker(const AttentionForward& problem)
       : AttentionWorker(problem.shape, row_units<Math>(problem.shape.head_dim), max_key_block),
         problem_(problem),
@@ -55,6 +53,15 @@ class ForwardWorker : AttentionWorker {
     values_ = {value_panels_, panel_stride};
   }
 
+  // While the one that has been packed is worked on.
+  void expect_next(int64_t batch_head) {
+    if (!expect(batch_head)) return;
+    expect_rows(shape_.length, problem_.key, problem_.value);
+    expect_rows(shape_.queries, problem_.query, problem_.output);
+    int64_t num_blocks = divide_up(keys_.count, max_key_block);
+    spread_expected(shape_.queries * (keys_.count + num_blocks * shape_.head_dim));
+  }
+
   void attend(int64_t first_query, int64_t count) {
     first_query_ = first_query;
     count_ = count;
@@ -76,7 +83,7 @@ class ForwardWorker : AttentionWorker {
     auto find_probabilities = [&](int64_t key, int64_t num_keys) {
       with_panels(key, num_keys, [&](int64_t column, int64_t columns, Right<Math> keys) {
         multiply<Math>(count_, columns, steps_of<Math>(shape_.head_dim), queries_, keys,
-                       scores_ + column, score_stride_, false);
+                       {scores_ + column, score_stride_, false, prefetcher_});
       });
       int64_t columns = round_up(num_keys, Math::column_multiple);
       if (shape_.is_causal) {
@@ -101,12 +108,12 @@ class ForwardWorker : AttentionWorker {
         if (key + column == 0) {
           // One tile of columns: whatever comes after it finds its reference.
           multiply_into(count_, columns > lanes ? panel_width : columns, steps, queries_, keys,
-                        first);
+                        prefetching(first));
           column += panel_width;
           columns = larger_of(0, columns - panel_width);
           keys.data += keys.panel_stride;
         }
-        multiply_into(count_, columns, steps, queries_, keys, rest.at(0, column));
+        multiply_into(count_, columns, steps, queries_, keys, prefetching(rest.at(0, column)));
       });
     };
     return attend_to_blocks(find_probabilities, [&] {
@@ -134,15 +141,12 @@ class ForwardWorker : AttentionWorker {
   bool attend_to_blocks(FindProbabilities find_probabilities, FinishTotals finish_totals) {
     int64_t block = key_block_size(keys_.count, max_key_block);
     int64_t end = first_query_ + count_;
-    prefetch(problem_.query, shape_.queries, first_query_, end);
-    prefetch(problem_.key, shape_.length, first_query_, end);
     for (int64_t key = 0; key < keys_.count; key += block) {
       // What no query of the tile attends to; sums want a first block in any case.
       bool is_later = shape_.is_causal && keys_.index[key] >= end;
       if (is_later && key > 0) break;
       int64_t num_keys = smaller_of(block, keys_.count - key);
       find_probabilities(key, num_keys);
-      if (key == 0) prefetch(problem_.value, shape_.length, first_query_, end);
       Right<Math> value_rows = values_;
       value_rows.data += steps_of<Math>(key) * values_.step_stride;
       int64_t steps = steps_of<Math>(num_keys);
@@ -151,14 +155,14 @@ class ForwardWorker : AttentionWorker {
           if (!finish_totals()) return false;
           find_factors();
           auto* results = static_cast<Probability<Math>*>(row_of(problem_.output, first_query_));
-          multiply_into(count_, shape_.head_dim, steps, probability_rows(), value_rows,
-                        RowEpilogue<Math, false>{results, problem_.output.row_stride, count_,
-                                                 shape_.head_dim, factors_, 1, nullptr, 0});
+          int64_t stride = problem_.output.row_stride, width = shape_.head_dim;
+          RowEpilogue<Math, false> rows{results, stride, count_, width, factors_, 1, nullptr, 0};
+          multiply_into(count_, width, steps, probability_rows(), value_rows, prefetching(rows));
           return true;
         }
       }
-      multiply<Math>(count_, shape_.head_dim, steps, probability_rows(), value_rows, sums_,
-                     padded_head_dim_, key > 0);
+      multiply<Math>(count_, shape_.head_dim, steps, probability_rows(), value_rows,
+                     {sums_, padded_head_dim_, key > 0, prefetcher_});
     }
     if (!finish_totals()) return false;
     find_factors();
@@ -348,7 +352,7 @@ void work(void* data, ItemQueue& items) {
     }
     worker.pack(batch, head, keys, tiles.count == 1);
     // The queue gives the workers one each in turn.
-    if (job.num_parts == 1) worker.expect(batch_head + job.threads);
+    if (job.num_parts == 1) worker.expect_next(batch_head + job.threads);
     int64_t end = tiles.count * (part + 1) / job.num_parts;
     for (int64_t tile = tiles.count * part / job.num_parts; tile < end; ++tile) {
       int64_t first = tile * tiles.size;

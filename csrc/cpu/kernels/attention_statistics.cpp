@@ -92,8 +92,8 @@ class StatisticsWorker : AttentionWorker {
   void multiply_block(int64_t first_key, int64_t num_keys) {
     multiply<Math>(num_queries_, num_keys, steps_of<Math>(shape_.head_dim),
                    query_rows_,
-                   {key_panels_ + first_key * row_units_, row_units_ * panel_width}, scores_,
-                   score_stride_, false);
+                   {key_panels_ + first_key * row_units_, row_units_ * panel_width},
+                   {scores_, score_stride_, false, prefetcher_});
   }
 
   // Logarithms to base 2 of the weighted exponentials of a row, beginning at a column of a block.

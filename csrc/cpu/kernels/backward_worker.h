@@ -62,11 +62,22 @@ class BackwardWorker : AttentionWorker {
         turned_values_(is_transposed ? lanes * padded_head_dim_ : 0) {}
 
   int64_t num_tiles() const { return tiles_.count; }
-  using AttentionWorker::expect;
 
   void choose(int64_t batch, int64_t head) {
     batch_ = batch;
     head_ = head;
+  }
+
+  // While the gradients of `num_keys` are found, over all queries.
+  void expect_next(int64_t batch_head, int64_t num_keys) {
+    if (!expect(batch_head)) return;
+    expect_rows(shape_.length, problem_.key, problem_.value);
+    expect_rows(shape_.queries, problem_.query, problem_.grad_output, problem_.output,
+                problem_.grad_query);
+    expect_rows(shape_.length, problem_.grad_key, problem_.grad_value);
+    int64_t rows = divide_up(num_keys, max_key_block) * shape_.queries +
+                   2 * tiles_.count * num_keys;
+    spread_expected(2 * shape_.queries * num_keys + rows * shape_.head_dim);
   }
 
   // The gradients that `keys` contribute to over the queries of some tiles.
@@ -161,8 +172,9 @@ class BackwardWorker : AttentionWorker {
       pack_rows<Math>(query_rows_, panel_stride, query_at, shape_.type, count, shape_.head_dim);
       pack_rows<Math>(grad_rows_, panel_stride, grad_at, shape_.type, count, shape_.head_dim);
       if constexpr (is_transposed) {
-        turn_rows(query_channels_, query_rows_, panel_stride, count);
-        turn_rows(grad_channels_, grad_rows_, panel_stride, count);
+        int64_t steps = steps_of<Math>(count), width = padded_head_dim_;
+        turn_panels(query_channels_, tile_queries / 2, query_rows_, panel_stride, steps, width);
+        turn_panels(grad_channels_, tile_queries / 2, grad_rows_, panel_stride, steps, width);
       }
     }
     int64_t place = first_query_place() + first;
@@ -178,17 +190,6 @@ class BackwardWorker : AttentionWorker {
     }
   }
 
-  // Pairs of a tile's queries, from a right operand, side by side for each channel.
-  void turn_rows(Unit* target, const Unit* panels, int64_t panel_stride, int64_t count) const {
-    for (int64_t channel = 0; channel < padded_head_dim_; channel += lanes) {
-      const Unit* panel = panels + channel / panel_width * panel_stride + channel % panel_width;
-      for (int64_t step = 0; step < steps_of<Math>(count); step += lanes) {
-        transpose_block(target + channel * (tile_queries / 2) + step, tile_queries / 2,
-                        panel + step * panel_width, panel_width);
-      }
-    }
-  }
-
   // How much all gradients of a row's probabilities lose to the softmax's sum staying 1.
   float delta_of(int64_t query) const {
     return dot_of_rows(row_of(problem_.grad_output, query), row_of(problem_.output, query),
@@ -197,7 +198,6 @@ class BackwardWorker : AttentionWorker {
 
   void run_tile(int64_t first, int64_t count, bool adds, bool is_last) {
     load_tile(first, count);
-    prefetch_next(first, first + count);
     int64_t block = key_block_size(keys_.count, max_key_block);
     for (int64_t key = 0; key < keys_.count; key += block) {
       // What no query of the tile attends to; all sums begin with the first tile and block, and may
@@ -222,15 +222,6 @@ class BackwardWorker : AttentionWorker {
     return has_epilogues<Math> && is_own_type<Math>(shape_.type) && keys_.count <= max_key_block;
   }
 
-  TIR_INLINE void prefetch_next(int64_t first, int64_t end) const {
-    for (const RowGrid* grid : {&problem_.query, &problem_.grad_output, &problem_.output}) {
-      prefetch(*grid, shape_.queries, first, end);
-    }
-    for (const RowGrid* grid : {&problem_.key, &problem_.value}) {
-      prefetch(*grid, shape_.length, first, end);
-    }
-  }
-
   void add_key_value(int64_t key, int64_t num_keys, int64_t count, bool adds,
                      [[maybe_unused]] bool is_last) {
     int64_t query_steps = steps_of<Math>(count);
@@ -239,7 +230,8 @@ class BackwardWorker : AttentionWorker {
       clear_missing_pairs(count, round_up(num_keys, Math::column_multiple));
       auto add = [&](const Unit* channels, const Unit* pairs, float* sums) {
         multiply_by_tiles(shape_.head_dim, num_keys, query_steps, {channels, tile_queries / 2},
-                          {pairs, score_stride_}, panel_width, sums + key, sum_stride_, adds);
+                          {pairs, score_stride_}, panel_width,
+                          {sums + key, sum_stride_, adds, prefetcher_});
       };
       add(query_channels_, grad_scores_, key_sums_);
       add(grad_channels_, probabilities_, value_sums_);
@@ -264,23 +256,23 @@ class BackwardWorker : AttentionWorker {
       }
     }
     multiply<Math>(num_keys, shape_.head_dim, query_steps, grad_score_columns(), query_rows,
-                   key_sums, sum_stride_, adds);
+                   {key_sums, sum_stride_, adds, prefetcher_});
     multiply<Math>(num_keys, shape_.head_dim, query_steps, probability_columns(), grad_rows,
-                   value_sums, sum_stride_, adds);
+                   {value_sums, sum_stride_, adds, prefetcher_});
   }
 
   // Products, and sums in memory before them if there are, become rows of a result.
   void sum_up_rows(int64_t rows, int64_t steps, Left<Math> left, Right<Math> right, void* result,
                    int64_t stride, const float* factor, const float* sums) {
     auto* results = static_cast<Probability<Math>*>(result);
+    int64_t width = shape_.head_dim;
+    auto sum_up = [&](auto epilogue) {
+      multiply_into(rows, width, steps, left, right, prefetching(epilogue));
+    };
     if (sums == nullptr) {
-      multiply_into(rows, shape_.head_dim, steps, left, right,
-                    RowEpilogue<Math, false>{results, stride, rows, shape_.head_dim, factor, 0,
-                                             nullptr, 0});
+      sum_up(RowEpilogue<Math, false>{results, stride, rows, width, factor, 0, nullptr, 0});
     } else {
-      multiply_into(rows, shape_.head_dim, steps, left, right,
-                    RowEpilogue<Math, true>{results, stride, rows, shape_.head_dim, factor, 0,
-                                            sums, sum_stride_});
+      sum_up(RowEpilogue<Math, true>{results, stride, rows, width, factor, 0, sums, sum_stride_});
     }
   }
 
@@ -295,7 +287,7 @@ class BackwardWorker : AttentionWorker {
       }
     }
     multiply<Math>(count, shape_.head_dim, steps_of<Math>(num_keys), grad_score_rows(), keys,
-                   query_sums_, padded_head_dim_, key > 0);
+                   {query_sums_, padded_head_dim_, key > 0, prefetcher_});
   }
 
   // Rows behind the last pair of queries, up to a whole step, must not add to the keys' sums.
@@ -339,7 +331,8 @@ class BackwardWorker : AttentionWorker {
     // Code for the others would be worth less than it takes.
     if constexpr (has_epilogues<Math> && !MayBeScaled) {
       multiply_two_into(count, num_keys, steps,
-                        TwoProducts<Math>{{query_left_, grad_left_}, {keys, values}}, epilogue);
+                        TwoProducts<Math>{{query_left_, grad_left_}, {keys, values}},
+                        prefetching(epilogue));
       return;
     }
     int64_t columns = round_up(num_keys, Math::column_multiple);
@@ -348,10 +341,10 @@ class BackwardWorker : AttentionWorker {
       int64_t own_keys = smaller_of(width, round_up(num_keys - column, Math::written_multiple));
       for (int64_t row = 0; row < count; row += score_rows) {
         int64_t rows = smaller_of(score_rows, count - row);
-        multiply<Math>(rows, own_keys, steps, query_left_.from_row(row), keys, scores_,
-                       panel_width, false);
+        multiply<Math>(rows, own_keys, steps, query_left_.from_row(row), keys,
+                       {scores_, panel_width, false, prefetcher_});
         multiply<Math>(rows, own_keys, steps, grad_left_.from_row(row), values,
-                       grad_probabilities_, panel_width, false);
+                       {grad_probabilities_, panel_width, false, prefetcher_});
         for (int64_t i = 0; i < width; i += lanes) {
           epilogue.at(row, column + i)
               .take_rows(rows, scores_ + i, grad_probabilities_ + i, panel_width);

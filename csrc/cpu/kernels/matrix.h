@@ -306,40 +306,42 @@ void multiply_two_into(int64_t rows, int64_t columns, int64_t steps,
                      epilogue.at(whole, 0));
 }
 
-// product = left @ right, or product += left @ right where `adds`.
+// The product left @ right in memory.
 //
 // Rows are rounded up to an even number and columns to whole vectors, or both to whole tiles: left
 // operand and product must have room for them.
 template <class Math>
 void multiply(int64_t rows, int64_t columns, int64_t steps, Left<Math> left, Right<Math> right,
-              float* product, int64_t product_stride, bool adds) {
+              const Product& product) {
 #if defined(__AMX_BF16__)
   if constexpr (Math::row_multiple == tile_size) {
     return multiply_by_tiles(rows, columns, steps, {left.data, left.row_stride},
-                             {right.data, right.step_stride}, right.panel_stride, product,
-                             product_stride, adds);
+                             {right.data, right.step_stride}, right.panel_stride, product);
   }
 #endif
-  if (adds) {
+  auto multiply_some = [&](auto epilogue) {
     multiply_into(rows, columns, steps, left, right,
-                  MemoryEpilogue<true>{product, product_stride});
+                  PrefetchingEpilogue<decltype(epilogue)>{epilogue, product.prefetcher});
+  };
+  if (product.adds) {
+    multiply_some(MemoryEpilogue<true>{product.sums, product.stride});
   } else {
-    multiply_into(rows, columns, steps, left, right,
-                  MemoryEpilogue<false>{product, product_stride});
+    multiply_some(MemoryEpilogue<false>{product.sums, product.stride});
   }
 }
 
-// product = left @ right in several sums over parts of the steps: rounding errors of one long sum
+// The product left @ right in several sums over parts of the steps: rounding errors of one long sum
 // would grow with its length, and a part of a panel stays in the first-level cache.
 template <class Math>
 void multiply_in_parts(int64_t rows, int64_t columns, int64_t steps, Left<Math> left,
                        Right<Math> right, float* product, int64_t product_stride) {
   constexpr int64_t part_steps = 128;
+  Prefetcher nothing;
   for (int64_t step = 0; step < steps; step += part_steps) {
     multiply<Math>(rows, columns, smaller_of(part_steps, steps - step),
                    {left.data + step * left.step_stride, left.row_stride, left.step_stride},
                    {right.data + step * right.step_stride, right.panel_stride, right.step_stride},
-                   product, product_stride, step > 0);
+                   {product, product_stride, step > 0, nothing});
   }
 }
 

@@ -67,6 +67,19 @@ inline void transpose_block(void* target, int64_t target_stride, const void* sou
   });
 }
 
+// The left operand whose rows are the columns of a packed right one, which holds `steps` and
+// `columns` in whole vectors.
+inline void turn_panels(uint32_t* target, int64_t target_stride, const uint32_t* panels,
+                        int64_t panel_stride, int64_t steps, int64_t columns) {
+  for (int64_t column = 0; column < columns; column += lanes) {
+    const uint32_t* panel = panels + column / panel_width * panel_stride + column % panel_width;
+    for (int64_t step = 0; step < steps; step += lanes) {
+      transpose_block(target + column * target_stride + step, target_stride,
+                      panel + step * panel_width, panel_width);
+    }
+  }
+}
+
 // Packs `count` rows of `width` values as the columns of a right operand of steps_of(width) steps.
 // row_at(i) gives the address of row i. `workspace` holds lanes * row_units(width) units, and the
 // target row_units(width) steps: those beyond the width are zero, as are columns up to a multiple.

@@ -4,7 +4,9 @@
 // there: steps in sixteens, with zeros behind the last, and room for rows in sixteens.
 #pragma once
 
-#include "rows.h"
+#include <type_traits>
+
+#include "prefetch.h"
 
 #if defined(__AMX_BF16__)
 namespace tir::cpu::TIR_ARCH {
@@ -86,28 +88,30 @@ TIR_INLINE void multiply_tiles(int64_t steps, TileLeft left, TileRight right, fl
 // Two tiles of columns, or what is left of them, for all rows.
 template <int ColumnTiles>
 inline void multiply_tile_rows(int64_t rows, int64_t steps, TileLeft left, TileRight right,
-                               float* product, int64_t product_stride, bool adds) {
+                               float* sums, const Product& product) {
+  auto multiply_some = [&](auto row_tiles, int64_t row) {
+    constexpr int count = decltype(row_tiles)::value;
+    multiply_tiles<count, ColumnTiles>(steps,
+                                       {left.data + row * left.row_stride, left.row_stride}, right,
+                                       sums + row * product.stride, product.stride, product.adds);
+    product.prefetcher.advance(count * tile_size * ColumnTiles);
+  };
   int64_t row = 0;
   for (; row + tile_size < rows; row += 2 * tile_size) {
-    multiply_tiles<2, ColumnTiles>(steps, {left.data + row * left.row_stride, left.row_stride},
-                                   right, product + row * product_stride, product_stride, adds);
+    multiply_some(std::integral_constant<int, 2>(), row);
   }
-  if (row < rows) {
-    multiply_tiles<1, ColumnTiles>(steps, {left.data + row * left.row_stride, left.row_stride},
-                                   right, product + row * product_stride, product_stride, adds);
-  }
+  if (row < rows) multiply_some(std::integral_constant<int, 1>(), row);
 }
 
-// product = left @ right, or product += left @ right where `adds`, with all three rounded up to
-// whole tiles. Columns come in panels of two tiles, `panel_stride` units apart.
+// The product left @ right, with rows, columns and steps rounded up to whole tiles. Columns come in
+// panels of two tiles, `panel_stride` units apart.
 inline void multiply_by_tiles(int64_t rows, int64_t columns, int64_t steps, TileLeft left,
-                              TileRight right, int64_t panel_stride, float* product,
-                              int64_t product_stride, bool adds) {
+                              TileRight right, int64_t panel_stride, const Product& product) {
   for (int64_t column = 0; column < columns; column += 2 * tile_size) {
     if (columns - column > tile_size) {
-      multiply_tile_rows<2>(rows, steps, left, right, product + column, product_stride, adds);
+      multiply_tile_rows<2>(rows, steps, left, right, product.sums + column, product);
     } else {
-      multiply_tile_rows<1>(rows, steps, left, right, product + column, product_stride, adds);
+      multiply_tile_rows<1>(rows, steps, left, right, product.sums + column, product);
     }
     right.data += panel_stride;
   }

@@ -1,0 +1,83 @@
+// What a worker reads and writes next is asked for while it computes.
+#pragma once
+
+#include "rows.h"
+
+namespace tir::cpu::TIR_ARCH {
+
+// Rows of several grids, a few of them at a time: a core keeps only so many requests open, and a
+// burst of more holds up whatever comes after it.
+class Prefetcher {
+ public:
+  void clear() {
+    num_grids_ = 0;
+    grid_ = 0;
+  }
+
+  // Up to max_grids times; `stride` is in bytes.
+  void add(const void* start, int64_t stride, int64_t num_rows) {
+    if (num_rows == 0) return;
+    grids_[num_grids_++] = {static_cast<const char*>(start), stride, num_rows};
+  }
+
+  // All of them are spread over `work`, in any unit; later work asks for nothing.
+  void spread(int64_t row_bytes, int64_t work) {
+    int64_t num_rows = 0;
+    for (int64_t i = 0; i < num_grids_; ++i) num_rows += grids_[i].num_rows;
+    row_bytes_ = row_bytes;
+    rate_ = divide_up(num_rows << fraction_bits, larger_of(work, 1));
+    due_ = 0;
+  }
+
+  // After some of the work. Always inlined: compilers drop calls of a function that does nothing
+  // but prefetch.
+  TIR_INLINE void advance(int64_t work) {
+    if (grid_ == num_grids_) return;
+    due_ += work * rate_;
+    for (; due_ >= int64_t{1} << fraction_bits; due_ -= int64_t{1} << fraction_bits) {
+      Grid& grid = grids_[grid_];
+      constexpr int64_t line = 64;
+      for (int64_t i = 0; i < row_bytes_; i += line) __builtin_prefetch(grid.next + i);
+      grid.next += grid.stride;
+      if (--grid.num_rows == 0 && ++grid_ == num_grids_) return;
+    }
+  }
+
+ private:
+  static constexpr int64_t max_grids = 8;
+  static constexpr int fraction_bits = 16;
+  struct Grid {
+    const char* next;
+    int64_t stride, num_rows;
+  };
+  Grid grids_[max_grids];
+  int64_t num_grids_ = 0, grid_ = 0;
+  int64_t row_bytes_ = 0, rate_ = 0, due_ = 0;
+};
+
+// A product in memory: `adds` where it is added to what lies there, a row every `stride` sums.
+struct Product {
+  float* sums;
+  int64_t stride;
+  bool adds;
+  Prefetcher& prefetcher;  // which goes on meanwhile, by the vectors that are written
+};
+
+// An epilogue of a product after each of whose tiles a prefetcher goes on.
+template <class Epilogue>
+struct PrefetchingEpilogue {
+  Epilogue epilogue;
+  Prefetcher& prefetcher;
+
+  TIR_INLINE PrefetchingEpilogue at(int64_t row, int64_t column) const {
+    return {epilogue.at(row, column), prefetcher};
+  }
+
+  template <int Rows, int Vectors, class Sums, class... More>
+  TIR_INLINE void take(const Sums (&sums)[Rows][Vectors], const More&... more) const {
+    epilogue.take(sums, more...);
+    prefetcher.advance((1 + sizeof...(more)) * Rows * Vectors);
+  }
+};
+
+}  // namespace tir::cpu::TIR_ARCH
