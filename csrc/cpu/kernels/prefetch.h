@@ -20,13 +20,16 @@ class Prefetcher {
     grids_[num_grids_++] = {static_cast<const char*>(start), stride, num_rows};
   }
 
-  // All of them are spread over `work`, in any unit; later work asks for nothing.
+  // All of them are spread over `work`, in vectors of sums; later work asks for nothing. Where there
+  // is more than a line to a vector, what products work on would be driven out of the first-level
+  // cache.
   void spread(int64_t row_bytes, int64_t work) {
     int64_t num_rows = 0;
     for (int64_t i = 0; i < num_grids_; ++i) num_rows += grids_[i].num_rows;
     row_bytes_ = row_bytes;
     rate_ = divide_up(num_rows << fraction_bits, larger_of(work, 1));
     due_ = 0;
+    goes_near_ = num_rows * divide_up(row_bytes, line) < work;
   }
 
   // After some of the work. Always inlined: compilers drop calls of a function that does nothing
@@ -36,15 +39,20 @@ class Prefetcher {
     due_ += work * rate_;
     for (; due_ >= int64_t{1} << fraction_bits; due_ -= int64_t{1} << fraction_bits) {
       Grid& grid = grids_[grid_];
-      constexpr int64_t line = 64;
-      for (int64_t i = 0; i < row_bytes_; i += line) __builtin_prefetch(grid.next + i);
+      for (int64_t i = 0; i < row_bytes_; i += line) {
+        if (goes_near_) {
+          __builtin_prefetch(grid.next + i, 0, 3);
+        } else {
+          __builtin_prefetch(grid.next + i, 0, 2);
+        }
+      }
       grid.next += grid.stride;
       if (--grid.num_rows == 0 && ++grid_ == num_grids_) return;
     }
   }
 
  private:
-  static constexpr int64_t max_grids = 8;
+  static constexpr int64_t max_grids = 8, line = 64;
   static constexpr int fraction_bits = 16;
   struct Grid {
     const char* next;
@@ -53,6 +61,7 @@ class Prefetcher {
   Grid grids_[max_grids];
   int64_t num_grids_ = 0, grid_ = 0;
   int64_t row_bytes_ = 0, rate_ = 0, due_ = 0;
+  bool goes_near_ = false;  // to the first-level cache, not the second alone
 };
 
 // A product in memory: `adds` where it is added to what lies there, a row every `stride` sums.
