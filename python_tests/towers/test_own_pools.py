@@ -52,11 +52,11 @@ POOLS: dict[str, tuple[Any, int]] = {
 }
 
 
-def results(model: Any, batch: int = 3) -> list[Tensor]:
+def results(model: Any, batch: int = 3, seed: int = 6) -> list[Tensor]:
     """The pooled features of tokens, and the gradients of these and of all that pools them."""
     tower: Any = towers.vision_tower(model)
     parameters = [p for pool in tower.pools for p in pool.parameters()]
-    generator = torch.Generator().manual_seed(6)
+    generator = torch.Generator().manual_seed(seed)
     trunk = getattr(getattr(model, "visual", None), "transformer", None)
     width = 32 if trunk is None else trunk.width
     hidden = torch.randn(batch, 16, width, generator=generator)
@@ -104,15 +104,25 @@ def test_an_opened_pool_is_the_librarys(
 
 @pytest.mark.parametrize("name", POOLS)
 def test_pools_in_16_bits_are_as_accurate_as_the_librarys(name: str) -> None:
-    model = POOLS[name][0]().bfloat16()
-    exact = results(POOLS[name][0]().bfloat16().double())
-    plain = results(model)
-    with opened_attention(model):
-        found = results(model)
-    for one, other, wanted in zip(found, plain, exact, strict=True):
-        rounding = torch.finfo(torch.bfloat16).eps * wanted.abs().max()
-        error = (one.double() - wanted).abs().mean()
-        assert error <= 2 * (other.double() - wanted).abs().mean() + rounding
+    model, exact = POOLS[name][0]().bfloat16(), POOLS[name][0]().bfloat16().double()
+
+    def error_of(found: Tensor, wanted: Tensor) -> Tensor:
+        return (found.double() - wanted).abs().mean() / wanted.abs().max()
+
+    # Some gradients are a few numbers of which most cancels: one draw tells of its luck.
+    errors = []
+    for seed in range(12):
+        wanted, plain = results(exact, seed=seed), results(model, seed=seed)
+        with opened_attention(model):
+            found = results(model, seed=seed)
+        errors.append(
+            [
+                (error_of(one, exactly), error_of(other, exactly))
+                for one, other, exactly in zip(found, plain, wanted, strict=True)
+            ]
+        )
+    ours, theirs = torch.tensor(errors).mean(0).unbind(-1)
+    assert (ours <= 2 * theirs + torch.finfo(torch.bfloat16).eps).all()
 
 
 @pytest.mark.parametrize("name", ["open_clip", "SigLIP of transformers"])
