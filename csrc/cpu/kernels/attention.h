@@ -96,16 +96,15 @@ class AttentionWorker {
     return grid.row(batch_, head_, row, shape_.type);
   }
 
-  // The (batch, head) that this worker probably takes next, if there is one, is to be asked for.
-  bool expect(int64_t batch_head) {
+  // Whether there is a (batch, head) that this worker probably takes next, to be asked for.
+  bool begin_to_expect(int64_t batch_head) {
     prefetcher_.clear();
-    next_batch_ = batch_head / shape_.heads;
-    next_head_ = batch_head % shape_.heads;
     return batch_head < shape_.batch * shape_.heads;
   }
   template <class... Grids>
-  void expect_rows(int64_t num_rows, const Grids&... grids) {
-    (prefetcher_.add(grids.row(next_batch_, next_head_, 0, shape_.type),
+  void expect_rows(int64_t batch_head, int64_t num_rows, const Grids&... grids) {
+    int64_t batch = batch_head / shape_.heads, head = batch_head % shape_.heads;
+    (prefetcher_.add(grids.row(batch, head, 0, shape_.type),
                      grids.row_stride * bytes_of(shape_.type), num_rows),
      ...);
   }
@@ -114,19 +113,10 @@ class AttentionWorker {
     prefetcher_.spread(shape_.head_dim * bytes_of(shape_.type), num_sums / lanes);
   }
 
-  // The epilogue of a product while which more of them are asked for.
-  template <class Epilogue>
-  PrefetchingEpilogue<Epilogue> prefetching(const Epilogue& epilogue) {
-    return {epilogue, prefetcher_};
-  }
-
   const AttentionShape& shape_;
   int64_t padded_head_dim_, row_units_, score_stride_;
   int64_t batch_ = 0, head_ = 0;
   Prefetcher prefetcher_;
-
- private:
-  int64_t next_batch_ = 0, next_head_ = 0;
 };
 
 // The keys of one part: whole panels, and the rows up to those of the next part.

@@ -55,9 +55,9 @@ class ForwardWorker : AttentionWorker {
 
   // While the one that has been packed is worked on.
   void expect_next(int64_t batch_head) {
-    if (!expect(batch_head)) return;
-    expect_rows(shape_.length, problem_.key, problem_.value);
-    expect_rows(shape_.queries, problem_.query, problem_.output);
+    if (!begin_to_expect(batch_head)) return;
+    expect_rows(batch_head, shape_.length, problem_.key, problem_.value);
+    expect_rows(batch_head, shape_.queries, problem_.query, problem_.output);
     int64_t num_blocks = divide_up(keys_.count, max_key_block);
     spread_expected(shape_.queries * (keys_.count + num_blocks * shape_.head_dim));
   }
@@ -108,12 +108,13 @@ class ForwardWorker : AttentionWorker {
         if (key + column == 0) {
           // One tile of columns: whatever comes after it finds its reference.
           multiply_into(count_, columns > lanes ? panel_width : columns, steps, queries_, keys,
-                        prefetching(first));
+                        prefetching(first, prefetcher_));
           column += panel_width;
           columns = larger_of(0, columns - panel_width);
           keys.data += keys.panel_stride;
         }
-        multiply_into(count_, columns, steps, queries_, keys, prefetching(rest.at(0, column)));
+        multiply_into(count_, columns, steps, queries_, keys,
+                      prefetching(rest.at(0, column), prefetcher_));
       });
     };
     return attend_to_blocks(find_probabilities, [&] {
@@ -157,7 +158,8 @@ class ForwardWorker : AttentionWorker {
           auto* results = static_cast<Probability<Math>*>(row_of(problem_.output, first_query_));
           int64_t stride = problem_.output.row_stride, width = shape_.head_dim;
           RowEpilogue<Math, false> rows{results, stride, count_, width, factors_, 1, nullptr, 0};
-          multiply_into(count_, width, steps, probability_rows(), value_rows, prefetching(rows));
+          multiply_into(count_, width, steps, probability_rows(), value_rows,
+                        prefetching(rows, prefetcher_));
           return true;
         }
       }

@@ -70,11 +70,11 @@ class BackwardWorker : AttentionWorker {
 
   // While the gradients of `num_keys` are found, over all queries.
   void expect_next(int64_t batch_head, int64_t num_keys) {
-    if (!expect(batch_head)) return;
-    expect_rows(shape_.length, problem_.key, problem_.value);
-    expect_rows(shape_.queries, problem_.query, problem_.grad_output, problem_.output,
+    if (!begin_to_expect(batch_head)) return;
+    expect_rows(batch_head, shape_.length, problem_.key, problem_.value);
+    expect_rows(batch_head, shape_.queries, problem_.query, problem_.grad_output, problem_.output,
                 problem_.grad_query);
-    expect_rows(shape_.length, problem_.grad_key, problem_.grad_value);
+    expect_rows(batch_head, shape_.length, problem_.grad_key, problem_.grad_value);
     int64_t rows = divide_up(num_keys, max_key_block) * shape_.queries +
                    2 * tiles_.count * num_keys;
     spread_expected(2 * shape_.queries * num_keys + rows * shape_.head_dim);
@@ -267,7 +267,7 @@ class BackwardWorker : AttentionWorker {
     auto* results = static_cast<Probability<Math>*>(result);
     int64_t width = shape_.head_dim;
     auto sum_up = [&](auto epilogue) {
-      multiply_into(rows, width, steps, left, right, prefetching(epilogue));
+      multiply_into(rows, width, steps, left, right, prefetching(epilogue, prefetcher_));
     };
     if (sums == nullptr) {
       sum_up(RowEpilogue<Math, false>{results, stride, rows, width, factor, 0, nullptr, 0});
@@ -332,7 +332,7 @@ class BackwardWorker : AttentionWorker {
     if constexpr (has_epilogues<Math> && !MayBeScaled) {
       multiply_two_into(count, num_keys, steps,
                         TwoProducts<Math>{{query_left_, grad_left_}, {keys, values}},
-                        prefetching(epilogue));
+                        prefetching(epilogue, prefetcher_));
       return;
     }
     int64_t columns = round_up(num_keys, Math::column_multiple);

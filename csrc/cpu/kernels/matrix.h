@@ -319,14 +319,12 @@ void multiply(int64_t rows, int64_t columns, int64_t steps, Left<Math> left, Rig
                              {right.data, right.step_stride}, right.panel_stride, product);
   }
 #endif
-  auto multiply_some = [&](auto epilogue) {
-    multiply_into(rows, columns, steps, left, right,
-                  PrefetchingEpilogue<decltype(epilogue)>{epilogue, product.prefetcher});
-  };
   if (product.adds) {
-    multiply_some(MemoryEpilogue<true>{product.sums, product.stride});
+    MemoryEpilogue<true> epilogue{product.sums, product.stride};
+    multiply_into(rows, columns, steps, left, right, prefetching(epilogue, product.prefetcher));
   } else {
-    multiply_some(MemoryEpilogue<false>{product.sums, product.stride});
+    MemoryEpilogue<false> epilogue{product.sums, product.stride};
+    multiply_into(rows, columns, steps, left, right, prefetching(epilogue, product.prefetcher));
   }
 }
 

@@ -27,7 +27,7 @@ class Prefetcher {
     int64_t num_rows = 0;
     for (int64_t i = 0; i < num_grids_; ++i) num_rows += grids_[i].num_rows;
     row_bytes_ = row_bytes;
-    rate_ = divide_up(num_rows << fraction_bits, larger_of(work, 1));
+    rate_ = divide_up(num_rows * one_row, larger_of(work, 1));
     due_ = 0;
     goes_near_ = num_rows * divide_up(row_bytes, line) < work;
   }
@@ -37,7 +37,7 @@ class Prefetcher {
   TIR_INLINE void advance(int64_t work) {
     if (grid_ == num_grids_) return;
     due_ += work * rate_;
-    for (; due_ >= int64_t{1} << fraction_bits; due_ -= int64_t{1} << fraction_bits) {
+    for (; due_ >= one_row; due_ -= one_row) {
       Grid& grid = grids_[grid_];
       for (int64_t i = 0; i < row_bytes_; i += line) {
         if (goes_near_) {
@@ -53,7 +53,7 @@ class Prefetcher {
 
  private:
   static constexpr int64_t max_grids = 8, line = 64;
-  static constexpr int fraction_bits = 16;
+  static constexpr int64_t one_row = 1 << 16;  // as rates and what is due are counted
   struct Grid {
     const char* next;
     int64_t stride, num_rows;
@@ -88,5 +88,10 @@ struct PrefetchingEpilogue {
     prefetcher.advance((1 + sizeof...(more)) * Rows * Vectors);
   }
 };
+
+template <class Epilogue>
+PrefetchingEpilogue<Epilogue> prefetching(const Epilogue& epilogue, Prefetcher& prefetcher) {
+  return {epilogue, prefetcher};
+}
 
 }  // namespace tir::cpu::TIR_ARCH

@@ -4,8 +4,6 @@
 // there: steps in sixteens, with zeros behind the last, and room for rows in sixteens.
 #pragma once
 
-#include <type_traits>
-
 #include "prefetch.h"
 
 #if defined(__AMX_BF16__)
@@ -45,16 +43,16 @@ struct TileRight {
 
 // One or two tiles of rows by one or two of columns. Tile registers: sums 0-3, left 4-5, right 6-7.
 template <int RowTiles, int ColumnTiles>
-TIR_INLINE void multiply_tiles(int64_t steps, TileLeft left, TileRight right, float* product,
-                               int64_t product_stride, bool adds) {
+TIR_INLINE void multiply_tiles(int64_t steps, TileLeft left, TileRight right, float* sums,
+                               const Product& product) {
   int64_t left_bytes = left.row_stride * 4, right_bytes = right.step_stride * 4;
-  int64_t product_bytes = product_stride * 4;
-  float* lower = product + tile_size * product_stride;
+  int64_t product_bytes = product.stride * 4;
+  float* lower = sums + tile_size * product.stride;
   // The compiler knows of tiles no memory that they read.
   __asm__ volatile("" ::: "memory");
-  if (adds) {
-    _tile_loadd(0, product, product_bytes);
-    if (ColumnTiles > 1) _tile_loadd(1, product + tile_size, product_bytes);
+  if (product.adds) {
+    _tile_loadd(0, sums, product_bytes);
+    if (ColumnTiles > 1) _tile_loadd(1, sums + tile_size, product_bytes);
     if (RowTiles > 1) _tile_loadd(2, lower, product_bytes);
     if (RowTiles > 1 && ColumnTiles > 1) _tile_loadd(3, lower + tile_size, product_bytes);
   } else {
@@ -79,28 +77,26 @@ TIR_INLINE void multiply_tiles(int64_t steps, TileLeft left, TileRight right, fl
       if (ColumnTiles > 1) _tile_dpbf16ps(3, 5, 7);
     }
   }
-  _tile_stored(0, product, product_bytes);
-  if (ColumnTiles > 1) _tile_stored(1, product + tile_size, product_bytes);
+  _tile_stored(0, sums, product_bytes);
+  if (ColumnTiles > 1) _tile_stored(1, sums + tile_size, product_bytes);
   if (RowTiles > 1) _tile_stored(2, lower, product_bytes);
   if (RowTiles > 1 && ColumnTiles > 1) _tile_stored(3, lower + tile_size, product_bytes);
+  product.prefetcher.advance(RowTiles * tile_size * ColumnTiles);
 }
 
 // Two tiles of columns, or what is left of them, for all rows.
 template <int ColumnTiles>
 inline void multiply_tile_rows(int64_t rows, int64_t steps, TileLeft left, TileRight right,
                                float* sums, const Product& product) {
-  auto multiply_some = [&](auto row_tiles, int64_t row) {
-    constexpr int count = decltype(row_tiles)::value;
-    multiply_tiles<count, ColumnTiles>(steps,
-                                       {left.data + row * left.row_stride, left.row_stride}, right,
-                                       sums + row * product.stride, product.stride, product.adds);
-    product.prefetcher.advance(count * tile_size * ColumnTiles);
-  };
   int64_t row = 0;
   for (; row + tile_size < rows; row += 2 * tile_size) {
-    multiply_some(std::integral_constant<int, 2>(), row);
+    multiply_tiles<2, ColumnTiles>(steps, {left.data + row * left.row_stride, left.row_stride},
+                                   right, sums + row * product.stride, product);
   }
-  if (row < rows) multiply_some(std::integral_constant<int, 1>(), row);
+  if (row < rows) {
+    multiply_tiles<1, ColumnTiles>(steps, {left.data + row * left.row_stride, left.row_stride},
+                                   right, sums + row * product.stride, product);
+  }
 }
 
 // The product left @ right, with rows, columns and steps rounded up to whole tiles. Columns come in
