@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-import amx_emulation
+import cpu_emulation
 import cuda_emulation
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tir_kernels.backends import cpu
 from tir_kernels.operators.choose import load_backend
 
 ARCHITECTURES = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
-EMULATED = "amx emulated"  # its vectors are those of avx512_bf16
+EMULATED = tuple(f"{name} emulated" for name in cpu_emulation.ARCHITECTURES)
 
 
 @pytest.fixture
@@ -25,22 +25,25 @@ def keep_thread_count() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=[*ARCHITECTURES, pytest.param(EMULATED, marks=pytest.mark.slow)])
+@pytest.fixture(
+    params=[*ARCHITECTURES, *(pytest.param(name, marks=pytest.mark.slow) for name in EMULATED)]
+)
 def architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Runs the test on each instruction set of the CPU backend."""
     if reason := load_backend("cpu").unavailable():
         pytest.skip(reason)
     kernels = cpu._kernels()
-    needed = "avx512_bf16" if request.param == EMULATED else request.param
-    if not dict(kernels.architectures()).get(needed, False):
-        pytest.skip(f"this machine does not run {needed}")
-    if request.param == EMULATED:
-        if reason := amx_emulation.missing():
+    runs = dict(kernels.architectures())
+    if request.param in EMULATED:
+        emulated = request.param.removesuffix(" emulated")
+        if reason := cpu_emulation.unavailable(emulated, runs):
             pytest.skip(reason)
-        emulated = amx_emulation.EmulatedKernels(kernels)
-        monkeypatch.setattr(cpu, "_kernels", lambda: emulated)
+        replacement = cpu_emulation.EmulatedKernels(kernels, emulated)
+        monkeypatch.setattr(cpu, "_kernels", lambda: replacement)
         yield request.param
         return
+    if not runs.get(request.param, False):
+        pytest.skip(f"this machine does not run {request.param}")
     before = kernels.architecture()
     kernels.use_architecture(request.param)
     yield request.param

@@ -78,7 +78,7 @@ def test_few_queries(architecture: str, width: int, is_causal: bool) -> None:
 @pytest.mark.usefixtures("poisoned_outputs")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("shape", [(450, 900), (1, 390), (201, 61), (61, 70)], ids=str)
+@pytest.mark.parametrize("shape", [(450, 900), (1, 390), (2, 70), (201, 61), (61, 70)], ids=str)
 def test_attended_keys_side_by_side(
     architecture: str, shape: tuple[int, int], is_causal: bool, dtype: torch.dtype
 ) -> None:

@@ -142,6 +142,8 @@ def test_no_matrix_is_written(architecture: str) -> None:
     """A tile of scores is all that a worker keeps: 16384 tokens have a matrix of 1 GiB."""
     import resource
 
+    if "emulated" in architecture:
+        pytest.skip("takes a minute, and its memory is that of the other instruction sets")
     query, key, _ = packed_heads(1, 1, 16384, 1, torch.float32)
     inputs = StatisticsInputs(query, key, None, 1.0, 1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
