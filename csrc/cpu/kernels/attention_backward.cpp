@@ -4,6 +4,7 @@
 // of these than threads, two passes share them: one cut along the keys for their gradients, one
 // cut along the queries for theirs, at the price of computing the scores twice.
 #include "backward_worker.h"
+#include "few_queries.h"
 
 namespace tir::cpu::TIR_ARCH {
 namespace {
@@ -81,6 +82,21 @@ void work(void* data, ItemQueue& items) {
   }
 }
 
+void work_on_few_queries(void* data, ItemQueue& items) {
+  const Job& job = *static_cast<const Job*>(data);
+  const AttentionShape& shape = job.problem.shape;
+  FewQueries worker(shape);
+  for (int64_t item = items.take(); item >= 0; item = items.take()) {
+    int64_t batch = item / shape.heads, head = item % shape.heads;
+    float* head_grads = job.head_grads ? job.head_grads + item * shape.length : nullptr;
+    KeyList keys = job.attended.of(batch);
+    worker.differentiate(job.problem, batch, head, keys, head_grads);
+    if (job.ignored != nullptr && keys.count > 0) {
+      worker.differentiate_ignored(job.problem, job.ignored->of(batch), head_grads);
+    }
+  }
+}
+
 void multiply_by_powers(float* grads, const KeyList& keys) {
   if (keys.exponent == nullptr) return;
   for (int64_t i = 0; i < keys.count; ++i) {
@@ -123,10 +139,14 @@ void attention_backward(const AttentionBackward& problem, int threads) {
     job.ignored = &ignored;
     job.head_grads = head_grads;
   }
-  with_math(shape.type, [&](auto math) {
-    using Math = decltype(math);
-    run_passes(threads, work<Math>, Math::tile_queries, job);
-  });
+  if (has_few_queries(shape)) {
+    run_workers(threads, num_heads, work_on_few_queries, &job);
+  } else {
+    with_math(shape.type, [&](auto math) {
+      using Math = decltype(math);
+      run_passes(threads, work<Math>, Math::tile_queries, job);
+    });
+  }
   if (wants_weights) sum_over_heads(shape, head_grads, attended, ignored, problem.grad_weights);
 }
 

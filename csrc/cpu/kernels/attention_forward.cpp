@@ -1,6 +1,7 @@
 // Forward pass of weighted attention: the scores of a tile of queries at a time, never L x L.
 #include "attention.h"
 #include "epilogues.h"
+#include "few_queries.h"
 
 namespace tir::cpu::TIR_ARCH {
 namespace {
@@ -363,12 +364,25 @@ void work(void* data, ItemQueue& items) {
   }
 }
 
+void work_on_few_queries(void* data, ItemQueue& items) {
+  const Job& job = *static_cast<const Job*>(data);
+  int64_t heads = job.problem.shape.heads;
+  FewQueries worker(job.problem.shape);
+  for (int64_t item = items.take(); item >= 0; item = items.take()) {
+    worker.attend(job.problem, item / heads, item % heads, job.keys.of(item / heads));
+  }
+}
+
 }  // namespace
 
 void attention_forward(const AttentionForward& problem, int threads) {
   const AttentionShape& shape = problem.shape;
   if (attention_work(shape) < min_parallel_work) threads = 1;
   KeyLists keys(problem.weights, shape.batch, shape.length, KeyLists::Which::positive);
+  if (has_few_queries(shape)) {
+    Job job{problem, keys, 1, threads};
+    return run_workers(threads, shape.batch * shape.heads, work_on_few_queries, &job);
+  }
   with_math(shape.type, [&](auto math) {
     using Math = decltype(math);
     int64_t num_tiles = query_tiles(shape.queries, Math::forward_queries, Math::row_multiple).count;
