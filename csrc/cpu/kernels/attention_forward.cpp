@@ -19,7 +19,7 @@ struct Job {
 template <class Math>
 class ForwardWorker : AttentionWorker {
   using Unit = typename Math::Unit;
-  static constexpr int64_t tile_queries = Math::forward_queries;
+  static constexpr int64_t tile_queries = Math::tile_queries;
   static constexpr int64_t num_totals = round_up(tile_queries, lanes);
 
  public:
@@ -344,7 +344,7 @@ void work(void* data, ItemQueue& items) {
   const Job& job = *static_cast<const Job*>(data);
   const AttentionShape& shape = job.problem.shape;
   ForwardWorker<Math> worker(job.problem);
-  QueryTiles tiles = query_tiles(shape.queries, Math::forward_queries, Math::row_multiple);
+  QueryTiles tiles = query_tiles(shape.queries, Math::tile_queries, Math::row_multiple);
   for (int64_t item = items.take(); item >= 0; item = items.take()) {
     int64_t part = item % job.num_parts, batch_head = item / job.num_parts;
     int64_t batch = batch_head / shape.heads, head = batch_head % shape.heads;
@@ -385,7 +385,7 @@ void attention_forward(const AttentionForward& problem, int threads) {
   }
   with_math(shape.type, [&](auto math) {
     using Math = decltype(math);
-    int64_t num_tiles = query_tiles(shape.queries, Math::forward_queries, Math::row_multiple).count;
+    int64_t num_tiles = query_tiles(shape.queries, Math::tile_queries, Math::row_multiple).count;
     Job job{problem, keys,
             fills_threads(shape, threads) ? 1 : parts_per_head(shape, threads, num_tiles), threads};
     run_workers(threads, shape.batch * shape.heads * job.num_parts, work<Math>, &job);

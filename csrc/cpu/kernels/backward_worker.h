@@ -329,7 +329,7 @@ class BackwardWorker : AttentionWorker {
     Right<Math> keys{key_columns_ + key * row_units_, panel_stride};
     Right<Math> values{value_columns_ + key * row_units_, panel_stride};
     // Code for the others would be worth less than it takes.
-    if constexpr (has_epilogues<Math> && !MayBeScaled) {
+    if constexpr (has_joint_epilogues<Math> && !MayBeScaled) {
       multiply_two_into(count, num_keys, steps,
                         TwoProducts<Math>{{query_left_, grad_left_}, {keys, values}},
                         prefetching(epilogue, prefetcher_));

@@ -28,14 +28,12 @@ TIR_INLINE void write_probabilities(Probability<Math>* target, const Vec (&value
 }
 
 // Whether scores become exponentials, and sums results, in the registers that they are summed up in:
-// a store and one or two loads less for each. AVX2 has no registers to spare, tiles have none.
-#if defined(__AVX512F__)
+// a store and one or two loads less for each. Tiles of a matrix unit lie in no such registers.
 template <class Math>
 constexpr bool has_epilogues = Math::row_multiple == 2;
-#else
+// Whether those of two products do: of fewer rows, a vector of each would wait for its own sums.
 template <class Math>
-constexpr bool has_epilogues = false;
-#endif
+constexpr bool has_joint_epilogues = has_epilogues<Math> && max_tile_rows >= 12;
 
 // Scores of a panel of keys become exponentials, relative to an integer near the largest exponent
 // of the first panel, which this finds.

@@ -212,6 +212,19 @@ void multiply_band(int64_t tile_rows, int64_t num_tiles, int64_t columns, int64_
   }
 }
 
+// Rows as tiles of nearly the same height: of few rows, a tile waits for its own sums.
+struct Bands {
+  explicit Bands(int64_t rows) {
+    int64_t even = round_up(rows, 2), count = divide_up(even, max_tile_rows);
+    tile_rows = round_up(divide_up(even, count), 2);
+    num_smaller = (count * tile_rows - even) / 2;
+    num_tiles = count - num_smaller;
+  }
+
+  int64_t tile_rows, num_tiles;
+  int64_t num_smaller;  // which have two rows less
+};
+
 // left @ right as tiles in registers, each of which an epilogue takes.
 //
 // Rows are rounded up to an even number and columns to whole vectors: left operand and epilogue
@@ -220,12 +233,12 @@ template <class Math, class Epilogue>
 void multiply_into(int64_t rows, int64_t columns, int64_t steps, Left<Math> left,
                    Right<Math> right, const Epilogue& epilogue) {
   if (rows == 0 || columns == 0) return;
-  int64_t tile_rows = round_up(divide_up(rows, divide_up(rows, max_tile_rows)), 2);
-  int64_t num_tiles = rows / tile_rows, whole = num_tiles * tile_rows;
-  multiply_band<Math>(tile_rows, num_tiles, columns, steps, left, right, epilogue);
-  if (rows == whole) return;
-  multiply_band<Math>(round_up(rows - whole, 2), 1, columns, steps, left.from_row(whole), right,
-                      epilogue.at(whole, 0));
+  Bands bands(rows);
+  multiply_band<Math>(bands.tile_rows, bands.num_tiles, columns, steps, left, right, epilogue);
+  if (bands.num_smaller == 0) return;
+  int64_t done = bands.num_tiles * bands.tile_rows;
+  multiply_band<Math>(bands.tile_rows - 2, bands.num_smaller, columns, steps, left.from_row(done),
+                      right, epilogue.at(done, 0));
 }
 
 // Two products of the same sizes, of which the right operands lie alike.
@@ -298,12 +311,12 @@ template <class Math, class Epilogue>
 void multiply_two_into(int64_t rows, int64_t columns, int64_t steps,
                        const TwoProducts<Math>& products, const Epilogue& epilogue) {
   if (rows == 0 || columns == 0) return;
-  int64_t tile_rows = round_up(divide_up(rows, divide_up(rows, max_tile_rows)), 2);
-  int64_t num_tiles = rows / tile_rows, whole = num_tiles * tile_rows;
-  multiply_two_bands(tile_rows, num_tiles, columns, steps, products, epilogue);
-  if (rows == whole) return;
-  multiply_two_bands(round_up(rows - whole, 2), 1, columns, steps, products.at(whole, 0),
-                     epilogue.at(whole, 0));
+  Bands bands(rows);
+  multiply_two_bands(bands.tile_rows, bands.num_tiles, columns, steps, products, epilogue);
+  if (bands.num_smaller == 0) return;
+  int64_t done = bands.num_tiles * bands.tile_rows;
+  multiply_two_bands(bands.tile_rows - 2, bands.num_smaller, columns, steps, products.at(done, 0),
+                     epilogue.at(done, 0));
 }
 
 // The product left @ right in memory.

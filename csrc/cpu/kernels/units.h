@@ -35,13 +35,6 @@ struct Float32Math {
   // Queries of one tile share the keys and values that pass through the cache: a multiple of every
   // max_tile_rows, and even, because bfloat16 queries are paired.
   static constexpr int64_t tile_queries = 60;
-  // The same in the forward pass, which sums nothing up from tile to tile. Where scores lie in
-  // memory, they are fewer: their scores stay in the first-level cache.
-#if defined(__AVX512F__)
-  static constexpr int64_t forward_queries = tile_queries;
-#else
-  static constexpr int64_t forward_queries = 12;
-#endif
   // The same in the backward pass. Where scores stay in registers, sums are the less often added to
   // the more there are, as long as what becomes of scores stays in the second-level cache.
   static constexpr int64_t backward_queries = tile_queries;
@@ -54,12 +47,16 @@ struct Float32Math {
 
   static TIR_INLINE Vec exp2(Vec x) { return TIR_ARCH::exp2(x); }
 
-#if defined(__AVX512F__)
-  // 2^(x - reference) for an integer, of which offset_of makes what is given; infinite where that is
-  // too large.
+  // 2^(x - reference) for an integer, of which offset_of makes what is given; 2^127 or more where
+  // that is larger.
   static TIR_INLINE float offset_of(float reference) { return reference; }
-  static TIR_INLINE Vec exp2_beyond(Vec x, Vec offset) { return TIR_ARCH::exp2(x - offset); }
+  static TIR_INLINE Vec exp2_beyond(Vec x, Vec offset) {
+#if defined(__AVX512F__)
+    return TIR_ARCH::exp2(x - offset);
+#else
+    return TIR_ARCH::exp2(smaller(broadcast(127.0f), x - offset));
 #endif
+  }
 
   // A row as units, with zeros up to a whole vector.
   static TIR_INLINE void copy_row(Unit* target, const void* source, Type type, int64_t width) {
@@ -76,7 +73,7 @@ struct BFloat16Math {
   static constexpr int64_t values_per_unit = 2;
   static constexpr int64_t row_multiple = 2, step_multiple = 1, column_multiple = lanes;
   static constexpr int64_t written_multiple = 1;
-  static constexpr int64_t tile_queries = 60, forward_queries = 60, backward_queries = 200;
+  static constexpr int64_t tile_queries = 60, backward_queries = 200;
 
   static TIR_INLINE UnitVec load_units(const Unit* source) { return load_bits<UintVec>(source); }
   static TIR_INLINE UnitVec broadcast_unit(const Unit* source) {
@@ -143,7 +140,7 @@ struct TileMath : BFloat16Math {
   static constexpr int64_t row_multiple = tile_size, step_multiple = tile_size;
   static constexpr int64_t column_multiple = panel_width, written_multiple = panel_width;
   static constexpr int64_t tile_queries = 64;  // pairs of them are the steps of a product
-  static constexpr int64_t forward_queries = 64, backward_queries = 64;
+  static constexpr int64_t backward_queries = 64;
 };
 using PairMath = TileMath;
 #elif defined(__AVX512BF16__)
