@@ -10,35 +10,55 @@ namespace tir::cpu {
 namespace {
 
 // Below this many relevances the work is shorter than waking threads.
-constexpr int64_t min_parallel_values = 16384;
+constexpr int64_t min_parallel_values = 65536;
 
-SelectionCut find_cut(const std::vector<uint32_t>& keys, int64_t top_k,
-                      std::vector<uint32_t>& sorting_space) {
-  sorting_space = keys;
-  auto last_selected = sorting_space.begin() + (top_k - 1);
-  std::nth_element(sorting_space.begin(), last_selected, sorting_space.end(),
-                   [](uint32_t left, uint32_t right) { return left > right; });
-  // The k - 1 tokens before the last selected one are at or above its key.
-  uint32_t key = *last_selected;
-  auto above = std::count_if(sorting_space.begin(), last_selected,
-                             [key](uint32_t other) { return other > key; });
-  return {key, top_k - above};
+struct Job {
+  const Selection& problem;
+  int64_t rows_per_item;  // whole images, or the classes of one on several threads
+};
+
+// Bit after bit: the largest number that at least top_k keys reach. A pass over vectors of keys for
+// each takes less time than to partition them, where every other branch is mispredicted.
+SelectionCut find_cut(const std::vector<uint32_t>& keys, int64_t top_k) {
+  auto count_from = [&](uint32_t smallest) {
+    int32_t count = 0;
+    for (uint32_t key : keys) count += key >= smallest;
+    return count;
+  };
+  uint32_t cut = 0;
+  for (uint32_t bit = 1u << 31; bit != 0; bit >>= 1) {
+    int64_t count = count_from(cut | bit);
+    if (count < top_k) continue;
+    cut |= bit;
+    if (count == top_k) return {cut - 1, 0};
+  }
+  // It is a key: of those equal to it, not all are selected.
+  int64_t above = cut == UINT32_MAX ? 0 : count_from(cut + 1);
+  return {cut, top_k - above};
 }
 
-void count_selections(void* job, ItemQueue& items) {
-  const Selection& problem = *static_cast<const Selection*>(job);
+void count_selections(void* data, ItemQueue& items) {
+  const Job& job = *static_cast<const Job*>(data);
+  const Selection& problem = job.problem;
   int64_t num_patches = problem.num_patches;
-  std::vector<uint32_t> keys(num_patches), sorting_space(num_patches);
-  for (int64_t row = items.take(); row >= 0; row = items.take()) {
-    const float* relevance = problem.relevance + row * num_patches;
-    int32_t* counts = problem.counts + row / problem.num_classes * num_patches;
-    std::transform(relevance, relevance + num_patches, keys.begin(), selection_key);
-    SelectionCut cut = find_cut(keys, problem.top_k, sorting_space);
-    int64_t ties = 0;
-    for (int64_t n = 0; n < num_patches; ++n) {
-      // The classes of an image may run on several threads; integers add up in any order.
-      if (is_selected(keys[n], cut, ties)) __atomic_fetch_add(&counts[n], 1, __ATOMIC_RELAXED);
-      ties += keys[n] == cut.key;
+  std::vector<uint32_t> keys(num_patches);
+  for (int64_t item = items.take(); item >= 0; item = items.take()) {
+    int64_t first = item * job.rows_per_item;
+    for (int64_t row = first; row < first + job.rows_per_item; ++row) {
+      const float* relevance = problem.relevance + row * num_patches;
+      int32_t* counts = problem.counts + row / problem.num_classes * num_patches;
+      std::transform(relevance, relevance + num_patches, keys.begin(), selection_key);
+      SelectionCut cut = find_cut(keys, problem.top_k);
+      if (cut.ties == 0 && job.rows_per_item == problem.num_classes) {
+        for (int64_t n = 0; n < num_patches; ++n) counts[n] += keys[n] > cut.key;
+        continue;
+      }
+      int64_t ties = 0;
+      for (int64_t n = 0; n < num_patches; ++n) {
+        // Other threads may count the same image's tokens; integers add up in any order.
+        if (is_selected(keys[n], cut, ties)) __atomic_fetch_add(&counts[n], 1, __ATOMIC_RELAXED);
+        ties += keys[n] == cut.key;
+      }
     }
   }
 }
@@ -49,9 +69,9 @@ void select_tokens(const Selection& problem, int threads) {
   int64_t num_rows = problem.batch * problem.num_classes;
   std::fill_n(problem.counts, problem.batch * problem.num_patches, 0);
   if (problem.top_k > 0) {
-    bool is_small = num_rows * problem.num_patches < min_parallel_values;
-    run_workers(is_small ? 1 : threads, num_rows, count_selections,
-                const_cast<Selection*>(&problem));
+    if (num_rows * problem.num_patches < min_parallel_values) threads = 1;
+    Job job{problem, problem.batch >= threads ? problem.num_classes : 1};
+    run_workers(threads, num_rows / job.rows_per_item, count_selections, &job);
   }
   look_up_weights({problem.batch, problem.num_patches, problem.num_prefix_tokens, problem.table,
                    problem.counts, problem.weights});
