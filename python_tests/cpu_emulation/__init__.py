@@ -40,8 +40,11 @@ def unavailable(architecture: str, machine: dict[str, bool]) -> str:
     """The reason that an architecture is not emulated; `machine`: what it runs itself."""
     if not machine.get("avx2", False):
         return "emulation needs AVX2"
-    if architecture == "avx512_bf16" and machine.get(architecture, False):
+    has_vectors = machine.get("avx512_bf16", False)
+    if architecture == "avx512_bf16" and has_vectors:
         return f"this machine runs {architecture} itself"
+    if architecture == "amx" and not has_vectors and not os.environ.get("TIR_EMULATE_AMX"):
+        return "two minutes beside emulated AVX-512: set TIR_EMULATE_AMX=1"
     if shutil.which("g++") is None:
         return "needs g++"
     return "" if importlib.util.find_spec("pybind11") else "needs pybind11"
