@@ -83,18 +83,11 @@ def build() -> Path:
     steps = []
     for path in sorted(SOURCE.glob("cuda/*.cu")):
         elements = ELEMENTS if "TIR_ELEMENT" in path.read_text() else ("any",)
-        for element in elements:
-            # float16 has bfloat16's code, which sanitizers make slow to compile.
-            is_left_out = is_sanitized() and element == "float16"
-            plain = " -O1 -fno-sanitize=all" if is_left_out else ""
-            extra = f"-DTIR_ELEMENT={element} -x c++{plain}"
-            steps.append((path, f"{path.stem}-{element}.o", extra))
+        steps += [(path, f"{path.stem}-{e}.o", f"-DTIR_ELEMENT={e} -x c++") for e in elements]
     for path in sorted([*SOURCE.glob("cuda/*.cpp"), *SOURCE.glob("emulation/*.cpp")]):
         # pybind11 alone is compiled for long; no kernel is among these.
         plain = "-O0 -fno-sanitize=all" if path.stem == "bindings" else ""
         steps.append((path, f"{path.parent.name}-{path.stem}.o", plain))
-    # Of an inline function that objects share, the first of them is taken.
-    steps.sort(key=lambda step: step[1].endswith("-float16.o"))
     module = folder / "tir_cuda_emulated.so"
     lines = [
         f"builddir = {folder}",

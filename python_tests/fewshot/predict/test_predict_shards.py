@@ -212,7 +212,7 @@ def test_headers_of_members_are_not_held(tmp_path, ending):
     def count():
         return sum(isinstance(each, tarfile.TarInfo) for each in gc.get_objects())
 
-    path = shard(tmp_path / "s.tar", *(f"{number}.{ending}" for number in range(50)), "last.jpg")
+    path = shard(tmp_path / "s.tar", *(f"{number}.{ending}" for number in range(200)), "last.jpg")
     gc.collect()
     before = count()
     found = Sources([str(path)]).share(0, 1)
