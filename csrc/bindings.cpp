@@ -28,12 +28,7 @@ void check(const AttentionBackward& arguments) {
 void check(const Selection& arguments) {
   require(arguments.weights != nullptr, "weights is null");
 }
-void check(const Relevance& arguments) {
-  for (const Array& array :
-       {arguments.class_embeddings, arguments.norm_weight, arguments.norm_bias}) {
-    require(array.type == Type::float32, "class embeddings and the norm must be float32");
-  }
-}
+void check(const Relevance&) {}
 void check(const PhiloxDropout&) {}
 void check(const Activation&) {}
 

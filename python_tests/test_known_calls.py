@@ -138,14 +138,14 @@ def test_a_backend_that_goes_is_noticed(
 ) -> None:
     tir_kernels.weighted_attention(*rows)
     monkeypatch.setattr(type(choose.load_backend("cpu")), "unavailable", lambda self: "it left")
-    choose.choose_backend.cache_clear()
+    choose.forget_choices()
     with pytest.raises(RuntimeError, match="it left"):
         tir_kernels.weighted_attention(*rows, backend="cpu")
     torch.testing.assert_close(
         tir_kernels.weighted_attention(*rows),
         tir_kernels.weighted_attention(*rows, backend="reference"),
     )
-    choose.choose_backend.cache_clear()
+    choose.forget_choices()
 
 
 def test_no_tensor_is_held(known: KnownCalls, rows: list[Tensor]) -> None:
@@ -218,6 +218,21 @@ def test_a_known_selection_gives_the_same(known_selections: KnownCalls, rows: li
                 assert torch.equal(output, found[0])
                 assert torch.equal(counts, found[1].counts)
     assert launches(known_selections) == count
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_known_selection_takes_16_bits(known_selections: KnownCalls, dtype: torch.dtype) -> None:
+    rows = [torch.randn(2, 2, 9, 8).to(dtype) for _ in range(3)]
+    space = JointSpace(*(torch.randn(16).to(dtype) for _ in range(2)), 1e-5)
+    options = {"joint_space": space, "return_weights": True, "backend": "cpu"}
+    for _ in range(2):
+        arguments = (*rows, torch.randn(2, 9, 16).to(dtype), torch.randn(4, 16).to(dtype))
+        output, weights = tir_kernels.reweighted_attention(*arguments, **options)
+        with watched():
+            expected, expected_weights = tir_kernels.reweighted_attention(*arguments, **options)
+        assert torch.equal(output, expected)
+        assert torch.equal(weights.weights, expected_weights.weights)
+    assert launches(known_selections) == 1
 
 
 def test_a_known_selection_has_gradients(known_selections: KnownCalls, rows: list[Tensor]) -> None:
@@ -321,12 +336,12 @@ def test_a_backend_that_goes_serves_no_gradients(
     assert launches(known_gradients) == 1
     output = tir_kernels.weighted_attention(*leaves)
     monkeypatch.setattr(type(choose.load_backend("cpu")), "unavailable", lambda self: "it left")
-    choose.choose_backend.cache_clear()
+    choose.forget_choices()
     found = gradients(output)
     assert not all(torch.equal(*each) for each in zip(found, expected, strict=True))  # by another
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
-    choose.choose_backend.cache_clear()
+    choose.forget_choices()
 
 
 @contextlib.contextmanager

@@ -77,6 +77,27 @@ def test_few_queries(architecture: str, width: int, is_causal: bool) -> None:
 
 @pytest.mark.usefixtures("poisoned_outputs")
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_heads", [5, 12])
+def test_few_queries_of_many_heads(architecture: str, num_heads: int, dtype: torch.dtype) -> None:
+    """Heads that are worked on together, of which the last group has fewer."""
+    torch.manual_seed(num_heads)
+    for num_queries, num_keys, threads in [(1, 197, 1), (2, 90, 2), (1, 33, 2)]:
+        torch.set_num_threads(threads)
+        qkv = torch.randn(4, num_keys, 3, num_heads, 40).to(dtype)  # heads side by side
+        _, key, value = qkv.permute(2, 0, 3, 1, 4)
+        query = torch.randn(4, num_heads, num_queries, 40).to(dtype)
+        grad_output = torch.randn_like(query)
+        weights = mixed_weights(4, num_keys)
+        weights[2] = 0
+        inputs = AttentionInputs(query, key, value, weights, 0.1)
+        output, _, *gradients = oracle.run_attention(CPU, inputs, grad_output)
+        oracle.assert_attention_as_accurate(
+            (output, *gradients), query, key, value, weights, 0.1, grad_output
+        )
+
+
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("shape", [(450, 900), (1, 390), (2, 70), (201, 61), (61, 70)], ids=str)
 def test_attended_keys_side_by_side(

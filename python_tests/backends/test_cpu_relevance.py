@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import oracle
 import pytest
 import torch
@@ -67,6 +69,26 @@ def test_relevance_error_is_bounded_by_plain_pytorch(
         plain = oracle.plain_relevance(*plain_arguments)
         exact, magnitude = oracle.exact_relevance(*plain_arguments)
         oracle.assert_as_accurate(f"relevance, {params}", ours, plain, exact, magnitude)
+
+
+@pytest.mark.parametrize("types", itertools.product((*DTYPES, None), repeat=2), ids=str)
+def test_norms_of_any_types(
+    architecture: str, types: tuple[torch.dtype | None, torch.dtype | None]
+) -> None:
+    """And class embeddings of another; what is narrower than float32 is widened exactly."""
+    inputs = relevance_inputs(2, 20, 37, 19, 2, 3, torch.float32, torch.float32, "full")
+    for of_classes in (*DTYPES, torch.float64):
+        given = [inputs.class_embeddings.to(of_classes)]
+        for each, dtype in zip((inputs.norm_weight, inputs.norm_bias), types, strict=True):
+            given.append(None if dtype is None else each.to(dtype))
+        wide = [None if each is None else each.float() for each in given]
+        found, expected = (
+            CPU.relevance(
+                inputs._replace(class_embeddings=classes, norm_weight=gain, norm_bias=offset)
+            )
+            for classes, gain, offset in (given, wide)
+        )
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -179,9 +179,6 @@ def bad_calls() -> list[tuple[str, Callable[[], object]]]:
             (1, 1, 1, 1, 1), "float32", 1.0, False, *[grid] * 4, 0, grid, 64, *[grid] * 3, 64,
             1)),
         ("0 <= K <= N", lambda: kernels.select_tokens((1, 1, 4, 0), 5, 64, 64, 64, 64, 1)),
-        ("must be float32", lambda: kernels.relevance(
-            ((1, 4, 1, 8, 8, 1, 2), "float32", grid, "bfloat16", 64, False, "float32", 0, 0, 0.0,
-             "float32", 0, 0, 0), 64, 1)),
         ("class_embeddings is null", lambda: kernels.relevance(
             ((1, 4, 1, 8, 8, 1, 2), "float32", grid, "float32", 0, False, "float32", 0, 0, 0.0,
              "float32", 0, 0, 0), 64, 1)),

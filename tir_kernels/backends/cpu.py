@@ -297,8 +297,8 @@ def _openmp_addresses() -> tuple[int, int]:
 def _relevance_problem(inputs: RelevanceInputs) -> Callable[..., tuple]:
     """What makes the kernels' description of tensors like these, which it does not hold."""
     sizes, token_type, (_, *token_strides) = relevance_problem(inputs, inputs.tokens)
-    _, classes, gain, _, eps, proj, _ = inputs
-    class_type, gain_type = type_name(classes), type_name(gain)
+    _, classes, gain, offset, eps, proj, _ = inputs
+    class_type, norm_type = type_name(classes), type_name(offset if gain is None else gain)
     has_norm, norm_eps = eps is not None, eps or 0.0
     proj_type, _, *proj_strides = projection_arguments(proj)
 
@@ -316,7 +316,7 @@ def _relevance_problem(inputs: RelevanceInputs) -> Callable[..., tuple]:
             class_type,
             classes.data_ptr(),
             has_norm,
-            gain_type,
+            norm_type,
             address(norm_weight),
             address(norm_bias),
             norm_eps,
@@ -331,10 +331,13 @@ def _relevance_problem(inputs: RelevanceInputs) -> Callable[..., tuple]:
 def _as_kernels_take_them(inputs: RelevanceInputs) -> RelevanceInputs:
     tokens, classes, gain, offset, eps, proj, num_prefix_tokens = inputs
     tokens = with_contiguous_rows(tokens)
-    classes = classes.to(torch.float32).contiguous()
+    classes = classes.to(_common_type(classes)).contiguous()
+    norm_type = _common_type(gain, offset)
+    gain, offset = (
+        None if each is None else each.to(norm_type).contiguous() for each in (gain, offset)
+    )
     proj = None if proj is None else _projection(proj, tokens.dtype)
-    parts = classes, _float32(gain), _float32(offset), eps, proj
-    return RelevanceInputs(tokens, *parts, num_prefix_tokens)
+    return RelevanceInputs(tokens, classes, gain, offset, eps, proj, num_prefix_tokens)
 
 
 def _tensors_of(inputs: RelevanceInputs) -> tuple[Tensor | None, ...]:
@@ -353,5 +356,7 @@ def _projection(proj: Tensor, token_dtype: torch.dtype) -> Tensor:
     return proj if 1 in proj.stride() else proj.contiguous()
 
 
-def _float32(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.to(torch.float32).contiguous()
+def _common_type(*tensors: Tensor | None) -> torch.dtype:
+    """The type of all of them, if the kernels read it, else float32."""
+    types = {each.dtype for each in tensors if each is not None}
+    return types.pop() if len(types) == 1 and types <= set(KERNEL_DTYPES) else torch.float32

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,14 +51,7 @@ def attend_backward(inputs: AttentionInputs, backward: BackwardInputs, name: str
     return laid_out_gradients(grads, inputs, backward.is_packed)
 
 
-class _KnownGradients(NamedTuple):
-    """What is known of a backward pass: who serves it."""
-
-    backend: Any
-    launch: BackwardLaunch
-
-
-_known_gradients: KnownCalls[_KnownGradients] = KnownCalls()
+_known_gradients: KnownCalls[BackwardLaunch] = KnownCalls()
 
 
 def attention_gradients(
@@ -76,17 +69,16 @@ def attention_gradients(
         launch_for: What a backend launches for arguments like these, the name left out.
     """
     *others, name = options
-    query: Any = tensors[1]
     key = key_of(tensors, operator, *options)
-    known = _known_gradients.get(key, tensors)
-    if known is not None and known.backend is attention_backend(name, query):
-        return known.launch(*tensors)
+    launch = _known_gradients.get(key, tensors)
+    if launch is not None:
+        return launch(*tensors)
     gradients = call_operator(operator, *tensors, *options)
     if key is not None and _lie_well(tensors):
+        query: Any = tensors[1]
         backend: Any = attention_backend(name, query)
         if hasattr(backend, "backward_launch"):
-            launch = launch_for(backend, (*tensors, *others))
-            _known_gradients.add(key, tensors, _KnownGradients(backend, launch))
+            _known_gradients.add(key, tensors, launch_for(backend, (*tensors, *others)))
     return gradients
 
 

@@ -28,6 +28,17 @@ AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference
 
 _registered: dict[str, str | Backend] = {}
 
+# How often choices were forgotten: what remembers one is to forget it too.
+generation = 0
+
+
+def forget_choices() -> None:
+    """Choose anew from now on: another backend may serve what one did."""
+    global generation
+    generation += 1
+    load_backend.cache_clear()
+    choose_backend.cache_clear()
+
 
 def register_backend(name: str, backend: str | Backend) -> None:
     """Add a backend of one's own, which is served by its name only: "auto" never picks it.
@@ -40,8 +51,7 @@ def register_backend(name: str, backend: str | Backend) -> None:
     if name == "auto" or name in BACKENDS:
         raise ValueError(f"backend name {name!r} is taken; choose another")
     _registered[name] = backend
-    load_backend.cache_clear()
-    choose_backend.cache_clear()
+    forget_choices()
 
 
 def backend_names() -> tuple[str, ...]:

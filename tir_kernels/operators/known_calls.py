@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from tir_kernels.operators import choose
 from tir_kernels.operators.library import is_plain, is_transformed, is_watched
 
 Tensors = tuple[Tensor | None, ...]
@@ -23,6 +24,7 @@ Key = tuple[Hashable, ...]
 Check = Callable[..., bool]
 Known = TypeVar("Known")
 
+_is_autocast = torch._C._is_any_autocast_enabled
 _NUMBERS_AND_NAMES = frozenset((bool, int, float, str, type(None)))
 _MOST, _MOST_ALIKE = 4096, 16
 
@@ -39,7 +41,7 @@ def key_of(tensors: Tensors, *options: Hashable) -> Key | None:
         not _NUMBERS_AND_NAMES.issuperset(kinds)
         or not getattr(tensors[0], "is_cpu", False)
         or is_transformed()
-        or torch._C._is_any_autocast_enabled()
+        or _is_autocast()
         or forward_ad._current_level >= 0
         or is_watched()
     ):
@@ -49,13 +51,22 @@ def key_of(tensors: Tensors, *options: Hashable) -> Key | None:
 
 
 class KnownCalls(Generic[Known]):
-    """What is known of calls, by key, and by the tensors like which others have to be."""
+    """What is known of calls, by key, and by the tensors like which others have to be.
+
+    All is forgotten when backends are.
+    """
 
     def __init__(self) -> None:
         self._known: dict[Key, list[tuple[Check, Known]]] = {}
+        self._generation = choose.generation
 
     def get(self, key: Key | None, tensors: Tensors) -> Known | None:
-        alike = None if key is None else self._known.get(key)
+        if key is None:
+            return None
+        if self._generation != choose.generation:
+            self._known.clear()
+            self._generation = choose.generation
+        alike = self._known.get(key)
         if alike is None:
             return None
         present = [each for each in tensors if each is not None]
@@ -102,6 +113,7 @@ def _comparison_of_the_compiler() -> Callable[[Sequence[Tensor]], Check] | None:
         rows[0],
         Parameter(rows),
         torch._neg_view(rows),
+        rows.clone().requires_grad_(),
         rows.to("meta"),
         None,
     ]
@@ -114,10 +126,3 @@ def _comparison_of_the_compiler() -> Callable[[Sequence[Tensor]], Check] | None:
 
 
 _comparison = _comparison_of_the_compiler()
-
-
-def requires_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a result of these tensors is to have one."""
-    return torch.is_grad_enabled() and any(
-        getattr(each, "requires_grad", False) for each in tensors
-    )

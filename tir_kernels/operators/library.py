@@ -68,18 +68,27 @@ def is_plain(tensor: Tensor) -> bool:
     return known
 
 
+# Looked up once: each look-up costs small calls time whose caches hold something else.
+_is_compiling = torch.compiler.is_compiling
+_has_function_transforms = torch._C._are_functorch_transforms_active
+_num_dispatch_modes = torch._C._len_torch_dispatch_stack
+_has_function_mode = torch._C._is_torch_function_mode_enabled
+_is_profiled = torch.autograd._profiler_enabled
+_tracing_state = torch._C._get_tracing_state
+
+
 def is_transformed() -> bool:
     """Whether a compiler or a transform of functions is at work."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return _is_compiling() or _has_function_transforms()
 
 
 def is_watched() -> bool:
     """Whether a mode, a profiler or a tracer would see a call of the dispatcher."""
     return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_torch_function_mode_enabled()
-        or torch.autograd._profiler_enabled()
-        or torch._C._get_tracing_state() is not None
+        _num_dispatch_modes() > 0
+        or _has_function_mode()
+        or _is_profiled()
+        or _tracing_state() is not None
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 from tir_kernels.backends.inputs import AttentionInputs, BackwardInputs
 from tir_kernels.backends.optional import BackwardLaunch, SelectionLaunch
@@ -30,12 +30,7 @@ from tir_kernels.operators.checks import (
     require_same_device,
     resolve_table,
 )
-from tir_kernels.operators.known_calls import (
-    Key,
-    KnownCalls,
-    key_of,
-    requires_gradient,
-)
+from tir_kernels.operators.known_calls import Key, KnownCalls, key_of
 from tir_kernels.operators.library import Operator, define, define_fake
 from tir_kernels.operators.relevance import is_empty, relevance_backend
 from tir_kernels.operators.second_derivative import differentiable_once
@@ -99,20 +94,18 @@ def reweighted_attention(
     """
     asked_for = _AskedFor(return_weights, return_counts, return_lse)
     space = NO_MAP if joint_space is None else joint_space
-    key = None
-    has_gradient = requires_gradient(q, k, v, table)
-    is_usual = type(space) is JointSpace and type(rule) is WeightRule
-    # Weights that are returned have a gradient of their own.
-    if is_usual and not (has_gradient and return_weights):
+    key = known = None
+    if type(space) is JointSpace and type(rule) is WeightRule:
         parts = (space.norm_weight, space.norm_bias, space.proj)
         tensors = (q, k, v, tokens, class_embeddings, *parts, table)
         key = key_of(tensors, space.norm_eps, num_prefix_tokens, scale, backend)
     if key is not None:
         key = (rule, key)
         known = _known_calls.get(key, tensors)
-        if known and known.attention.is_current(q, backend):
-            if not has_gradient:
-                return asked_for.of(*known.attend(*tensors))
+    if known is not None:
+        if not (known.learns and is_grad_enabled()):
+            return asked_for.of(*known.attend(*tensors))
+        if not return_weights:  # which have a gradient of their own
             options = num_prefix_tokens, known.attention.scale, backend
             output, log_sum_exp, counts = known.differentiable(options, *tensors)
             return asked_for.of(output, log_sum_exp, None, counts)
@@ -135,7 +128,7 @@ def reweighted_attention(
         require_head_width(q)
     attention = AttentionInputs(q, k, v, None, scale)
     arguments = selection_arguments(inputs, table, rule)
-    if key is not None:
+    if key is not None and known is None:
         _remember(key, tensors, attention, Selection.of(arguments), backend)
     if return_weights:
         weights, counts = differentiable_weights(inputs, table, rule, backend)
@@ -167,11 +160,14 @@ class _AskedFor(NamedTuple):
 
 
 class _KnownCall(NamedTuple):
-    """What is known of a call: its selection, and who serves it."""
+    """What is known of a call: its selection, who serves it, and whether a tensor that has a
+    gradient here requires one.
+    """
 
     table: Tensor | None  # the rule's, where the caller gave none
     select: SelectionLaunch
     attention: KnownAttention
+    learns: bool
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *selection: Tensor | None
@@ -220,7 +216,8 @@ def _remember(
     if serves_both and backend.takes(inputs, table):
         own = table if tensors[-1] is None else None
         select = backend.selection_launch(inputs, top_k)
-        _known_calls.add(key, tensors, _KnownCall(own, select, known))
+        learns = known.learns or table.requires_grad
+        _known_calls.add(key, tensors, _KnownCall(own, select, known, learns))
 
 
 @define(

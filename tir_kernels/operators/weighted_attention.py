@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 from tir_kernels.backends.inputs import AttentionInputs, BackwardInputs
 from tir_kernels.backends.optional import AttentionLaunch, BackwardLaunch
@@ -28,11 +28,7 @@ from tir_kernels.operators.checks import (
     require_head_width,
     require_same_device,
 )
-from tir_kernels.operators.known_calls import (
-    KnownCalls,
-    key_of,
-    requires_gradient,
-)
+from tir_kernels.operators.known_calls import KnownCalls, key_of
 from tir_kernels.operators.library import (
     Operator,
     define,
@@ -132,12 +128,12 @@ def weighted_attention(
     tensors = (q, k, v, weights)
     key = key_of(tensors, is_causal, scale, backend, return_lse)
     known = _known_calls.get(key, tensors)
-    if known is None or not known.is_current(q, backend):
+    if known is None:
         inputs = _checked(q, k, v, weights, is_causal, scale, backend, return_lse)
         results = differentiable_attention(inputs, backend)
         if key is not None and (known := known_attention(inputs, backend)):
             _known_calls.add(key, tensors, known)
-    elif requires_gradient(*tensors):
+    elif known.learns and is_grad_enabled():
         options = known.scale, is_causal, backend
         results = _WeightedAttention.call_by(known.serve, q, k, v, weights, *options)
     else:
@@ -168,15 +164,14 @@ def _checked(
 
 
 class KnownAttention(NamedTuple):
-    """What is known of a call: the scale that applies, and who serves it."""
+    """What is known of a call: the scale that applies, who serves it, and whether a tensor of it
+    requires a gradient.
+    """
 
     scale: float
     backend: Any
     launch: AttentionLaunch
-
-    def is_current(self, query: Tensor, name: str) -> bool:
-        """Whether the name still stands for that backend."""
-        return attention_backend(name, query) is self.backend
+    learns: bool
 
     def serve(self, *inputs: Any) -> Pair:
         """The operator, of inputs like these."""
@@ -192,7 +187,8 @@ def known_attention(inputs: AttentionInputs, name: str) -> KnownAttention | None
     backend: Any = attention_backend(name, query)
     if not hasattr(backend, "attention_launch"):
         return None
-    return KnownAttention(scale, backend, backend.attention_launch(inputs))
+    learns = any(each is not None and each.requires_grad for each in inputs[:4])
+    return KnownAttention(scale, backend, backend.attention_launch(inputs), learns)
 
 
 _known_calls: KnownCalls[KnownAttention] = KnownCalls()

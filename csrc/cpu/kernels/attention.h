@@ -119,6 +119,12 @@ class AttentionWorker {
   Prefetcher prefetcher_;
 };
 
+// Some keys of a list.
+TIR_INLINE KeyList slice_of(const KeyList& keys, int64_t first, int64_t count) {
+  return {count, keys.index + first, keys.scaled_weight + first, keys.log2_weight + first,
+          keys.exponent == nullptr ? nullptr : keys.exponent + first};
+}
+
 // The keys of one part: whole panels, and the rows up to those of the next part.
 struct KeyPart {
   KeyList keys;
@@ -130,9 +136,7 @@ inline KeyPart part_of(const KeyList& keys, int64_t part, int64_t num_parts, int
   int64_t first = smaller_of(num_panels * part / num_parts * panel_width, keys.count);
   int64_t end = smaller_of(num_panels * (part + 1) / num_parts * panel_width, keys.count);
   auto row_of = [&](int64_t key) { return key < keys.count ? keys.index[key] : length; };
-  return {{end - first, keys.index + first, keys.scaled_weight + first,
-           keys.log2_weight + first, keys.exponent == nullptr ? nullptr : keys.exponent + first},
-          part == 0 ? 0 : row_of(first),
+  return {slice_of(keys, first, end - first), part == 0 ? 0 : row_of(first),
           part == num_parts - 1 ? length : row_of(end)};
 }
 

@@ -85,14 +85,17 @@ void work(void* data, ItemQueue& items) {
 void work_on_few_queries(void* data, ItemQueue& items) {
   const Job& job = *static_cast<const Job*>(data);
   const AttentionShape& shape = job.problem.shape;
+  HeadGroups groups(shape, job.threads);
   FewQueries worker(shape);
   for (int64_t item = items.take(); item >= 0; item = items.take()) {
-    int64_t batch = item / shape.heads, head = item % shape.heads;
-    float* head_grads = job.head_grads ? job.head_grads + item * shape.length : nullptr;
-    KeyList keys = job.attended.of(batch);
-    worker.differentiate(job.problem, batch, head, keys, head_grads);
+    HeadGroup group = groups.at(item);
+    int64_t first_head = group.batch * shape.heads + group.first;
+    float* head_grads = job.head_grads ? job.head_grads + first_head * shape.length : nullptr;
+    KeyList keys = job.attended.of(group.batch);
+    worker.differentiate(job.problem, group, keys, head_grads);
+    // Where an image has no attended key, all gradients are 0, those of its weights too.
     if (job.ignored != nullptr && keys.count > 0) {
-      worker.differentiate_ignored(job.problem, job.ignored->of(batch), head_grads);
+      worker.differentiate_ignored(job.problem, group, job.ignored->of(group.batch), head_grads);
     }
   }
 }
@@ -140,7 +143,7 @@ void attention_backward(const AttentionBackward& problem, int threads) {
     job.head_grads = head_grads;
   }
   if (has_few_queries(shape)) {
-    run_workers(threads, num_heads, work_on_few_queries, &job);
+    run_workers(threads, HeadGroups(shape, threads).count(), work_on_few_queries, &job);
   } else {
     with_math(shape.type, [&](auto math) {
       using Math = decltype(math);

@@ -366,10 +366,11 @@ void work(void* data, ItemQueue& items) {
 
 void work_on_few_queries(void* data, ItemQueue& items) {
   const Job& job = *static_cast<const Job*>(data);
-  int64_t heads = job.problem.shape.heads;
+  HeadGroups groups(job.problem.shape, job.threads);
   FewQueries worker(job.problem.shape);
   for (int64_t item = items.take(); item >= 0; item = items.take()) {
-    worker.attend(job.problem, item / heads, item % heads, job.keys.of(item / heads));
+    HeadGroup group = groups.at(item);
+    worker.attend(job.problem, group, job.keys.of(group.batch));
   }
 }
 
@@ -381,7 +382,7 @@ void attention_forward(const AttentionForward& problem, int threads) {
   KeyLists keys(problem.weights, shape.batch, shape.length, KeyLists::Which::positive);
   if (has_few_queries(shape)) {
     Job job{problem, keys, 1, threads};
-    return run_workers(threads, shape.batch * shape.heads, work_on_few_queries, &job);
+    return run_workers(threads, HeadGroups(shape, threads).count(), work_on_few_queries, &job);
   }
   with_math(shape.type, [&](auto math) {
     using Math = decltype(math);

@@ -18,9 +18,6 @@ constexpr int64_t chunk_tokens = 48;
 // Below this many multiply-adds the work is shorter than waking threads.
 constexpr double min_parallel_work = 1e6;
 
-// Class embeddings and the norm's weights, which the binding takes in float32 alone.
-const float* floats_of(const Array& array) { return static_cast<const float*>(array.data); }
-
 // A sum over the whole vectors of `count` values, of which add(sum, i) adds the one at i, in chains
 // that need not wait for each other.
 template <class Add>
@@ -88,9 +85,28 @@ float cosine_divisor(float* values, int64_t count, float factor) {
   return norm + cosine_eps * factor;
 }
 
+const void* element_of(const Array& array, int64_t i) {
+  return static_cast<const char*>(array.data) + i * bytes_of(array.type);
+}
+
+// A vector of the model's width in float32, or null for none.
+class NormVector {
+ public:
+  NormVector(const Array& array, int64_t width)
+      : exists_(array.data != nullptr), values_(exists_ ? round_up(width, lanes) : 0) {
+    if (exists_) read_row(values_, array.data, array.type, width);
+  }
+  const float* values() const { return exists_ ? static_cast<float*>(values_) : nullptr; }
+
+ private:
+  bool exists_;
+  Buffer<float> values_;
+};
+
 template <class Math>
 struct Job {
   const Relevance& problem;
+  const float *norm_weight, *norm_bias;
   typename Math::Unit* projection;  // packed: D values, E columns
   float* classes;                   // packed per group: E values, C columns
   float* class_divisors;            // [G, C]
@@ -147,12 +163,12 @@ void pack_classes(const Job<Math>& job) {
   const Relevance& problem = job.problem;
   int64_t joint_dim = problem.joint_dim;
   Buffer<float> workspace(lanes * row_units<Float32Math>(joint_dim));
-  Buffer<float> classes(problem.num_classes * joint_dim);
+  Buffer<float> classes(round_up(problem.num_classes * joint_dim, lanes));
   auto row_at = [&](int64_t i) { return classes + i * joint_dim; };
   for (int64_t g = 0; g < problem.num_groups; ++g) {
     int64_t first = g * problem.num_classes;
-    memcpy(classes, floats_of(problem.class_embeddings) + first * joint_dim,
-           problem.num_classes * joint_dim * sizeof(float));
+    read_row(classes, element_of(problem.class_embeddings, first * joint_dim),
+             problem.class_embeddings.type, problem.num_classes * joint_dim);
     for (int64_t c = 0; c < problem.num_classes; ++c) {
       job.class_divisors[first + c] = cosine_divisor(row_at(c), joint_dim, 1.0f);
     }
@@ -300,8 +316,7 @@ class RelevanceWorker {
     }
     Vec mean = moments.mean;
     Vec factor = broadcast(1.0f / __builtin_sqrtf(moments.variance + problem_.norm_eps));
-    const float* weight = floats_of(problem_.norm_weight);
-    const float* bias = floats_of(problem_.norm_bias);
+    const float *weight = job_.norm_weight, *bias = job_.norm_bias;
     auto normalised = [&](int64_t k, auto load_at) {
       Vec value = (load(values + k) - mean) * factor;
       if (weight != nullptr) value = value * load_at(weight + k);
@@ -353,8 +368,12 @@ void run(const Relevance& problem, int threads) {
       problem.proj.data ? packed_units(row_units<Math>(problem.model_dim), problem.joint_dim) : 0);
   Buffer<float> classes(problem.num_groups * class_panels);
   Buffer<float> class_divisors(problem.num_groups * problem.num_classes);
-  Job<Math> job{problem,      projection, classes, class_divisors, class_panels,
-                divide_up(tokens_per_group, chunk_tokens)};
+  NormVector norm_weight(problem.norm_weight, problem.model_dim);
+  NormVector norm_bias(problem.norm_bias, problem.model_dim);
+  Job<Math> job{problem,        norm_weight.values(),
+                norm_bias.values(), projection,
+                classes,        class_divisors,
+                class_panels,   divide_up(tokens_per_group, chunk_tokens)};
   double columns = problem.proj.data ? problem.joint_dim : problem.num_classes;
   double work_per_token = columns * problem.model_dim;
   if (work_per_token * tokens_per_group * problem.num_groups < min_parallel_work) threads = 1;
