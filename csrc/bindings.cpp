@@ -45,13 +45,8 @@ void select_tokens(const Selection& arguments, int threads) {
 }
 
 void token_weights(const Relevance& relevance, const Selection& selection, int threads) {
-  cpu::Buffer<float> cosines(selection.batch * selection.num_classes * selection.num_patches);
-  Relevance into = relevance;
-  into.relevance = cosines;
-  run<&cpu::Kernels::relevance>(into, threads);
-  Selection from = selection;
-  from.relevance = cosines;
-  select_tokens(from, threads);
+  check(selection);
+  cpu::token_weights(cpu::architecture().kernels.relevance, relevance, selection, threads);
 }
 
 std::vector<std::pair<std::string, bool>> architectures() {

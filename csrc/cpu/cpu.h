@@ -37,6 +37,9 @@ void use_architecture(const std::string& name);
 
 // Counts and weights from relevance: integer work, the same on every instruction set.
 void select_tokens(const Selection&, int threads);
+// The same from relevance that has yet to be found, by a kernel, and lies in memory of its own.
+void token_weights(void (*relevance)(const Relevance&, int threads), const Relevance&,
+                   const Selection&, int threads);
 void look_up_weights(const WeightLookUp&);
 
 }  // namespace tir::cpu

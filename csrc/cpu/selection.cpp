@@ -77,6 +77,17 @@ void select_tokens(const Selection& problem, int threads) {
                    problem.counts, problem.weights});
 }
 
+void token_weights(void (*relevance)(const Relevance&, int threads), const Relevance& problem,
+                   const Selection& selection, int threads) {
+  Buffer<float> cosines(selection.batch * selection.num_classes * selection.num_patches);
+  Relevance into = problem;
+  into.relevance = cosines;
+  relevance(into, threads);
+  Selection from = selection;
+  from.relevance = cosines;
+  select_tokens(from, threads);
+}
+
 void look_up_weights(const WeightLookUp& problem) {
   int64_t length = problem.num_prefix_tokens + problem.num_patches;
   for (int64_t b = 0; b < problem.batch; ++b) {

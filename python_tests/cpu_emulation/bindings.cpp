@@ -4,7 +4,6 @@
 
 #include "binding_arguments.h"
 #include "cpu/cpu.h"
-#include "cpu/parallel.h"
 
 namespace tir::cpu::TIR_ARCH {
 void attention_forward(const AttentionForward&, int threads);
@@ -18,13 +17,7 @@ void activation(const Activation&, int threads);
 namespace {
 
 void token_weights(const tir::Relevance& problem, const tir::Selection& selection, int threads) {
-  tir::cpu::Buffer<float> cosines(selection.batch * selection.num_classes * selection.num_patches);
-  tir::Relevance into = problem;
-  into.relevance = cosines;
-  tir::cpu::TIR_ARCH::relevance(into, threads);
-  tir::Selection from = selection;
-  from.relevance = cosines;
-  tir::cpu::select_tokens(from, threads);
+  tir::cpu::token_weights(tir::cpu::TIR_ARCH::relevance, problem, selection, threads);
 }
 
 }  // namespace

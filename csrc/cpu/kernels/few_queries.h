@@ -1,9 +1,9 @@
 // Attention of few queries, as of a class token alone or of a pool: keys and values are multiplied
 // where they lie, since to pack them would take longer. In float32, whatever their type.
 //
-// What takes time is to read keys and values and to write their gradients. Models have the heads of a
-// token side by side and tokens far apart, so some heads are worked on together, a few keys at a time,
-// and what comes next is asked for meanwhile.
+// What takes time is to read keys and values and to write their gradients. Models have the heads of
+// a token side by side and tokens far apart, so some heads are worked on together, a few keys at a
+// time, and what comes next is asked for meanwhile.
 #pragma once
 
 #include "chosen_rows.h"
@@ -133,6 +133,7 @@ class FewQueries : AttentionWorker {
  private:
   // Keys that are read, and asked for, at a time: their rows stay in the first-level cache.
   static constexpr int64_t key_block = 16;
+  static_assert(key_block % lanes == 0);
 
   // Calls use() for each of the heads.
   template <class Use>
