@@ -85,7 +85,7 @@ void work(void* data, ItemQueue& items) {
 void work_on_few_queries(void* data, ItemQueue& items) {
   const Job& job = *static_cast<const Job*>(data);
   const AttentionShape& shape = job.problem.shape;
-  HeadGroups groups(shape, job.threads);
+  HeadGroups groups(shape, job.problem.key, job.threads);
   FewQueries worker(shape);
   for (int64_t item = items.take(); item >= 0; item = items.take()) {
     HeadGroup group = groups.at(item);
@@ -143,7 +143,8 @@ void attention_backward(const AttentionBackward& problem, int threads) {
     job.head_grads = head_grads;
   }
   if (has_few_queries(shape)) {
-    run_workers(threads, HeadGroups(shape, threads).count(), work_on_few_queries, &job);
+    HeadGroups groups(shape, problem.key, threads);
+    run_workers(threads, groups.count(), work_on_few_queries, &job);
   } else {
     with_math(shape.type, [&](auto math) {
       using Math = decltype(math);

@@ -366,7 +366,7 @@ void work(void* data, ItemQueue& items) {
 
 void work_on_few_queries(void* data, ItemQueue& items) {
   const Job& job = *static_cast<const Job*>(data);
-  HeadGroups groups(job.problem.shape, job.threads);
+  HeadGroups groups(job.problem.shape, job.problem.key, job.threads);
   FewQueries worker(job.problem.shape);
   for (int64_t item = items.take(); item >= 0; item = items.take()) {
     HeadGroup group = groups.at(item);
@@ -382,7 +382,8 @@ void attention_forward(const AttentionForward& problem, int threads) {
   KeyLists keys(problem.weights, shape.batch, shape.length, KeyLists::Which::positive);
   if (has_few_queries(shape)) {
     Job job{problem, keys, 1, threads};
-    return run_workers(threads, HeadGroups(shape, threads).count(), work_on_few_queries, &job);
+    HeadGroups groups(shape, problem.key, threads);
+    return run_workers(threads, groups.count(), work_on_few_queries, &job);
   }
   with_math(shape.type, [&](auto math) {
     using Math = decltype(math);

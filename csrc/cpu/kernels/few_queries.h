@@ -1,9 +1,9 @@
 // Attention of few queries, as of a class token alone or of a pool: keys and values are multiplied
 // where they lie, since to pack them would take longer. In float32, whatever their type.
 //
-// What takes time is to read keys and values and to write their gradients. Models have the heads of
-// a token side by side and tokens far apart, so some heads are worked on together, a few keys at a
-// time, and what comes next is asked for meanwhile.
+// What takes time is to read keys and values and to write their gradients. Where the heads of a
+// token lie side by side and tokens far apart, as in most models, some heads are worked on
+// together, a few keys at a time; and what comes next is asked for meanwhile.
 #pragma once
 
 #include "chosen_rows.h"
@@ -27,10 +27,12 @@ class HeadGroups {
  public:
   static constexpr int64_t max_heads = 4;
 
-  // As large as leaves every thread some of them.
-  HeadGroups(const AttentionShape& shape, int threads)
+  // As large as leaves every thread some of them; of one head where its own rows lie closer.
+  HeadGroups(const AttentionShape& shape, const RowGrid& keys, int threads)
       : heads_(shape.heads),
-        size_(larger_of(1, smaller_of(max_heads, shape.batch * heads_ / (4 * threads)))),
+        size_(keys.head_stride > keys.row_stride
+                  ? 1
+                  : larger_of(1, smaller_of(max_heads, shape.batch * heads_ / (4 * threads)))),
         groups_per_image_(divide_up(heads_, size_)),
         count_(shape.batch * groups_per_image_) {}
 
@@ -67,7 +69,7 @@ class FewQueries : AttentionWorker {
       });
       for_blocks(group, keys, [&](const KeyList& own, int64_t first) {
         multiply(rows_of<Row>(problem.key, own), own_rows(queries_), own_scores() + first, stride_,
-                 next_rows<Row>(problem.key));
+                 next_distant_rows<Row>(problem.key));
       });
       float factors[HeadGroups::max_heads][max_few_queries];
       for_heads(group, [&] {
@@ -79,7 +81,7 @@ class FewQueries : AttentionWorker {
       });
       for_blocks(group, keys, [&](const KeyList& own, int64_t first) {
         add_rows(rows_of<Row>(problem.value, own), own_scores() + first, stride_,
-                 next_rows<Row>(problem.value));
+                 next_distant_rows<Row>(problem.value));
       });
       for_heads(group, [&] { write_sums<Row>(problem.output, factors[slot_]); });
     });
@@ -173,6 +175,12 @@ class FewQueries : AttentionWorker {
   template <class Row, class Grid>
   ChosenRows<Row> next_rows(const Grid& grid) const {
     return rows_at<Row>(grid, next_head_, next_keys_);
+  }
+  // The same, but for rows that follow each other: a core that reads these alone foresees them.
+  template <class Row>
+  ChosenRows<Row> next_distant_rows(const RowGrid& grid) const {
+    if (grid.row_stride == shape_.head_dim) return {};
+    return next_rows<Row>(grid);
   }
   template <class Row, class Grid>
   ChosenRows<Row> rows_at(const Grid& grid, int64_t head, const KeyList& keys) const {
