@@ -4,6 +4,7 @@
 // projects them, multiplies them by the classes and takes their norms from there, so that the
 // features of all tokens never exist together.
 #include "../parallel.h"
+#include "norms.h"
 #include "packing.h"
 #include "tir/relevance.h"
 #include "tir/rules.h"
@@ -15,75 +16,15 @@ namespace {
 // max_tile_rows.
 constexpr int64_t chunk_tokens = 48;
 
+// Of at most so many classes, products row by row take less time than those of matrices, whose
+// columns fill vectors.
+constexpr int64_t max_few_classes = 8;
+
 // Below this many multiply-adds the work is shorter than waking threads.
 constexpr double min_parallel_work = 1e6;
 
-// A sum over the whole vectors of `count` values, of which add(sum, i) adds the one at i, in chains
-// that need not wait for each other.
-template <class Add>
-TIR_INLINE Vec sum_in_chains(int64_t count, Add add) {
-  constexpr int chains = 4;
-  Vec sums[chains] = {};
-  int64_t i = 0;
-  for (; i + chains * lanes <= count; i += chains * lanes) {
-    TIR_UNROLL
-    for (int c = 0; c < chains; ++c) sums[c] = add(sums[c], i + c * lanes);
-  }
-  for (; i + lanes <= count; i += lanes) sums[0] = add(sums[0], i);
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
-
-float norm_of(const float* values, int64_t count) {
-  Vec squares = sum_in_chains(count, [&](Vec sum, int64_t i) {
-    return multiply_add(load(values + i), load(values + i), sum);
-  });
-  int64_t rest = count % lanes;
-  Vec last = load_first(values + count - rest, rest);
-  return __builtin_sqrtf(sum_of(multiply_add(last, last, squares)));
-}
-
-// The largest magnitude; infinite or NaN where a value is.
-float largest_magnitude(const float* values, int64_t count) {
-  float largest = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    float magnitude = __builtin_fabsf(values[i]);
-    if (magnitude != magnitude) return magnitude;
-    if (magnitude > largest) largest = magnitude;
-  }
-  return largest;
-}
-
-// Scales values, of which `largest` is the largest magnitude, to where the sum of their squares
-// fits float32 with room to spare: by a power of two, which is returned and rounds nothing.
-float rescale(float* values, int64_t count, float largest) {
-  constexpr int wanted_exponent = 40, largest_exponent = 120;
-  uint32_t bits;
-  memcpy(&bits, &largest, sizeof bits);
-  int64_t exponent = wanted_exponent - (static_cast<int64_t>(bits >> 23) - 127);
-  uint32_t factor_bits = static_cast<uint32_t>(smaller_of(exponent, largest_exponent) + 127) << 23;
-  float factor = load_bits<float>(&factor_bits);
-  for (int64_t i = 0; i < count; ++i) values[i] *= factor;
-  return factor;
-}
-
 // Tokens of which more than this is the largest magnitude are scaled before they are projected.
 constexpr float huge_token = 1.125899906842624e15f;  // 2^50
-
-// |values| + cosine_eps: what the cosine divides by, for values multiplied by `factor`. Values
-// whose squares leave float32's range are scaled in place, and the result with them.
-float cosine_divisor(float* values, int64_t count, float factor) {
-  constexpr float smallest = 8.8817841970012523e-16f;  // 2^-50
-  constexpr float largest = 1.125899906842624e15f;      // 2^50
-  float norm = norm_of(values, count);
-  if (!(norm > smallest && norm < largest)) {
-    float magnitude = largest_magnitude(values, count);
-    if (magnitude > 0 && magnitude < __builtin_inff()) {
-      factor *= rescale(values, count, magnitude);
-      norm = norm_of(values, count);
-    }
-  }
-  return norm + cosine_eps * factor;
-}
 
 const void* element_of(const Array& array, int64_t i) {
   return static_cast<const char*>(array.data) + i * bytes_of(array.type);
@@ -108,9 +49,11 @@ struct Job {
   const Relevance& problem;
   const float *norm_weight, *norm_bias;
   typename Math::Unit* projection;  // packed: D values, E columns
-  float* classes;                   // packed per group: E values, C columns
-  float* class_divisors;            // [G, C]
-  int64_t class_panels;             // units of one group of `classes`
+  float* classes;         // per group: packed, E values, C columns; of few, rows of whole vectors
+  float* class_divisors;  // [G, C]
+  int64_t class_stride;   // of rows; steps of panels
+  int64_t class_units;    // of one group of `classes`
+  bool has_few_classes;
   int64_t chunks_per_group;
 };
 
@@ -159,22 +102,50 @@ void pack_projection(void* data, ItemQueue& items) {
 }
 
 template <class Math>
-void pack_classes(const Job<Math>& job) {
+void read_classes(const Job<Math>& job) {
   const Relevance& problem = job.problem;
-  int64_t joint_dim = problem.joint_dim;
-  Buffer<float> workspace(lanes * row_units<Float32Math>(joint_dim));
-  Buffer<float> classes(round_up(problem.num_classes * joint_dim, lanes));
-  auto row_at = [&](int64_t i) { return classes + i * joint_dim; };
+  int64_t joint_dim = problem.joint_dim, stride = job.class_stride;
+  bool packs = !job.has_few_classes;
+  Buffer<float> workspace(packs ? lanes * row_units<Float32Math>(joint_dim) : 0);
+  Buffer<float> copies(packs ? problem.num_classes * stride : 0);
   for (int64_t g = 0; g < problem.num_groups; ++g) {
-    int64_t first = g * problem.num_classes;
-    read_row(classes, element_of(problem.class_embeddings, first * joint_dim),
-             problem.class_embeddings.type, problem.num_classes * joint_dim);
+    float* own = job.classes + g * job.class_units;
+    auto row_at = [&](int64_t c) { return (packs ? copies : own) + c * stride; };
     for (int64_t c = 0; c < problem.num_classes; ++c) {
-      job.class_divisors[first + c] = cosine_divisor(row_at(c), joint_dim, 1.0f);
+      int64_t number = g * problem.num_classes + c;
+      read_row(row_at(c), element_of(problem.class_embeddings, number * joint_dim),
+               problem.class_embeddings.type, joint_dim);
+      job.class_divisors[number] = cosine_divisor(row_at(c), joint_dim, 1.0f);
     }
-    pack_columns<Float32Math>(job.classes + g * job.class_panels, row_at, Type::float32,
-                              problem.num_classes, joint_dim, workspace);
+    if (packs) {
+      pack_columns<Float32Math>(own, row_at, Type::float32, problem.num_classes, joint_dim,
+                                workspace);
+    }
   }
+}
+
+// The products of two rows with `Classes` others, at `products` and one `product_stride` further.
+template <int Classes>
+TIR_INLINE void multiply_two(const float* rows, int64_t row_stride, const float* classes,
+                             int64_t class_stride, int64_t width, float* products,
+                             int64_t product_stride) {
+  Vec sums[2][Classes] = {};
+  auto add = [&](int64_t k, auto load_at) {
+    Vec values[2] = {load_at(rows + k), load_at(rows + row_stride + k)};
+    TIR_UNROLL
+    for (int c = 0; c < Classes; ++c) {
+      Vec of_class = load(classes + c * class_stride + k);
+      TIR_UNROLL
+      for (int i = 0; i < 2; ++i) sums[i][c] = multiply_add(values[i], of_class, sums[i][c]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + lanes <= width; k += lanes) {
+    add(k, [](const float* source) { return load(source); });
+  }
+  if (k < width) add(k, [&](const float* source) { return load_first(source, width - k); });
+  TIR_UNROLL
+  for (int i = 0; i < 2; ++i) combine_each(sums[i], products + i * product_stride, Sum());
 }
 
 template <class Math>
@@ -220,11 +191,7 @@ class RelevanceWorker {
       divisors[i] = cosine_divisor(features + i * feature_stride_, problem_.joint_dim,
                                    token_factors_[i]);
     }
-    int64_t class_panel_stride = round_up(problem_.joint_dim, lanes) * panel_width;
-    multiply_in_parts<Float32Math>(count, problem_.num_classes, problem_.joint_dim,
-                                   {features, feature_stride_, 1},
-                                   {job_.classes + group * job_.class_panels, class_panel_stride},
-                                   dots_, dot_stride_);
+    multiply_by_classes(features, count, job_.classes + group * job_.class_units);
     const float* class_divisors = job_.class_divisors + group * problem_.num_classes;
     for (int64_t i = 0; i < count; ++i) {
       int64_t image = first_image + (first + i) / num_patches;
@@ -239,6 +206,29 @@ class RelevanceWorker {
 
  private:
   int64_t row_stride() const { return token_stride_ / Math::values_per_unit; }
+
+  // Features of tokens, in pairs, with the classes of a group, into `dots_`.
+  void multiply_by_classes(const float* features, int64_t count, const float* classes) {
+    int64_t num_classes = problem_.num_classes, width = problem_.joint_dim;
+    int64_t class_stride = job_.class_stride;
+    if (!job_.has_few_classes) {
+      multiply_in_parts<Float32Math>(count, num_classes, width, {features, feature_stride_, 1},
+                                     {classes, class_stride * panel_width}, dots_, dot_stride_);
+      return;
+    }
+    for (int64_t i = 0; i < count; i += 2) {
+      int64_t c = 0;
+      auto multiply = [&](auto classes_at_once) {
+        multiply_two<decltype(classes_at_once)::value>(
+            features + i * feature_stride_, feature_stride_, classes + c * class_stride,
+            class_stride, width, dots_ + i * dot_stride_ + c, dot_stride_);
+        c += classes_at_once;
+      };
+      while (c + 4 <= num_classes) multiply(std::integral_constant<int, 4>());
+      if (c + 2 <= num_classes) multiply(std::integral_constant<int, 2>());
+      if (c < num_classes) multiply(std::integral_constant<int, 1>());
+    }
+  }
 
   void load_token(int64_t i, const void* source) {
     Unit* target = left_rows_ + i * row_stride();
@@ -360,27 +350,35 @@ void work(void* data, ItemQueue& items) {
 
 template <class Math>
 void run(const Relevance& problem, int threads) {
-  int64_t class_panels =
-      packed_units(round_up(problem.joint_dim, lanes), problem.num_classes);
   int64_t tokens_per_group = problem.batch / problem.num_groups *
                              (problem.length - problem.num_prefix_tokens);
   Buffer<typename Math::Unit> projection(
       problem.proj.data ? packed_units(row_units<Math>(problem.model_dim), problem.joint_dim) : 0);
-  Buffer<float> classes(problem.num_groups * class_panels);
+  int64_t class_stride = round_up(problem.joint_dim, lanes);
+  bool has_few_classes = problem.num_classes <= max_few_classes;
+  int64_t class_units = has_few_classes ? problem.num_classes * class_stride
+                                        : packed_units(class_stride, problem.num_classes);
+  Buffer<float> classes(problem.num_groups * class_units);
   Buffer<float> class_divisors(problem.num_groups * problem.num_classes);
   NormVector norm_weight(problem.norm_weight, problem.model_dim);
   NormVector norm_bias(problem.norm_bias, problem.model_dim);
-  Job<Math> job{problem,        norm_weight.values(),
-                norm_bias.values(), projection,
-                classes,        class_divisors,
-                class_panels,   divide_up(tokens_per_group, chunk_tokens)};
+  Job<Math> job{problem,
+                norm_weight.values(),
+                norm_bias.values(),
+                projection,
+                classes,
+                class_divisors,
+                class_stride,
+                class_units,
+                has_few_classes,
+                divide_up(tokens_per_group, chunk_tokens)};
   double columns = problem.proj.data ? problem.joint_dim : problem.num_classes;
   double work_per_token = columns * problem.model_dim;
   if (work_per_token * tokens_per_group * problem.num_groups < min_parallel_work) threads = 1;
   if (problem.proj.data != nullptr) {
     run_workers(threads, num_projection_items(problem), pack_projection<Math>, &job);
   }
-  pack_classes(job);
+  read_classes(job);
   run_workers(threads, problem.num_groups * job.chunks_per_group, work<Math>, &job);
 }
 
