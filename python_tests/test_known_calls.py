@@ -220,6 +220,40 @@ def test_a_known_selection_gives_the_same(known_selections: KnownCalls, rows: li
     assert launches(known_selections) == count
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["classes", "norm_weight", "norm_bias", "proj", "table"])
+def test_what_is_converted_is_converted_every_time(
+    known_selections: KnownCalls, rows: list[Tensor], name: str, dtype: torch.dtype
+) -> None:
+    def call(seed: int, learns: bool) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        shapes = {"norm_weight": (16,), "norm_bias": (16,), "proj": (16, 12), "classes": (3, 12)}
+        made = {n: torch.randn(s, generator=generator) for n, s in shapes.items()}
+        made["table"] = torch.rand(4, generator=generator)
+        made[name] = made[name].to(dtype)
+        classes, table = made.pop("classes"), made.pop("table").requires_grad_(learns)
+        tokens = torch.randn(1, 5, 16, generator=generator)
+        found = tir_kernels.reweighted_attention(
+            *rows,
+            tokens,
+            classes,
+            joint_space=JointSpace(**made, norm_eps=1e-5),
+            table=table,
+            return_counts=True,
+        )
+        return [each.detach() for each in (*found, *_gradients(found[0], table))]
+
+    for seed, learns in itertools.product(range(3), (False, True)):
+        with watched():
+            expected = call(seed, learns)
+        for one, other in zip(call(seed, learns), expected, strict=True):
+            assert torch.equal(one, other)
+
+
+def _gradients(output: Tensor, leaf: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(output.square().sum(), leaf) if leaf.requires_grad else ()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_known_selection_takes_16_bits(known_selections: KnownCalls, dtype: torch.dtype) -> None:
     rows = [torch.randn(2, 2, 9, 8).to(dtype) for _ in range(3)]

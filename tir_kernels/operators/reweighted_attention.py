@@ -213,8 +213,11 @@ def _remember(
         and hasattr(backend, "selection_launch")
         and not hasattr(backend, "reweighted_forward")
     )
-    if serves_both and backend.takes(inputs, table):
-        own = table if tensors[-1] is None else None
+    # A launch gets the caller's table, which must not be one that had to be converted.
+    given = tensors[-1]
+    is_as_given = given is None or given is table
+    if serves_both and is_as_given and backend.takes(inputs, table):
+        own = table if given is None else None
         select = backend.selection_launch(inputs, top_k)
         learns = known.learns or table.requires_grad
         _known_calls.add(key, tensors, _KnownCall(own, select, known, learns))
