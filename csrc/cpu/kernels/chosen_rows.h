@@ -33,36 +33,10 @@ template <class Row, int Queries>
 TIR_INLINE void multiply_four(const ChosenRows<Row>& rows, int64_t first, const float* queries,
                               int64_t query_stride, float* products, int64_t product_stride) {
   const typename Row::Element* own[4];
-  Vec sums[Queries][4];
   TIR_UNROLL
   for (int i = 0; i < 4; ++i) own[i] = rows.at(first + i);
-  TIR_UNROLL
-  for (int q = 0; q < Queries; ++q) {
-    TIR_UNROLL
-    for (int i = 0; i < 4; ++i) sums[q][i] = zero();
-  }
-  auto add = [&](int64_t column, auto read) {
-    Vec values[4];
-    TIR_UNROLL
-    for (int i = 0; i < 4; ++i) values[i] = read(own[i] + column);
-    TIR_UNROLL
-    for (int q = 0; q < Queries; ++q) {
-      Vec query = load(queries + q * query_stride + column);
-      TIR_UNROLL
-      for (int i = 0; i < 4; ++i) sums[q][i] = multiply_add(values[i], query, sums[q][i]);
-    }
-  };
-  int64_t column = 0;
-  for (; column + lanes <= rows.width; column += lanes) {
-    add(column, [](auto* source) { return Row::read(source); });
-  }
-  if (column < rows.width) {
-    add(column, [&](auto* source) { return Row::read(source, rows.width - column); });
-  }
-  TIR_UNROLL
-  for (int q = 0; q < Queries; ++q) {
-    combine_each(sums[q], products + q * product_stride + first, Sum());
-  }
+  multiply_rows<Row, Queries>(own, rows.width, queries, query_stride, products + first,
+                              product_stride);
 }
 
 // Sums of rows times factors, one for each query and row, added to `sums`; asks for other rows.

@@ -7,7 +7,6 @@
 #include "norms.h"
 #include "packing.h"
 #include "tir/relevance.h"
-#include "tir/rules.h"
 
 namespace tir::cpu::TIR_ARCH {
 namespace {
@@ -124,30 +123,6 @@ void read_classes(const Job<Math>& job) {
   }
 }
 
-// The products of two rows with `Classes` others, at `products` and one `product_stride` further.
-template <int Classes>
-TIR_INLINE void multiply_two(const float* rows, int64_t row_stride, const float* classes,
-                             int64_t class_stride, int64_t width, float* products,
-                             int64_t product_stride) {
-  Vec sums[2][Classes] = {};
-  auto add = [&](int64_t k, auto load_at) {
-    Vec values[2] = {load_at(rows + k), load_at(rows + row_stride + k)};
-    TIR_UNROLL
-    for (int c = 0; c < Classes; ++c) {
-      Vec of_class = load(classes + c * class_stride + k);
-      TIR_UNROLL
-      for (int i = 0; i < 2; ++i) sums[i][c] = multiply_add(values[i], of_class, sums[i][c]);
-    }
-  };
-  int64_t k = 0;
-  for (; k + lanes <= width; k += lanes) {
-    add(k, [](const float* source) { return load(source); });
-  }
-  if (k < width) add(k, [&](const float* source) { return load_first(source, width - k); });
-  TIR_UNROLL
-  for (int i = 0; i < 2; ++i) combine_each(sums[i], products + i * product_stride, Sum());
-}
-
 template <class Math>
 class RelevanceWorker {
   using Unit = typename Math::Unit;
@@ -219,9 +194,10 @@ class RelevanceWorker {
     for (int64_t i = 0; i < count; i += 2) {
       int64_t c = 0;
       auto multiply = [&](auto classes_at_once) {
-        multiply_two<decltype(classes_at_once)::value>(
-            features + i * feature_stride_, feature_stride_, classes + c * class_stride,
-            class_stride, width, dots_ + i * dot_stride_ + c, dot_stride_);
+        const float* rows[classes_at_once];
+        for (int64_t r = 0; r < classes_at_once; ++r) rows[r] = classes + (c + r) * class_stride;
+        multiply_rows<Float32Row, 2>(rows, width, features + i * feature_stride_, feature_stride_,
+                                     dots_ + i * dot_stride_ + c, dot_stride_);
         c += classes_at_once;
       };
       while (c + 4 <= num_classes) multiply(std::integral_constant<int, 4>());

@@ -208,6 +208,42 @@ TIR_INLINE void write_row_as(void* target, const float* source, float factor, in
   if (i < width) Row::write(elements + i, load(source + i) * factors, width - i);
 }
 
+// The products of some rows of float32, `left_stride` apart, with each of `rows`: those of a left
+// row side by side.
+template <class Row, int Lefts, int Rows>
+TIR_INLINE void multiply_rows(const typename Row::Element* const (&rows)[Rows], int64_t width,
+                              const float* lefts, int64_t left_stride, float* products,
+                              int64_t product_stride) {
+  Vec sums[Lefts][Rows];
+  TIR_UNROLL
+  for (int l = 0; l < Lefts; ++l) {
+    TIR_UNROLL
+    for (int i = 0; i < Rows; ++i) sums[l][i] = zero();
+  }
+  auto add = [&](int64_t column, auto read, auto load_left) {
+    Vec values[Rows];
+    TIR_UNROLL
+    for (int i = 0; i < Rows; ++i) values[i] = read(rows[i] + column);
+    TIR_UNROLL
+    for (int l = 0; l < Lefts; ++l) {
+      Vec left = load_left(lefts + l * left_stride + column);
+      TIR_UNROLL
+      for (int i = 0; i < Rows; ++i) sums[l][i] = multiply_add(values[i], left, sums[l][i]);
+    }
+  };
+  int64_t column = 0;
+  for (; column + lanes <= width; column += lanes) {
+    add(column, [](auto* source) { return Row::read(source); },
+        [](const float* source) { return load(source); });
+  }
+  if (int64_t rest = width - column; rest > 0) {
+    add(column, [&](auto* source) { return Row::read(source, rest); },
+        [&](const float* source) { return load_first(source, rest); });
+  }
+  TIR_UNROLL
+  for (int l = 0; l < Lefts; ++l) combine_each(sums[l], products + l * product_stride, Sum());
+}
+
 inline void write_row(void* target, const float* source, float factor, Type type, int64_t width) {
   with_row_type(type, [&](auto row_type) {
     write_row_as<decltype(row_type)>(target, source, factor, width);
